@@ -1,0 +1,3 @@
+"""Few-shot segmentation: training and evaluation with Singular Value Fine-tuning."""
+
+__version__ = "0.1.0"

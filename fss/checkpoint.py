@@ -1,0 +1,121 @@
+"""Checkpoints of a run: complete, portable, and refused where they do not belong."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fss.config import TrainConfig
+from fss.files import atomic_write
+
+_FORMAT = 1
+
+
+def signature(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint's weights depend on and a loader must agree with."""
+    values = config.to_dict()
+    return {
+        **{
+            f"model.{name}": values["model"][name]
+            for name in ("name", "backbone", "stem", "stride_on", "width", "channels")
+        },
+        "regime.name": values["regime"]["name"],
+        "regime.layers": None if config.regime.name == "freeze" else values["regime"]["layers"],
+        "data.source": values["data"]["source"],
+        "data.fold": values["data"]["fold"],
+    }
+
+
+def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> None:
+    """Writes `state` with the configuration and its signature.
+
+    The file at `path` is the former one until the new one is complete. All weights are stored, the
+    frozen ones too, so that a checkpoint needs no other file.
+
+    Args:
+        path: the file.
+        config: of the run.
+        state: tensors and plain values; "model" is the state dict.
+    """
+    content = {
+        **state,
+        "format": _FORMAT,
+        "signature": signature(config),
+        "config": config.to_dict(),
+    }
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, Any]:
+    """Reads what `save_checkpoint` wrote, onto the CPU.
+
+    Args:
+        path: the file.
+        config: if given, the checkpoint must be of this model, regime, source and fold.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, one of another program, or of another model, regime or fold.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; "
+            "use another checkpoint or train again "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(
+            f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got "
+            f"{'format ' + repr(content.get('format')) if isinstance(content, dict) else content}"
+        )
+    if config is not None:
+        check_same(content["signature"], signature(config), path)
+    return content
+
+
+def check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Raises ValueError with each difference between a checkpoint's values and the wanted ones."""
+    differences = [
+        f"{name}: expected {wanted.get(name)!r}, the checkpoint has {stored.get(name)!r}"
+        for name in {**wanted, **stored}
+        if wanted.get(name) != stored.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"checkpoint: {path} belongs to another run: {'; '.join(differences)}. Set these as "
+            "in the checkpoint, or give another --out"
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the random generators of torch, numpy and Python in this process."""
+    # The legacy generator is numpy's only global one, which libraries still draw from.
+    algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": (algorithm, list(map(int, keys)), *rest),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    algorithm, keys, *rest = state["numpy"]
+    torch.set_rng_state(state["torch"])
+    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

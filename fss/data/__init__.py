@@ -1,0 +1,76 @@
+"""Data sets and few-shot episodes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .episodes import Episode, EpisodeDataset, Split, collate_episodes
+from .folder import FolderSource
+from .shapes import ShapesSource
+from .source import IGNORE, Source
+from .transforms import MEAN, STD, EvalTransform, Sample, TrainTransform
+
+if TYPE_CHECKING:
+    from fss.config import DataConfig
+
+__all__ = [
+    "IGNORE",
+    "MEAN",
+    "STD",
+    "Episode",
+    "EpisodeDataset",
+    "EvalTransform",
+    "FolderSource",
+    "Sample",
+    "ShapesSource",
+    "Source",
+    "Split",
+    "TrainTransform",
+    "build_episodes",
+    "build_source",
+    "collate_episodes",
+    "test_transform",
+    "train_transform",
+]
+
+
+def build_source(config: DataConfig) -> Source:
+    """The source that a configuration names.
+
+    Raises:
+        ValueError: an unknown name, or a folder source without its folder.
+    """
+    if config.source == "shapes":
+        return ShapesSource(size=config.size, seed=config.seed)
+    if config.source == "folder":
+        if not config.root:
+            raise ValueError("data.root: expected the folder of the photos, got nothing")
+        return FolderSource(config.root)
+    raise ValueError(f"data.source: expected folder or shapes, got {config.source!r}")
+
+
+def train_transform(config: DataConfig) -> TrainTransform:
+    """The training transform of a configuration."""
+    return TrainTransform(config.size, config.scale, config.rotate)
+
+
+def test_transform(config: DataConfig) -> EvalTransform:
+    """The evaluation transform of a configuration."""
+    return EvalTransform(config.size)
+
+
+def build_episodes(
+    config: DataConfig, split: Split, episodes: int, seed: int, source: Source | None = None
+) -> EpisodeDataset:
+    """The episodes of a split with its transform; pass `source` to share one between splits."""
+    return EpisodeDataset(
+        source if source is not None else build_source(config),
+        config.fold,
+        split,
+        config.shots,
+        train_transform(config) if split == "train" else test_transform(config),
+        episodes,
+        seed,
+        config.min_area,
+        config.exclude_novel,
+    )

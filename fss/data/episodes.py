@@ -1,0 +1,247 @@
+"""Few-shot episodes: a query and K supports of one class, drawn from a seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
+
+from .source import IGNORE, Source
+from .transforms import Sample, Transform
+
+Split = Literal["train", "validation", "test"]
+
+# Streams of random numbers of one seed: the order of the queries, and all else of an episode.
+_ORDER, _EPISODE = 0, 1
+
+
+class Episode(NamedTuple):
+    """The images of an episode, as numbers of the source, and the class to segment."""
+
+    query: int
+    class_id: int
+    supports: tuple[int, ...]
+
+
+class EpisodeDataset(Dataset[dict[str, Any]]):
+    """Episodes of one split of a fold; item i depends on (seed, i) alone, not on the workers.
+
+    An image is listed when one of the split's classes covers at least `min_area` of it. Queries run
+    through the listed images in a fresh order each pass. The class is drawn among the split's
+    classes that the query shows at any size, the supports among the images that list the class,
+    without the query. The class becomes 1, ignored pixels stay 255, all else becomes 0.
+
+    An item is a dict of `query_image` float32 [3, S, S], `query_mask` int64 [S, S],
+    `support_images` float32 [K, 3, S, S], `support_masks` int64 [K, S, S], `class_id`, `index` (i),
+    `query_name` and `support_names`. The evaluation transform adds `query_size` int64 [2], the
+    height and width of the pasted query, and `query_mask_original` int64 [H, W], the mask at the
+    size of the image.
+
+    Args:
+        source: images, masks and folds.
+        fold: which classes are novel, from 0.
+        split: "train" has base classes and training images, "validation" base classes and test
+            images, "test" novel classes and test images.
+        shots: supports per episode (K).
+        transform: of each image and mask: `TrainTransform` or `EvalTransform`.
+        episodes: length of the data set.
+        seed: from 0.
+        min_area: pixels at original size when at least 1, else a share of the image.
+        exclude_novel: train only on images without any novel class, however small (the † filter).
+
+    Attributes:
+        classes: the split's class ids.
+        queries: the listed images.
+        class_images: per class the listed images that it covers by at least `min_area`.
+
+    Raises:
+        TypeError: a count that is not an integer.
+        ValueError: an argument out of range, no image left, or a class with fewer than K + 1.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        fold: int,
+        split: Split,
+        shots: int,
+        transform: Transform,
+        episodes: int,
+        seed: int = 0,
+        min_area: float = 2048,
+        exclude_novel: bool = False,
+    ) -> None:
+        for name, value, lowest in (
+            ("fold", fold, 0),
+            ("shots", shots, 1),
+            ("episodes", episodes, 1),
+            ("seed", seed, 0),
+        ):
+            _check_integer(name, value, lowest)
+        if fold >= len(source.folds):
+            raise ValueError(
+                f"fold: expected 0 to {len(source.folds) - 1}, the source has "
+                f"{len(source.folds)} folds; got {fold}"
+            )
+        if split not in ("train", "validation", "test"):
+            raise ValueError(f"split: expected train, validation or test; got {split!r}")
+        if not 0 < min_area < float("inf"):
+            raise ValueError(f"min_area: expected pixels or a share above 0, got {min_area}")
+        self.source, self.fold, self.split = source, fold, split
+        self.shots, self.transform = shots, transform
+        self.episodes, self.seed = episodes, seed
+        self.min_area, self.exclude_novel = min_area, exclude_novel
+        novel = source.folds[fold]
+        base = tuple(c for c in source.class_names if c not in novel)
+        self.classes = novel if split == "test" else base
+        self.queries, self.class_images = self._list_images(set(novel))
+        self._shown = {
+            index: sorted(set(source.class_areas(index)).intersection(self.classes))
+            for index in self.queries
+        }
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return self.episodes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if get_worker_info() is not None and cv2.getNumThreads() > 1:
+            # Workers share the cores already, and a forked OpenCV thread pool can hang.
+            cv2.setNumThreads(0)
+        episode = self.draw(index)
+        rng = self._rng(_EPISODE, index, 1)
+        query, original = self._load(index, episode.query, episode.class_id, rng)
+        supports = [self._load(index, i, episode.class_id, rng)[0] for i in episode.supports]
+        item = {
+            "query_image": query.image,
+            "query_mask": query.mask,
+            "support_images": torch.stack([support.image for support in supports]),
+            "support_masks": torch.stack([support.mask for support in supports]),
+            "class_id": episode.class_id,
+            "index": index,
+            "query_name": self.source.name(episode.query),
+            "support_names": [self.source.name(i) for i in episode.supports],
+        }
+        if query.size is not None:
+            item["query_size"] = torch.tensor(query.size)
+            item["query_mask_original"] = torch.from_numpy(original.astype(np.int64))
+        return item
+
+    def draw(self, index: int) -> Episode:
+        """The images and the class of an episode, without loading anything."""
+        if not 0 <= index < self.episodes:
+            raise IndexError(f"episode: expected 0 to {self.episodes - 1}, got {index}")
+        round_, position = divmod(index, len(self.queries))
+        if self._order is None or self._order[0] != round_:
+            order = self._rng(_ORDER, round_).permutation(len(self.queries))
+            self._order = (round_, order)
+        query = self.queries[self._order[1][position]]
+        rng = self._rng(_EPISODE, index, 0)
+        shown = self._shown[query]
+        class_id = shown[rng.integers(len(shown))]
+        # One more than needed, so that the query can be left out.
+        drawn = rng.choice(self.class_images[class_id], self.shots + 1, replace=False)
+        supports = [int(i) for i in drawn if i != query][: self.shots]
+        return Episode(query, class_id, tuple(supports))
+
+    def sampled_classes(self) -> dict[int, int]:
+        """Episodes of each class of the split, 0 for a class that is never drawn."""
+        counts = Counter(self.draw(index).class_id for index in range(self.episodes))
+        return {class_id: counts[class_id] for class_id in self.classes}
+
+    def summary(self) -> str:
+        """One line for the log: the images listed and how many show each class."""
+        counts = ", ".join(
+            f"{self.source.class_names[c]} {len(images)}" for c, images in self.class_images.items()
+        )
+        return f"{self.split}, fold {self.fold}: {len(self.queries)} images; {counts}"
+
+    def _list_images(self, novel: set[int]) -> tuple[list[int], dict[int, list[int]]]:
+        source, kind = self.source, "novel" if self.split == "test" else "base"
+        images = source.indices("train" if self.split == "train" else "test")
+        if not images:
+            raise ValueError(f"the source has no image for the {self.split} split")
+        kept = images
+        if self.split == "train" and self.exclude_novel:
+            kept = [i for i in images if not novel.intersection(source.class_areas(i))]
+            if not kept:
+                raise ValueError(
+                    f"exclude_novel leaves no training image in fold {self.fold}: each of the "
+                    f"{len(images)} shows a novel class; turn exclude_novel off or choose other "
+                    "folds"
+                )
+        class_images: dict[int, list[int]] = {class_id: [] for class_id in self.classes}
+        listed = []
+        for i in kept:
+            areas = source.class_areas(i)
+            height, width = source.size(i)
+            smallest = self.min_area if self.min_area >= 1 else self.min_area * height * width
+            counting = [c for c in self.classes if areas.get(c, 0) >= smallest]
+            if counting:
+                listed.append(i)
+            for class_id in counting:
+                class_images[class_id].append(i)
+        if not listed:
+            unit = "pixels" if self.min_area >= 1 else "of the image"
+            raise ValueError(
+                f"min_area leaves no {self.split} image in fold {self.fold}: no {kind} class "
+                f"covers {self.min_area} {unit} in any of the {len(kept)}; lower min_area"
+            )
+        for class_id, members in class_images.items():
+            if len(members) <= self.shots:
+                filters = f"min_area {self.min_area}"
+                if kept is not images:
+                    filters += " and exclude_novel"
+                raise ValueError(
+                    f"class {source.class_names[class_id]!r} ({class_id}) has {len(members)} "
+                    f"{self.split} images in fold {self.fold} after {filters}; {self.shots} shots "
+                    f"need {self.shots + 1} (query and supports): take fewer shots, loosen the "
+                    "filters, or leave the class out"
+                )
+        return listed, class_images
+
+    def _load(
+        self, episode: int, image_index: int, class_id: int, rng: np.random.Generator
+    ) -> tuple[Sample, NDArray[np.uint8]]:
+        try:
+            image, classes = self.source.load(image_index)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"episode {episode} ({self.split}, seed {self.seed}): {error}"
+            ) from error
+        mask = np.where(classes == IGNORE, np.uint8(IGNORE), (classes == class_id).astype(np.uint8))
+        return self.transform(image, mask, rng), mask
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: tensors stacked, numbers as int64 [B], names and original masks in lists.
+
+    `query_mask_original` stays a list because the originals differ in size.
+    """
+    items = list(batch)
+    result: dict[str, Any] = {}
+    for key, first in items[0].items():
+        values = [item[key] for item in items]
+        if isinstance(first, torch.Tensor) and key != "query_mask_original":
+            result[key] = torch.stack(values)
+        elif isinstance(first, int):
+            result[key] = torch.tensor(values)
+        else:
+            result[key] = values
+    return result
+
+
+def _check_integer(name: str, value: object, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name}: expected at least {lowest}, got {value}")

@@ -1,0 +1,206 @@
+"""Joint transforms of an image and its mask, for training and for evaluation.
+
+The choices are those of the published PFENet and BAM training; pixels that a transform adds get the
+ImageNet mean (0 once normalised) and the mask value 255.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .source import IGNORE
+
+MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+"""ImageNet's mean of red, green and blue, of values from 0 to 1."""
+STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+"""ImageNet's standard deviation of red, green and blue, of values from 0 to 1."""
+
+_FILL = tuple(float(255 * value) for value in MEAN)
+_KEPT_FOREGROUND = 0.85
+_CROP_TRIES = 30
+
+
+class Sample(NamedTuple):
+    """A transformed image [3, S, S], its mask [S, S] and, of an evaluation, the pasted size."""
+
+    image: Tensor
+    mask: Tensor
+    size: tuple[int, int] | None
+
+
+class Transform(Protocol):
+    """Maps an RGB image uint8 [H, W, 3] and a mask uint8 [H, W] with values 0, 1, 255."""
+
+    def __call__(
+        self, image: NDArray[np.uint8], mask: NDArray[np.uint8], rng: np.random.Generator
+    ) -> Sample: ...
+
+
+class TrainTransform:
+    """Random scale, rotation, blur, flip and crop; then normalisation.
+
+    The rotation (up to ±`rotate`), the 5×5 Gaussian blur and the horizontal flip apply to half of
+    the images each. A crop is redrawn until it keeps 85 % of the foreground, at most 30 times, and
+    then the best one is taken; foreground is never lost altogether.
+
+    Args:
+        size: side of the square output, pixels.
+        scale: range of the random scale.
+        rotate: largest rotation, degrees.
+    """
+
+    def __init__(
+        self, size: int, scale: tuple[float, float] = (0.9, 1.1), rotate: float = 10.0
+    ) -> None:
+        _check_size(size)
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale: expected two factors above 0, smallest first; got {scale}")
+        if not 0 <= rotate <= 180:
+            raise ValueError(f"rotate: expected 0 to 180 degrees, got {rotate}")
+        self.size, self.scale, self.rotate = size, scale, rotate
+
+    def __call__(
+        self, image: NDArray[np.uint8], mask: NDArray[np.uint8], rng: np.random.Generator
+    ) -> Sample:
+        _check_pair(image, mask)
+        pixels = image.astype(np.float32)
+        warped, warped_mask = self._warp(pixels, mask, rng)
+        if (mask == 1).any() and not (warped_mask == 1).any():
+            # Nearest-neighbour warping can drop an object of a few pixels.
+            warped, warped_mask = pixels, mask
+        if rng.random() < 0.5:
+            warped = cv2.GaussianBlur(warped, (5, 5), 0)
+        if rng.random() < 0.5:
+            warped, warped_mask = warped[:, ::-1], warped_mask[:, ::-1]
+        warped, warped_mask = _pad(warped, warped_mask, self.size)
+        rows, columns = _choose_crop(warped_mask, self.size, rng)
+        return Sample(_normalise(warped[rows, columns]), _target(warped_mask[rows, columns]), None)
+
+    def _warp(
+        self, image: NDArray[np.float32], mask: NDArray[np.uint8], rng: np.random.Generator
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        factor = rng.uniform(*self.scale)
+        angle = rng.uniform(-self.rotate, self.rotate) if rng.random() < 0.5 else 0.0
+        height, width = (max(1, round(side * factor)) for side in mask.shape)
+        image, mask = _resize(image, mask, height, width)
+        if angle:
+            matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1)
+            image = cv2.warpAffine(
+                image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=_FILL
+            )
+            mask = cv2.warpAffine(
+                mask, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=IGNORE
+            )
+        return image, mask
+
+
+class EvalTransform:
+    """Resizes the longer side to `size`, pastes top-left on a square canvas, normalises.
+
+    Both sides are floored to a multiple of 8: size 473 gives at most 472. The canvas is 0 before
+    normalisation and 255 in the mask. `Sample.size` is the pasted (height, width): crop a
+    prediction to it and resize that to the original size.
+
+    Args:
+        size: side of the square output, pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        _check_size(size)
+        self.size = size
+
+    def __call__(
+        self,
+        image: NDArray[np.uint8],
+        mask: NDArray[np.uint8],
+        rng: np.random.Generator | None = None,
+    ) -> Sample:
+        _check_pair(image, mask)
+        longer = max(mask.shape)
+        height, width = (max(8, side * self.size // longer // 8 * 8) for side in mask.shape)
+        pixels, mask = _resize(image.astype(np.float32), mask, height, width)
+        canvas = np.zeros((self.size, self.size, 3), dtype=np.float32)
+        canvas_mask = np.full((self.size, self.size), IGNORE, dtype=np.uint8)
+        canvas[:height, :width] = pixels
+        canvas_mask[:height, :width] = mask
+        return Sample(_normalise(canvas), _target(canvas_mask), (height, width))
+
+
+def _resize(
+    image: NDArray[np.float32], mask: NDArray[np.uint8], height: int, width: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return image, cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+
+
+def _pad(
+    image: NDArray[np.float32], mask: NDArray[np.uint8], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Pads both sides to at least `size`, equally left and right, above and below."""
+    height, width = (max(size - side, 0) for side in mask.shape)
+    if not height and not width:
+        return image, mask
+    border = (height // 2, height - height // 2, width // 2, width - width // 2)
+    image = cv2.copyMakeBorder(image, *border, cv2.BORDER_CONSTANT, value=_FILL)
+    return image, cv2.copyMakeBorder(mask, *border, cv2.BORDER_CONSTANT, value=IGNORE)
+
+
+def _choose_crop(
+    mask: NDArray[np.uint8], size: int, rng: np.random.Generator
+) -> tuple[slice, slice]:
+    foreground = mask == 1
+    total = np.count_nonzero(foreground)
+    highest = [side - size + 1 for side in mask.shape]
+    best, most = (slice(0), slice(0)), 0
+    for _ in range(_CROP_TRIES):
+        top, left = (int(rng.integers(bound)) for bound in highest)
+        crop = slice(top, top + size), slice(left, left + size)
+        kept = np.count_nonzero(foreground[crop])
+        if kept >= _KEPT_FOREGROUND * total:
+            return crop
+        if kept > most:
+            best, most = crop, kept
+    if most:
+        return best
+    pixel = np.argwhere(foreground)[rng.integers(total)]
+    top, left = (
+        int(np.clip(at - size // 2, 0, bound - 1)) for at, bound in zip(pixel, highest, strict=True)
+    )
+    return slice(top, top + size), slice(left, left + size)
+
+
+def _normalise(image: NDArray[np.float32]) -> Tensor:
+    normalised = (image - 255 * MEAN) / (255 * STD)
+    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+
+
+def _target(mask: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(mask.astype(np.int64))
+
+
+def _check_size(size: int) -> None:
+    if size < 9 or (size - 1) % 8:
+        raise ValueError(f"size: expected a multiple of 8 plus 1, such as 473; got {size}")
+
+
+def _check_pair(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+    for name, array, ndim in (("image", image, 3), ("mask", mask, 2)):
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+            got = getattr(array, "dtype", type(array).__name__)
+            raise TypeError(f"{name}: expected a numpy array of uint8, got {got}")
+        if array.ndim != ndim or 0 in array.shape:
+            raise ValueError(
+                f"{name}: expected shape {'[H, W, 3]' if ndim == 3 else '[H, W]'}, "
+                f"got {list(array.shape)}"
+            )
+    if image.shape != (*mask.shape, 3):
+        raise ValueError(
+            f"mask: expected the height and width of its image {list(image.shape)} (RGB), got "
+            f"{list(mask.shape)}"
+        )

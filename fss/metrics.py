@@ -1,0 +1,107 @@
+"""Intersection over union of few-shot episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of a set of episodes; all IoU are fractions between 0 and 1.
+
+    Attributes:
+        miou: mean foreground IoU over the classes; a class without an episode counts 0, as in the
+            published code.
+        fb_iou: mean of the background's and the foreground's IoU, each over all episodes.
+        iou: foreground IoU of each class.
+        episodes: number of episodes of each class.
+    """
+
+    miou: float
+    fb_iou: float
+    iou: dict[int, float]
+    episodes: dict[int, int]
+
+    @property
+    def unsampled(self) -> list[int]:
+        """The classes that no episode showed; they pull `miou` down."""
+        return [class_id for class_id, count in self.episodes.items() if count == 0]
+
+
+class EpisodeIoU:
+    """Sums intersections and unions over episodes, per class.
+
+    Of class c, IoU_c = Σ_e |P_e ∩ T_e| / Σ_e |P_e ∪ T_e| over its episodes e, with P_e the pixels
+    predicted as foreground and T_e the true ones, pixels of value 255 in the mask left out.
+
+    Args:
+        classes: ids of the classes that are averaged, the fold's.
+
+    Attributes:
+        counts: int64 [classes, 5]: intersection and union of the background, of the foreground,
+            and episodes. Sums over processes are the counts of all.
+    """
+
+    def __init__(self, classes: Sequence[int]) -> None:
+        if not classes:
+            raise ValueError("classes: expected at least one class id, got none")
+        self.classes = list(classes)
+        self.counts = torch.zeros(len(self.classes), 5, dtype=torch.int64)
+
+    def update(self, prediction: Tensor, mask: Tensor, class_id: int) -> None:
+        """Adds an episode.
+
+        Args:
+            prediction: integers or bool [h, w], 1 foreground.
+            mask: integers [h, w], 0 background, 1 foreground, 255 ignored.
+            class_id: one of `classes`.
+
+        Raises:
+            ValueError: shapes that differ, another value in the mask, an unknown class.
+        """
+        if prediction.shape != mask.shape:
+            raise ValueError(
+                f"prediction: expected the mask's size {list(mask.shape)}, "
+                f"got {list(prediction.shape)}"
+            )
+        if class_id not in self.classes:
+            raise ValueError(f"class_id: expected one of {self.classes}, got {class_id}")
+        valid = mask != 255
+        truth = mask == 1
+        if not torch.equal(valid, truth | (mask == 0)):
+            raise ValueError(
+                f"mask: expected the values 0, 1 and 255, got {mask.unique().tolist()}"
+            )
+        predicted = prediction == 1
+        both = (predicted & truth).sum()
+        either = ((predicted | truth) & valid).sum()
+        neither = valid.sum() - either
+        row = torch.stack([neither, valid.sum() - both, both, either, torch.ones_like(both)])
+        self.counts[self.classes.index(class_id)] += row.to(self.counts.device)
+
+    def result(self) -> Score:
+        """The score of the episodes added so far; an empty union gives 0."""
+        background, foreground = _iou(self.counts[:, 0:2].sum(0)), _iou(self.counts[:, 2:4].sum(0))
+        iou = _iou(self.counts[:, 2:4]).tolist()
+        return Score(
+            miou=sum(iou) / len(iou),
+            fb_iou=float((background + foreground) / 2),
+            iou=dict(zip(self.classes, iou, strict=True)),
+            episodes=dict(zip(self.classes, self.counts[:, 4].tolist(), strict=True)),
+        )
+
+
+def foreground_iou(prediction: Tensor, mask: Tensor) -> float:
+    """Foreground IoU of one episode: prediction [h, w], mask [h, w] with 255 ignored."""
+    metric = EpisodeIoU([1])
+    metric.update(prediction, mask, 1)
+    return metric.result().miou
+
+
+def _iou(counts: Tensor) -> Tensor:
+    """[..., 2] intersections and unions to float64 [...]."""
+    return counts[..., 0].double() / counts[..., 1].clamp(min=1)

@@ -1,0 +1,236 @@
+"""ResNet feature extractors with dilated last layers.
+
+He et al., "Deep Residual Learning for Image Recognition", 2016; dilation as in Yu et al., "Dilated
+Residual Networks", 2017. State-dict keys are torchvision's; the deep stem adds those of semseg.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Architecture(NamedTuple):
+    """A ResNet's block class and its number of blocks in layers 1 to 4."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut: `relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`.
+
+    The stride is on conv1, the dilation on both.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, width, stride, dilation)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(width, width, 1, dilation)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions and a shortcut; the output has 4·`width` channels.
+
+    The dilation is on conv2; the stride on conv2 (torchvision, semseg) or conv1 (Caffe, Keras).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        stride_on: str = "conv2",
+    ) -> None:
+        super().__init__()
+        stride1, stride2 = (stride, 1) if stride_on == "conv1" else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride=stride1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width, stride2, dilation)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + shortcut)
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
+}
+
+# Stride and dilation of layers 1 to 4 for each output stride.
+_GEOMETRY = {
+    8: ((1, 1), (2, 1), (1, 2), (1, 4)),
+    16: ((1, 1), (2, 1), (2, 1), (1, 2)),
+    32: ((1, 1), (2, 1), (2, 1), (2, 1)),
+}
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier: stem, then `layer1` to `layer4`, each callable.
+
+    With output stride 8 an image of H×W gives maps of ((H-1)/8 + 1)×((W-1)/8 + 1) from `layer2`,
+    `layer3` and `layer4` when (H-1) and (W-1) are multiples of 8: 473 gives 60.
+
+    Args:
+        architecture: the block class and the depth of each layer.
+        stem: "plain", one 7×7 convolution, or "deep", three 3×3 ones of width, width and 2·width.
+        stride_on: the bottleneck convolution that carries the stride, "conv1" or "conv2".
+        width: channels of the plain stem; layer n has `width`·2^(n-1)·expansion channels.
+        output_stride: 8, 16 or 32; removed strides become dilation of every 3×3 convolution.
+
+    Attributes:
+        channels: output channels of layers 1 to 4.
+        stride_on: "conv1" or "conv2" for bottlenecks, None for basic blocks.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        stem: str = "plain",
+        stride_on: str = "conv2",
+        width: int = 64,
+        output_stride: int = 8,
+    ) -> None:
+        super().__init__()
+        self.deep_stem = stem == "deep"
+        if self.deep_stem:
+            self.conv1 = _conv3x3(3, width, 2, 1)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.conv2 = _conv3x3(width, width, 1, 1)
+            self.bn2 = nn.BatchNorm2d(width)
+            self.conv3 = _conv3x3(width, 2 * width, 1, 1)
+            self.bn3 = nn.BatchNorm2d(2 * width)
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+
+        block, depths = architecture
+        in_channels = 2 * width if self.deep_stem else width
+        layers = []
+        for n, (depth, (stride, dilation)) in enumerate(
+            zip(depths, _GEOMETRY[output_stride], strict=True)
+        ):
+            layers.append(
+                _layer(block, in_channels, width * 2**n, depth, stride, dilation, stride_on)
+            )
+            in_channels = width * 2**n * block.expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = layers
+        self.channels = tuple(width * 2**n * block.expansion for n in range(4))
+        self.stride_on = stride_on if block is Bottleneck else None
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the input of `layer1`, at a quarter of the resolution."""
+        out = self.relu(self.bn1(self.conv1(images)))
+        if self.deep_stem:
+            out = self.relu(self.bn2(self.conv2(out)))
+            out = self.relu(self.bn3(self.conv3(out)))
+        return self.maxpool(out)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] to the outputs of `layer2` and `layer3`."""
+        layer2 = self.layer2(self.layer1(self.stem(images)))
+        return layer2, self.layer3(layer2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the output of `layer4`."""
+        return self.layer4(self.features(images)[1])
+
+
+def build_backbone(
+    name: str,
+    stem: str = "plain",
+    stride_on: str = "conv2",
+    width: int = 64,
+    output_stride: int = 8,
+) -> ResNet:
+    """Builds a randomly initialised backbone by name; the arguments are those of `ResNet`.
+
+    `stride_on` concerns bottlenecks only (resnet50, resnet101): a basic block strides on conv1.
+
+    Raises:
+        ValueError: an unknown name or option, or a width below 1.
+        TypeError: a width that is not an integer.
+    """
+    _check_choice("backbone", name, tuple(ARCHITECTURES))
+    _check_choice("stem", stem, ("plain", "deep"))
+    _check_choice("stride_on", stride_on, ("conv1", "conv2"))
+    _check_choice("output_stride", output_stride, tuple(_GEOMETRY))
+    if not isinstance(width, int) or isinstance(width, bool):
+        raise TypeError(f"width: expected an integer, got {width!r}")
+    if width < 1:
+        raise ValueError(f"width: expected at least 1, got {width}")
+    return ResNet(ARCHITECTURES[name], stem, stride_on, width, output_stride)
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False
+    )
+
+
+def _layer(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    width: int,
+    depth: int,
+    stride: int,
+    dilation: int,
+    stride_on: str,
+) -> nn.Sequential:
+    options = {"stride_on": stride_on} if block is Bottleneck else {}
+    out_channels = width * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+    blocks = [block(in_channels, width, stride, dilation, downsample, **options)]
+    blocks += [block(out_channels, width, 1, dilation, **options) for _ in range(depth - 1)]
+    return nn.Sequential(*blocks)
+
+
+def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(str(choice) for choice in choices)
+        raise ValueError(f"{argument}: expected one of {listed}; got {value!r}")

@@ -1,0 +1,198 @@
+"""Pretrained weights of a backbone, from a file or by name."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fss.models.backbone import ARCHITECTURES, BasicBlock, ResNet
+
+_SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
+
+
+class _Description(NamedTuple):
+    """What a state dict tells of the backbone it belongs to."""
+
+    backbone: str
+    stem: str
+    width: int
+
+
+def load_backbone(backbone: ResNet, weights: str) -> None:
+    """Loads pretrained weights into a backbone, all of them or none.
+
+    float16 tensors are cast to the backbone's dtype. `fc.*` and `num_batches_tracked` are ignored,
+    a `module.` prefix is removed.
+
+    Args:
+        backbone: from `build_backbone`.
+        weights: "none" (stay random); "shapes" (embedded, for the shapes data); "torchvision"
+            (ImageNet weights, downloaded by torchvision); or the path of a `.safetensors`, `.pth`
+            or `.pt` file with a state dict of torchvision or semseg, at the top or under
+            `state_dict`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: "torchvision" without torchvision.
+        ConnectionError: "torchvision" without a network.
+        ValueError: a file that cannot be read or does not fit; the message lists what does not.
+    """
+    if not isinstance(weights, str):
+        raise TypeError(f"weights: expected a name or a path, got {type(weights).__name__}")
+    if weights == "none":
+        return
+    if weights == "torchvision":
+        state, stride_on = _download(backbone), "conv2"
+    else:
+        path = _SHAPES if weights == "shapes" else Path(weights).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"weights: expected none, shapes, torchvision or the path of an existing file, "
+                f"got {weights!r}; looked for {path.absolute()}"
+            )
+        state, stride_on = _read(path)
+    state = {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if not _ignored(key.removeprefix("module."))
+    }
+    _check(backbone, state, weights)
+    if stride_on and backbone.stride_on and stride_on != backbone.stride_on:
+        raise ValueError(
+            f"weights: {weights} has its strides on {stride_on}, the backbone on "
+            f"{backbone.stride_on}: set stride_on={stride_on}"
+        )
+    # What is missing now are the counters num_batches_tracked.
+    backbone.load_state_dict(state, strict=False)
+
+
+def _ignored(key: str) -> bool:
+    return key.startswith("fc.") or key.endswith("num_batches_tracked")
+
+
+def _download(backbone: ResNet) -> dict[str, Tensor]:
+    name = _describe(backbone.state_dict()).backbone
+    try:
+        from torchvision.models import get_model_weights
+    except ImportError as error:
+        raise ImportError(
+            "weights: 'torchvision' needs the package torchvision, which cannot be imported here "
+            f"({error}); install it, or give the path of a weights file"
+        ) from error
+    try:
+        return get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(
+            progress=True, check_hash=True, weights_only=True
+        )
+    except OSError as error:
+        raise ConnectionError(
+            f"weights: torchvision could not download {name} ({error}); connect to the network, "
+            "or give the path of a weights file that you have"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    """A file's state dict, and the convolution that carries the stride if the file tells."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in (".pth", ".pt"):
+        return _read_torch(path), None
+    raise ValueError(f"weights: expected a .safetensors, .pth or .pt file, got {path}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            stride = (file.metadata() or {}).get("stride", "")
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"weights: {path} is no complete safetensors file ({error}); fetch it again"
+        ) from error
+    word = stride.partition(" ")[0]
+    return state, word if word in ("conv1", "conv2") else None
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights: {path} holds more than tensors, or is damaged, and is not loaded, because "
+            "pickled objects can run code. If you trust it, load it with torch yourself and save "
+            f"its state dict alone.\n{error}"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"weights: {path} is no complete torch file ({error}); fetch it again"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"weights: expected a state dict in {path}, got an object of type "
+            f"{type(state).__name__}"
+        )
+    return {str(key): value for key, value in state.items()}
+
+
+def _check(backbone: ResNet, state: dict[str, Any], weights: str) -> None:
+    expected = {key: value for key, value in backbone.state_dict().items() if not _ignored(key)}
+    missing = [key for key in expected if key not in state]
+    unexpected = [
+        key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
+    ]
+    reshaped = [
+        f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
+        for key, value in expected.items()
+        if isinstance(state.get(key), Tensor) and state[key].shape != value.shape
+    ]
+    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    if not any(keys for _, keys in lists):
+        return
+    report = "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
+    guess = _guess(_describe(expected), _describe(state))
+    raise ValueError(f"weights: {weights} does not fit the backbone.{report}\n  {guess}")
+
+
+def _first(keys: list[str], count: int = 10) -> str:
+    more = f", … ({len(keys) - count} more)" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more
+
+
+def _guess(expected: _Description, got: _Description | None) -> str:
+    if got is None:
+        return "It has no keys of a ResNet (conv1, bn1, layer1.0.conv1, …): is it the right file?"
+    settings = [
+        f"{name}={value}"
+        for name, value in got._asdict().items()
+        if getattr(expected, name) != value
+    ]
+    if not settings:
+        return "Name, stem and width agree: the file seems to be incomplete or changed."
+    if got.backbone not in ARCHITECTURES:
+        return f"These are weights of {got.backbone}; supported are {', '.join(ARCHITECTURES)}."
+    return f"These look like {got.backbone} weights with a {got.stem} stem: set " + ", ".join(
+        settings
+    )
+
+
+def _describe(state: dict[str, Any]) -> _Description | None:
+    first = state.get("layer1.0.conv1.weight")
+    if not isinstance(first, Tensor) or first.ndim == 0:
+        return None
+    bottleneck = "layer1.0.conv3.weight" in state
+    depths = tuple(
+        len({key.split(".")[1] for key in state if key.startswith(f"layer{n}.")})
+        for n in range(1, 5)
+    )
+    kind = "bottlenecks" if bottleneck else "basic blocks"
+    name = f"a ResNet of {'-'.join(map(str, depths))} {kind}"
+    for known, architecture in ARCHITECTURES.items():
+        if architecture.depths == depths and (architecture.block is not BasicBlock) == bottleneck:
+            name = known
+    return _Description(name, "deep" if "conv3.weight" in state else "plain", first.shape[0])

@@ -1,0 +1,333 @@
+"""The training loop and its state."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning_fabric import Fabric
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from fss.checkpoint import check_same, random_state, restore_random_state, save_checkpoint
+from fss.config import TrainConfig
+from fss.data import build_episodes, build_source
+from fss.evaluation import episode_classes, episode_loader, evaluate
+from fss.files import atomic_write
+from fss.measure import StepTimer, peak_memory, saved_bytes
+from fss.models import build_model
+from fss.regimes import apply_regime, build_optimizer, build_scheduler
+from fss.run_log import RunLog
+
+# What may differ between the two halves of a resumed run: it does not change what is trained.
+_FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
+_FREE |= {"data.root", "data.workers", "model.weights", "accelerator"}
+
+
+class Trainer:
+    """The state of a run and its loop.
+
+    With several processes the episodes of a step are shared evenly and gradients averaged: up to
+    rounding what one process would compute, apart from dropout and, with a foreground weight or
+    ignored pixels, the weights of the shares' mean losses.
+
+    Args:
+        config: of the run.
+        fabric: launched, see `build_fabric`.
+    """
+
+    def __init__(self, config: TrainConfig, fabric: Fabric) -> None:
+        self.config = config
+        self.fabric = fabric
+        self.folder = Path(config.out)
+        self.source = build_source(config.data)
+        folds = len(self.source.folds)
+        if config.data.fold >= folds:
+            raise ValueError(
+                f"data.fold: expected 0 to {folds - 1}, the folds of {config.data.source}; "
+                f"got {config.data.fold}"
+            )
+        self.classes = episode_classes(self.source, config.data.fold)
+        self.train_episodes = build_episodes(
+            config.data, "train", config.steps * config.batch_size, config.data.seed, self.source
+        )
+        self.validation_episodes = build_episodes(
+            config.data, "test", config.validation_episodes, config.validation_seed, self.source
+        )
+
+        fabric.seed_everything(config.seed, verbose=False)
+        self.network = build_model(config.model)
+        apply_regime(self.network, config.regime)
+        optimizer = build_optimizer(self.network, config.optimizer)
+        self.scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
+        self.model, self.optimizer = fabric.setup(self.network, optimizer)
+        fabric.seed_everything(config.seed + fabric.global_rank, verbose=False)
+        self.class_weight = fabric.to_device(torch.tensor([1.0, config.foreground_weight]))
+
+        self.step = 0
+        self.best: dict[str, float] | None = None
+        self.saved_bytes: int | None = None
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.log: RunLog | None = None
+        self._pending: list[tuple[int, float, torch.Tensor]] = []
+        self._timer = StepTimer(fabric.device)
+
+    def fit(self) -> None:
+        """Trains from the current step to the last."""
+        config, fabric = self.config, self.fabric
+        start = self.step * config.batch_size + fabric.global_rank
+        episodes = Subset(
+            self.train_episodes, range(start, len(self.train_episodes), fabric.world_size)
+        )
+        loader = episode_loader(
+            episodes, config.batch_size // fabric.world_size, config.data.workers, fabric
+        )
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=f"{config.regime.name} fold {config.data.fold}",
+            unit="step",
+            disable=not fabric.is_global_zero,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        self.model.train()
+        window = self.step, time.perf_counter()
+        with self._open_log(), _postponed_interrupt() as interrupted, bar:
+            for batch in loader:
+                self._train_step(batch)
+                bar.update()
+                ends = self.step == config.steps
+                if self._due(config.log_every) or ends:
+                    bar.set_postfix(self._log_training(*window), refresh=False)
+                    window = self.step, time.perf_counter()
+                if self._due(config.validation_every) or ends:
+                    bar.write(self._validate(), file=sys.stderr)
+                    self._save("last.pt")
+                    window = self.step, time.perf_counter()
+                elif self._due(config.save_every):
+                    self._save("last.pt")
+                if self._agreed(bool(interrupted)):
+                    self._save("last.pt")
+                    raise KeyboardInterrupt(
+                        f"stopped after step {self.step} of {config.steps}, saved; continue with: "
+                        f"fss train --config {self.folder / 'config.yaml'} --resume"
+                    )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from the content of last.pt, see `check_resumable`."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.step, self.best = state["step"], state["best"]
+        self.saved_bytes = state["saved_bytes"]
+        self.seconds = state["seconds"].tolist()
+        self.losses = state["losses"]
+        restore_random_state(state["random"][self.fabric.global_rank])
+
+    @contextmanager
+    def _open_log(self) -> Iterator[None]:
+        """Keeps the configuration and opens the log, in the first process only."""
+        if not self.fabric.is_global_zero:
+            yield
+            return
+        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
+        with atomic_write(self.folder / "config.yaml") as file:
+            file.write(text.encode())
+        self.log = RunLog(self.folder, self.classes, self.step)
+        try:
+            yield
+        finally:
+            self.log.close()
+
+    def _train_step(self, batch: dict[str, Any]) -> None:
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self._timer.start()
+        self.optimizer.zero_grad()
+        if self.saved_bytes is None:
+            with saved_bytes(self.network) as saved:
+                loss = self._loss(batch)
+            self.saved_bytes = saved.total
+        else:
+            loss = self._loss(batch)
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self._timer.stop()
+        self.scheduler.step()
+        self.step += 1
+        self._pending.append((self.step, learning_rate, loss.detach()))
+
+    def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        prediction = self.model(
+            batch["query_image"], batch["support_images"], batch["support_masks"]
+        )
+        return self.network.loss(prediction, batch["query_mask"], self.class_weight)
+
+    def _settle(self) -> None:
+        """Takes the losses and times of the steps since the last call; waits for the device."""
+        if not self._pending:
+            return
+        losses = self.fabric.all_reduce(
+            torch.stack([loss for _, _, loss in self._pending]), reduce_op="mean"
+        ).tolist()
+        for (step, learning_rate, _), loss in zip(self._pending, losses, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss: expected a finite number, got {loss} at step {step} with learning rate "
+                    f"{learning_rate:.3g}; lower optimizer.lr, or train in precision 32-true. "
+                    + self._last_good()
+                )
+        self.losses += losses
+        self.seconds += self._timer.take()
+        self._pending = []
+
+    def _last_good(self) -> str:
+        path = self.folder / "last.pt"
+        return f"{path} is from before." if path.exists() else "No checkpoint was written yet."
+
+    def _log_training(self, first: int, since: float) -> dict[str, str]:
+        """Adds a row on the steps after `first`, begun at time `since`, to the log.
+
+        Returns what the progress bar shows.
+        """
+        self._settle()
+        episodes = (self.step - first) * self.config.batch_size
+        images_per_second = episodes * (1 + self.config.data.shots) / (time.perf_counter() - since)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        row = {
+            "step": self.step,
+            "loss": statistics.fmean(self.losses),
+            "lr": rates[0],
+            "backbone_lr": rates[1] if len(rates) > 1 else None,
+            "step_seconds": statistics.median(self.seconds[-len(self.losses) :]),
+            "images_per_second": images_per_second,
+            "peak_memory_bytes": peak_memory(self.fabric.device),
+        }
+        self.losses = []
+        if self.log is not None:
+            self.log.train(row)
+        return {
+            "loss": f"{row['loss']:.4f}",
+            "lr": f"{rates[0]:.2e}",
+            "images/s": f"{images_per_second:.1f}",
+            "memory": f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+        }
+
+    def _validate(self) -> str:
+        """Scores the novel classes, keeps the best checkpoint; returns a line of the outcome."""
+        self._settle()
+        score = evaluate(
+            self.model,
+            self.validation_episodes,
+            list(self.classes),
+            self.fabric,
+            max(1, self.config.batch_size // self.fabric.world_size),
+            self.config.data.workers,
+        )
+        if self.log is not None:
+            self.log.validation(self.step, score)
+        if self.best is None or score.miou > self.best["miou"]:
+            self.best = {"miou": score.miou, "fb_iou": score.fb_iou, "step": self.step}
+            self._save("best.pt")
+        unsampled = f", {len(score.unsampled)} classes unsampled" if score.unsampled else ""
+        return (
+            f"step {self.step}: validation mIoU {100 * score.miou:.2f} %, "
+            f"FB-IoU {100 * score.fb_iou:.2f} %{unsampled}"
+        )
+
+    def _save(self, name: str) -> None:
+        self._settle()
+        for parameter_name, parameter in self.network.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise FloatingPointError(
+                    f"{parameter_name}: expected finite numbers, got others at step {self.step}; "
+                    f"lower optimizer.lr, or train in precision 32-true. {self._last_good()}"
+                )
+        state: dict[str, Any] = {
+            "step": self.step,
+            "best": self.best,
+            "model": self.network.state_dict(),
+        }
+        if name == "last.pt":
+            state |= {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "precision": self.fabric.strategy.precision.state_dict(),
+                "random": self._gather(random_state()),
+                "saved_bytes": self.saved_bytes,
+                "seconds": torch.tensor(self.seconds),
+                "losses": self.losses,
+            }
+        if self.fabric.is_global_zero:
+            save_checkpoint(self.folder / name, self.config, state)
+        self.fabric.barrier()
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all processes."""
+        values = [value] * self.fabric.world_size
+        if self.fabric.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process raises the flag; with several they ask each other now and then."""
+        if self.fabric.world_size == 1:
+            return flag
+        return self._due(self.config.log_every) and any(self._gather(flag))
+
+
+def check_resumable(state: dict[str, Any], config: TrainConfig, fabric: Fabric) -> None:
+    """Raises ValueError unless a run of `config` would go on as the checkpoint's run would have."""
+    path = Path(config.out) / "last.pt"
+    check_same(_trained_settings(state["config"]), _trained_settings(config.to_dict()), path)
+    if len(state["random"]) != fabric.world_size:
+        raise ValueError(
+            f"devices: the checkpoint was written by {len(state['random'])} processes, these are "
+            f"{fabric.world_size}; resume with as many"
+        )
+
+
+def _trained_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a configuration that determine what is trained, by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, dict):
+            flat |= _trained_settings(value, f"{name}.")
+        elif name not in _FREE:
+            flat[name] = value
+    return flat
+
+
+@contextmanager
+def _postponed_interrupt() -> Iterator[list[int]]:
+    """Yields a list that ctrl-C fills, so that a step is never cut in two; twice interrupts now."""
+    signals: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if signals:
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is the one before")
+        signals.append(number)
+
+    try:
+        former = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield signals
+        return
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, former)

@@ -1,0 +1,24 @@
+"""Singular Value Fine-tuning of pretrained networks at the memory and cost of a frozen backbone."""
+
+from svf_fast._library import build_info
+from svf_fast.adapter import load_adapter, save_adapter
+from svf_fast.convert import convert, merge, svf_parameters
+from svf_fast.nn import SVFConv2d, SVFLinear
+from svf_fast.ops.cosine_max import cosine_max
+from svf_fast.report import memory_report
+from svf_fast.svd import compose, decompose
+
+__all__ = [
+    "SVFConv2d",
+    "SVFLinear",
+    "build_info",
+    "compose",
+    "convert",
+    "cosine_max",
+    "decompose",
+    "load_adapter",
+    "memory_report",
+    "merge",
+    "save_adapter",
+    "svf_parameters",
+]

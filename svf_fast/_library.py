@@ -1,0 +1,72 @@
+"""Loads the compiled ops into torch: `_C` (CPU, always) and `_C_cuda` (where torch has CUDA)."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from svf_fast import _C
+except ImportError as error:
+    raise ImportError(
+        f"the compiled library svf_fast._C cannot be imported: {error}. It is built when the "
+        "package is installed, against the torch of that environment: run `pip install .` in the "
+        f"repository with the Python and the torch ({torch.__version__}) you use here, and not "
+        "only a copy of the sources."
+    ) from error
+
+
+def _load_cuda() -> str:
+    """Loads the CUDA ops; returns the reason why there are none, empty when they are loaded."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    files = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
+    if not files:
+        return f"svf_fast was built without them ({_C.build_facts()['cuda_decision']})"
+    try:
+        torch.ops.load_library(files[0])
+    except OSError as error:
+        return f"{files[0].name} cannot be loaded ({error})"
+    return ""
+
+
+cuda_missing = _load_cuda()
+
+
+def check_device(op: str, tensor: Tensor) -> None:
+    """Raises where no kernel of ours can serve the device of `tensor`."""
+    device = tensor.device.type
+    if device in ("cpu", "meta"):
+        return
+    if device != "cuda":
+        raise ValueError(f"{op}: expected CPU or CUDA tensors, got device {tensor.device}")
+    if cuda_missing:
+        raise RuntimeError(
+            f"{op}: got a tensor on {tensor.device}, but the CUDA ops are not there: "
+            f"{cuda_missing}. Reinstall svf_fast with SVF_FAST_CUDA=1, which stops with the "
+            "reason if they cannot be built, or move the tensors to the CPU."
+        )
+
+
+def build_info() -> dict[str, str | bool | int]:
+    """How svf_fast was built and what it uses here: for bug reports and benchmark tables.
+
+    `cuda_decision` is what the build decided and why; `cuda_ops` says whether the CUDA ops are
+    loaded now, and why not.
+    """
+    try:
+        package = version("svf-fast")
+    except PackageNotFoundError:
+        package = "not installed"
+    return {
+        "svf_fast": package,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **_C.build_facts(),
+        "cuda_ops": f"no, {cuda_missing}" if cuda_missing else "loaded",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,177 @@
+"""Convert a pretrained model to SVF layers in place, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from svf_fast.nn.conv2d import SVFConv2d
+from svf_fast.nn.factored import Factored
+from svf_fast.nn.linear import SVFLinear
+from svf_fast.svd import Factors, decompose
+
+
+def svf_layers(model: nn.Module) -> dict[str, Factored]:
+    """The SVF layers of a model by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
+
+
+def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """The trainable singular values of a model, one vector per converted layer."""
+    for layer in svf_layers(model).values():
+        yield layer.S
+
+
+def convert(
+    model: nn.Module,
+    layers: Sequence[str] | None = ("layer2", "layer3", "layer4"),
+    strategy: str = "auto",
+    cache: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
+
+    Of a converted layer only S trains; a layer that is not converted stays as it is, so freeze what
+    should not train (``model.requires_grad_(False)``) before. The network computes what it computed
+    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses are not:
+    these may use their weight in their own way. A layer that stands at two places stays one layer.
+
+    Args:
+        layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
+            lies in them is converted. None converts the whole model.
+        strategy: see :class:`svf_fast.SVFConv2d`.
+        cache: folder where decompositions are kept and found again by the hash of their weight.
+        progress: show a bar when it takes more than two seconds.
+
+    Returns the model.
+
+    Raises ValueError when a name in ``layers`` fits no module, or nothing is there to convert.
+    """
+    if isinstance(layers, str):
+        layers = (layers,)
+    if type(model) in (nn.Conv2d, nn.Linear):
+        raise ValueError(
+            "model: expected a module that contains layers, got a single layer, which cannot be "
+            "replaced in place; use SVFConv2d.from_conv or SVFLinear.from_linear"
+        )
+    chosen = _select(model, layers)
+    if not chosen:
+        converted = len(svf_layers(model))
+        hint = f"{converted} layers are SVF layers already" if converted else "it has none at all"
+        where = "the model" if layers is None else f"layers={list(layers)}"
+        raise ValueError(
+            f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
+        )
+    replaced: dict[nn.Module, Factored] = {}
+    for name, layer in tqdm(chosen, "decomposing", unit="layer", delay=2, disable=not progress):
+        if layer not in replaced:
+            factors = _factors(layer, cache)
+            kind = strategy
+            if strategy == "auto" and _feeds_inplace(model, name):
+                kind = "chain"  # gram keeps its output, which the next module overwrites
+            if isinstance(layer, nn.Conv2d):
+                replaced[layer] = SVFConv2d.from_conv(layer, kind, factors)
+            else:
+                replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
+        model.set_submodule(name, replaced[layer])
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace the SVF layers of a model by plain ones with the composed weights, in place.
+
+    The inverse of :func:`convert`: the state dict has the original's keys and shapes again, and
+    loads into the original class. Returns the model.
+
+    Raises ValueError when the model has no SVF layer.
+    """
+    if isinstance(model, Factored):
+        raise ValueError(
+            "model: expected a module that contains SVF layers, got a single layer, which cannot "
+            "be replaced in place; use its merged()"
+        )
+    if not svf_layers(model):
+        raise ValueError("model: expected SVF layers to merge, found none; was it converted?")
+    plain: dict[Factored, nn.Module] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, Factored):
+            if layer not in plain:
+                plain[layer] = layer.merged()
+            model.set_submodule(name, plain[layer])
+    return model
+
+
+def _select(
+    model: nn.Module, layers: Sequence[str] | None
+) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    patterns = ["*"] if layers is None else list(layers)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            top = [name for name, _ in model.named_children()]
+            raise ValueError(
+                f"layers: expected names of modules, got {pattern!r}, which fits none of this "
+                f"{type(model).__name__}; at its top are {', '.join(top) or 'no modules'}"
+            )
+
+    def within(name: str) -> bool:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in patterns)
+
+    return [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) in (nn.Conv2d, nn.Linear) and within(name)
+    ]
+
+
+def _feeds_inplace(model: nn.Module, name: str) -> bool:
+    """Whether the next module of the same nn.Sequential works in place on this one's output."""
+    parent, _, own = name.rpartition(".")
+    container = model.get_submodule(parent)
+    if not isinstance(container, nn.Sequential):
+        return False
+    children = dict(container.named_children())
+    following = list(children)[list(children).index(own) + 1 :] if own in children else []
+    return bool(following) and getattr(children[following[0]], "inplace", False) is True
+
+
+def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> Factors:
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    if cache is None:
+        return decompose(layer.weight, groups)
+    weight = layer.weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} {groups}".encode())
+    digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    path = Path(cache).expanduser() / f"{digest.hexdigest()[:32]}.safetensors"
+    try:
+        kept = load_file(path, device=str(layer.weight.device))
+        return Factors(kept["U"], kept["S"], kept["V"])
+    except (FileNotFoundError, SafetensorError, KeyError):
+        factors = decompose(layer.weight, groups)
+        save_atomically({k: v.cpu() for k, v in factors._asdict().items()}, path)
+        return factors
+
+
+def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that a reader sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""One file per op: the compiled op, its shapes for tracing, its gradient, the public function."""

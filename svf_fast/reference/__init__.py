@@ -1,0 +1,1 @@
+"""Every op in plain PyTorch: specification, test oracle, fallback and baseline."""

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fss.cli
+from fss.cli import main
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny().to_dict()))
+    return str(path)
+
+
+def test_train_then_eval(config_file, tmp_path, capsys):
+    out = tmp_path / "there"
+    assert (
+        main(["train", "--config", config_file, "--out", str(out), "--optimizer.lr", "1e-3"]) == 0
+    )
+    printed = capsys.readouterr()
+    assert "mIoU" in printed.out and "star" in printed.out
+    assert "step 3: validation mIoU" in printed.err
+    result = json.loads((out / "result.json").read_text())
+    assert result["config"]["optimizer"]["lr"] == 0.001
+    assert result["steps"] == 3
+
+    assert main(["eval", str(out)]) == 0
+    evaluated = json.loads((out / "eval.json").read_text())
+    assert evaluated == result["test"]
+    assert capsys.readouterr().out == printed.out
+
+
+def test_eval_options(config_file, tmp_path, capsys):
+    assert main(["train", "--config", config_file, "--steps", "1"]) == 0
+    options = ["--episodes", "4", "--seeds", "[7,8,9]", "--shots", "2", "--checkpoint", "last"]
+    assert main(["eval", str(tmp_path / "run"), *options, "--classes", "base"]) == 0
+    evaluated = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert evaluated["seeds"] == [7, 8, 9] and evaluated["episodes_per_seed"] == 4
+    assert evaluated["shots"] == 2 and evaluated["checkpoint"] == "last.pt"
+    assert evaluated["classes_are"] == "base" and len(evaluated["iou"]) == 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.sorce", "shapes"], "--data.sorce"),
+        (["--steps", "many"], "steps"),
+        (["--data.size", "96"], "data.size: expected a multiple of 8 plus 1"),
+        (["--data.fold", "9"], "data.fold: expected 0 to 3"),
+        (["--model.weights", "nowhere.pth"], "nowhere.pth"),
+        (["--data.source", "folder", "--data.root", "nowhere"], "nowhere"),
+        (["--data.min_area", "0.9"], "min_area"),
+        (["--resume"], "--resume: expected a checkpoint"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(config_file, capsys, arguments, message):
+    assert main(["train", "--config", config_file, *arguments]) == 2
+    printed = capsys.readouterr().err
+    line = printed.strip().splitlines()[-1]
+    assert line.startswith("fss: ") and message in line
+    assert "Traceback" not in printed
+
+
+def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("data:\n  source: shapes\n  colour: red\n")
+    assert main(["train", "--config", str(path)]) == 2
+    assert "colour" in capsys.readouterr().err
+
+
+def test_no_command_and_no_config(capsys):
+    assert main([]) == 2
+    assert main(["train", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_eval_of_what_is_not_there(tmp_path, capsys):
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "checkpoint: expected a file at" in capsys.readouterr().err
+
+
+def test_an_error_in_a_loader_process_is_one_line_too(config_file, capsys, monkeypatch):
+    def broken(self, index):
+        raise ValueError("photo 17 is truncated: fetch it again")
+
+    monkeypatch.setattr("fss.data.EpisodeDataset.__getitem__", broken)
+    assert main(["train", "--config", config_file, "--data.workers", "1"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fss: photo 17 is truncated: fetch it again")
+
+
+@pytest.mark.parametrize("switch", ["--debug", "FSS_DEBUG"])
+def test_debug_shows_the_traceback(config_file, monkeypatch, switch):
+    if switch == "FSS_DEBUG":
+        monkeypatch.setenv(switch, "1")
+    options = [switch] if switch == "--debug" else []
+    with pytest.raises(ValueError, match="data.fold"):
+        main(["train", "--config", config_file, "--data.fold", "9", *options])
+
+
+def test_a_bug_is_not_dressed_as_a_users_error(config_file, monkeypatch):
+    monkeypatch.setattr(fss.cli, "train", lambda *a, **k: int("a bug deep inside"))
+    monkeypatch.setattr(fss.cli, "_expected", lambda error: False)
+    with pytest.raises(ValueError, match="a bug deep inside"):
+        main(["train", "--config", config_file])
+
+
+def test_interrupt_says_how_to_go_on(config_file, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt("stopped after step 1; continue with: fss train --resume")
+
+    monkeypatch.setattr(fss.cli, "train", interrupted)
+    assert main(["train", "--config", config_file]) == 130
+    assert "continue with: fss train --resume" in capsys.readouterr().err
+
+
+def test_version_and_help(capsys):
+    for arguments, text in (
+        (["--version"], fss.__version__),
+        (["train", "--help"], "--optimizer.backbone_lr"),
+        (["eval", "--help"], "--episodes"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+def test_run_folder_is_where_out_says(config_file, tmp_path):
+    assert main(["train", "--config", config_file, "--steps", "1"]) == 0
+    assert (tmp_path / "run" / "result.json").is_file()
+    assert Path(config_file).is_file()

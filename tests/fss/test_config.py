@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fss.cli import build_parser
+from fss.config import DataConfig, ModelConfig, OptimizerConfig, RegimeConfig, TrainConfig
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_defaults_are_the_papers_recipe():
+    config = TrainConfig(DataConfig(root="photos"))
+    assert (config.data.size, config.model.backbone, config.regime.name) == (473, "resnet50", "svf")
+    assert config.regime.layers == ("layer2", "layer3", "layer4")
+    assert (config.optimizer.name, config.optimizer.lr) == ("sgd", 0.015)
+    assert (config.optimizer.momentum, config.optimizer.schedule) == (0.9, "cosine")
+    assert (config.batch_size, config.seed, config.data.exclude_novel) == (8, 321, True)
+
+
+def test_dict_round_trip(tiny):
+    config = tiny(data={"scale": (0.8, 1.25)}, test_seeds=[3])
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["data"]["scale"] == [0.8, 1.25]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataConfig(), "data.root: expected the folder of the photos, got nothing"),
+        (lambda: DataConfig(source="voc", root="x"), "data.source: .*folder, shapes; got 'voc'"),
+        (lambda: DataConfig(root="x", fold=-1), "data.fold: expected a number from 0 on, got -1"),
+        (lambda: DataConfig(root="x", shots=0), "data.shots: .* from 1 on, got 0"),
+        (lambda: DataConfig(root="x", size=472), "data.size: .*got 472, the nearest are 465 and"),
+        (lambda: DataConfig(root="x", size=1), "data.size: .*got 1, the nearest are 9 and 17"),
+        (lambda: DataConfig(root="x", min_area=0), "data.min_area: .*above 0, got 0"),
+        (lambda: DataConfig(root="x", scale=(1.1, 0.9)), r"data.scale: .*got \[1.1, 0.9\]"),
+        (lambda: DataConfig(root="x", rotate=-5), "data.rotate: expected 0 to 180 degrees, got -5"),
+        (lambda: ModelConfig(backbone="vgg"), "model.backbone: .*resnet101; got 'vgg'"),
+        (lambda: ModelConfig(dropout=1.0), "model.dropout: expected 0 up to below 1, got 1.0"),
+        (lambda: ModelConfig(weights=""), "model.weights: expected a file"),
+        (lambda: RegimeConfig(name="part"), "regime.name: .*freeze, svf, full; got 'part'"),
+        (lambda: RegimeConfig(layers=()), 'regime.layers: .*"svf", got none'),
+        (lambda: OptimizerConfig(lr=float("nan")), "optimizer.lr: .*above 0, got nan"),
+        (lambda: OptimizerConfig(backbone_lr=0), "optimizer.backbone_lr: .*above 0, got 0"),
+        (lambda: OptimizerConfig(schedule="poly"), "optimizer.schedule: .*constant; got 'poly'"),
+    ],
+)
+def test_a_bad_value_names_setting_expected_and_got(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"steps": 0}, "steps: expected a number from 1 on, got 0"),
+        ({"foreground_weight": 0.0}, "foreground_weight: .*above 0, got 0.0"),
+        ({"test_seeds": []}, "test_seeds: expected at least one seed, got none"),
+        ({"test_seeds": [5, 5]}, r"test_seeds: expected different seeds, got \[5, 5\]"),
+        ({"precision": "fp8"}, "precision: .*'fp8'"),
+        ({"devices": 0}, "devices: .* from 1 on, got 0"),
+        ({"out": ""}, "out: expected a folder"),
+    ],
+)
+def test_a_bad_run_setting_is_refused(tiny, override, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**override)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_committed_config_is_valid_and_states_only_differences(path):
+    stated = yaml.safe_load(path.read_text())
+    parser = build_parser()
+    root = [] if stated["data"].get("source") == "shapes" else ["--data.root", "photos"]
+    settings = parser.instantiate(parser.parse_args(["train", "--config", str(path), *root])).train
+    assert settings.data.source == stated["data"].get("source", "folder")
+    defaults = _flat(TrainConfig(DataConfig(root="photos")).to_dict())
+    assert not [name for name, value in _flat(stated).items() if value == defaults[name]]
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

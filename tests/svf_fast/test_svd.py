@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svf_fast import compose, decompose
+from svf_fast.svd import GUARD_LIMIT, dual, guarded_directions, spectrum_ratio
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((8, 16, 3, 3), 1),
+        ((64, 4, 3, 3), 1),  # more outputs than inputs·K²
+        ((6, 2, 1, 1), 3),
+        ((8, 1, 3, 3), 8),  # depthwise: rank 1
+        ((1, 1, 1, 1), 1),
+        ((12, 5, 1, 3), 4),
+        ((10, 20), 1),
+    ],
+)
+def test_decompose_is_full_rank_orthonormal_and_exact(shape, groups):
+    weight = torch.randn(shape)
+    U, S, V = decompose(weight, groups)
+    fan_in = weight[0].numel()
+    rank = min(shape[0] // groups, fan_in)
+    assert U.shape == (shape[0], rank)
+    assert S.shape == (groups * rank,)
+    assert V.shape == (groups * rank, *shape[1:])
+    columns = U.double().reshape(groups, -1, rank)
+    rows = V.double().reshape(groups, rank, -1)
+    identity = torch.eye(rank, dtype=torch.float64).expand(groups, -1, -1)
+    torch.testing.assert_close(columns.mT @ columns, identity, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rows @ rows.mT, identity, rtol=0, atol=1e-6)
+    assert (S.reshape(groups, -1).diff(dim=1) <= 0).all()
+    again = compose(U, S, V, groups)
+    assert (again - weight).norm() <= 1e-6 * weight.norm()
+
+
+def test_decompose_keeps_rank_deficient_factors_orthonormal():
+    weight = torch.zeros(6, 4, 3, 3)
+    weight[0, 0, 1, 1] = 3.0
+    U, S, V = decompose(weight)
+    torch.testing.assert_close(U.mT @ U, torch.eye(6))
+    torch.testing.assert_close(S, torch.tensor([3.0, 0, 0, 0, 0, 0]))
+    torch.testing.assert_close(compose(U, S, V), weight)
+
+
+def test_compose_multiplies_half_precision_factors_in_float32():
+    U, S, V = decompose(torch.randn(16, 32, 1, 1))
+    halves = [factor.bfloat16() for factor in (U, S, V)]
+    composed = compose(*halves)
+    assert composed.dtype == torch.float32
+    exact = compose(*(factor.double() for factor in halves))
+    assert (composed - exact).norm() <= 1e-6 * exact.norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compose(*halves), composed)
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "error", "words"),
+    [
+        ([[1.0]], 1, TypeError, "floating point tensor, got list"),
+        (torch.ones(2, 2, dtype=torch.int64), 1, TypeError, "torch.int64"),
+        (torch.ones(4), 1, ValueError, r"shape \[4\]"),
+        (torch.ones(4, 0, 1, 1), 1, ValueError, "empty"),
+        (torch.ones(4, 2, 1, 1), 3, ValueError, "divisor of 4 channels, got 3"),
+        (torch.tensor([[1.0, torch.nan]]), 1, ValueError, "NaN or Inf"),
+    ],
+)
+def test_decompose_refuses(weight, groups, error, words):
+    with pytest.raises(error, match=words):
+        decompose(weight, groups)
+
+
+def test_guard_leaves_the_unguarded_ratio_within_its_limit_and_not_one_more():
+    for condition in (1.0, 1e1, 1e2, 1e6, 1e12):
+        S = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), 40)
+        tail = guarded_directions(S)
+        assert tail.shape[0] == 1
+        kept = torch.ones(40, dtype=torch.bool).index_fill(0, tail[0], False)
+        square = spectrum_ratio(S)[0].square()
+        assert square[kept].mean() <= GUARD_LIMIT**2
+        if tail.shape[1]:  # the largest of the guarded ones would break the rule
+            assert S[tail[0]].max() <= S[kept].min()
+            kept[tail[0][S[tail[0]].argmax()]] = True
+            assert square[kept].mean() > GUARD_LIMIT**2
+
+
+def test_guard_of_special_spectra():
+    assert guarded_directions(torch.ones(8)).shape == (1, 0)
+    assert guarded_directions(torch.zeros(8)).shape == (1, 8)
+    assert guarded_directions(torch.tensor([2.0, 0.0, -2.0, 2.0])).tolist() == [[1]]
+    # per group, with one count for all: a zero in one group guards one direction of each
+    tail = guarded_directions(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0]), groups=2)
+    assert tail.shape == (2, 1)
+    assert tail[1].item() == 2
+
+
+def test_dual_is_needed_only_when_the_columns_are_not_orthonormal():
+    U, _, _ = decompose(torch.randn(32, 16, 1, 1))
+    assert dual(U) is None
+    rounded = U.bfloat16()
+    P = dual(rounded)
+    assert P is not None and P.dtype == torch.float32
+    torch.testing.assert_close(P.mT @ rounded.float(), torch.eye(16), rtol=0, atol=1e-5)
