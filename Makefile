@@ -1,0 +1,76 @@
+# `make` lists the targets. Variables: PYTHON, TORCH (what pip installs), VENV, ARGS (for pytest).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+# one stamp per requirement, so that another TORCH is installed when asked for
+TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
+STAMP := $(VENV)/.installed-svf-fast
+
+.PHONY: help venv demo test lint format bench bench-layer cuda-check clean check-machine
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make .venv with torch, the package (editable) and the tools, if need be
+
+demo: venv ## the main job on the embedded data: three regimes, table and pictures
+	$(BIN)/python benchmarks/regimes.py --config configs/demo.yaml --folds 0 \
+	  --out runs/demo --results runs/demo/regimes
+
+test: venv ## run the tests; ARGS="-k chain" chooses
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: venv ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: venv ## every benchmark (pytest-benchmark)
+	$(BENCH) benchmarks/bench_*.py $(ARGS)
+
+bench-layer: venv ## reference against the strategies for ResNet-50's layers: time, saved bytes
+	$(BENCH) benchmarks/bench_layer.py $(ARGS)
+
+cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
+	$(BIN)/python setup.py -q cuda_check
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info svf_fast/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(TORCH_STAMP) setup.py pyproject.toml csrc/exports.map $(CSRC)
+	$(PIP) install --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+$(TORCH_STAMP): | check-machine
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install 'pip>=23' 'setuptools>=77' ninja 'pybind11>=2.13' '$(TORCH)'
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+check-machine:
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "$(PYTHON) is not here: install Python >= 3.10 or name it, make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments: install its venv (Debian: python3-venv)"; \
+	  exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { \
+	  echo "$(PYTHON) has no C headers (Python.h): install them (Debian: python3-dev)"; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null || command -v g++ > /dev/null || { \
+	  echo "no C++ compiler: install g++ >= 11 or clang >= 14, or name one, make CXX=..."; exit 1; }
