@@ -79,16 +79,17 @@ PRETRAINING_CLASSES = (
     ShapeClass(silhouettes.dumbbell, textures.bricks),
 )
 
-_TYPICAL_TEXTURE = 0.8  # share of the objects with the texture of their class
+_TYPICAL_TEXTURE = 0.85  # share of the objects with the texture of their class
 
 # Streams of random numbers of one image: where things are, and how they look.
 _LAYOUT, _APPEARANCE = 0, 1
 
 
 class Placed(NamedTuple):
-    """An object in the image: its class id (0: clutter) and its parts in pixels."""
+    """An object in the image: its class id (0: clutter), its radius and its parts in pixels."""
 
     class_id: int
+    radius: float
     parts: Parts
 
 
@@ -107,7 +108,7 @@ class ShapesSource:
         clutter: most shapes of no class per image.
 
     Raises:
-        ValueError: a size below 32, no images, a negative seed, or a bad range of objects.
+        ValueError: a size below 32, no images, a negative number, or a bad range.
     """
 
     def __init__(
@@ -133,6 +134,8 @@ class ShapesSource:
             raise ValueError(f"objects: expected 1 or more, fewest first; got {objects}")
         if not 0 < radius[0] <= radius[1]:
             raise ValueError(f"radius: expected shares above 0, smallest first; got {radius}")
+        if clutter < 0:
+            raise ValueError(f"clutter: expected at least 0, got {clutter}")
         self.image_size, self.seed = size, seed
         self.objects, self.radius, self.clutter = objects, radius, clutter
         self.classes = tuple(classes)
@@ -171,36 +174,39 @@ class ShapesSource:
             texture = TEXTURES[rng.integers(len(TEXTURES))]
             if item.class_id and rng.random() < _TYPICAL_TEXTURE:
                 texture = self.classes[item.class_id - 1].texture
-            _paint(rng, canvas, item.parts, texture)
+            _paint(rng, canvas, item, texture)
         return _expose(rng, canvas), self._mask(placed)
 
     def _layout(self, index: int) -> list[Placed]:
         """Clutter first, then the objects, from the back to the front."""
         if not 0 <= index < len(self):
             raise IndexError(f"image: expected 0 to {len(self) - 1}, got {index}")
-        rng, size = self._rng(_LAYOUT, index), self.image_size
+        rng = self._rng(_LAYOUT, index)
+        blobs = int(rng.integers(min(self.clutter, 1), self.clutter + 1))
         placed = [
-            Placed(0, self._pose(rng, silhouettes.blob(rng), rng.uniform(-0.1, 1.1, 2) * size))
-            for _ in range(rng.integers(min(self.clutter, 1), self.clutter + 1))
+            self._place(rng, 0, silhouettes.blob(rng), rng.uniform(-0.1, 1.1, 2))
+            for _ in range(blobs)
         ]
-        count = int(rng.integers(self.objects[0], self.objects[1] + 1))
-        for centre in _centres(rng, count):
+        for centre in _centres(rng, int(rng.integers(self.objects[0], self.objects[1] + 1))):
             class_id = int(rng.integers(len(self.classes))) + 1
-            parts = self.classes[class_id - 1].silhouette(rng)
-            placed.append(Placed(class_id, self._pose(rng, parts, centre * size)))
+            outline = self.classes[class_id - 1].silhouette(rng)
+            placed.append(self._place(rng, class_id, outline, centre))
         return placed
 
-    def _pose(self, rng: Rng, parts: Parts, centre: NDArray[np.float64]) -> Parts:
-        """Turns, stretches and tilts a silhouette and moves it to `centre`; pixels."""
+    def _place(
+        self, rng: Rng, class_id: int, outline: Parts, centre: NDArray[np.float64]
+    ) -> Placed:
+        """Turns, stretches and tilts an outline and moves it to `centre` of the unit square."""
         radius = rng.uniform(*self.radius) * self.image_size
         angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.25)
         tilt = rng.uniform(-0.25, 0.25, 2)
         rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         linear = np.diag([stretch, 1 / stretch]) @ rotation * radius
-        return [
-            ((points / (1 + points @ tilt)[:, None]) @ linear + centre, filled)
-            for points, filled in parts
+        parts = [
+            ((points / (1 + points @ tilt)[:, None]) @ linear + centre * self.image_size, filled)
+            for points, filled in outline
         ]
+        return Placed(class_id, radius, parts)
 
     def _mask(self, placed: list[Placed]) -> Image:
         mask = np.zeros((self.image_size, self.image_size), dtype=np.uint8)
@@ -215,7 +221,7 @@ class ShapesSource:
 
 def _centres(rng: Rng, count: int) -> NDArray[np.float64]:
     """Centres [count, 2] in the unit square: of some random sets the one that is spread widest."""
-    sets = rng.uniform(0.15, 0.85, (8, count, 2))
+    sets = rng.uniform(0.18, 0.82, (8, count, 2))
     gaps = np.linalg.norm(sets[:, :, None] - sets[:, None], axis=-1) + 2 * np.eye(count)
     return sets[gaps.min(axis=(1, 2)).argmax()]
 
@@ -246,19 +252,19 @@ def _fill(
     return cv2.transform(texture(rng, height, width, period), blend)
 
 
-def _paint(rng: Rng, canvas: NDArray[np.float32], parts: Parts, texture: Texture) -> None:
+def _paint(rng: Rng, canvas: NDArray[np.float32], placed: Placed, texture: Texture) -> None:
     """Blends a textured and shaded object into the canvas."""
     size = canvas.shape[0]
-    corners = np.concatenate([points for points, _ in parts])
+    corners = np.concatenate([points for points, _ in placed.parts])
     left, top = np.clip(np.floor(corners.min(0)).astype(int) - 1, 0, size)
     right, bottom = np.clip(np.ceil(corners.max(0)).astype(int) + 2, 0, size)
     if right <= left or bottom <= top:
         return
     window = np.s_[top:bottom, left:right]
-    alpha = _coverage([(points - [left, top], filled) for points, filled in parts],
-                      (bottom - top, right - left))[..., None] / np.float32(255)  # fmt: skip
     height, width = bottom - top, right - left
-    pixels = _fill(rng, texture, height, width, rng.uniform(0.045, 0.1) * size)
+    parts = [(points - [left, top], filled) for points, filled in placed.parts]
+    alpha = _coverage(parts, (height, width))[..., None] / np.float32(255)
+    pixels = _fill(rng, texture, height, width, rng.uniform(0.25, 0.45) * placed.radius)
     light = rng.uniform(0, 0.5) * (textures.gradient(rng, height, width, 1.0) - 0.5) + 1
     canvas[window] += alpha * (pixels * light[..., None] - canvas[window])
 
@@ -287,5 +293,5 @@ def _expose(rng: Rng, canvas: NDArray[np.float32]) -> Image:
     canvas = (canvas - 128) * rng.uniform(0.7, 1.1) + 128 + rng.uniform(-25, 25)
     if rng.random() < 0.3:
         canvas = cv2.GaussianBlur(canvas, (3, 3), 0)
-    canvas += rng.uniform(6, 35) * (rng.random(canvas.shape, dtype=np.float32) - 0.5)
+    canvas += rng.uniform(6, 30) * (rng.random(canvas.shape, dtype=np.float32) - 0.5)
     return np.clip(np.round(canvas), 0, 255).astype(np.uint8)

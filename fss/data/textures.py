@@ -57,8 +57,8 @@ def mesh(rng: Rng, height: int, width: int, period: float) -> Field:
 
 def bricks(rng: Rng, height: int, width: int, period: float) -> Field:
     u, v = _axes(rng, height, width, period * 1.3)
-    odd = np.floor(v / np.pi).astype(np.int32) & 1
-    joints = np.maximum(np.cos(2 * v), np.cos(u + np.pi * odd))
+    shift = np.floor(v / np.pi) % 2 * np.float32(np.pi)
+    joints = np.maximum(np.cos(2 * v), np.cos(u + shift))
     return _sharpen(joints, rng.uniform(0.75, 0.85), 4)
 
 

@@ -108,7 +108,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with safe_open(path, framework="pt") as file:
             stride = (file.metadata() or {}).get("stride", "")
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"weights: {path} is no complete safetensors file ({error}); fetch it again"

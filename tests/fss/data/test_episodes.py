@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fss.config import DataConfig
+from fss.data import (
+    EpisodeDataset,
+    EvalTransform,
+    FolderSource,
+    ShapesSource,
+    TrainTransform,
+    build_episodes,
+    build_source,
+    collate_episodes,
+)
+
+
+class Listed:
+    """A source of given class areas; an image is 40×50 pixels, its red channel is its number."""
+
+    def __init__(self, areas: list[dict[int, int]], train=None, test=None) -> None:
+        self.class_names = {1: "ant", 2: "bee", 3: "cat", 4: "dog"}
+        self.folds = ((1, 2), (3, 4))
+        self.areas, self.splits = areas, {"train": train, "test": test}
+        self.broken: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.areas)
+
+    def name(self, index: int) -> str:
+        return f"image{index}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        return 40, 50
+
+    def class_areas(self, index: int) -> dict[int, int]:
+        return self.areas[index]
+
+    def indices(self, split: str) -> list[int]:
+        chosen = self.splits[split]
+        return list(range(len(self))) if chosen is None else chosen
+
+    def load(self, index: int):
+        if index in self.broken:
+            raise ValueError(f"{self.name(index)}.jpg cannot be decoded (truncated)")
+        image = np.full((40, 50, 3), index, dtype=np.uint8)
+        mask = np.zeros((40, 50), dtype=np.uint8)
+        flat, start = mask.reshape(-1), 100
+        for class_id, area in self.areas[index].items():
+            flat[start : start + area] = class_id
+            start += area
+        flat[-7:] = 255
+        return image, mask
+
+
+def number(image: torch.Tensor) -> int:
+    """Which image of `Listed` a transformed image shows."""
+    return round(float(image[0, 5, 5]) * 0.229 * 255 + 0.485 * 255)
+
+
+MIXED = [{1: 300, 3: 300}, {1: 400}, {2: 300}, {3: 500, 4: 10}, {3: 300}, {4: 300}, {4: 200, 2: 5}]
+MIXED = MIXED * 2
+
+
+def episodes(source=None, **options) -> EpisodeDataset:
+    settings = {
+        "fold": 0,
+        "split": "train",
+        "shots": 1,
+        "transform": EvalTransform(41),
+        "episodes": 40,
+        "seed": 5,
+        "min_area": 100,
+    }
+    return EpisodeDataset(source if source is not None else Listed(MIXED), **(settings | options))
+
+
+def test_split_chooses_classes_and_images():
+    source = Listed(MIXED, train=list(range(7)) + [10, 12], test=list(range(7, 14)) + [3, 5, 1, 2])
+    train = episodes(source)
+    assert train.classes == (3, 4)
+    assert train.queries == [0, 3, 4, 5, 6, 10, 12]
+    assert train.class_images == {3: [0, 3, 4, 10], 4: [5, 6, 12]}
+    validation = episodes(source, split="validation")
+    assert validation.classes == (3, 4)
+    assert sorted(validation.queries) == [3, 5, 7, 10, 11, 12, 13]
+    test = episodes(source, split="test")
+    assert test.classes == (1, 2)
+    assert sorted(test.class_images[1]) == [1, 7, 8]
+    assert sorted(test.class_images[2]) == [2, 9]
+
+
+def test_exclude_novel_looks_at_any_area():
+    """Image 6 shows 5 pixels of novel class 2, image 0 many of novel class 1."""
+    train = episodes(exclude_novel=True)
+    assert train.queries == [3, 4, 5, 10, 11, 12]
+    for i in range(len(train)):
+        episode = train.draw(i)
+        assert {episode.query, *episode.supports} <= {3, 4, 5, 10, 11, 12}
+    for split in ("validation", "test"):
+        kept = episodes(split=split, exclude_novel=True)
+        assert kept.queries == episodes(split=split).queries
+
+
+@pytest.mark.parametrize("min_area", [300, 300 / (40 * 50)])
+def test_min_area_in_pixels_or_as_a_share(min_area):
+    assert episodes(min_area=min_area).class_images == {3: [0, 3, 4, 7, 10, 11], 4: [5, 12]}
+    assert episodes(min_area=200).class_images[4] == [5, 6, 12, 13]
+
+
+def test_query_class_may_be_smaller_than_min_area():
+    """Image 3 lists class 3 and shows 10 pixels of class 4: half its episodes ask for class 4."""
+    train = episodes(episodes=1000)
+    drawn = Counter(e.class_id for e in map(train.draw, range(1000)) if e.query == 3)
+    assert drawn[3] > 20 and drawn[4] > 20
+    supports = {s for e in map(train.draw, range(1000)) if e.class_id == 4 for s in e.supports}
+    assert supports == {5, 6, 12, 13}
+
+
+@pytest.mark.parametrize("shots", [1, 2, 3])
+def test_supports_are_distinct_and_never_the_query(shots):
+    train = episodes(shots=shots, episodes=500)
+    for i in range(500):
+        episode = train.draw(i)
+        assert len(set(episode.supports)) == shots
+        assert episode.query not in episode.supports
+        assert set(episode.supports) <= set(train.class_images[episode.class_id])
+
+
+def test_supports_are_uniform():
+    train = episodes(episodes=6000)
+    counts = Counter(e.supports[0] for e in map(train.draw, range(6000)) if e.query == 4)
+    others = [0, 3, 7, 10, 11]
+    assert sorted(counts) == others
+    assert min(counts.values()) > 0.7 * sum(counts.values()) / len(others)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_each_pass_is_a_fresh_order_of_the_list(split):
+    data = episodes(split=split)
+    n = len(data.queries)
+    passes = [[data.draw(p * n + i).query for i in range(n)] for p in range(3)]
+    assert all(sorted(one) == sorted(data.queries) for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_items():
+    data = episodes(Listed(MIXED * 2), split="test", shots=2, episodes=30)
+    for i in range(30):
+        item, episode = data[i], data.draw(i)
+        assert item["index"] == i and item["class_id"] == episode.class_id
+        assert item["query_name"] == f"image{episode.query}"
+        assert item["support_names"] == [f"image{s}" for s in episode.supports]
+        assert number(item["query_image"]) == episode.query
+        assert [number(image) for image in item["support_images"]] == list(episode.supports)
+        assert item["query_image"].shape == (3, 41, 41)
+        assert item["support_images"].shape == (2, 3, 41, 41)
+        assert item["support_masks"].shape == (2, 41, 41)
+        assert item["query_mask"].dtype == item["support_masks"].dtype == torch.int64
+        assert item["query_size"].tolist() == [32, 40] and item["query_size"].dtype == torch.int64
+        original = item["query_mask_original"]
+        assert original.shape == (40, 50) and original.dtype == torch.int64
+        area = data.source.class_areas(episode.query)[episode.class_id]
+        assert (original == 1).sum() == area and (original == 255).sum() == 7
+        assert original.unique().tolist() == [0, 1, 255]
+        assert all((mask == 1).any() for mask in item["support_masks"])
+
+
+def test_train_items_keep_foreground():
+    data = episodes(transform=TrainTransform(25), episodes=60)
+    for i in range(60):
+        item = data[i]
+        assert (item["query_mask"] == 1).any()
+        assert (item["support_masks"] == 1).any()
+        assert set(item["query_mask"].unique().tolist()) <= {0, 1, 255}
+        assert "query_size" not in item and "query_mask_original" not in item
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_items_do_not_depend_on_workers(split):
+    source = ShapesSource(size=65, train=120, test=120)
+    transform = TrainTransform(65) if split == "train" else EvalTransform(65)
+    options = {"split": split, "transform": transform, "shots": 2, "episodes": 12, "min_area": 50}
+
+    def batches(workers: int) -> list:
+        data = episodes(source, **options)
+        return list(DataLoader(data, 3, num_workers=workers, collate_fn=collate_episodes))
+
+    expected = batches(0)
+    assert equal(batches(1), expected)
+    assert equal(batches(4), expected)
+    backwards = episodes(source, **options)
+    items = [backwards[i] for i in reversed(range(12))][::-1]
+    assert equal(items, [episodes(source, **options)[i] for i in range(12)])
+
+
+def test_seed_changes_the_episodes():
+    first, second, other = (
+        [data.draw(i) for i in range(40)] for data in (episodes(), episodes(), episodes(seed=6))
+    )
+    assert first == second != other
+
+
+def test_longer_data_set_begins_alike():
+    short, long = episodes(episodes=10), episodes(episodes=1000)
+    assert [short.draw(i) for i in range(10)] == [long.draw(i) for i in range(10)]
+
+
+def test_counts_for_the_log():
+    data = episodes(split="test", episodes=50)
+    assert data.summary() == "test, fold 0: 6 images; ant 4, bee 2"
+    counts = data.sampled_classes()
+    assert list(counts) == [1, 2] and sum(counts.values()) == 50
+    few = episodes(split="test", episodes=1).sampled_classes()
+    assert sorted(few.values()) == [0, 1]
+
+
+def test_iteration_ends():
+    data = episodes(episodes=3)
+    assert len(data) == 3
+    assert [item["index"] for item in data] == [0, 1, 2]
+    with pytest.raises(IndexError, match="0 to 2, got 3"):
+        data[3]
+
+
+def test_collate():
+    data = episodes(Listed(MIXED * 2), split="test", shots=2)
+    batch = collate_episodes([data[i] for i in range(3)])
+    assert batch["query_image"].shape == (3, 3, 41, 41)
+    assert batch["support_masks"].shape == (3, 2, 41, 41)
+    assert batch["query_size"].shape == (3, 2)
+    assert batch["class_id"].tolist() == [data.draw(i).class_id for i in range(3)]
+    assert batch["index"].tolist() == [0, 1, 2]
+    assert isinstance(batch["query_name"], list) and len(batch["support_names"]) == 3
+    assert isinstance(batch["query_mask_original"], list)
+
+
+def test_unreadable_image_in_the_middle():
+    source = Listed(MIXED)
+    data = episodes(source)
+    source.broken = {data.draw(7).supports[0]}
+    with pytest.raises(ValueError, match=r"episode 7 \(train, seed 5\): image\d+\.jpg cannot be"):
+        data[7]
+
+
+def test_unreadable_image_in_a_worker():
+    source = Listed(MIXED)
+    source.broken = set(range(14))
+    loader = DataLoader(episodes(source), 2, num_workers=1, collate_fn=collate_episodes)
+    with pytest.raises(ValueError, match=r"episode 0 .*cannot be decoded"):
+        next(iter(loader))
+
+
+def test_truncated_photo_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (tmp_path / folder).mkdir()
+    for i in range(8):
+        photo = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(photo).save(tmp_path / f"JPEGImages/{i}.jpg")
+        mask = np.full((24, 24), i % 4 + 1, dtype=np.uint8)
+        Image.fromarray(mask).save(tmp_path / f"SegmentationClass/{i}.png")
+    data = episodes(FolderSource(tmp_path, classes=list("abcd")), split="test")
+    path = tmp_path / f"JPEGImages/{data.draw(2).query}.jpg"
+    path.write_bytes(path.read_bytes()[:-150])
+    with pytest.raises(ValueError, match=rf"episode 2 .*{path.name} cannot be decoded"):
+        data[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fold": 2}, ValueError, "fold: expected 0 to 1, .*got 2"),
+        ({"fold": -1}, ValueError, "fold: expected at least 0, got -1"),
+        ({"fold": 1.0}, TypeError, "fold: expected an integer, got 1.0"),
+        ({"shots": 0}, ValueError, "shots: expected at least 1, got 0"),
+        ({"shots": True}, TypeError, "shots: expected an integer, got True"),
+        ({"episodes": 0}, ValueError, "episodes: expected at least 1, got 0"),
+        ({"seed": -3}, ValueError, "seed: expected at least 0, got -3"),
+        ({"split": "val"}, ValueError, "train, validation or test; got 'val'"),
+        ({"min_area": 0}, ValueError, "min_area: .*got 0"),
+        ({"min_area": float("nan")}, ValueError, "min_area: .*got nan"),
+        ({"shots": 4}, ValueError, r"class 'dog' \(4\) has 4 train images .*4 shots need 5"),
+        ({"shots": 2, "exclude_novel": True}, ValueError, "has 2 train.*min_area 100 and exclude_"),
+        ({"min_area": 600}, ValueError, "min_area leaves no train image .*600 pixels"),
+        ({"min_area": 0.9}, ValueError, "no base class covers 0.9 of the image in any of the 14"),
+        ({"min_area": 600, "split": "test"}, ValueError, "no test image .*no novel class"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        episodes(**options)
+
+
+def test_filters_that_leave_nothing():
+    with pytest.raises(ValueError, match="exclude_novel leaves no training image in fold 0.*14"):
+        episodes(Listed([{1: 1, 3: 300}] * 14), exclude_novel=True)
+    with pytest.raises(ValueError, match="no image for the test split"):
+        episodes(Listed(MIXED, test=[]), split="test")
+
+
+def test_class_without_images():
+    with pytest.raises(ValueError, match=r"class 'bee' \(2\) has 0 test images"):
+        episodes(Listed([{1: 300}] * 5), split="test")
+
+
+def test_build_from_a_configuration(tmp_path):
+    config = DataConfig(source="shapes", size=65, shots=2, min_area=0.01, exclude_novel=True)
+    source = build_source(config)
+    assert isinstance(source, ShapesSource) and source.image_size == 65
+    train = build_episodes(config, "train", 4, 1, source)
+    assert isinstance(train.transform, TrainTransform) and train.source is source
+    assert train.transform.scale == config.scale and train.transform.rotate == config.rotate
+    assert (train.shots, train.exclude_novel, len(train), train.seed) == (2, True, 4, 1)
+    assert train[0]["support_images"].shape == (2, 3, 65, 65)
+    test = build_episodes(config, "test", 4, 1, source)
+    assert isinstance(test.transform, EvalTransform) and test.classes == (1, 2, 3, 4, 5)
+    missing = DataConfig(source="folder", root=str(tmp_path / "none"), size=65)
+    with pytest.raises(FileNotFoundError, match="none does not exist"):
+        build_source(missing)
+
+
+def test_clothing(shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = FolderSource(shared / "data/clothing")
+    data = episodes(
+        source, exclude_novel=True, min_area=0.01, transform=TrainTransform(225), episodes=4
+    )
+    # 196 photos show no novel class (counted independently), 187 of them a base class on 1 %.
+    assert len(data.queries) == 187
+    assert data.class_images.keys() == set(range(7, 25))
+    assert len(data.class_images[13]) == 3
+    for i in range(4):
+        item = data[i]
+        assert item["query_image"].shape == (3, 225, 225)
+        assert item["query_image"].isfinite().all()
+        assert (item["query_mask"] == 1).any()
+    novel = episodes(source, split="test", min_area=0.01, transform=EvalTransform(225), episodes=2)
+    item = novel[0]
+    assert max(item["query_size"].tolist()) == 224
+    assert max(item["query_mask_original"].shape) == 336
+    with pytest.raises(ValueError, match=r"'hat' \(7\) has 5 train images .*5 shots need 6"):
+        episodes(source, exclude_novel=True, min_area=0.01, shots=5)
