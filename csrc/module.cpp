@@ -7,8 +7,10 @@
 
 namespace py = pybind11;
 
+#define SVF_FAST_TEXT_OF(x) #x
+#define SVF_FAST_TEXT(x) SVF_FAST_TEXT_OF(x)
 #if defined(__clang__)
-#define SVF_FAST_COMPILER "clang " __clang_version__
+#define SVF_FAST_COMPILER "clang " SVF_FAST_TEXT(__clang_major__) "." SVF_FAST_TEXT(__clang_minor__)
 #else
 #define SVF_FAST_COMPILER "gcc " __VERSION__
 #endif
