@@ -172,7 +172,8 @@ def _picture(options: argparse.Namespace, rows: list[dict], path: Path) -> None:
         scores.bar_label(bars, labels, padding=1, fontsize=7)
         saved, seconds = row["saved_bytes"] / MIB, row["step_seconds"]
         costs.scatter([seconds], [saved], s=60, color=colour)
-        costs.annotate(row["regime"], (seconds, saved), xytext=(6, 6), textcoords="offset points")
+        offset = (6, -14) if index % 2 else (6, 6)  # neighbours above and below their dots
+        costs.annotate(row["regime"], (seconds, saved), xytext=offset, textcoords="offset points")
     scores.set_xticks(range(len(groups)), groups)
     scores.set_ylabel("mIoU on novel classes, %")
     scores.legend(frameon=False, ncols=len(rows), loc="upper right")
