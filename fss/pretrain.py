@@ -159,10 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(prog="python -m fss.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step, all different")
     parser.add_argument("--size", type=int, default=81, help="side of the images, pixels")
-    parser.add_argument("--lr", type=float, default=2e-3, help="largest learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and images")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its choice")
     options = parser.parse_args(arguments)
