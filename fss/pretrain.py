@@ -5,6 +5,10 @@
 A ResNet-18 of width 24 classifies images of one object each, of `PRETRAINING_CLASSES`; like
 ImageNet weights it is trained at output stride 32 and used at 8. The file holds float16 tensors
 with torchvision's keys, and in its metadata the command, the classes and the accuracy reached.
+
+The shipped file: 0.531 of 1000 held-out images. Frozen, its layers 2 and 3 match novel few-shot
+classes to 1-shot prototypes (mean feature of object and of background, no training) at mIoU 0.165,
+random weights at 0.073: four folds of 60 episodes, 161 pixels.
 """
 
 from __future__ import annotations
