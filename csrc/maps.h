@@ -60,15 +60,7 @@ inline Maps maps_of(const Tensor& x) {
   return maps;
 }
 
-// x itself if its strides are those of the dense tensor `like`, else a copy that has them.
-inline Tensor with_strides_of(const Tensor& x, const Tensor& like) {
-  bool same = true;
-  for (int64_t dim = 0; dim < x.dim(); ++dim) {
-    same = same && (x.size(dim) == 1 || x.stride(dim) == like.stride(dim));
-  }
-  if (same) {
-    return x;
-  }
+inline Tensor empty_strided_like(const Tensor& like) {
   const auto sizes = like.sizes();
   const auto strides = like.strides();
   const auto device = like.device();
@@ -78,7 +70,19 @@ inline Tensor with_strides_of(const Tensor& x, const Tensor& like) {
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())),
       device.index(), &handle));
-  Tensor copy(handle);
+  return Tensor(handle);
+}
+
+// x itself if its strides are those of the dense tensor `like`, else a copy that has them.
+inline Tensor with_strides_of(const Tensor& x, const Tensor& like) {
+  bool same = true;
+  for (int64_t dim = 0; dim < x.dim(); ++dim) {
+    same = same && (x.size(dim) == 1 || x.stride(dim) == like.stride(dim));
+  }
+  if (same) {
+    return x;
+  }
+  Tensor copy = empty_strided_like(like);
   torch::stable::copy_(copy, x);
   return copy;
 }

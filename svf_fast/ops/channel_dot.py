@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from svf_fast import _library
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from svf_fast.ops.maps import check_maps
 
 
 def channel_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -20,7 +18,7 @@ def channel_dot(a: Tensor, b: Tensor) -> Tensor:
     `b` is brought to the layout of `a`. The result does not depend on the number of threads.
     Equivalent to ``(a.float() * b.float()).sum(dim=all but 1)``. Differentiable once.
     """
-    _check_maps("channel_dot", a=a, b=b)
+    check_maps("channel_dot", a=a, b=b)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _ChannelDot.apply(a, b)
     return torch.ops.svf_fast.channel_dot(a, b)
@@ -33,7 +31,7 @@ def channel_dot_scale_(a: Tensor, v: Tensor, s: Tensor) -> Tensor:
     The backward of `chain`: with ``a = Uᵀg`` it returns dS and leaves ``S ⊙ a``, at one read of
     each map and one write. `a` must be contiguous or channels_last. Not differentiable.
     """
-    _check_maps("channel_dot_scale_", a=a, v=v)
+    check_maps("channel_dot_scale_", a=a, v=v)
     if torch.is_grad_enabled() and (a.requires_grad or v.requires_grad or s.requires_grad):
         raise RuntimeError(
             "channel_dot_scale_ overwrites a and has no gradient: call it under torch.no_grad(), "
@@ -90,31 +88,3 @@ def _(a: Tensor, v: Tensor, s: Tensor) -> Tensor:
 
 def _result_dtype(a: Tensor) -> torch.dtype:
     return torch.promote_types(a.dtype, torch.float32)
-
-
-def _check_maps(op: str, **maps: Tensor) -> None:
-    for name, value in maps.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
-        if value.dtype not in DTYPES:
-            raise TypeError(
-                f"{op}: {name}: expected float64, float32, bfloat16 or float16, got {value.dtype}"
-            )
-    (first_name, first), (name, second) = maps.items()
-    if first.dim() < 2:
-        raise ValueError(
-            f"{op}: {first_name}: expected at least two dimensions [N, C, *spatial], got shape "
-            f"{list(first.shape)}"
-        )
-    if first.dtype != second.dtype:
-        raise TypeError(f"{op}: {name}: expected {first.dtype} as {first_name}, got {second.dtype}")
-    if first.shape != second.shape:
-        raise ValueError(
-            f"{op}: {name}: expected shape {list(first.shape)} as {first_name}, got "
-            f"{list(second.shape)}"
-        )
-    if first.device != second.device:
-        raise ValueError(
-            f"{op}: {name}: expected device {first.device} as {first_name}, got {second.device}"
-        )
-    _library.check_device(op, first)

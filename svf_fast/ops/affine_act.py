@@ -1,0 +1,124 @@
+"""Affine map, residual sum, ReLU and its 1-bit mask in one pass, and the way back in another.
+
+The frozen batch norm after a convolution is the affine map ``y·scale_c + shift_c``. Neither its
+input nor its output need be kept for the ReLU's gradient: either y is there for another reason
+and the ReLU's sign is computed from it again, or one bit per element is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svf_fast.ops.maps import check_maps
+from svf_fast.reference import affine_act as definition
+from svf_fast.reference.affine_act import mask_bytes
+
+
+def affine_act(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    relu: bool = True,
+    mask: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``out = relu(y·scale_c + shift_c + residual·residual_scale_c)``, and where it is positive.
+
+    y, residual [N, C, *spatial] of one dtype; scale, shift, residual_scale [C] in float32 (float64
+    for float64) -> out [N, C, *spatial] in the dtype and memory format of y, and the mask: one bit
+    per element in memory order (:func:`svf_fast.reference.affine_act.pack_mask`), or no bytes where
+    it is not asked for. Reads y and residual once, writes out and the mask once. Computed in
+    float32 at least and rounded once. Not differentiable: :func:`affine_act_backward` is its half.
+    """
+    maps = {"y": y} if residual is None else {"y": y, "residual": residual}
+    check_maps("affine_act", **maps)
+    _check_channels("affine_act", y, scale=scale, shift=shift, residual_scale=residual_scale)
+    return torch.ops.svf_fast.affine_act(
+        y, scale, shift, residual, residual_scale, relu, mask and relu
+    )
+
+
+def affine_act_backward(
+    grad: Tensor,
+    *,
+    y: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    rebuild: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``dL/dy = scale_c · grad`` where the ReLU passed, else 0, from y or from the mask.
+
+    grad [N, C, *spatial] is dL/dout. With ``y`` (and its scale and shift) the sign is computed
+    again, and ``rebuild`` returns ``relu(y·scale_c + shift_c)`` too, from the same read. With
+    ``mask`` grad must have the memory format ``out`` had, and without ``scale`` the result is the
+    gradient of the sum before the ReLU. -> dL/dy in the layout of y or else of grad, and the
+    rebuilt activation or an empty tensor.
+    """
+    maps = {"grad": grad} if y is None else {"grad": grad, "y": y}
+    check_maps("affine_act_backward", **maps)
+    if (y is None) == (mask is None):
+        raise ValueError("affine_act_backward: expected either y or mask, got both or neither")
+    if y is not None and (scale is None or shift is None):
+        raise ValueError("affine_act_backward: y: expected its scale and shift too, got None")
+    if rebuild and y is None:
+        raise ValueError("affine_act_backward: rebuild: expected y to rebuild from, got a mask")
+    _check_channels("affine_act_backward", grad, scale=scale, shift=shift)
+    if mask is not None and mask.numel() != mask_bytes(grad.numel()):
+        raise ValueError(
+            f"affine_act_backward: mask: expected {mask_bytes(grad.numel())} bytes for grad of "
+            f"shape {list(grad.shape)}, got {mask.numel()}"
+        )
+    return torch.ops.svf_fast.affine_act_backward(grad, y, mask, scale, shift, rebuild)
+
+
+def _check_channels(op: str, maps: Tensor, **vectors: Tensor | None) -> None:
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.dtype != dtype:
+            raise TypeError(f"{op}: {name}: expected {dtype}, got {vector.dtype}")
+        if vector.shape != maps.shape[1:2]:
+            raise ValueError(
+                f"{op}: {name}: expected shape [{maps.shape[1]}], one value per channel, got "
+                f"{list(vector.shape)}"
+            )
+        if vector.device != maps.device:
+            raise ValueError(f"{op}: {name}: expected device {maps.device}, got {vector.device}")
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return torch.empty_like(x, memory_format=torch.preserve_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("svf_fast::affine_act")
+def _(y, scale, shift, residual, residual_scale, relu, mask):
+    return _dense_like(y), y.new_empty(mask_bytes(y.numel()) if mask else 0, dtype=torch.uint8)
+
+
+@torch.library.register_fake("svf_fast::affine_act_backward")
+def _(grad, y, mask, scale, shift, rebuild):
+    like = _dense_like(grad if y is None else y)
+    return like, torch.empty_like(like) if rebuild else grad.new_empty(0)
+
+
+# No CUDA kernels are written yet: there the definitions serve, several passes each.
+@torch.library.impl("svf_fast::affine_act", "CUDA")
+def _affine_act_cuda(y, scale, shift, residual, residual_scale, relu, mask):
+    out = _dense_like(y)
+    out.copy_(definition.affine_act(y, scale, shift, residual, residual_scale, relu))
+    return out, definition.pack_mask(out) if mask else y.new_empty(0, dtype=torch.uint8)
+
+
+@torch.library.impl("svf_fast::affine_act_backward", "CUDA")
+def _affine_act_backward_cuda(grad, y, mask, scale, shift, rebuild):
+    out = _dense_like(grad if y is None else y)
+    out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
+    if not rebuild:
+        return out, grad.new_empty(0)
+    return out, torch.empty_like(out).copy_(definition.affine_act(y, scale, shift))

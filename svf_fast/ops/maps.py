@@ -1,0 +1,42 @@
+"""Checks of the maps that ops take: tensors [N, C, *spatial]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svf_fast import _library
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_maps(op: str, **maps: Tensor) -> None:
+    """Raises, naming `op` and the argument, unless all are maps of one dtype, shape and device."""
+    (first_name, first), *_ = maps.items()
+    for name, value in maps.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
+        if value.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: {name}: expected float64, float32, bfloat16 or float16, got {value.dtype}"
+            )
+    if first.dim() < 2:
+        raise ValueError(
+            f"{op}: {first_name}: expected at least two dimensions [N, C, *spatial], got shape "
+            f"{list(first.shape)}"
+        )
+    for name, value in maps.items():
+        if value.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name}: expected {first.dtype} as {first_name}, got {value.dtype}"
+            )
+        if value.shape != first.shape:
+            raise ValueError(
+                f"{op}: {name}: expected shape {list(first.shape)} as {first_name}, got "
+                f"{list(value.shape)}"
+            )
+        if value.device != first.device:
+            raise ValueError(
+                f"{op}: {name}: expected device {first.device} as {first_name}, got {value.device}"
+            )
+    _library.check_device(op, first)
