@@ -7,8 +7,8 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
       "affine_act(Tensor y, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
       "bool relu, bool mask) -> (Tensor, Tensor)");
   library.def(
-      "affine_act_backward(Tensor grad, Tensor? y, Tensor? mask, Tensor? scale, Tensor? shift, "
-      "bool rebuild) -> (Tensor, Tensor)");
+      "affine_act_backward(Tensor grad, Tensor? y, Tensor? mask, Tensor? scale, Tensor? shift) "
+      "-> Tensor");
   library.def("channel_dot(Tensor a, Tensor b) -> Tensor");
   library.def("channel_dot_scale_(Tensor(a!) a, Tensor v, Tensor s) -> Tensor");
   library.def("compose(Tensor U, Tensor S, Tensor V, int groups) -> Tensor");

@@ -35,7 +35,6 @@ struct Forward {
 template <typename T>
 struct Backward {
   T* out;
-  T* rebuilt;  // null: not wanted
   const T* grad;
   const T* y;
   const uint8_t* mask;
@@ -211,9 +210,6 @@ SVF_FAST_INLINE void backward_run(const Backward<T>& task, int64_t at, int64_t c
     } else {
       const V z = Memory<kBytes>::load(task.y + at + i) * scale.at(i) + shift.at(i);
       Memory<kBytes>::store(task.out + at + i, z <= zero ? zero : grad);
-      if (task.rebuilt != nullptr) {
-        Memory<kBytes>::store(task.rebuilt + at + i, z < zero ? zero : z);
-      }
     }
   }
   if (i < count) {
@@ -226,9 +222,6 @@ SVF_FAST_INLINE void backward_run(const Backward<T>& task, int64_t at, int64_t c
       const V z =
           load_part<kBytes>(task.y + at + i, rest) * scale.part(i, rest) + shift.part(i, rest);
       store_part<kBytes>(task.out + at + i, z <= zero ? zero : grad, rest);
-      if (task.rebuilt != nullptr) {
-        store_part<kBytes>(task.rebuilt + at + i, z < zero ? zero : z, rest);
-      }
     }
   }
 }
@@ -348,12 +341,11 @@ std::tuple<Tensor, Tensor> affine_act(const Tensor& y, const Tensor& scale, cons
 }
 
 template <typename T>
-void run_backward(const AffineActBackward& operands, const Tensor& out, const Tensor* rebuilt) {
+void run_backward(const AffineActBackward& operands, const Tensor& out) {
   using Acc = accumulator_t<T>;
   const std::vector<Acc> ones(operands.scale ? 0 : operands.grad.size(1), Acc(1));
   Backward<T> task{};
   task.out = static_cast<T*>(out.mutable_data_ptr());
-  task.rebuilt = rebuilt ? static_cast<T*>(rebuilt->mutable_data_ptr()) : nullptr;
   task.grad = static_cast<const T*>(operands.grad.const_data_ptr());
   task.y = data<T>(operands.y);
   task.mask = data<uint8_t>(operands.mask);
@@ -363,34 +355,28 @@ void run_backward(const AffineActBackward& operands, const Tensor& out, const Te
   run(task, operands.mask.has_value());
 }
 
-std::tuple<Tensor, Tensor> affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
-                                               const std::optional<Tensor>& mask,
-                                               const std::optional<Tensor>& scale,
-                                               const std::optional<Tensor>& shift, bool rebuild) {
-  STD_TORCH_CHECK(!rebuild || y, "affine_act_backward: rebuild needs y");
+Tensor affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
+                           const std::optional<Tensor>& shift) {
   const auto operands = affine_act_backward_operands(grad, y, mask, scale, shift);
   Tensor out = empty_strided_like(operands.grad);
-  const int64_t none = 0;
-  Tensor rebuilt = rebuild ? empty_strided_like(operands.grad)
-                           : torch::stable::new_empty(grad, {&none, 1}, grad.scalar_type());
-  const Tensor* wanted = rebuild ? &rebuilt : nullptr;
   if (grad.numel() == 0) {
-    return {out, rebuilt};
+    return out;
   }
   switch (grad.scalar_type()) {
     case ScalarType::Double:
-      run_backward<double>(operands, out, wanted);
+      run_backward<double>(operands, out);
       break;
     case ScalarType::Float:
-      run_backward<float>(operands, out, wanted);
+      run_backward<float>(operands, out);
       break;
     case ScalarType::BFloat16:
-      run_backward<BFloat16>(operands, out, wanted);
+      run_backward<BFloat16>(operands, out);
       break;
     default:
-      run_backward<Half>(operands, out, wanted);
+      run_backward<Half>(operands, out);
   }
-  return {out, rebuilt};
+  return out;
 }
 
 }  // namespace

@@ -47,15 +47,12 @@ def affine_act_backward(
     mask: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    rebuild: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """``dL/dy = scale_c · grad`` where the ReLU passed, else 0, from y or from the mask.
 
     grad [N, C, *spatial] is dL/dout. With ``y`` (and its scale and shift) the sign is computed
-    again, and ``rebuild`` returns ``relu(y·scale_c + shift_c)`` too, from the same read. With
-    ``mask`` grad must have the memory format ``out`` had, and without ``scale`` the result is the
-    gradient of the sum before the ReLU. -> dL/dy in the layout of y or else of grad, and the
-    rebuilt activation or an empty tensor.
+    again. With ``mask`` grad must have the memory format ``out`` had, and without ``scale`` the
+    result is the gradient of the sum before the ReLU. -> dL/dy in the layout of y or else of grad.
     """
     maps = {"grad": grad} if y is None else {"grad": grad, "y": y}
     check_maps("affine_act_backward", **maps)
@@ -63,15 +60,13 @@ def affine_act_backward(
         raise ValueError("affine_act_backward: expected either y or mask, got both or neither")
     if y is not None and (scale is None or shift is None):
         raise ValueError("affine_act_backward: y: expected its scale and shift too, got None")
-    if rebuild and y is None:
-        raise ValueError("affine_act_backward: rebuild: expected y to rebuild from, got a mask")
     _check_channels("affine_act_backward", grad, scale=scale, shift=shift)
     if mask is not None and mask.numel() != mask_bytes(grad.numel()):
         raise ValueError(
             f"affine_act_backward: mask: expected {mask_bytes(grad.numel())} bytes for grad of "
             f"shape {list(grad.shape)}, got {mask.numel()}"
         )
-    return torch.ops.svf_fast.affine_act_backward(grad, y, mask, scale, shift, rebuild)
+    return torch.ops.svf_fast.affine_act_backward(grad, y, mask, scale, shift)
 
 
 def _check_channels(op: str, maps: Tensor, **vectors: Tensor | None) -> None:
@@ -102,9 +97,8 @@ def _(y, scale, shift, residual, residual_scale, relu, mask):
 
 
 @torch.library.register_fake("svf_fast::affine_act_backward")
-def _(grad, y, mask, scale, shift, rebuild):
-    like = _dense_like(grad if y is None else y)
-    return like, torch.empty_like(like) if rebuild else grad.new_empty(0)
+def _(grad, y, mask, scale, shift):
+    return _dense_like(grad if y is None else y)
 
 
 # No CUDA kernels are written yet: there the definitions serve, several passes each.
@@ -116,9 +110,6 @@ def _affine_act_cuda(y, scale, shift, residual, residual_scale, relu, mask):
 
 
 @torch.library.impl("svf_fast::affine_act_backward", "CUDA")
-def _affine_act_backward_cuda(grad, y, mask, scale, shift, rebuild):
+def _affine_act_backward_cuda(grad, y, mask, scale, shift):
     out = _dense_like(grad if y is None else y)
-    out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
-    if not rebuild:
-        return out, grad.new_empty(0)
-    return out, torch.empty_like(out).copy_(definition.affine_act(y, scale, shift))
+    return out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))

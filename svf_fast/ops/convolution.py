@@ -40,6 +40,8 @@ def match_layout(weight: Tensor, x: Tensor) -> Tensor:
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``conv2d`` of x [N, Ci, H, W] with weight [Co, Ci/G, kh, kw] -> [N, Co, Ho, Wo]."""
+    if bias is None and _is_product(x, weight, geometry):
+        return _product(weight.flatten(1), x)
     return functional.conv2d(
         x,
         match_layout(weight, x),
@@ -52,11 +54,20 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def convolution_input_gradient(
-    grad_y: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry
+    grad_y: Tensor,
+    weight: Tensor,
+    shape: torch.Size,
+    geometry: Geometry,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """dL/dx ``[N, Ci, H, W] = shape`` from dL/dy [N, Co, Ho, Wo]; x itself is not needed."""
+    """dL/dx ``[N, Ci, H, W] = shape`` from dL/dy [N, Co, Ho, Wo]; x itself is not needed.
+
+    With ``into``, a map of that shape, the gradient is added to it in place.
+    """
+    if _is_product(grad_y, weight, geometry) and shape[2:] == grad_y.shape[2:]:
+        return _product(weight.flatten(1).mT, grad_y, into)
     stand_in = grad_y.new_empty(1).expand(shape)  # the aten operator reads its shape alone
-    return torch.ops.aten.convolution_backward(
+    grad_x = torch.ops.aten.convolution_backward(
         grad_y,
         stand_in,
         match_layout(weight, grad_y),
@@ -69,6 +80,36 @@ def convolution_input_gradient(
         geometry.groups,
         (True, False, False),
     )[0]
+    return grad_x if into is None else into.add_(grad_x)
+
+
+def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a matrix product does it: 1×1 on the CPU, where BLAS beats oneDNN's convolution."""
+    return (
+        x.device.type == "cpu"
+        and weight.shape[2:] == (1, 1)
+        and geometry._replace(dilation=(1, 1)) == Geometry()
+        and x.numel() > 0
+        and (x.is_contiguous() or is_channels_last(x))
+    )
+
+
+def _product(matrix: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """``Σ_c matrix_dc x_ncp``: [D, C], [N, C, H, W] -> [N, D, H, W], in the memory format of x."""
+    images, _, height, width = x.shape
+    if is_channels_last(x):
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        if into is not None and is_channels_last(into):
+            into.permute(0, 2, 3, 1).flatten(0, 2).addmm_(rows, matrix.mT)
+            return into
+        out = (rows @ matrix.mT).unflatten(0, (images, height, width)).permute(0, 3, 1, 2)
+    else:
+        matrices = matrix.expand(images, -1, -1)
+        if into is not None and into.is_contiguous():
+            into.flatten(2).baddbmm_(matrices, x.flatten(2))
+            return into
+        out = torch.bmm(matrices, x.flatten(2)).unflatten(2, (height, width))
+    return out if into is None else into.add_(out)
 
 
 def convolution_weight_gradient(

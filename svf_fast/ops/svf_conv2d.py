@@ -16,12 +16,13 @@ strategy      forward                 dS                                        
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from svf_fast.ops.affine_act import affine_act
 from svf_fast.ops.channel_dot import channel_dot, channel_dot_scale_
 from svf_fast.ops.convolution import (
     Geometry,
@@ -38,8 +39,7 @@ PLAIN = Geometry()
 STRATEGIES = ("reference", "fold", "chain", "gram")
 
 
-@dataclass(frozen=True)
-class Frozen:
+class Frozen(NamedTuple):
     """What the strategies take of the frozen side besides U and V.
 
     weight: ``compose(U, S, V)`` in the dtype of x for the S in use, where the caller has it.
@@ -87,138 +87,220 @@ def svf_conv2d(
         bias = bias.to(dtype)
     if strategy == "reference":
         return reference_svf_conv2d(x, U.to(dtype), S.to(dtype), V.to(dtype), bias, *geometry)
-    if frozen is None:
-        frozen = Frozen()
-    if strategy == "chain" and S.requires_grad:
-        return _Chain.apply(x, S, bias, U, V, geometry)
-    weight = frozen.weight
-    if weight is None:
-        weight = compose(U, S.detach(), V, geometry.groups).to(dtype)
-    weight = weight.reshape(len(U), *V.shape[1:])
-    if not S.requires_grad:
-        return _Folded.apply(x, bias, weight, geometry)
-    if strategy == "fold":
-        return _Fold.apply(x, S, bias, U, V, weight, geometry)
-    if reads_input(weight.shape, geometry):
-        return _GramOfInput.apply(x, S, bias, U, V, weight, frozen.tail, frozen.dual_V, geometry)
-    if bias is not None:  # the matrix needs y without its bias, so the bias is a layer of its own
-        y = _GramOfOutput.apply(x, S, U, V, weight, frozen.tail, frozen.dual_U, geometry)
-        return y + bias.reshape(1, -1, 1, 1)
-    return _GramOfOutput.apply(x, S, U, V, weight, frozen.tail, frozen.dual_U, geometry)
+    factors = Factors.of(U, S, V, geometry, strategy, frozen or Frozen(), dtype)
+    if bias is not None and factors.keeps == "y":
+        # the matrix needs y without its bias, so the bias is a layer of its own
+        return _SVFConv2d.apply(x, S, None, *factors[1:]) + bias.reshape(1, -1, 1, 1)
+    return _SVFConv2d.apply(x, S, bias, *factors[1:])
 
 
-def _transposed(factor: Tensor, groups: int) -> Tensor:
-    """[Co, R] -> Uᵀ as the weight [G·R, Co/G, 1, 1] of a grouped 1×1 convolution."""
-    per_group = factor.reshape(groups, -1, factor.shape[1])
-    return per_group.mT.reshape(-1, per_group.shape[1], 1, 1)
+class Activation(NamedTuple):
+    """The input of a convolution: y itself, or ``relu(y·scale_c + shift_c)``, rebuilt when read."""
+
+    y: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        if self.scale is None or self.shift is None:
+            return self.y
+        return affine_act(self.y, self.scale, self.shift)[0]
+
+    def gram(self, other: Tensor, groups: int) -> Tensor:
+        return gram(self.tensor(), other, groups)
 
 
-def _saved(ctx, strategy: str) -> tuple[Tensor, ...]:
+class Factors(NamedTuple):
+    """One SVF convolution as one call computes it; ``weight`` is None for ``chain``.
+
+    ``dual`` belongs to the side the strategy reads: U for y, V for x.
+    """
+
+    S: Tensor
+    U: Tensor
+    V: Tensor
+    weight: Tensor | None
+    tail: Tensor | None
+    dual: Tensor | None
+    geometry: Geometry
+    strategy: str
+
+    @classmethod
+    def of(
+        cls,
+        U: Tensor,
+        S: Tensor,
+        V: Tensor,
+        geometry: Geometry,
+        strategy: str,
+        frozen: Frozen,
+        dtype: torch.dtype,
+    ) -> Factors:
+        """What is needed of the strategy's constants, with W composed where the caller did not."""
+        if not S.requires_grad:
+            strategy = "frozen"
+        weight = frozen.weight
+        if strategy == "chain":
+            return cls(S, U, V, None, None, None, geometry, strategy)
+        if weight is None:
+            weight = compose(U, S.detach(), V, geometry.groups).to(dtype)
+        weight = weight.reshape(len(U), *V.shape[1:])
+        if strategy != "gram":
+            return cls(S, U, V, weight, None, None, geometry, strategy)
+        dual = frozen.dual_V if reads_input(weight.shape, geometry) else frozen.dual_U
+        return cls(S, U, V, weight, frozen.tail, dual, geometry, strategy)
+
+    @property
+    def keeps(self) -> str:
+        """The map that the gradient of S is read off: x (as sampled), v, y, or none of them."""
+        if self.strategy == "gram":
+            return "x" if self.samples else "y"
+        return {"fold": "x", "chain": "v", "frozen": ""}[self.strategy]
+
+    @property
+    def samples(self) -> bool:
+        """Whether ``gram`` works on the positions of x that a 1×1 convolution's stride picks."""
+        return (
+            self.strategy == "gram"
+            and self.weight is not None
+            and reads_input(self.weight.shape, self.geometry)
+        )
+
+    def sampled(self, x: Tensor) -> Tensor:
+        """x as :meth:`forward` takes it."""
+        rows, columns = self.geometry.stride
+        if not self.samples or rows == columns == 1:
+            return x
+        return x[:, :, ::rows, ::columns].contiguous(memory_format=memory_format(x))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """y, and what of v is kept: all (chain), the guarded directions (gram by y), or None."""
+        if self.weight is None:
+            v = convolution(x, self.V.to(x.dtype), None, self.geometry)
+            groups, rank = self.geometry.groups, self.U.shape[1]
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            columns = self.U.reshape(groups, -1, rank).to(dtype)
+            scaled = columns * self.S.detach().reshape(groups, 1, rank).to(dtype)
+            weight = scaled.reshape(*self.U.shape, 1, 1).to(x.dtype)
+            return convolution(v, weight, bias, self.geometry.pointwise()), v
+        if self.samples:
+            return convolution(x, self.weight, bias, self.geometry.pointwise()), None
+        y = convolution(x, self.weight, bias, self.geometry)
+        if self.tail is None:
+            return y, None
+        tail = _Tail(self.U, self.V, self.tail, self.geometry.groups)
+        return y, tail.project(x, self.geometry)
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        shape: torch.Size,
+        x: Activation | None,
+        v: Tensor | None,
+        y: Tensor | None,
+        needs_x: bool = True,
+        scale: Tensor | None = None,
+        into: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dL/dx of ``shape`` and dL/dS, from dL/dy and the map that it ``keeps``.
+
+        With ``scale`` [Co] (gram by x alone), dL/dy is ``scale_c · grad_y``. With ``into``, a map
+        of ``shape``, dL/dx is added to it in place.
+        """
+        geometry, groups, grad_S = self.geometry, self.geometry.groups, None
+        if self.strategy == "chain":
+            weight = _transposed(self.U.to(grad_y.dtype), groups)
+            grad_v = convolution(grad_y, weight, None, geometry.pointwise())
+            factor = self.S.detach().to(torch.promote_types(grad_y.dtype, torch.float32))
+            grad_S = channel_dot_scale_(grad_v, v, factor).to(self.S.dtype)
+            grad_y, weight = grad_v, self.V.to(grad_y.dtype)
+        else:
+            weight = self.weight
+        if self.samples:
+            return self._backward_by_input(grad_y, shape, x, needs_x, scale, into)
+        grad_x = None
+        if needs_x:
+            grad_x = convolution_input_gradient(grad_y, weight, shape, geometry, into)
+        if self.strategy == "fold":
+            grad_S = self._scale_gradient_by_weight(grad_y, x.tensor())
+        elif self.strategy == "gram":
+            M = gram(grad_y, y, groups)
+            grad_S = self._scale_gradient(M, self.U.reshape(groups, -1, self.U.shape[1]))
+            if self.tail is not None:
+                exact = _Tail(self.U, self.V, self.tail, groups).gradient(v, grad_y)
+                grad_S = grad_S.scatter(1, self.tail, exact.to(grad_S.dtype))
+        return grad_x, None if grad_S is None else grad_S.reshape(-1).to(self.S.dtype)
+
+    def _backward_by_input(self, grad_y, shape, x, needs_x, scale, into):
+        geometry, groups = self.geometry.pointwise(), self.geometry.groups
+        weight, U = self.weight, self.U
+        if scale is not None:
+            weight = (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
+            U = U * scale[:, None]
+        sampled_shape = torch.Size((*shape[:2], *grad_y.shape[2:]))
+        grad_x = convolution_input_gradient(grad_y, weight, sampled_shape, geometry)
+        M = x.gram(grad_x, groups)
+        columns = self.V.reshape(groups, self.U.shape[1], -1).mT
+        grad_S = self._scale_gradient(M, columns)
+        if self.tail is not None:
+            tail = _Tail(U, self.V, self.tail, groups)
+            exact = tail.gradient(tail.project(x.tensor(), geometry), grad_y)
+            grad_S = grad_S.scatter(1, self.tail, exact.to(grad_S.dtype))
+        grad_S = grad_S.reshape(-1).to(self.S.dtype)
+        if not needs_x:
+            return None, grad_S
+        rows, columns = self.geometry.stride
+        if into is not None:
+            into[:, :, ::rows, ::columns] += grad_x
+            return into, grad_S
+        if sampled_shape != shape:
+            sampled = grad_x
+            grad_x = grad_y.new_zeros(shape).contiguous(memory_format=memory_format(grad_y))
+            grad_x[:, :, ::rows, ::columns] = sampled
+        return grad_x, grad_S
+
+    def _scale_gradient(self, M: Tensor, columns: Tensor) -> Tensor:
+        right = columns if self.dual is None else self.dual.reshape(columns.shape)
+        S = self.S.detach().reshape(self.geometry.groups, -1)
+        if self.tail is not None:  # nothing is divided by the guarded values
+            S = S.scatter(1, self.tail, 1.0)
+        return gram_gradient(M, columns, right, S)
+
+    def _scale_gradient_by_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        grad_weight = convolution_weight_gradient(grad_y, x, self.weight, self.geometry)
+        groups, rank = self.geometry.groups, self.U.shape[1]
+        dtype = torch.promote_types(grad_weight.dtype, torch.float32)
+        grad_weight = grad_weight.reshape(groups, self.U.shape[0] // groups, -1).to(dtype)
+        projected = self.U.reshape(groups, -1, rank).to(dtype).mT @ grad_weight
+        return (projected * self.V.reshape(groups, rank, -1).to(dtype)).sum(dim=2)
+
+
+def saved(ctx, name: str) -> tuple[Tensor, ...]:
+    """The saved tensors; a change in place of one of them is explained."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"strategy {strategy!r}: a tensor kept for the backward pass was changed in place, "
-            "most often the layer's output by an activation with inplace=True right after it. "
-            "Set inplace=False there, or use strategy='chain' for this layer."
+            f"{name}: a tensor kept for the backward pass was changed in place, most often the "
+            "layer's output by an activation with inplace=True right after it. Set inplace=False "
+            "there, or use strategy='chain' for this layer."
         ) from error
 
 
-def _arriving(ctx, grad_y: Tensor) -> Tensor:
-    """The gradient in the memory format of x, so that dx comes out in it too."""
-    return grad_y.contiguous(memory_format=ctx.format)
-
-
-def _bias_gradient(ctx, index: int, grad_y: Tensor) -> Tensor | None:
-    if not ctx.needs_input_grad[index]:
-        return None
-    dtype = torch.promote_types(grad_y.dtype, torch.float32)
-    return grad_y.sum(dim=(0, 2, 3), dtype=dtype).to(grad_y.dtype)
-
-
-def _format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-class _Folded(torch.autograd.Function):
-    """S frozen: a convolution that keeps nothing."""
-
-    @staticmethod
-    def forward(ctx, x, bias, weight, geometry):
-        ctx.weight, ctx.geometry, ctx.shape, ctx.format = weight, geometry, x.shape, _format(x)
-        return convolution(x, weight, bias, geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        grad_y = _arriving(ctx, grad_y)
-        with _no_autocast(grad_y):
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x = convolution_input_gradient(grad_y, ctx.weight, ctx.shape, ctx.geometry)
-            return grad_x, _bias_gradient(ctx, 1, grad_y), None, None
-
-
-class _Fold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, S, bias, U, V, weight, geometry):
-        ctx.save_for_backward(x, S, U, V)
-        ctx.weight, ctx.geometry, ctx.format = weight, geometry, _format(x)
-        return convolution(x, weight, bias, geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        grad_y = _arriving(ctx, grad_y)
-        x, S, U, V = _saved(ctx, "fold")
-        geometry, groups, rank = ctx.geometry, ctx.geometry.groups, U.shape[1]
-        grad_x = grad_S = None
-        with _no_autocast(grad_y):
-            if ctx.needs_input_grad[0]:
-                grad_x = convolution_input_gradient(grad_y, ctx.weight, x.shape, geometry)
-            if ctx.needs_input_grad[1]:
-                grad_weight = convolution_weight_gradient(grad_y, x, ctx.weight, geometry)
-                dtype = torch.promote_types(grad_weight.dtype, torch.float32)
-                grad_weight = grad_weight.reshape(groups, U.shape[0] // groups, -1).to(dtype)
-                projected = U.reshape(groups, -1, rank).to(dtype).mT @ grad_weight
-                grad_S = (projected * V.reshape(groups, rank, -1).to(dtype)).sum(dim=2)
-                grad_S = grad_S.reshape(-1).to(S.dtype)
-            return grad_x, grad_S, _bias_gradient(ctx, 2, grad_y), None, None, None, None
-
-
-class _Chain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, S, bias, U, V, geometry):
-        v = convolution(x, V.to(x.dtype), None, geometry)
-        ctx.save_for_backward(v, S, U, V)
-        ctx.geometry, ctx.shape, ctx.format = geometry, x.shape, _format(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        groups, rank = geometry.groups, U.shape[1]
-        scaled = U.reshape(groups, -1, rank).to(dtype) * S.reshape(groups, 1, rank).to(dtype)
-        weight = scaled.reshape(*U.shape, 1, 1).to(x.dtype)
-        return convolution(v, weight, bias, geometry.pointwise())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        grad_y = _arriving(ctx, grad_y)
-        v, S, U, V = _saved(ctx, "chain")
-        geometry = ctx.geometry
-        grad_x = None
-        with _no_autocast(grad_y):
-            weight = _transposed(U.to(grad_y.dtype), geometry.groups)
-            grad_v = convolution(grad_y, weight, None, geometry.pointwise())
-            scale = S.to(torch.promote_types(grad_y.dtype, torch.float32))
-            grad_S = channel_dot_scale_(grad_v, v, scale).to(S.dtype)
-            if ctx.needs_input_grad[0]:
-                grad_x = convolution_input_gradient(grad_v, V.to(grad_y.dtype), ctx.shape, geometry)
-            return grad_x, grad_S, _bias_gradient(ctx, 2, grad_y), None, None, None
+def _transposed(factor: Tensor, groups: int) -> Tensor:
+    """[Co, R] -> Uᵀ as the weight [G·R, Co/G, 1, 1] of a grouped 1×1 convolution."""
+    per_group = factor.reshape(groups, -1, factor.shape[1])
+    return per_group.mT.reshape(-1, per_group.shape[1], 1, 1)
 
 
 class _Tail:
@@ -242,87 +324,35 @@ class _Tail:
         return channel_dot(grad_v, v).reshape(self.index.shape)
 
 
-def _divisor(S: Tensor, groups: int, tail: Tensor | None) -> Tensor:
-    """S [G, R] with ones in the place of guarded values, which nothing is divided by."""
-    S = S.reshape(groups, -1)
-    return S if tail is None else S.scatter(1, tail, 1.0)
-
-
-class _GramOfOutput(torch.autograd.Function):
-    """M = Σ_p g yᵀ. Keeps y, its own output, so the following layer's copy is the same storage."""
+class _SVFConv2d(torch.autograd.Function):
+    """One layer. Of the four maps it keeps the one its strategy reads."""
 
     @staticmethod
-    def forward(ctx, x, S, U, V, weight, tail, dual_U, geometry):
-        y = convolution(x, weight, None, geometry)
-        kept = None
-        if tail is not None:
-            kept = _Tail(U, V, tail, geometry.groups).project(x, geometry)
-        ctx.save_for_backward(y, kept, S, U, V)
-        ctx.weight, ctx.tail, ctx.dual_U = weight, tail, dual_U
-        ctx.geometry, ctx.shape, ctx.format = geometry, x.shape, _format(x)
+    def forward(ctx, x, S, bias, U, V, weight, tail, dual, geometry, strategy):
+        factors = Factors(S, U, V, weight, tail, dual, geometry, strategy)
+        sampled = factors.sampled(x)
+        y, v = factors.forward(sampled, bias)
+        keeps = factors.keeps
+        ctx.save_for_backward(
+            sampled if keeps == "x" else None, v, y if keeps == "y" else None, S, U, V
+        )
+        ctx.weight, ctx.tail, ctx.dual = weight, tail, dual
+        ctx.geometry, ctx.strategy = geometry, strategy
+        ctx.shape, ctx.format = x.shape, memory_format(x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        grad_y = _arriving(ctx, grad_y)
-        y, kept, S, U, V = _saved(ctx, "gram")
-        geometry, groups = ctx.geometry, ctx.geometry.groups
-        grad_x = None
-        with _no_autocast(grad_y):
-            if ctx.needs_input_grad[0]:
-                grad_x = convolution_input_gradient(grad_y, ctx.weight, ctx.shape, geometry)
-            left = U.reshape(groups, -1, U.shape[1])
-            right = left if ctx.dual_U is None else ctx.dual_U.reshape(left.shape)
-            grad_S = gram_gradient(
-                gram(grad_y, y, groups), left, right, _divisor(S, groups, ctx.tail)
-            )
-            if ctx.tail is not None:
-                exact = _Tail(U, V, ctx.tail, groups).gradient(kept, grad_y)
-                grad_S = grad_S.scatter(1, ctx.tail, exact.to(grad_S.dtype))
-            grad_S = grad_S.reshape(-1).to(S.dtype)
-            return grad_x, grad_S, None, None, None, None, None, None
-
-
-class _GramOfInput(torch.autograd.Function):
-    """M = Σ_p x dxᵀ over the sampled positions of a 1×1 convolution. Keeps those of x."""
-
-    @staticmethod
-    def forward(ctx, x, S, bias, U, V, weight, tail, dual_V, geometry):
-        rows, columns = geometry.stride
-        sampled = x
-        if rows > 1 or columns > 1:
-            sampled = x[:, :, ::rows, ::columns].contiguous(memory_format=_format(x))
-        ctx.save_for_backward(sampled, S, U, V)
-        ctx.weight, ctx.tail, ctx.dual_V = weight, tail, dual_V
-        ctx.geometry, ctx.shape, ctx.format = geometry, x.shape, _format(x)
-        return convolution(sampled, weight, bias, geometry.pointwise())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        grad_y = _arriving(ctx, grad_y)
-        sampled, S, U, V = _saved(ctx, "gram")
-        geometry, groups = ctx.geometry.pointwise(), ctx.geometry.groups
-        rank = U.shape[1]
-        with _no_autocast(grad_y):
-            grad_sampled = convolution_input_gradient(grad_y, ctx.weight, sampled.shape, geometry)
-            left = V.reshape(groups, rank, -1).mT
-            right = left if ctx.dual_V is None else ctx.dual_V.reshape(left.shape)
-            grad_S = gram_gradient(
-                gram(sampled, grad_sampled, groups), left, right, _divisor(S, groups, ctx.tail)
-            )
-            if ctx.tail is not None:
-                tail = _Tail(U, V, ctx.tail, groups)
-                exact = tail.gradient(tail.project(sampled, geometry), grad_y)
-                grad_S = grad_S.scatter(1, ctx.tail, exact.to(grad_S.dtype))
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_sampled
-                if sampled.shape != ctx.shape:
-                    rows, columns = ctx.geometry.stride
-                    grad_x = grad_y.new_zeros(ctx.shape).contiguous(memory_format=ctx.format)
-                    grad_x[:, :, ::rows, ::columns] = grad_sampled
-            grad_S = grad_S.reshape(-1).to(S.dtype)
-            bias_gradient = _bias_gradient(ctx, 2, grad_y)
-            return grad_x, grad_S, bias_gradient, None, None, None, None, None, None
+        # in the memory format of x, so that dx comes out in it too
+        grad_y = grad_y.contiguous(memory_format=ctx.format)
+        x, v, y, S, U, V = saved(ctx, f"strategy {ctx.strategy!r}")
+        factors = Factors(S, U, V, ctx.weight, ctx.tail, ctx.dual, ctx.geometry, ctx.strategy)
+        with no_autocast(grad_y):
+            activation = None if x is None else Activation(x)
+            grads = factors.backward(grad_y, ctx.shape, activation, v, y, ctx.needs_input_grad[0])
+            grad_bias = None
+            if ctx.needs_input_grad[2]:
+                dtype = torch.promote_types(grad_y.dtype, torch.float32)
+                grad_bias = grad_y.sum(dim=(0, 2, 3), dtype=dtype).to(grad_y.dtype)
+            return *grads, grad_bias, None, None, None, None, None, None, None
