@@ -3,13 +3,16 @@
 from svf_fast._library import build_info
 from svf_fast.adapter import load_adapter, save_adapter
 from svf_fast.convert import convert, merge, svf_parameters
-from svf_fast.nn import SVFConv2d, SVFLinear
+from svf_fast.nn import SVFBasicBlock, SVFBottleneck, SVFConv2d, SVFConvBNAct, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
 from svf_fast.report import memory_report
 from svf_fast.svd import compose, decompose
 
 __all__ = [
+    "SVFBasicBlock",
+    "SVFBottleneck",
     "SVFConv2d",
+    "SVFConvBNAct",
     "SVFLinear",
     "build_info",
     "compose",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from svf_fast.nn.block import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
 from svf_fast.nn.conv2d import SVFConv2d
 from svf_fast.nn.factored import Factored
 from svf_fast.nn.linear import SVFLinear
+from svf_fast.structure import find
 from svf_fast.svd import Factors, decompose
 
 
@@ -36,6 +39,7 @@ def convert(
     model: nn.Module,
     layers: Sequence[str] | None = ("layer2", "layer3", "layer4"),
     strategy: str = "auto",
+    fuse: bool = True,
     cache: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> nn.Module:
@@ -50,6 +54,9 @@ def convert(
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
             lies in them is converted. None converts the whole model.
         strategy: see :class:`svf_fast.SVFConv2d`.
+        fuse: run residual blocks and conv-BN-ReLU sequences of converted convolutions as one
+            autograd node each, wherever their batch norms are frozen (evaluation mode). They are
+            found by what their forward computes, whatever their classes and names.
         cache: folder where decompositions are kept and found again by the hash of their weight.
         progress: show a bar when it takes more than two seconds.
 
@@ -84,6 +91,8 @@ def convert(
             else:
                 replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
         model.set_submodule(name, replaced[layer])
+    if fuse:
+        _fuse(model, _within(layers))
     return model
 
 
@@ -102,6 +111,9 @@ def merge(model: nn.Module) -> nn.Module:
         )
     if not svf_layers(model):
         raise ValueError("model: expected SVF layers to merge, found none; was it converted?")
+    for module in list(model.modules()):
+        if isinstance(module, Fused):
+            module.unfuse()
     plain: dict[Factored, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, Factored):
@@ -115,8 +127,7 @@ def _select(
     model: nn.Module, layers: Sequence[str] | None
 ) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    patterns = ["*"] if layers is None else list(layers)
-    for pattern in patterns:
+    for pattern in layers or ():
         if not any(fnmatchcase(name, pattern) for name in names):
             top = [name for name, _ in model.named_children()]
             raise ValueError(
@@ -124,16 +135,36 @@ def _select(
                 f"{type(model).__name__}; at its top are {', '.join(top) or 'no modules'}"
             )
 
-    def within(name: str) -> bool:
-        parts = name.split(".")
-        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in patterns)
-
+    within = _within(layers)
     return [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
         if type(module) in (nn.Conv2d, nn.Linear) and within(name)
     ]
+
+
+def _within(layers: Sequence[str] | None) -> Callable[[str], bool]:
+    """Whether a module of that name lies in one of `layers`."""
+    patterns = ["*"] if layers is None else list(layers)
+
+    def within(name: str) -> bool:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in patterns)
+
+    return within
+
+
+def _fuse(model: nn.Module, within: Callable[[str], bool]) -> None:
+    blocks, units, _ = find(model, within)
+    for found in blocks:
+        module = model.get_submodule(found.name)
+        if not isinstance(module, Fused):
+            (SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock)._adopt(module, found)
+    for container, group in groupby(units, lambda unit: unit.container):
+        module = model.get_submodule(container)
+        if not isinstance(module, Fused):
+            FusedSequential._adopt(module, tuple(group))
 
 
 def _feeds_inplace(model: nn.Module, name: str) -> bool:

@@ -97,9 +97,13 @@ def find(
     reasons: dict[str, str] = {}
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     examined: dict[nn.Module, ResidualBlock | str | None] = {}
+    inside: str | None = None
     with torch.random.fork_rng(devices=[]):  # a traced forward may draw
         for name, module in model.named_modules(remove_duplicate=False):
-            if blocks and name.startswith(f"{blocks[-1].name}."):
+            if inside is not None and name.startswith(inside):
+                continue
+            if _is_fused(module):
+                inside = _join(name, "")
                 continue
             verdict = None
             if _is_candidate(module) and any(within(conv) for conv in _convs(name, module)):
@@ -107,9 +111,10 @@ def find(
                     examined[module] = _examine(module, places)
                 verdict = examined[module]
             if isinstance(verdict, ResidualBlock):
-                verdict = _place(replace(verdict, name=name), model, within)
+                verdict = _place(replace(verdict, name=name), within)
             if isinstance(verdict, ResidualBlock):
                 blocks.append(verdict)
+                inside = _join(name, "")
                 continue
             if verdict is not None:
                 reasons[name] = verdict
@@ -118,19 +123,19 @@ def find(
     return blocks, units, reasons
 
 
-def _place(
-    block: ResidualBlock, model: nn.Module, within: Callable[[str], bool]
-) -> ResidualBlock | str | None:
-    """The block if it can be replaced where it is, why not, or None where it is not chosen."""
+def examine(module: nn.Module) -> ResidualBlock | str:
+    """The residual block that a module is, without a name, or why it is none."""
+    found = _examine(module, Counter(module.modules()))
+    return "it has no sum of two maps" if found is None else found
+
+
+def _place(block: ResidualBlock, within: Callable[[str], bool]) -> ResidualBlock | str | None:
+    """The block if it is chosen, why not if it is in part, or None where it is not."""
     chosen = sum(map(within, block.convs))
     if chosen == 0:
         return None
     if chosen < len(block.convs):
         return f"only {chosen} of its {len(block.convs)} convolutions are chosen"
-    if not block.name:
-        return "it is the model itself, which cannot be replaced in place"
-    if "forward" in vars(model.get_submodule(block.name.rpartition(".")[0])):
-        return "what holds it has a forward of its own instead of its class's"
     return block
 
 
@@ -149,6 +154,11 @@ def _own(module: nn.Module) -> Iterator[nn.Module]:
             yield from _own(child)
         else:
             yield child
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether it is one of svf_fast.nn.block, which imports this module."""
+    return hasattr(module, "unfused_reason")
 
 
 def _is_candidate(module: nn.Module) -> bool:

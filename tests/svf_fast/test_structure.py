@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import svf_fast
-from svf_fast.structure import ResidualBlock, Stage, Unit, find
+from svf_fast.structure import ResidualBlock, Stage, Unit, examine, find
 
 
 def everywhere(name: str) -> bool:
@@ -489,21 +489,21 @@ def test_shared_modules():
     assert reasons == dict.fromkeys("01", "'conv2' stands at two places of the model")
 
 
-def test_a_block_that_cannot_be_replaced():
+def test_a_block_alone():
     blocks, _, reasons = find(Basic(), everywhere)
-    assert not blocks and reasons[""].startswith("it is the model itself")
-    holder = nn.Sequential(Basic())
-    holder.forward = holder[0].forward  # bound to the block, as torch.compile does
-    blocks, _, reasons = find(nn.Sequential(holder), everywhere)
-    assert not blocks and reasons["0.0"].startswith("what holds it has a forward of its own")
+    assert [found.name for found in blocks] == [""] and not reasons
+    assert examine(Basic()) == blocks[0]
+    assert examine(nn.Sequential(nn.Conv2d(1, 1, 1))) == "it has no sum of two maps"
 
 
 def test_blocks_of_svf_layers():
     model = nn.Sequential(Basic(), Helpers())
     expected = find(model, everywhere)
     assert len(expected[0]) == 2
-    svf_fast.convert(model, None)
+    svf_fast.convert(model, None, fuse=False)
     assert find(model, everywhere) == expected
+    svf_fast.convert(nn.Sequential(other := Basic()), None)
+    assert find(other, everywhere) == ([], [], {})  # fused already
 
 
 def test_units_of_sequentials():

@@ -1,0 +1,322 @@
+"""Residual blocks and conv-BN-ReLU units as one differentiable unit each.
+
+A fused block is the block it was: the same children under the same names, the same attributes,
+hooks and place in the model. Only its class is another, a subclass of its own whose forward runs
+:func:`svf_fast.ops.block.block` where that computes the same, and the original forward elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from svf_fast.nn.conv2d import SVFConv2d
+from svf_fast.ops.block import Stage, block
+from svf_fast.ops.svf_conv2d import Factors
+from svf_fast.structure import ResidualBlock, Unit, examine
+from svf_fast.structure import Stage as Names
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class Fused(nn.Module):
+    """Base of what runs several modules as one; mixed into the class of the module it was."""
+
+    original: type[nn.Module]
+    _mixin: type[Fused]
+
+    def unfused_reason(self) -> str:
+        """Why the next forward pass runs module by module; empty where it is fused."""
+        raise NotImplementedError
+
+    def unfuse(self) -> nn.Module:
+        """Gives the module its original class back, in place; returns it."""
+        original = self.original
+        for name in ("_names", "recompute"):
+            self.__dict__.pop(name, None)
+        self.__class__ = original
+        return self
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_empty, (self._mixin, self.original), *state)
+
+
+@functools.cache
+def _subclass(mixin: type[Fused], original: type[nn.Module]) -> type:
+    members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
+    return type(f"SVF{original.__name__}", (mixin, original), members)
+
+
+def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
+    cls = _subclass(mixin, original)
+    return cls.__new__(cls)
+
+
+def fuse(module: nn.Module, mixin: type[Fused]) -> Fused:
+    """Makes the module one of `mixin`, in place."""
+    module.__class__ = _subclass(mixin, type(module))
+    return module  # type: ignore[return-value]
+
+
+class _Residual(Fused):
+    """``relu(stages(x) + shortcut(x))`` with frozen batch norms, as one autograd node.
+
+    Attributes:
+        recompute: run the second convolution again in the backward pass instead of keeping its
+            output; less memory, more time.
+    """
+
+    stages: int
+    recompute: bool
+    _names: ResidualBlock
+
+    @classmethod
+    def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
+        """Fuses a residual block in place and returns it; plain convolutions in it are converted.
+
+        The block is recognised by its forward pass, whatever its class and the names in it.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: a module that is no such block, with the reason.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+        if isinstance(module, Fused):
+            raise ValueError(
+                f"module: expected a block to fuse, got a fused {type(module).__name__}"
+            )
+        found = examine(module)
+        if isinstance(found, str):
+            raise ValueError(f"module: {type(module).__name__} cannot be fused: {found}")
+        if len(found.stages) != cls.stages:
+            raise ValueError(
+                f"module: expected {cls.stages} convolutions beside the shortcut, got "
+                f"{len(found.stages)}"
+            )
+        for name in found.convs:
+            conv = module.get_submodule(name)
+            if not isinstance(conv, SVFConv2d):
+                module.set_submodule(name, SVFConv2d.from_conv(conv, strategy))
+        return cls._adopt(module, found)
+
+    @classmethod
+    def _adopt(cls, module: nn.Module, found: ResidualBlock) -> nn.Module:
+        fused = fuse(module, cls)
+        fused._names, fused.recompute = found, False
+        return fused
+
+    def unfused_reason(self) -> str:
+        names = self._names
+        stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
+        return _reason(self, stages) or _hooked(self, names.pre)
+
+    def forward(self, x: Tensor) -> Tensor:
+        names = self._names
+        if self.unfused_reason():
+            return super().forward(x)
+        dtype = _compute_dtype(x, self.get_submodule(names.stages[0].conv), type(self).__name__)
+        shortcut: Stage | str = "identity"
+        shortcut_x = None
+        if names.shortcut is not None:
+            shortcut = _stage(self, names.shortcut, dtype)
+            if names.pre:
+                shortcut_x = x
+                for name in names.pre:
+                    shortcut_x = self.get_submodule(name)(shortcut_x)
+                shortcut_x = shortcut_x.to(dtype)
+        stages = [_stage(self, stage, dtype) for stage in names.stages]
+        return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
+
+
+class SVFBottleneck(_Residual):
+    """A bottleneck of three SVF convolutions as one autograd node.
+
+    ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))`` with batch norms that
+    use their stored statistics; the shortcut is x or a convolution with batch norm. With the
+    strategy ``gram`` it keeps the outputs of conv1 and conv2 and one bit per element of its own:
+    2.125 maps of conv1's size in float32, where the paper's layers keep 18.
+
+    Where it does not fit, because a batch norm trains, a hook sits on an inner module or a
+    convolution computes as ``reference``, the original forward runs; :meth:`unfused_reason` and
+    :func:`svf_fast.memory_report` say so.
+
+    Shapes: x [N, C, H, W] -> [N, C', H', W'].
+    """
+
+    stages = 3
+
+
+class SVFBasicBlock(_Residual):
+    """A basic block of two SVF convolutions as one autograd node: see :class:`SVFBottleneck`.
+
+    With the strategy ``gram`` it keeps the outputs of both and one bit per element of its own.
+    """
+
+    stages = 2
+
+
+class FusedSequential(Fused):
+    """An ``nn.Sequential`` that runs each conv, batch norm and ReLU in it as one autograd node."""
+
+    _names: tuple[Unit, ...]
+
+    @classmethod
+    def _adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> nn.Module:
+        fused = fuse(module, cls)
+        fused._names = units
+        return fused
+
+    def unfused_reason(self) -> str:
+        reasons = (self._unit_reason(unit) for unit in self._names)
+        return "; ".join(reason for reason in reasons if reason)
+
+    def _unit_reason(self, unit: Unit) -> str:
+        inner = [unit.stage.conv, unit.stage.bn, *([unit.relu] if unit.relu else [])]
+        for name in inner:
+            if reason := _hooked_module(name, self.get_submodule(name)):
+                return reason
+        return _reason(self, [unit.stage])
+
+    def forward(self, x: Tensor) -> Tensor:
+        skipped: set[str] = set()
+        units = {unit.stage.conv: unit for unit in self._names}
+        for name, module in self.named_children():
+            if name in skipped:
+                continue
+            unit = units.get(name)
+            if unit is None or self._unit_reason(unit):
+                x = module(x)
+                continue
+            dtype = _compute_dtype(x, module, "SVFConvBNAct")
+            x = block(x.to(dtype), [_stage(self, unit.stage, dtype)], relu=unit.stage.relu)
+            skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
+        return x
+
+
+class SVFConvBNAct(nn.Module):
+    """``relu(bn(conv(x)) + residual)`` with a frozen batch norm, as one autograd node.
+
+    Args:
+        conv: a convolution; a plain one is converted with ``strategy``.
+        bn: the batch norm that follows; it uses its stored statistics (evaluation mode).
+        relu: whether a ReLU ends it.
+
+    Shapes: x [N, Ci, H, W], residual [N, Co, Ho, Wo] or None -> [N, Co, Ho, Wo]. With ``gram`` it
+    keeps y alone, or y and a bit per element where a residual is added. Where batch norm trains or
+    an inner module has a hook it runs module by module: :meth:`unfused_reason`.
+
+    Raises TypeError for other modules, ValueError when their channels differ.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d | SVFConv2d,
+        bn: nn.BatchNorm2d,
+        relu: bool = True,
+        strategy: str = "auto",
+    ):
+        super().__init__()
+        if not isinstance(conv, nn.Conv2d | SVFConv2d):
+            raise TypeError(f"conv: expected an nn.Conv2d or SVFConv2d, got {type(conv).__name__}")
+        if not isinstance(bn, nn.BatchNorm2d):
+            raise TypeError(f"bn: expected an nn.BatchNorm2d, got {type(bn).__name__}")
+        if bn.num_features != conv.out_channels:
+            raise ValueError(
+                f"bn: expected {conv.out_channels} features, the channels of conv, got "
+                f"{bn.num_features}"
+            )
+        self.conv = conv if isinstance(conv, SVFConv2d) else SVFConv2d.from_conv(conv, strategy)
+        self.bn = bn
+        self.relu = relu
+        self.train(conv.training)
+
+    def unfused_reason(self) -> str:
+        """Why the next forward pass runs module by module; empty where it is fused."""
+        return _reason(self, [Names("conv", "bn", self.relu)]) or _hooked(self)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.unfused_reason():
+            out = self.bn(self.conv(x))
+            out = out if residual is None else out + residual
+            return out.relu() if self.relu else out
+        dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
+        stage = _stage(self, Names("conv", "bn", self.relu), dtype)
+        if residual is None:
+            return block(x.to(dtype), [stage], relu=self.relu)
+        return block(x.to(dtype), [stage], "given", residual.to(dtype), self.relu)
+
+
+def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
+    dtype = conv._compute_dtype(x, name)
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"{name}: expected x of shape [N, {conv.in_channels}, H, W], got {list(x.shape)}"
+        )
+    return dtype
+
+
+def _stage(module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
+    """The convolution and batch norm of a stage, as the op takes them."""
+    conv, bn = module.get_submodule(names.conv), module.get_submodule(names.bn)
+    strategy, frozen = conv._strategy_and_frozen(dtype)
+    geometry = conv._geometry()
+    factors = Factors.of(conv.U, conv.S, conv.V, geometry, strategy, frozen, dtype)
+    return Stage(factors, *_affine(bn, conv.bias, torch.promote_types(dtype, torch.float32)))
+
+
+def _affine(bn: _BatchNorm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
+    with torch.no_grad():
+        scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
+        if bn.weight is not None:
+            scale = scale * bn.weight.to(dtype)
+        mean = bn.running_mean.to(dtype)
+        shift = -(mean if bias is None else mean - bias.to(dtype)) * scale
+        return scale, shift if bn.bias is None else shift + bn.bias.to(dtype)
+
+
+def _reason(module: nn.Module, stages: list[Names]) -> str:
+    for stage in stages:
+        conv, bn = module.get_submodule(stage.conv), module.get_submodule(stage.bn)
+        if not isinstance(conv, SVFConv2d):
+            return f"{stage.conv} is a {type(conv).__name__}, not an SVF layer"
+        if conv.strategy_in_use == "reference":
+            return f"{stage.conv} computes as 'reference'"
+        if bn.training or bn.running_mean is None:
+            return f"{stage.bn} uses the batch's statistics: call eval() on it"
+        if not torch.is_grad_enabled():
+            continue
+        if any(parameter.requires_grad for parameter in bn.parameters()):
+            return f"{stage.bn} trains: call requires_grad_(False) on it"
+        if conv.bias is not None and conv.bias.requires_grad:
+            return f"the bias of {stage.conv} trains: call requires_grad_(False) on it"
+    return ""
+
+
+def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:
+    """The first inner module that the fused pass would skip although something listens to it."""
+    for name, inner in _inner(module):
+        if name not in besides and (reason := _hooked_module(name, inner)):
+            return reason
+    return ""
+
+
+def _inner(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, inner) for name, inner in module.named_modules() if name)
+
+
+def _hooked_module(name: str, module: nn.Module) -> str:
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return f"{name} has a hook"
+    return f"{name} has a forward of its own" if "forward" in vars(module) else ""

@@ -1,0 +1,269 @@
+"""A chain of SVF convolutions, each with frozen batch norm and ReLU, and a shortcut: one node.
+
+A bottleneck keeps y1 and y2, the outputs of its first two convolutions, and one bit per element
+of its last ReLU. x2 and x3 are ``relu(bn(y1))`` and ``relu(bn(y2))``, rebuilt when they are read;
+the Gram matrices of conv1 and conv2 need y1 and y2, that of conv3 needs x3; x is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from svf_fast.ops.affine_act import affine_act, affine_act_backward
+from svf_fast.ops.convolution import Geometry
+from svf_fast.ops.svf_conv2d import Activation, Factors, memory_format, no_autocast, saved
+
+
+class Stage(NamedTuple):
+    """A convolution and the affine map ``y·scale_c + shift_c`` of the batch norm that follows.
+
+    scale, shift [Co]: in float32, float64 for float64 maps.
+    """
+
+    factors: Factors
+    scale: Tensor
+    shift: Tensor
+
+
+class Form(NamedTuple):
+    """What of a block is not a tensor.
+
+    convolutions: geometry and strategy of each stage, that of the shortcut last if it has one.
+    shortcut: what is added before the last ReLU: "" (nothing), "identity" (x), "given" (a map), or
+        "convolution" (a stage of its own).
+    relu: whether a ReLU ends it. Between the stages there always is one.
+    recompute: y of the second stage is not kept but computed again from the first's.
+    """
+
+    convolutions: tuple[tuple[Geometry, str], ...]
+    shortcut: str
+    relu: bool
+    recompute: bool
+
+
+def block(
+    x: Tensor,
+    stages: Sequence[Stage],
+    shortcut: Stage | str = "",
+    shortcut_x: Tensor | None = None,
+    relu: bool = True,
+    recompute: bool = False,
+) -> Tensor:
+    """``relu(stage_n(… relu(stage_1(x))) + shortcut)``, differentiable in x and every S.
+
+    x [N, C, H, W] in one dtype with the weights. The shortcut is a stage applied to ``shortcut_x``
+    (x where None), or "identity" (x itself), "given" (``shortcut_x`` itself), or "" (nothing). With
+    ``recompute`` (two stages at least) the second convolution runs again in the backward pass
+    instead of being kept.
+    Definition: :func:`svf_fast.reference.block.block`.
+    """
+    every = [*stages, *([] if isinstance(shortcut, str) else [shortcut])]
+    kind = shortcut if isinstance(shortcut, str) else "convolution"
+    form = Form(
+        tuple((stage.factors.geometry, stage.factors.strategy) for stage in every),
+        kind,
+        relu,
+        recompute and len(stages) > 1,
+    )
+    tensors = [t for stage in every for t in (*stage.factors[:6], stage.scale, stage.shift)]
+    return _Block.apply(x, shortcut_x, form, *tensors)
+
+
+_CONSTANTS = 5  # weight, tail, dual, scale, shift
+_FACTORS = 3  # S, U, V
+
+
+def _stages(form: Form, tensors: Sequence[Tensor | None]) -> tuple[list[Stage], Stage | None]:
+    """The stages, and that of the shortcut, of the tensors as :func:`block` lays them out."""
+    stages, size = [], _FACTORS + _CONSTANTS
+    for index, (geometry, strategy) in enumerate(form.convolutions):
+        *factors, scale, shift = tensors[size * index : size * (index + 1)]
+        stages.append(Stage(Factors(*factors, geometry, strategy), scale, shift))
+    return (stages[:-1], stages[-1]) if form.shortcut == "convolution" else (stages, None)
+
+
+class _Kept(NamedTuple):
+    """What a stage leaves for the backward pass, all of it derived from the form."""
+
+    y: bool  # read by its own Gram matrix, or to rebuild the next stage's input
+    mask: bool  # the sign of what its ReLU got, where it cannot be computed from y
+    again: bool  # y and v are computed a second time instead
+
+    @classmethod
+    def of(cls, form: Form, stages: Sequence[Stage], index: int) -> _Kept:
+        y = stages[index].factors.keeps == "y"
+        again = form.recompute and index == 1
+        if index == len(stages) - 1:
+            return cls(y, form.relu and (form.shortcut != "" or not y), again)
+        feeds_again = form.recompute and index == 0
+        y = y or feeds_again or stages[index + 1].factors.keeps == "x"
+        return cls(y, not y, again)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shortcut_x, form, *tensors):
+        stages, shortcut = _stages(form, tensors)
+        sources, shapes, kept = [], [], []  # kept: v, y and mask of each stage
+
+        residual, residual_scale = (x if form.shortcut == "identity" else shortcut_x), None
+        if shortcut is not None:
+            source = shortcut.factors.sampled(x if shortcut_x is None else shortcut_x)
+            residual, v = shortcut.factors.forward(source)
+            residual_scale = shortcut.scale
+            sources.append(source if shortcut.factors.keeps == "x" else None)
+            kept += [v, residual if shortcut.factors.keeps == "y" else None, None]
+
+        h = x
+        for index, (factors, scale, shift) in enumerate(stages):
+            keep, last = _Kept.of(form, stages, index), index == len(stages) - 1
+            shapes.append(h.shape)
+            h = factors.sampled(h)
+            if index == 0:
+                sources.append(h if factors.keeps == "x" else None)
+            y, v = factors.forward(h)
+            if not last:
+                h, mask = affine_act(y, scale, shift, mask=keep.mask)
+            else:
+                if shortcut is not None:
+                    shift = shift + shortcut.shift
+                h, mask = affine_act(
+                    y, scale, shift, residual, residual_scale, form.relu, keep.mask
+                )
+            kept += [
+                None if keep.again else v,
+                y if keep.y and not keep.again else None,
+                mask if keep.mask else None,
+            ]
+
+        size = _FACTORS + _CONSTANTS
+        factors = [t for at in range(0, len(tensors), size) for t in tensors[at : at + _FACTORS]]
+        ctx.save_for_backward(*sources, *kept, *factors)
+        ctx.constants = tuple(
+            t for at in range(0, len(tensors), size) for t in tensors[at + _FACTORS : at + size]
+        )
+        ctx.form, ctx.shapes, ctx.format = form, tuple(shapes), memory_format(x)
+        ctx.shortcut_shape = None if shortcut_x is None else shortcut_x.shape
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with no_autocast(grad):
+            return _backward(ctx, grad.contiguous(memory_format=ctx.format))
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    form, count = ctx.form, len(ctx.form.convolutions)
+    tensors = list(saved(ctx, "fused block"))
+    sources = tensors[: 2 if form.shortcut == "convolution" else 1]
+    rest = tensors[len(sources) :]
+    kept = [rest[3 * index : 3 * index + 3] for index in range(count)]
+    every = []
+    for index in range(count):
+        every += rest[3 * count + _FACTORS * index :][:_FACTORS]
+        every += ctx.constants[_CONSTANTS * index :][:_CONSTANTS]
+    stages, shortcut = _stages(form, every)
+    if shortcut is not None:
+        shortcut_kept, *kept = kept
+    if form.recompute:
+        _, y, _ = kept[0]
+        v, y = _again(stages, y)
+        kept[1] = [v, y, kept[1][2]]
+
+    total = _through_relu(grad, stages[-1], *kept[-1][1:], form)
+    arriving, scaled = total, form.relu and not form.shortcut
+    grad_x, grads_S = None, []
+    for index in reversed(range(len(stages))):
+        factors, scale, _ = stages[index]
+        v, y, _ = kept[index]
+        if not scaled and not factors.samples:
+            arriving, scaled = _scale(arriving, scale), True
+        into = None
+        if index == 0 and form.shortcut == "identity" and form.relu:
+            into = total  # a map of this node's own
+        grad_x, grad_S = factors.backward(
+            arriving,
+            ctx.shapes[index],
+            _input(stages, kept, index, sources[-1]),
+            v,
+            y,
+            index > 0 or ctx.needs_input_grad[0],
+            None if scaled else scale,
+            into,
+        )
+        grads_S.insert(0, grad_S)
+        if index > 0:
+            _, y, mask = kept[index - 1]
+            arriving, scaled = _through(grad_x, stages[index - 1], y, mask), True
+    if form.shortcut == "identity" and not form.relu and grad_x is not None:
+        grad_x = grad_x + total
+
+    grad_shortcut_x = total if form.shortcut == "given" else None
+    if shortcut is not None:
+        own = ctx.shortcut_shape is not None
+        factors = shortcut.factors
+        grad_shortcut_x, grad_S = factors.backward(
+            total if factors.samples else _scale(total, shortcut.scale),
+            ctx.shortcut_shape if own else ctx.shapes[0],
+            None if sources[0] is None else Activation(sources[0]),
+            *shortcut_kept[:2],
+            ctx.needs_input_grad[1 if own else 0],
+            shortcut.scale if factors.samples else None,
+            None if own else grad_x,
+        )
+        grads_S.append(grad_S)
+        if not own:
+            grad_x, grad_shortcut_x = grad_shortcut_x, None
+    grads = [g for grad_S in grads_S for g in (grad_S, *[None] * (_FACTORS + _CONSTANTS - 1))]
+    return grad_x, grad_shortcut_x, None, *grads
+
+
+def _through_relu(
+    grad: Tensor, last: Stage, y: Tensor | None, mask: Tensor | None, form: Form
+) -> Tensor:
+    """The gradient of the sum before the last ReLU; of y itself where nothing is added."""
+    if not form.relu:
+        return grad
+    if form.shortcut:
+        return affine_act_backward(grad, mask=mask)
+    return _through(grad, last, y, mask)
+
+
+def _through(grad: Tensor, stage: Stage, y: Tensor | None, mask: Tensor | None) -> Tensor:
+    """From the gradient of a stage's ReLU to that of its y."""
+    if mask is not None:
+        return affine_act_backward(grad, mask=mask, scale=stage.scale)
+    return affine_act_backward(grad, y=y, scale=stage.scale, shift=stage.shift)
+
+
+def _scale(grad: Tensor, scale: Tensor) -> Tensor:
+    return affine_act(grad, scale, torch.zeros_like(scale), relu=False)[0]
+
+
+def _again(stages: Sequence[Stage], y: Tensor) -> tuple[Tensor | None, Tensor]:
+    """v and y of the second stage, from y of the first."""
+    h = Activation(y, stages[0].scale, stages[0].shift).tensor()
+    y, v = stages[1].factors.forward(stages[1].factors.sampled(h))
+    return v, y
+
+
+def _input(
+    stages: Sequence[Stage], kept: Sequence[Sequence[Tensor | None]], index: int, x: Tensor | None
+) -> Activation | None:
+    """The input of a stage whose gradient of S reads it."""
+    factors = stages[index].factors
+    if factors.keeps != "x":
+        return None
+    if index == 0:
+        return Activation(x)
+    before = stages[index - 1]
+    activation = Activation(kept[index - 1][1], before.scale, before.shift)
+    if factors.geometry.stride == (1, 1) or not factors.samples:
+        return activation
+    return Activation(factors.sampled(activation.tensor()))
