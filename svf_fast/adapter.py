@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from svf_fast.convert import save_atomically, svf_layers
+from svf_fast.convert import save_atomically
+from svf_fast.nn.factored import svf_layers
 
 _FORMAT = "svf_fast adapter 1"
 _SHOWN = 5

@@ -18,15 +18,10 @@ from tqdm import tqdm
 
 from svf_fast.nn.block import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
 from svf_fast.nn.conv2d import SVFConv2d
-from svf_fast.nn.factored import Factored
+from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.nn.linear import SVFLinear
 from svf_fast.structure import find
 from svf_fast.svd import Factors, decompose
-
-
-def svf_layers(model: nn.Module) -> dict[str, Factored]:
-    """The SVF layers of a model by name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:

@@ -1,34 +1,48 @@
-"""What each SVF layer keeps for the backward pass and computes, predicted from shapes."""
+"""What a model keeps for the backward pass and computes, predicted from shapes."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from svf_fast.convert import svf_layers
-from svf_fast.nn.conv2d import SVFConv2d
-from svf_fast.nn.factored import Factored
+from svf_fast.nn.block import Fused
+from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.ops.svf_conv2d import reads_input
+from svf_fast.structure import find
 
 _MIB = 2**20
+_OTHER = "other layers"
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """One SVF layer: bytes it keeps for the backward pass, and FLOPs of forward and backward.
+class UnitReport:
+    """A fused unit, an SVF layer outside of one, or all other layers together.
 
-    ``reference_…`` is the same of the paper's three layers. Of all its calls in one forward pass.
+    Attributes:
+        name: of the module.
+        layers: names of the SVF layers in it.
+        strategy: of these layers, and the number of guarded directions where there are any.
+        note: why what could be fused is not, or that a fused block recomputes.
+        output_shape: of its first call; empty for the other layers.
+        saved_bytes: what autograd keeps in its forward passes; a tensor that several keep counts
+            for the first.
+        reference_bytes: the same with the paper's three layers in the place of each SVF layer.
+        flops, reference_flops: of the SVF layers in it, forward and backward.
     """
 
     name: str
+    layers: tuple[str, ...]
     strategy: str
-    guarded: int
-    input_shape: tuple[int, ...]
+    note: str
     output_shape: tuple[int, ...]
     saved_bytes: int
     reference_bytes: int
@@ -38,154 +52,268 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """The SVF layers of a model in the order of their first call; ``print`` shows it as a table."""
+    """What a model keeps, in the order of the first calls; ``print`` shows it as a table.
 
-    layers: tuple[LayerReport, ...]
-    factor_bytes: int  # U, S, V and the composed weights: resident, whatever the input
+    Attributes:
+        units: see :class:`UnitReport`.
+        factor_bytes: U, S, V and the composed weights: resident, whatever the input.
+        shapes: input and output shape of every call of each SVF layer.
+    """
+
+    units: tuple[UnitReport, ...]
+    factor_bytes: int
+    shapes: dict[str, list[tuple[torch.Size, torch.Size]]]
 
     @property
     def saved_bytes(self) -> int:
-        return sum(layer.saved_bytes for layer in self.layers)
+        """All that autograd keeps, parameters and buffers left out."""
+        return sum(unit.saved_bytes for unit in self.units)
 
     @property
     def reference_bytes(self) -> int:
-        return sum(layer.reference_bytes for layer in self.layers)
+        return sum(unit.reference_bytes for unit in self.units)
 
     @property
     def flops(self) -> int:
-        return sum(layer.flops for layer in self.layers)
+        return sum(unit.flops for unit in self.units)
 
     @property
     def reference_flops(self) -> int:
-        return sum(layer.reference_flops for layer in self.layers)
+        return sum(unit.reference_flops for unit in self.units)
 
     def __str__(self) -> str:
-        width = max(len("layer"), len("total"), *(len(layer.name) for layer in self.layers))
-        head = (
-            f"{'layer':<{width}}  {'strategy':<9}  {'output':<20}  {'saved MiB':>9}  "
-            f"{'reference':>9}  {'GFLOP':>8}  {'reference':>9}"
-        )
-        lines = [head, "-" * len(head)]
-        for layer in self.layers:
-            strategy = layer.strategy + (f"+{layer.guarded}" if layer.guarded else "")
-            shape = "×".join(map(str, layer.output_shape))
-            lines.append(_row(width, layer.name, strategy, shape, layer))
-        lines += ["-" * len(head), _row(width, "total", "", "", self)]
+        rows = [
+            ("layer", "strategy", "output", "saved MiB", "reference", "GFLOP", "reference", "note")
+        ]
+        rows += [
+            (unit.name, unit.strategy, "×".join(map(str, unit.output_shape)), *_numbers(unit))
+            + (unit.note,)
+            for unit in self.units
+        ]
+        rows.append(("total", "", "", *_numbers(self), ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(8)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column in (0, 1, 2, 7) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        rule = "-" * max(map(len, lines))
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         lines.append(f"resident factors and composed weights: {self.factor_bytes / _MIB:.1f} MiB")
         return "\n".join(lines)
 
 
-def _row(width: int, name: str, strategy: str, shape: str, of: LayerReport | MemoryReport) -> str:
-    saved, reference = of.saved_bytes / _MIB, of.reference_bytes / _MIB
+def _numbers(of: UnitReport | MemoryReport) -> tuple[str, ...]:
+    sizes = (of.saved_bytes / _MIB, of.reference_bytes / _MIB)
     return (
-        f"{name:<{width}}  {strategy:<9}  {shape:<20}  {saved:>9.2f}  {reference:>9.2f}  "
-        f"{of.flops / 1e9:>8.2f}  {of.reference_flops / 1e9:>9.2f}"
+        *(f"{size:.2f}" for size in sizes),
+        *(f"{count / 1e9:.2f}" for count in (of.flops, of.reference_flops)),
     )
 
 
 def memory_report(
     model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> MemoryReport:
-    """Predict what the SVF layers keep for the backward pass of one input of ``input_shape``.
+    """Predict what a model keeps for the backward pass of one input of ``input_shape``.
 
-    The model runs once on shapes alone (meta tensors): no memory, no arithmetic. Counted is what
-    each layer itself keeps, its input taken to need a gradient; that ``gram``'s output or
-    ``fold``'s input may be the very storage a neighbour keeps too is not deducted. ``dtype``
-    is that of the activations, by default that of the factors: name it for a run under autocast.
+    The model runs twice on shapes alone (fake tensors), as it is and with the paper's layers: no
+    memory, no arithmetic. Counted is every storage that autograd keeps, once, as
+    ``saved_tensors_hooks`` sees them; parameters and buffers do not count. What needs a gradient is
+    what needs one now, and batch norms are in the mode they are in. ``dtype`` names the dtype of a
+    run under autocast; without it the model runs in the dtype of its factors.
 
     Raises ValueError when the model has no SVF layer or none of them is called.
     """
     layers = svf_layers(model)
     if not layers:
         raise ValueError("model: expected SVF layers to report on, found none; was it converted?")
-    strategies = {name: (layer.strategy_in_use, layer.guarded) for name, layer in layers.items()}
-    calls: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-    handles = []
-    for name, layer in layers.items():
-
-        def record(_, inputs, output, name=name):
-            calls.setdefault(name, []).append((tuple(inputs[0].shape), tuple(output.shape)))
-
-        handles.append(layer.register_forward_hook(record))
-    try:
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-        first = next(iter(layers.values()))
-        x = torch.empty(tuple(input_shape), device="meta", dtype=first.U.dtype)
-        with torch.no_grad():
-            functional_call(model, meta, (x,))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in layers.values():
-            layer.refresh()
-    if not calls:
+    units = _units(model)
+    shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
+    saved, outputs = _run(model, input_shape, dtype, units)
+    with _as_reference(layers):
+        reference, _ = _run(model, input_shape, dtype, units, shapes)
+    if not shapes:
         raise ValueError("model: expected a forward pass through its SVF layers, none was called")
-    reports = tuple(
-        _report(name, layers[name], *strategies[name], shapes, dtype or layers[name].U.dtype)
-        for name, shapes in calls.items()
+    reports = [
+        _report(name, unit, layers, shapes, outputs.get(name, ()))
+        for name, unit in units.items()
+        if name in outputs
+    ]
+    reports.append(UnitReport(_OTHER, (), "", "", (), 0, 0, 0, 0))
+    notes = find(model, lambda _: True)[2]
+    return MemoryReport(
+        tuple(
+            dataclasses.replace(
+                report,
+                saved_bytes=saved.get(report.name, 0),
+                reference_bytes=reference.get(report.name, 0),
+                note=report.note or _note(report.name, notes),
+            )
+            for report in reports
+        ),
+        sum(_resident(layer) for layer in layers.values()),
+        shapes,
     )
-    return MemoryReport(reports, sum(_resident(layer) for layer in layers.values()))
 
 
-def _report(name, layer: Factored, strategy, guarded, shapes, dtype) -> LayerReport:
-    totals = [0, 0, 0, 0]
-    for input_shape, output_shape in shapes:
-        own = _cost(layer, strategy, guarded, input_shape, output_shape)
-        cost = own + _cost(layer, "reference", 0, input_shape, output_shape)
-        totals = [total + part for total, part in zip(totals, cost, strict=True)]
-    elements, flops, reference_elements, reference_flops = totals
-    return LayerReport(
+def _units(model: nn.Module) -> dict[str, nn.Module]:
+    """The fused modules, and the SVF layers outside of these, by name."""
+    units: dict[str, nn.Module] = {}
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, Fused | Factored):
+            units[name] = module
+            inside = f"{name}." if name else ""
+    return units
+
+
+def _note(name: str, notes: dict[str, str]) -> str:
+    """Why the block that a layer lies in could not be fused."""
+    for block, reason in notes.items():
+        if name == block or name.startswith(f"{block}." if block else ""):
+            return f"not fused: {reason}"
+    return ""
+
+
+class _Kept:
+    """Counts what autograd saves, by the unit whose forward pass is running."""
+
+    def __init__(self, state: dict[str, Tensor]):
+        self.bytes: dict[str, int] = {}
+        self.running = [_OTHER]
+        self._seen = {tensor.untyped_storage()._cdata: tensor for tensor in state.values()}
+
+    def count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = tensor  # kept alive, so that no address returns
+            name = self.running[-1]
+            self.bytes[name] = self.bytes.get(name, 0) + storage.nbytes()
+        return tensor
+
+
+def _run(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    dtype: torch.dtype | None,
+    units: dict[str, nn.Module],
+    shapes: dict[str, list[tuple[torch.Size, torch.Size]]] | None = None,
+) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    """Bytes kept and output shape per unit; fills `shapes`, for which no unit may run fused."""
+    layers = svf_layers(model)
+    device, own = next((layer.U.device, layer.U.dtype) for layer in layers.values())
+    handles, outputs = [], {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        state: dict[str, Any] = {
+            name: mode.from_tensor(tensor)
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
+        kept = _Kept(state)
+
+        def enter(name):
+            return lambda *_: kept.running.append(name)
+
+        def leave(name):
+            def hook(_, inputs, output):
+                kept.running.pop()
+                outputs.setdefault(name, tuple(output.shape))
+
+            return hook
+
+        def record(name):
+            def hook(_, inputs, output):
+                shapes.setdefault(name, []).append((inputs[0].shape, output.shape))
+
+            return hook
+
+        for name, unit in units.items():
+            handles.append(unit.register_forward_pre_hook(enter(name), prepend=True))
+            handles.append(unit.register_forward_hook(leave(name)))
+        if shapes is not None:
+            handles += [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+        try:
+            x = torch.empty(tuple(input_shape), device=device, dtype=own)
+            autocast = torch.autocast(device.type, dtype or own, enabled=dtype not in (None, own))
+            hooks = saved_tensors_hooks(kept.count, lambda tensor: tensor)
+            with torch.enable_grad(), autocast, hooks:
+                functional_call(model, state, (x,))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return kept.bytes, outputs
+
+
+@contextlib.contextmanager
+def _as_reference(layers: dict[str, Factored]) -> Iterator[None]:
+    """Every layer computes as the paper's three within."""
+    plans = {name: layer._plan for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            if layer._plan is not None:
+                layer._plan = dataclasses.replace(layer._plan, strategy="reference", tail=None)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer._plan = plans[name]
+
+
+def _report(name, unit, layers, shapes, output_shape) -> UnitReport:
+    prefix = f"{name}." if name else ""
+    inner = [n for n in layers if n == name or (isinstance(unit, Fused) and n.startswith(prefix))]
+    flops = reference_flops = 0
+    for layer in inner:
+        for _, layer_output in shapes.get(layer, ()):
+            used = layers[layer]
+            flops += _flops(used, used.strategy_in_use, used.guarded, layer_output)
+            reference_flops += _flops(used, "reference", 0, layer_output)
+            if getattr(unit, "recompute", False) and layer == prefix + unit.recomputed:
+                flops += 2 * math.prod(layer_output) * used.V[0].numel()
+    note = ""
+    if isinstance(unit, Fused):
+        reason = unit.unfused_reason()
+        note = f"not fused: {reason}" if reason else ""
+        if not note and getattr(unit, "recompute", False):
+            note = f"computes {unit.recomputed} again"
+    used = [layers[layer] for layer in inner]
+    strategy = "/".join(dict.fromkeys(layer.strategy_in_use for layer in used))
+    guarded = sum(layer.guarded for layer in used)
+    return UnitReport(
         name,
-        strategy,
-        guarded,
-        shapes[0][0],
-        shapes[0][1],
-        elements * dtype.itemsize,
-        reference_elements * dtype.itemsize,
+        tuple(inner),
+        strategy + (f"+{guarded}" if guarded else ""),
+        note,
+        output_shape,
+        0,
+        0,
         flops,
         reference_flops,
     )
 
 
-def _cost(layer: Factored, strategy, guarded, input_shape, output_shape) -> tuple[int, int]:
-    """Elements kept and FLOPs of forward, dx and dS, of one call."""
+def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Size) -> int:
+    """Of forward, dx and dS of one call."""
     geometry = layer._geometry()
     groups, rank, out_channels = geometry.groups, layer.rank, len(layer.U)
     fan_in = layer.V[0].numel()
-    y = math.prod(output_shape)
-    positions = y // out_channels
-    x = _kept_input(layer, input_shape)
-    v = positions * groups * rank
+    positions = math.prod(output_shape) // out_channels
     weight = 2 * positions * out_channels * fan_in
-    factored = 2 * positions * groups * rank * (fan_in + out_channels // groups)
-    if strategy == "reference":
-        return x + 2 * v, 2 * factored
-    if strategy == "chain":
-        return v, 2 * factored
+    if strategy in ("reference", "chain"):
+        return 4 * positions * groups * rank * (fan_in + out_channels // groups)
     if strategy == "fold":
-        return x, 3 * weight
+        return 3 * weight
     tail = 2 * positions * groups * guarded * (fan_in + out_channels // groups)
     weight_shape = torch.Size((out_channels, *layer.V.shape[1:], 1, 1)[:4])
     if reads_input(weight_shape, geometry):
-        channels = fan_in * groups
-        return positions * channels, 2 * weight + 2 * positions * channels * fan_in + tail
-    gram = 2 * positions * out_channels * (out_channels // groups)
-    return y + positions * groups * guarded, 2 * weight + gram + tail
-
-
-def _kept_input(layer: Factored, shape: tuple[int, ...]) -> int:
-    """Elements of x as the convolution sees it: padded where the padding is a pass of its own."""
-    if isinstance(layer, SVFConv2d) and layer._geometry().padding == (0, 0):
-        left, right, top, bottom = layer._explicit_padding
-        *outer, height, width = shape
-        return math.prod(outer) * (height + top + bottom) * (width + left + right)
-    return math.prod(shape)
+        return 2 * weight + 2 * positions * fan_in * groups * fan_in + tail
+    return 2 * weight + 2 * positions * out_channels * (out_channels // groups) + tail
 
 
 def _resident(layer: Factored) -> int:
     tensors = [layer.U, layer.V, layer.S]
-    weight = layer.U.shape[0] * layer.V[0].numel() if layer.strategy_in_use != "reference" else 0
-    if layer.strategy_in_use == "chain":
-        weight = 0
+    composed = layer.strategy_in_use not in ("reference", "chain")
+    weight = layer.U.shape[0] * layer.V[0].numel() if composed else 0
     return sum(t.numel() * t.element_size() for t in tensors) + weight * layer.U.element_size()

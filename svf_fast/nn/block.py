@@ -116,6 +116,11 @@ class _Residual(Fused):
         fused._names, fused.recompute = found, False
         return fused
 
+    @property
+    def recomputed(self) -> str:
+        """Name of the convolution that ``recompute`` runs again."""
+        return self._names.stages[1].conv
+
     def unfused_reason(self) -> str:
         names = self._names
         stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]

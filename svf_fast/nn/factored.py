@@ -45,6 +45,11 @@ class _Plan:
     arriving: tuple[Tensor, torch.cuda.Event] | None = None  # S on its way from GPU to host
 
 
+def svf_layers(model: nn.Module) -> dict[str, Factored]:
+    """The SVF layers of a model by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
+
+
 class Factored(nn.Module):
     """Base of the SVF layers: buffers U, V, ``fingerprint``, trained S, frozen bias."""
 
@@ -159,7 +164,9 @@ class Factored(nn.Module):
         return factors, (self.S.data_ptr(), self.S._version)
 
     def _current_plan(self) -> _Plan | None:
-        factors_key, scale_key = self._keys() if self._has_values() else ((), ())
+        if not self._has_values():  # shapes alone: the plan of the last values, or none
+            return self._plan
+        factors_key, scale_key = self._keys()
         if self._plan is None or self._plan.factors_key != factors_key:
             self.refresh()
             return self._plan
@@ -204,7 +211,7 @@ class Factored(nn.Module):
             return "reference", Frozen()
         weight = None
         folds = plan.strategy in ("fold", "gram") or not self.S.requires_grad
-        if folds and not torch.compiler.is_compiling():
+        if folds and not torch.compiler.is_compiling() and self._has_values():
             weight = plan.weights.get(dtype)
             if weight is None:
                 S = self.S.detach()
