@@ -28,7 +28,7 @@ from svf_fast.forward_graph import (
 )
 from svf_fast.nn.conv2d import SVFConv2d
 
-_BATCH_NORM = tuple(inspect.signature(functional.batch_norm).parameters)
+_BATCH_NORM = inspect.signature(functional.batch_norm)
 _MOST_CONVS = 8  # a module with more of its own is no residual block
 
 
@@ -330,7 +330,9 @@ def _ends_in_relu(norm: nn.BatchNorm2d) -> bool:
         node = graph.value(node)
     if not graph.calls(node, {functional.batch_norm}):
         raise Misfit(f"it calls {graph.label(node)}")
-    call = {**dict(zip(_BATCH_NORM, node.args, strict=False)), **node.kwargs}
+    bound = _BATCH_NORM.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
     for name in ("running_mean", "running_var", "weight", "bias"):
         given = getattr(call[name], "target", None)  # an fx.Node, or None
         if given != (None if getattr(norm, name) is None else name):

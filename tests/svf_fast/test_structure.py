@@ -120,6 +120,20 @@ class NormAct(nn.BatchNorm2d):
         return self.act(self.drop(y))
 
 
+def with_(block: nn.Module, **modules: nn.Module) -> nn.Module:
+    for name, module in modules.items():
+        setattr(block, name, module)
+    return block
+
+
+class NormRelu(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels, affine=False)
+
+    def forward(self, x):
+        return functional.batch_norm(x, self.running_mean, self.running_var, eps=self.eps).relu()
+
+
 class OwnActivations(Basic):
     def __init__(self, act=None):
         super().__init__()
@@ -179,6 +193,7 @@ BASIC = (Stage("conv1", "bn1", True), Stage("conv2", "bn2", False))
             Stage("way.2.conv", "way.2.bn", False),
         ),
         (OwnActivations(), BASIC, (), None),
+        (with_(OwnActivations(), bn1=NormRelu(6)), BASIC, (), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -368,12 +383,6 @@ class OtherConv(nn.Conv2d):
 class ForeignNorm(nn.BatchNorm2d):
     def forward(self, x):
         return functional.batch_norm(x, self.running_mean, self.running_var, None, self.bias)
-
-
-def with_(block: nn.Module, **modules: nn.Module) -> nn.Module:
-    for name, module in modules.items():
-        setattr(block, name, module)
-    return block
 
 
 def with_hook(name: str) -> nn.Module:
