@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from svf_fast.budget import parse_bytes
 from svf_fast.nn.block import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
 from svf_fast.nn.conv2d import SVFConv2d
 from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.nn.linear import SVFLinear
+from svf_fast.plan import fit
 from svf_fast.structure import find
 from svf_fast.svd import Factors, decompose
 
@@ -37,6 +39,9 @@ def convert(
     fuse: bool = True,
     cache: str | os.PathLike | None = None,
     progress: bool = True,
+    memory_budget: str | int | None = None,
+    input_shape: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
@@ -54,11 +59,25 @@ def convert(
             found by what their forward computes, whatever their classes and names.
         cache: folder where decompositions are kept and found again by the hash of their weight.
         progress: show a bar when it takes more than two seconds.
+        memory_budget: most that autograd may keep of one forward pass, like ``"1.5GiB"`` or an
+            integer of bytes, as :func:`svf_fast.memory_report` counts it: weights and what lives
+            within the step are not in it. The fastest plan that fits is set: fused blocks compute
+            their second convolution twice where that is needed.
+        input_shape: of the forward pass that the budget is for.
+        dtype: of the activations in it, for a run under autocast.
 
     Returns the model.
 
-    Raises ValueError when a name in ``layers`` fits no module, or nothing is there to convert.
+    Raises ValueError when a name in ``layers`` fits no module, nothing is there to convert, or no
+    plan fits the budget, with the smallest that does (:class:`svf_fast.budget.BudgetError`). Then
+    the model is as it was.
     """
+    if (memory_budget is None) != (input_shape is None):
+        missing = "input_shape" if input_shape is None else "memory_budget"
+        raise ValueError(
+            f"{missing}: expected with the other of memory_budget and input_shape, got None"
+        )
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
     if isinstance(layers, str):
         layers = (layers,)
     if type(model) in (nn.Conv2d, nn.Linear):
@@ -86,8 +105,16 @@ def convert(
             else:
                 replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
         model.set_submodule(name, replaced[layer])
-    if fuse:
-        _fuse(model, _within(layers))
+    fused = _fuse(model, _within(layers)) if fuse else []
+    if budget is not None and input_shape is not None:
+        try:
+            fit(model, budget, input_shape, dtype)
+        except Exception:
+            for module in fused:
+                module.unfuse()
+            for name, layer in chosen:
+                model.set_submodule(name, layer)
+            raise
     return model
 
 
@@ -150,16 +177,20 @@ def _within(layers: Sequence[str] | None) -> Callable[[str], bool]:
     return within
 
 
-def _fuse(model: nn.Module, within: Callable[[str], bool]) -> None:
+def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Fused]:
+    """Fuses what lies within and is not fused yet; returns it."""
+    fused = []
     blocks, units, _ = find(model, within)
     for found in blocks:
         module = model.get_submodule(found.name)
         if not isinstance(module, Fused):
-            (SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock)._adopt(module, found)
+            kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
+            fused.append(kind._adopt(module, found))
     for container, group in groupby(units, lambda unit: unit.container):
         module = model.get_submodule(container)
         if not isinstance(module, Fused):
-            FusedSequential._adopt(module, tuple(group))
+            fused.append(FusedSequential._adopt(module, tuple(group)))
+    return fused
 
 
 def _feeds_inplace(model: nn.Module, name: str) -> bool:

@@ -129,6 +129,8 @@ def memory_report(
     layers = svf_layers(model)
     if not layers:
         raise ValueError("model: expected SVF layers to report on, found none; was it converted?")
+    for layer in layers.values():
+        layer.strategy_in_use  # noqa: B018  plans from the present values, which fakes have not
     units = _units(model)
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
     saved, outputs = _run(model, input_shape, dtype, units)

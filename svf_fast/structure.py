@@ -150,7 +150,7 @@ def _convs(name: str, module: nn.Module) -> Iterator[str]:
 
 def _own(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if is_open(child):
+        if is_open(child) or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _own(child)
         else:
             yield child

@@ -68,7 +68,7 @@ def fuse(module: nn.Module, mixin: type[Fused]) -> Fused:
     return module  # type: ignore[return-value]
 
 
-class _Residual(Fused):
+class ResidualUnit(Fused):
     """``relu(stages(x) + shortcut(x))`` with frozen batch norms, as one autograd node.
 
     Attributes:
@@ -111,7 +111,7 @@ class _Residual(Fused):
         return cls._adopt(module, found)
 
     @classmethod
-    def _adopt(cls, module: nn.Module, found: ResidualBlock) -> nn.Module:
+    def _adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
         fused = fuse(module, cls)
         fused._names, fused.recompute = found, False
         return fused
@@ -144,7 +144,7 @@ class _Residual(Fused):
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
 
-class SVFBottleneck(_Residual):
+class SVFBottleneck(ResidualUnit):
     """A bottleneck of three SVF convolutions as one autograd node.
 
     ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))`` with batch norms that
@@ -162,7 +162,7 @@ class SVFBottleneck(_Residual):
     stages = 3
 
 
-class SVFBasicBlock(_Residual):
+class SVFBasicBlock(ResidualUnit):
     """A basic block of two SVF convolutions as one autograd node: see :class:`SVFBottleneck`.
 
     With the strategy ``gram`` it keeps the outputs of both and one bit per element of its own.
@@ -177,7 +177,7 @@ class FusedSequential(Fused):
     _names: tuple[Unit, ...]
 
     @classmethod
-    def _adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> nn.Module:
+    def _adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> Fused:
         fused = fuse(module, cls)
         fused._names = units
         return fused

@@ -7,47 +7,114 @@ from torch import nn
 import svf_fast
 
 
-@pytest.mark.parametrize("strategy", ("reference", "fold", "chain", "gram"))
-def test_predicted_bytes_are_the_bytes_kept(strategy):
+def saved_by(model: nn.Module, x: torch.Tensor, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the unique storages that autograd keeps, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None), hooks:
+        y = model(x)
+    del y
+    return sum(size for size, _ in kept.values())
+
+
+class Block(nn.Module):
+    """A bottleneck with a projection, or, if not `fits`, one that the fused path cannot run."""
+
+    def __init__(self, channels: int, width: int, out: int, fits: bool = True):
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, width, 1, bias=False)
+        self.spatial = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+        self.expand = nn.Conv2d(width, out, 1, bias=False)
+        self.project = nn.Conv2d(channels, out, 1, stride=2, bias=False)
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, (width, width, out, out)))
+        self.act = nn.ReLU() if fits else nn.SiLU()
+
+    def forward(self, x):
+        y = self.act(self.norms[0](self.reduce(x)))
+        y = self.act(self.norms[1](self.spatial(y)))
+        return torch.relu(self.norms[2](self.expand(y)) + self.norms[3](self.project(x)))
+
+
+def network(fits: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        Block(8, 4, 16, fits),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    ).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("options", ({}, {"fuse": False}, {"strategy": "reference"}), ids=str)
+@pytest.mark.parametrize("fits", (True, False))
+def test_predicted_bytes_are_the_bytes_kept(fits, options, dtype):
+    """Of the whole network, what its other layers keep included: to the byte."""
+    model = svf_fast.convert(network(fits).eval(), None, **options)
+    with torch.no_grad():
+        model[4].spatial.S[-1] = 0  # a guarded direction
+    x = torch.randn(2, 3, 19, 21)
+    report = svf_fast.memory_report(model, x.shape, dtype)
+    assert report.saved_bytes == saved_by(model, x, dtype) > 0
+    reference = svf_fast.convert(network(fits).eval(), None, strategy="reference", fuse=False)
+    assert report.reference_bytes == saved_by(reference, x, dtype) >= report.saved_bytes
+
+
+@pytest.mark.parametrize("strategy", ("reference", "fold", "chain", "gram"))
+def test_bytes_of_each_layer(strategy):
     model = nn.Sequential(
         nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False), nn.Conv2d(4, 12, 1, bias=False)
     )
     svf_fast.convert(model, None, strategy=strategy)
-    with torch.no_grad():
-        model[0].S[-1] = 0
     report = svf_fast.memory_report(model, (2, 6, 9, 9))
-    resident = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
-    measured = []
-    for layer, shape in zip(model, ((2, 6, 9, 9), (2, 4, 5, 5)), strict=True):
-        kept: dict[int, int] = {}
-
-        def pack(tensor, kept=kept):
-            if tensor.data_ptr() not in resident:
-                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        x = torch.randn(shape, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = layer(x)
-        measured.append(sum(kept.values()))
-        del y
-    assert [layer.saved_bytes for layer in report.layers] == measured
-    assert [layer.strategy for layer in report.layers] == [strategy] * 2
-    assert report.saved_bytes == sum(measured)
-    assert report.layers[0].output_shape == (2, 4, 5, 5)
+    x = 4 * 2 * 6 * 9 * 9
+    middle = 4 * 2 * 4 * 5 * 5
+    # in order: what conv 0 keeps, what conv 1 keeps and conv 0 does not
+    expected = {
+        "reference": (2 * middle, 3 * middle),  # nothing in conv 0 needs x
+        "fold": (x, middle),
+        "chain": (middle, middle),
+        "gram": (middle, 0),  # y of conv 0 is x of conv 1
+    }[strategy]
+    assert tuple(unit.saved_bytes for unit in report.units[:2]) == expected
+    assert [unit.strategy.partition("+")[0] for unit in report.units] == [strategy, strategy, ""]
+    assert report.units[0].output_shape == (2, 4, 5, 5)
 
 
-def test_the_model_still_works_after_its_report_and_half_the_bytes_in_bfloat16():
+def test_table():
+    model = svf_fast.convert(network().eval(), None)
+    report = svf_fast.memory_report(model, (2, 3, 19, 21))
+    names = [unit.name for unit in report.units]
+    assert names == ["", "other layers"]  # the whole nn.Sequential is one fused container
+    model = svf_fast.convert(network(fits=False).eval(), ("4",))
+    lines = str(svf_fast.memory_report(model, (2, 3, 19, 21))).splitlines()
+    assert lines[0].split()[:3] == ["layer", "strategy", "output"]
+    assert any("4.reduce" in line and "2×4×9×10" in line for line in lines)
+    assert any("not fused: uses SiLU instead of ReLU" in line for line in lines)
+    assert lines[-2].startswith("total")
+
+
+def test_the_model_still_works_after_its_report():
     model = svf_fast.convert(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), None)
     x = torch.randn(1, 4, 6, 6)
     expected = model(x)
     full = svf_fast.memory_report(model, x.shape)
-    half = svf_fast.memory_report(model, x.shape, torch.bfloat16)
-    assert half.saved_bytes * 2 == full.saved_bytes > 0
+    assert full.saved_bytes > 0
     assert torch.equal(model(x), expected)
-    text = str(full)
-    assert "1×4×4×4" in text and text.splitlines()[-2].startswith("total")
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
 
 
 def test_flops_of_a_bottleneck_are_those_of_the_design():
@@ -70,3 +137,50 @@ def test_flops_of_a_bottleneck_are_those_of_the_design():
 def test_refusals():
     with pytest.raises(ValueError, match="was it converted"):
         svf_fast.memory_report(nn.Linear(1, 1), (1, 1))
+
+
+BLOCK = (2, 12, 33, 35)
+
+
+def test_a_budget_is_met_at_the_least_cost():
+    free = svf_fast.memory_report(svf_fast.convert(blocks(), None), BLOCK)
+    lean = svf_fast.convert(blocks(), None)
+    for block in lean:
+        block.recompute = True
+    smallest = svf_fast.memory_report(lean, BLOCK)
+    assert smallest.saved_bytes < free.saved_bytes
+    for budget in (free.saved_bytes, free.saved_bytes - 1, smallest.saved_bytes):
+        model = svf_fast.convert(blocks(), None, memory_budget=budget, input_shape=BLOCK)
+        report = svf_fast.memory_report(model, BLOCK)
+        x = torch.randn(BLOCK)
+        assert saved_by(model, x) == report.saved_bytes <= budget
+        again = [block.recompute for block in model]
+        assert any(again) == (budget < free.saved_bytes)
+        assert all(again) == (budget == smallest.saved_bytes)
+        assert free.flops <= report.flops <= smallest.flops
+        for block, row in zip(model, report.units, strict=False):
+            assert block.recompute == (row.note == "computes spatial again")
+
+
+def test_a_budget_that_cannot_be_met_leaves_the_model_as_it_was():
+    model = blocks()
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"expected at least .* smallest plan needs, got 1.00 KiB"):
+        svf_fast.convert(model, None, memory_budget="1KiB", input_shape=BLOCK)
+    assert model.state_dict().keys() == before.keys()
+    assert [type(module) for module in model.modules()] == [type(m) for m in blocks().modules()]
+    for arguments in ({"memory_budget": "1GiB"}, {"input_shape": BLOCK}):
+        with pytest.raises(ValueError, match="expected with the other of memory_budget and input"):
+            svf_fast.convert(model, None, **arguments)
+    with pytest.raises(ValueError, match="memory size: expected a number"):
+        svf_fast.convert(model, None, memory_budget="a lot", input_shape=BLOCK)
+    with pytest.raises(ValueError, match="expected x of shape"):  # another shape than the model takes
+        svf_fast.convert(model, None, memory_budget="1GiB", input_shape=(2, 5, 33, 35))
+    assert type(model[0].reduce) is nn.Conv2d
+    assert svf_fast.convert(model, None) is model
+
+
+def blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    stages = (Block(12, 6, 16), Block(16, 4, 16), Block(16, 8, 16))
+    return nn.Sequential(*stages).eval().requires_grad_(False)
