@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from saved_bytes import saved_by
 from tolerance import accumulated, assert_error_within
 from torch import nn
 from torch.nn import functional
@@ -191,23 +192,6 @@ def test_16_bit(name, dtype):
     assert (mine.median(dim=0).values <= 2 * theirs.median(dim=0).values).all()
 
 
-def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    total = sum(size for size, _ in kept.values())
-    del y
-    return total
-
-
 def test_a_bottleneck_keeps_y1_y2_and_bits():
     model = frozen(Bottleneck(64, 16, 64))
     for layer in (model.conv1, model.conv2, model.conv3):
@@ -216,13 +200,12 @@ def test_a_bottleneck_keeps_y1_y2_and_bits():
     elements = 2 * 16 * 9 * 11
     bits = 4 * elements // 64 * 8 + 16
     x = torch.randn(2, 64, 9, 11, requires_grad=True)
-    assert kept_bytes(model, x) == 2 * elements * 4 + bits
+    assert saved_by(model, x) == 2 * elements * 4 + bits
     model.recompute = True
-    assert kept_bytes(model, x) == elements * 4 + bits
+    assert saved_by(model, x) == elements * 4 + bits
     model.recompute = False
-    with torch.autocast("cpu", torch.bfloat16):
-        assert kept_bytes(model, x) == 2 * elements * 2 + bits
-    assert kept_bytes(as_reference(nn.Sequential(model)), x) > 8 * (2 * elements * 4 + bits)
+    assert saved_by(model, x, torch.bfloat16) == 2 * elements * 2 + bits
+    assert saved_by(as_reference(nn.Sequential(model)), x) > 8 * (2 * elements * 4 + bits)
 
 
 def test_relu_passes_what_eager_passes():
