@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,6 +16,14 @@ constexpr torch::headeronly::ScalarType kBlasType = torch::headeronly::ScalarTyp
 template <>
 inline constexpr torch::headeronly::ScalarType kBlasType<double> =
     torch::headeronly::ScalarType::Double;
+
+// Uninitialised memory for `size` elements, T float or double, owned by the list.
+template <typename T>
+T* scratch(std::vector<torch::stable::Tensor>& owned, const torch::stable::Tensor& like,
+           int64_t size) {
+  owned.push_back(torch::stable::new_empty(like, {&size, 1}, kBlasType<T>));
+  return static_cast<T*>(owned.back().mutable_data_ptr());
+}
 
 // [rows, columns] over memory of the caller, T float or double.
 template <typename T>

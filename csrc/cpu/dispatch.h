@@ -1,8 +1,9 @@
-// Runs a kernel in the widest instruction set of this machine. A kernel is a struct with a static
-// always-inline template `run<kBytes>(arguments...)`, instantiated once per vector width.
+// From run time to compile time: the dtype of a tensor, the instruction set of this machine.
 #pragma once
 
+#include "../maps.h"
 #include "isa.h"
+#include "vector.h"
 
 namespace svf_fast {
 
@@ -23,6 +24,8 @@ SVF_FAST_AVX512 void run_avx512(const Arguments&... arguments) {
 }
 #endif
 
+// Runs a kernel in the widest instruction set there is. A kernel is a struct with a static
+// always-inline template `run<kBytes>(arguments...)`, instantiated once per vector width.
 template <typename Kernel, typename... Arguments>
 void run(const Arguments&... arguments) {
 #if defined(__x86_64__)
@@ -34,6 +37,21 @@ void run(const Arguments&... arguments) {
   }
 #endif
   run_baseline<Kernel>(arguments...);
+}
+
+// Calls body with a value of the element type.
+template <typename Body>
+void with_type(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    default:
+      return body(Half{});
+  }
 }
 
 }  // namespace svf_fast
