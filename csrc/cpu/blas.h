@@ -40,11 +40,26 @@ inline void multiply(const torch::stable::Tensor& out, const torch::stable::Tens
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
-// out += a b
-inline void add_product(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
-                        const torch::stable::Tensor& b) {
+// [count, rows, columns] over memory of the caller, T float or double.
+template <typename T>
+torch::stable::Tensor matrices(const T* data, int64_t count, int64_t rows, int64_t columns,
+                               int64_t stride, int64_t row_stride, int64_t column_stride) {
+  return torch::stable::from_blob(
+      const_cast<T*>(data), {count, rows, columns}, {stride, row_stride, column_stride},
+      torch::stable::Device(torch::headeronly::DeviceType::CPU), kBlasType<T>);
+}
+
+// out = a b, for each of a number of matrices
+inline void multiply_each(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
+                          const torch::stable::Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
+}
+
+// out += a b, for each of a number of matrices
+inline void add_products(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
+                         const torch::stable::Tensor& b) {
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+      aoti_torch_cpu_baddbmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 }  // namespace svf_fast
