@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
   library.def("channel_dot_scale_(Tensor(a!) a, Tensor v, Tensor s) -> Tensor");
   library.def("compose(Tensor U, Tensor S, Tensor V, int groups) -> Tensor");
   library.def("cosine_max(Tensor query, Tensor support, Tensor mask) -> (Tensor, Tensor)");
+  library.def(
+      "cosine_max_backward(Tensor grad, Tensor query, Tensor support, Tensor mask, Tensor values, "
+      "Tensor index) -> (Tensor, Tensor)");
   library.def("gram(Tensor a, Tensor b, int groups, Tensor? scale, Tensor? shift) -> Tensor");
   library.def("gram_gradient(Tensor M, Tensor left, Tensor right, Tensor S) -> Tensor");
 }
