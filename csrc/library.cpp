@@ -9,6 +9,12 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
   library.def(
       "affine_act_backward(Tensor grad, Tensor? y, Tensor? mask, Tensor? scale, Tensor? shift) "
       "-> Tensor");
+  library.def(
+      "affine_act_(Tensor(a!) y, Tensor scale, Tensor shift, Tensor? residual, "
+      "Tensor? residual_scale, bool relu, bool mask) -> Tensor");
+  library.def(
+      "affine_act_backward_(Tensor(a!) grad, Tensor? y, Tensor? mask, Tensor? scale, "
+      "Tensor? shift) -> ()");
   library.def("channel_dot(Tensor a, Tensor b) -> Tensor");
   library.def("channel_dot_scale_(Tensor(a!) a, Tensor v, Tensor s) -> Tensor");
   library.def("compose(Tensor U, Tensor S, Tensor V, int groups) -> Tensor");

@@ -7,14 +7,19 @@ the Gram matrices of conv1 and conv2 need y1 and y2, that of conv3 needs x3; x i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from svf_fast.ops.affine_act import affine_act, affine_act_backward
+from svf_fast.ops.affine_act import (
+    affine_act,
+    affine_act_,
+    affine_act_backward,
+    affine_act_backward_,
+)
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.svf_conv2d import Activation, Factors, memory_format, no_autocast, saved
 
@@ -127,17 +132,19 @@ class _Block(torch.autograd.Function):
             if index == 0:
                 sources.append(h if factors.keeps == "x" else None)
             y, v = factors.forward(h)
-            if not last:
-                h, mask = affine_act(y, scale, shift, mask=keep.mask)
-            else:
-                if shortcut is not None:
-                    shift = shift + shortcut.shift
-                h, mask = affine_act(
-                    y, scale, shift, residual, residual_scale, form.relu, keep.mask
-                )
+            extra = ()
+            if last:
+                shift = shift if shortcut is None else shift + shortcut.shift
+                extra = (residual, residual_scale, form.relu)
+            keeps_y = keep.y and not keep.again
+            if keeps_y:
+                h, mask = affine_act(y, scale, shift, *extra, mask=keep.mask)
+            else:  # y is this node's own and read by nobody else
+                mask = affine_act_(y, scale, shift, *extra, mask=keep.mask)
+                h = y
             kept += [
                 None if keep.again else v,
-                y if keep.y and not keep.again else None,
+                y if keeps_y else None,
                 mask if keep.mask else None,
             ]
 
@@ -200,7 +207,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads_S.insert(0, grad_S)
         if index > 0:
             _, y, mask = kept[index - 1]
-            arriving, scaled = _through(grad_x, stages[index - 1], y, mask), True
+            before = stages[index - 1]  # whose ReLU's gradient takes the place of grad_x
+            arriving, scaled = _through(grad_x, before, y, mask, affine_act_backward_), True
     if form.shortcut == "identity" and not form.relu and grad_x is not None:
         grad_x = grad_x + total
 
@@ -235,11 +243,17 @@ def _through_relu(
     return _through(grad, last, y, mask)
 
 
-def _through(grad: Tensor, stage: Stage, y: Tensor | None, mask: Tensor | None) -> Tensor:
+def _through(
+    grad: Tensor,
+    stage: Stage,
+    y: Tensor | None,
+    mask: Tensor | None,
+    backward: Callable[..., Tensor] = affine_act_backward,
+) -> Tensor:
     """From the gradient of a stage's ReLU to that of its y."""
     if mask is not None:
-        return affine_act_backward(grad, mask=mask, scale=stage.scale)
-    return affine_act_backward(grad, y=y, scale=stage.scale, shift=stage.shift)
+        return backward(grad, mask=mask, scale=stage.scale)
+    return backward(grad, y=y, scale=stage.scale, shift=stage.shift)
 
 
 def _scale(grad: Tensor, scale: Tensor) -> Tensor:

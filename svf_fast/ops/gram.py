@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svf_fast.ops.channel_dot import DTYPES, channel_dot
+from svf_fast.ops.channel_dot import channel_dot
+from svf_fast.ops.maps import DTYPES
 from svf_fast.reference import gram as reference
 
 

@@ -107,7 +107,8 @@ class Activation(NamedTuple):
         return affine_act(self.y, self.scale, self.shift)[0]
 
     def gram(self, other: Tensor, groups: int) -> Tensor:
-        return gram(self.tensor(), other, groups)
+        """``Σ_p x_p other_pᵀ``, x rebuilt as it is read."""
+        return gram(self.y, other, groups, self.scale, self.shift)
 
 
 class Factors(NamedTuple):
