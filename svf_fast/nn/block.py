@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ _HOOKS = (
 class Fused(nn.Module):
     """Base of what runs several modules as one; mixed into the class of the module it was."""
 
-    original: type[nn.Module]
+    original: type
     _mixin: type[Fused]
 
     def unfused_reason(self) -> str:
@@ -40,32 +41,35 @@ class Fused(nn.Module):
 
     def unfuse(self) -> nn.Module:
         """Gives the module its original class back, in place; returns it."""
-        original = self.original
         for name in ("_names", "recompute"):
             self.__dict__.pop(name, None)
-        self.__class__ = original
+        self.__class__ = self.original
         return self
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_empty, (self._mixin, self.original), *state)
+    def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_empty, (self._mixin, self.original), *reduced[2:])
+
+
+_F = TypeVar("_F", bound=Fused)
 
 
 @functools.cache
-def _subclass(mixin: type[Fused], original: type[nn.Module]) -> type:
+def _subclass(bases: tuple[type[Fused], type[nn.Module]]) -> type[Fused]:
+    mixin, original = bases
     members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
-    return type(f"SVF{original.__name__}", (mixin, original), members)
+    return type(f"SVF{original.__name__}", bases, members)
 
 
 def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
-    cls = _subclass(mixin, original)
+    cls = _subclass((mixin, original))
     return cls.__new__(cls)
 
 
-def fuse(module: nn.Module, mixin: type[Fused]) -> Fused:
+def fuse(module: nn.Module, mixin: type[_F]) -> _F:
     """Makes the module one of `mixin`, in place."""
-    module.__class__ = _subclass(mixin, type(module))
-    return module  # type: ignore[return-value]
+    module.__class__ = _subclass((mixin, type(module)))
+    return cast(_F, module)
 
 
 class ResidualUnit(Fused):
@@ -106,7 +110,7 @@ class ResidualUnit(Fused):
             )
         for name in found.convs:
             conv = module.get_submodule(name)
-            if not isinstance(conv, SVFConv2d):
+            if isinstance(conv, nn.Conv2d):
                 module.set_submodule(name, SVFConv2d.from_conv(conv, strategy))
         return cls._adopt(module, found)
 
@@ -130,7 +134,7 @@ class ResidualUnit(Fused):
         names = self._names
         if self.unfused_reason():
             return super().forward(x)
-        dtype = _compute_dtype(x, self.get_submodule(names.stages[0].conv), type(self).__name__)
+        dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
         shortcut: Stage | str = "identity"
         shortcut_x = None
         if names.shortcut is not None:
@@ -203,7 +207,7 @@ class FusedSequential(Fused):
             if unit is None or self._unit_reason(unit):
                 x = module(x)
                 continue
-            dtype = _compute_dtype(x, module, "SVFConvBNAct")
+            dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
             x = block(x.to(dtype), [_stage(self, unit.stage, dtype)], relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
@@ -271,9 +275,14 @@ def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
     return dtype
 
 
+def _conv(module: nn.Module, names: Names) -> SVFConv2d:
+    """The convolution of a stage, which :func:`_reason` has found to be an SVF layer."""
+    return cast(SVFConv2d, module.get_submodule(names.conv))
+
+
 def _stage(module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
     """The convolution and batch norm of a stage, as the op takes them."""
-    conv, bn = module.get_submodule(names.conv), module.get_submodule(names.bn)
+    conv, bn = _conv(module, names), cast(_BatchNorm, module.get_submodule(names.bn))
     strategy, frozen = conv._strategy_and_frozen(dtype)
     geometry = conv._geometry()
     factors = Factors.of(conv.U, conv.S, conv.V, geometry, strategy, frozen, dtype)
@@ -282,6 +291,7 @@ def _stage(module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
 
 def _affine(bn: _BatchNorm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
+    assert bn.running_mean is not None and bn.running_var is not None
     with torch.no_grad():
         scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
         if bn.weight is not None:

@@ -153,7 +153,7 @@ def _(y, scale, shift, residual, residual_scale, relu, mask):
 
 
 @torch.library.register_fake("svf_fast::affine_act_backward_")
-def _(grad, y, mask, scale, shift):
+def _affine_act_backward_in_place_fake(grad, y, mask, scale, shift):
     return None
 
 
