@@ -48,14 +48,12 @@ struct Pack {
         }
         in = gathered;
       }
-      for_vectors<kBytes>(in, to.positions,
-                          [&](int64_t i, const V& value, int64_t count) SVF_FAST_LAMBDA {
-                            V factor = V{} + Acc(1);
-                            if (choice.weight) {
-                              std::memcpy(&factor, choice.weight + i, count * sizeof(Acc));
-                            }
-                            store_part<kBytes>(out + i, value * factor, count);
-                          });
+      for_vectors<kBytes>(
+          in, to.positions, [&](int64_t i, const V& value, int64_t count) SVF_FAST_LAMBDA {
+            const V factor =
+                choice.weight ? load_part<kBytes>(choice.weight + i, count) : V{} + Acc(1);
+            store_part<kBytes>(out + i, value * factor, count);
+          });
     }
   }
 };

@@ -18,38 +18,33 @@ struct Norms {
   template <int kBytes, typename T, typename Acc>
   static SVF_FAST_INLINE void run(const Columns<const T>& x, Acc* const& norms, int64_t begin,
                                   int64_t end) {
-    constexpr int kWide = kBytes / sizeof(Acc) * sizeof(double);
     using V = Vector<Acc, kBytes>;
-    using Wide = Vector<double, kWide>;
     if (x.channels_inner) {
       for (int64_t p = begin; p < end; ++p) {
-        Wide sum{};
+        DoubleSums<Acc, kBytes> sums;
         for_vectors<kBytes>(x.data + p * x.stride, x.channels,
-                            [&](int64_t, const V& value, int64_t) SVF_FAST_LAMBDA {
-                              const Wide wide = __builtin_convertvector(value, Wide);
-                              sum += wide * wide;
-                            });
-        norms[p] = static_cast<Acc>(std::sqrt(sum_lanes<double, kWide>(sum)));
+                            [&](int64_t, const V& value, int64_t)
+                                SVF_FAST_LAMBDA { sums.add(value, value); });
+        norms[p] = static_cast<Acc>(std::sqrt(sums.sum()));
       }
       return;
     }
-    constexpr int64_t kBlock = 1024;
-    double sums[kBlock];
+    constexpr int64_t kBlock = 1024;  // whole vectors
+    double squares[kBlock];
     for (int64_t first = begin; first < end; first += kBlock) {
       const int64_t width = std::min(kBlock, end - first);
-      std::fill_n(sums, width, 0.0);
+      std::fill_n(squares, kBlock, 0.0);
       for (int64_t c = 0; c < x.channels; ++c) {
         for_vectors<kBytes>(x.data + c * x.stride + first, width,
-                            [&](int64_t i, const V& value, int64_t count) SVF_FAST_LAMBDA {
-                              const Wide wide = __builtin_convertvector(value, Wide);
-                              Wide sum{};
-                              std::memcpy(&sum, sums + i, count * sizeof(double));
-                              sum += wide * wide;
-                              std::memcpy(sums + i, &sum, count * sizeof(double));
+                            [&](int64_t i, const V& value, int64_t) SVF_FAST_LAMBDA {
+                              DoubleSums<Acc, kBytes> sums;
+                              sums.load(squares + i);
+                              sums.add(value, value);
+                              sums.store(squares + i);
                             });
       }
       for (int64_t i = 0; i < width; ++i) {
-        norms[first + i] = static_cast<Acc>(std::sqrt(sums[i]));
+        norms[first + i] = static_cast<Acc>(std::sqrt(squares[i]));
       }
     }
   }

@@ -57,9 +57,8 @@ struct Rebuild {
       } else if (from.channels_inner) {
         for_vectors<kBytes>(
             in, width, [&](int64_t i, const V& value, int64_t count) SVF_FAST_LAMBDA {
-              V scale{}, shift{};
-              std::memcpy(&scale, affine.scale + i, count * sizeof(Acc));
-              std::memcpy(&shift, affine.shift + i, count * sizeof(Acc));
+              const V scale = load_part<kBytes>(affine.scale + i, count);
+              const V shift = load_part<kBytes>(affine.shift + i, count);
               store_part<kBytes>(out + i, rounded<kBytes, T>(relu(value * scale + shift)), count);
             });
       } else {

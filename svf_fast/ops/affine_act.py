@@ -153,29 +153,31 @@ def _(y, scale, shift, residual, residual_scale, relu, mask):
 
 
 @torch.library.register_fake("svf_fast::affine_act_backward_")
-def _affine_act_backward_in_place_fake(grad, y, mask, scale, shift):
+def _(grad, y, mask, scale, shift):
     return None
 
 
 # No CUDA kernels are written yet: there the definitions serve, several passes each.
-@torch.library.impl("svf_fast::affine_act", "CUDA")
-def _affine_act_cuda(y, scale, shift, residual, residual_scale, relu, mask):
+def _forward(y, scale, shift, residual, residual_scale, relu, mask):
     out = _dense_like(y).copy_(y)
-    return out, _affine_act_in_place_cuda(out, scale, shift, residual, residual_scale, relu, mask)
+    return out, _in_place(out, scale, shift, residual, residual_scale, relu, mask)
 
 
-@torch.library.impl("svf_fast::affine_act_", "CUDA")
-def _affine_act_in_place_cuda(y, scale, shift, residual, residual_scale, relu, mask):
+def _in_place(y, scale, shift, residual, residual_scale, relu, mask):
     y.copy_(definition.affine_act(y, scale, shift, residual, residual_scale, relu))
     return definition.pack_mask(y) if mask else y.new_empty(0, dtype=torch.uint8)
 
 
-@torch.library.impl("svf_fast::affine_act_backward", "CUDA")
-def _affine_act_backward_cuda(grad, y, mask, scale, shift):
+def _backward(grad, y, mask, scale, shift):
     out = _dense_like(grad if y is None else y)
     return out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
 
 
-@torch.library.impl("svf_fast::affine_act_backward_", "CUDA")
-def _affine_act_backward_in_place_cuda(grad, y, mask, scale, shift):
+def _backward_in_place(grad, y, mask, scale, shift):
     grad.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
+
+
+torch.library.impl("svf_fast::affine_act", "CUDA", _forward)
+torch.library.impl("svf_fast::affine_act_", "CUDA", _in_place)
+torch.library.impl("svf_fast::affine_act_backward", "CUDA", _backward)
+torch.library.impl("svf_fast::affine_act_backward_", "CUDA", _backward_in_place)

@@ -146,15 +146,16 @@ class _Block(torch.autograd.Function):
             if index == 0:
                 sources.append(h if factors.keeps == "x" else None)
             y, v = factors.forward(h)
-            extra: tuple[Any, ...] = ()
+            added: tuple[Tensor | None, Tensor | None] = (None, None)
             if last:
                 shift = shift if shortcut is None else shift + shortcut.shift
-                extra = (residual, residual_scale, form.relu)
+                added = (residual, residual_scale)
+            relu = form.relu or not last
             keeps_y = keep.y and not keep.again
             if keeps_y:
-                h, mask = affine_act(y, scale, shift, *extra, mask=keep.mask)
+                h, mask = affine_act(y, scale, shift, *added, relu, keep.mask)
             else:  # y is this node's own and read by nobody else
-                mask = affine_act_(y, scale, shift, *extra, mask=keep.mask)
+                mask = affine_act_(y, scale, shift, *added, relu, keep.mask)
                 h = y
             kept += [
                 None if keep.again else v,

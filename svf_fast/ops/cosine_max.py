@@ -85,18 +85,19 @@ def _(
 def tiled_cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The definition a tile of query positions at a time, for devices without a kernel."""
     dtype = _result_dtype(query)
-    # where, not a product: the features of a masked position do not count, NaN neither
-    masked = torch.where(mask.unsqueeze(1) != 0, support.to(dtype) * mask.unsqueeze(1), 0)
-    norms = masked.norm(dim=1).unsqueeze(1)
     shape = query.shape[0], query.shape[2]
     values = query.new_empty(shape, dtype=dtype)
     index = query.new_empty(shape, dtype=torch.int64)
-    for first in range(0, query.shape[2], _TILE):
-        tile = query[:, :, first : first + _TILE].to(dtype)
-        cosine = tile.mT @ masked
-        cosine /= tile.norm(dim=1).unsqueeze(2) * norms + EPSILON
-        out = slice(first, first + _TILE)
-        values[:, out], index[:, out] = cosine.max(dim=2)
+    with torch.autocast(query.device.type, enabled=False):
+        # a choice, not a product: the features of a masked position do not count, NaN neither
+        masked = torch.where(mask.unsqueeze(1) != 0, support.to(dtype) * mask.unsqueeze(1), 0)
+        norms = masked.norm(dim=1).unsqueeze(1)
+        for first in range(0, query.shape[2], _TILE):
+            tile = query[:, :, first : first + _TILE].to(dtype)
+            cosine = tile.mT @ masked
+            cosine /= tile.norm(dim=1).unsqueeze(2) * norms + EPSILON
+            out = slice(first, first + _TILE)
+            values[:, out], index[:, out] = cosine.max(dim=2)
     return values, index
 
 

@@ -42,23 +42,38 @@ def gram(
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
     """``dS_r = left_rᵀ M right_r / S_r``: ``colsum(left ⊙ (M right)) / S``, per group.
 
-    M [G, C, C], left and right [G, C, R], S [G, R] -> [G, R], in the dtype of M.
+    M [G, C, C] in float32 or float64, left and right [G, C, R], S [G, R] -> [G, R] in the dtype of
+    M. The product is made 512 directions at a time. Not differentiable.
     """
-    return reference.gram_gradient(M, left, right, S)
+    with torch.no_grad():
+        return torch.ops.svf_fast.gram_gradient(M, left, right, S)
 
 
 def gram_by_images(
     a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """The definition an image at a time, for devices without a kernel: one widened copy of one."""
-    total = reference.gram(a[:1], b[:1], groups, scale, shift)
-    for image in range(1, a.shape[0]):
-        at = slice(image, image + 1)
-        total += reference.gram(a[at], b[at], groups, scale, shift)
+    with torch.autocast(a.device.type, enabled=False):
+        total = reference.gram(a[:1], b[:1], groups, scale, shift)
+        for image in range(1, a.shape[0]):
+            at = slice(image, image + 1)
+            total += reference.gram(a[at], b[at], groups, scale, shift)
     return total
 
 
+def gram_gradient_by_definition(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
+    """For devices without a kernel."""
+    with torch.autocast(M.device.type, enabled=False):
+        return reference.gram_gradient(M, left, right, S)
+
+
 torch.library.impl("svf_fast::gram", "default", gram_by_images)
+torch.library.impl("svf_fast::gram_gradient", "default", gram_gradient_by_definition)
+
+
+@torch.library.register_fake("svf_fast::gram_gradient")
+def _(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
+    return M.new_empty(S.shape)
 
 
 @torch.library.register_fake("svf_fast::gram")

@@ -31,8 +31,5 @@ def gram(
 
 
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
-    """``dS_r = left_rᵀ M right_r / S_r``.
-
-    M [G, C, C], left and right [G, C, R], S [G, R] -> [G, R], in the dtype of M.
-    """
+    """``dS_r = left_rᵀ M right_r / S_r``; M [G, C, C], left and right [G, C, R], S [G, R]."""
     return (left.to(M.dtype) * (M @ right.to(M.dtype))).sum(dim=1) / S.to(M.dtype)

@@ -104,8 +104,10 @@ def test_half_precision_is_computed_in_float32(dtype, autocast):
     query, support = query.to(dtype), support.to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         similarity = cosine_max(query, support, mask)
+        tiled = tiled_cosine_max(query, support, mask)[0]
     expected = reference_cosine_max(query.double(), support.double(), mask.double())
-    assert similarity.dtype == torch.float32
+    assert similarity.dtype == tiled.dtype == torch.float32
+    torch.testing.assert_close(tiled.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(similarity.double(), expected, rtol=1e-5, atol=1e-6)
 
 

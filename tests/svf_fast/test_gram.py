@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,12 @@ from hypothesis import strategies as st
 from tolerance import accumulated, assert_error_within
 from torch import Tensor
 
-from svf_fast.ops.gram import gram, gram_by_images, gram_gradient
+from svf_fast.ops.gram import (
+    gram,
+    gram_by_images,
+    gram_gradient,
+    gram_gradient_by_definition,
+)
 from svf_fast.reference import gram as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -203,31 +209,64 @@ def test_autocast_does_not_touch_it() -> None:
     expected = gram(a, b, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(gram(a, b, 2), expected)
+        torch.testing.assert_close(gram_by_images(a, b, 2, None, None), expected)
 
 
+# Groups, channels, directions: fewer than a vector, several units, several blocks, none
+FACTORS = [(3, 9, 7), (1, 65, 65), (1, 130, 1100), (2, 1, 1), (1, 5, 0), (0, 4, 3)]
+
+
+@pytest.mark.parametrize("left_layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("right_layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_matches_definition(dtype) -> None:
+@pytest.mark.parametrize("shape", FACTORS)
+def test_gradient_matches_definition(
+    shape, dtype, left_layout, right_layout, poisoned_memory
+) -> None:
+    def factor(layout: str) -> Tensor:
+        x = torch.randn(groups, channels, rank, dtype=wide).to(dtype)
+        if layout == "sliced":
+            return x.repeat_interleave(2, dim=2)[:, :, ::2]
+        return x.mT.contiguous().mT if layout == "transposed" else x
+
+    groups, channels, rank = shape
     wide = torch.promote_types(dtype, torch.float32)
-    M = torch.randn(3, 9, 9, dtype=wide)
-    left, right = (torch.randn(3, 9, 7, dtype=wide).to(dtype) for _ in range(2))
-    S = torch.rand(3, 7, dtype=wide) + 0.1
+    M = torch.randn(groups, channels, channels, dtype=wide)
+    left, right = factor(left_layout), factor(right_layout)
+    S = torch.rand(groups, rank, dtype=wide) + 0.1
     exact = [x.double() for x in (M, left, right, S)]
-    truth = reference.gram_gradient(*exact)
-    loop = torch.stack(
-        [
-            left_r @ M_g @ right_r / S_r
-            for M_g, left_g, right_g, S_g in zip(*exact)
-            for left_r, right_r, S_r in zip(left_g.mT, right_g.mT, S_g)
-        ]
-    )
-    torch.testing.assert_close(truth, loop.reshape(3, 7))
     terms = reference.gram_gradient(*(x.abs() for x in exact))
     assert_error_within(
         gram_gradient(M, left, right, S),
         reference.gram_gradient(M, left, right, S),
-        truth,
+        reference.gram_gradient(*exact),
         magnitude=accumulated(terms, wide),
+        channel_dim=None,
     )
+
+
+def test_gradient_is_that_of_its_formula() -> None:
+    M, S = torch.randn(2, 5, 5), torch.rand(2, 3) + 0.1
+    left, right = torch.randn(2, 2, 5, 3)
+    for implementation in (gram_gradient, gram_gradient_by_definition):
+        found = implementation(M.mT, left, right, S)
+        for g, r in itertools.product(range(2), range(3)):
+            expected = left[g, :, r] @ M[g].mT @ right[g, :, r] / S[g, r]
+            torch.testing.assert_close(found[g, r], expected)
+
+
+def test_gradient_opcheck_and_memory_safety() -> None:
+    raw = torch.ops.svf_fast.gram_gradient
+    M, factor, S = torch.randn(2, 5, 5), torch.randn(2, 5, 3), torch.rand(2, 3)
+    torch.library.opcheck(raw.default, (M, factor, factor, S))
+    with pytest.raises(RuntimeError, match="M must be float32 or float64"):
+        raw(M.half(), factor, factor, S)
+    with pytest.raises(RuntimeError, match=r"M must be \[G, C, C\]"):
+        raw(M[:, :4], factor, factor, S)
+    with pytest.raises(RuntimeError, match="left and right must be"):
+        raw(M, factor, factor[:, :, :2], S)
+    with pytest.raises(RuntimeError, match="S must be"):
+        raw(M, factor, factor, S[:, :2])
 
 
 A, B, S = torch.zeros(2, 4, 3), torch.zeros(2, 6, 3), torch.ones(4)
