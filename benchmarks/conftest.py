@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from levels import LEVELS, Settings
-from race import Contest, defaults, write_results
+from race import Contest, defaults, variant, write_results
 from render import markdown
 
 import svf_fast
@@ -62,7 +62,6 @@ class Race:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._results: dict[str, dict[str, dict]] = {}
-        self._written: list[Path] = []
 
     def settings(self, level: str) -> Settings:
         given = {name: self._config.getoption(f"race_{name}") for name in GIVEN}
@@ -92,12 +91,13 @@ class Race:
     def write(self) -> list[Path]:
         command = "pytest " + shlex.join(self._config.invocation_params.args)
         folder = self._config.getoption("race_results")
-        return [
-            write_results(
-                folder, LEVELS[level], self.settings(level), list(groups.values()), command
-            )
-            for level, groups in self._results.items()
-        ]
+        written = []
+        for name, groups in self._results.items():
+            level, settings = LEVELS[name], self.settings(name)
+            path = folder / f"{variant(level, settings)}.json"
+            rows = list(groups.values())
+            written.append(write_results(path, name, level.title, settings, rows, command))
+        return written
 
 
 @pytest.fixture(scope="session")

@@ -181,24 +181,28 @@ class LeanSVFConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        U, S, V = (factor.to(x.dtype) for factor in (self.U, self.S, self.V))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        v = FrozenConv.apply(x, V, None, self.geometry)
-        return FrozenConv.apply(v * S[:, None, None], U, bias, self.geometry.pointwise())
+        v = FrozenConv.apply(x, self.V, None, self.geometry)
+        scaled = v * self.S.to(x.dtype)[:, None, None]
+        return FrozenConv.apply(scaled, self.U, self.bias, self.geometry.pointwise())
 
 
 class FrozenConv(torch.autograd.Function):
-    """A convolution with constant weight and bias: dx needs neither x nor y."""
+    """A convolution with constant weight and bias: dx needs neither x nor y.
+
+    The constants are cast to the dtype of x each time, so that no cast ones are kept.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, geometry):
         ctx.weight, ctx.shape, ctx.geometry = weight, x.shape, geometry
-        return convolution(x, weight, bias, geometry)
+        bias = None if bias is None else bias.to(x.dtype)
+        return convolution(x, weight.to(x.dtype), bias, geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        grad_x = convolution_input_gradient(grad_y, ctx.weight, ctx.shape, ctx.geometry)
+        weight = ctx.weight.to(grad_y.dtype)
+        grad_x = convolution_input_gradient(grad_y, weight, ctx.shape, ctx.geometry)
         return grad_x, None, None, None
 
 

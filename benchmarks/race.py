@@ -239,19 +239,18 @@ def defaults(level: Level) -> Settings:
 
 
 def write_results(
-    folder: Path, level: Level, settings: Settings, groups: list[dict], command: str
+    path: Path, level: str, title: str, settings: Settings, groups: list[dict], command: str
 ) -> Path:
-    """Results of a level with all that is needed to get them again; returns the file."""
+    """Results with all that is needed to get them again; returns the path."""
     content = {
-        "level": level.name,
-        "title": level.title,
+        "level": level,
+        "title": title,
         "settings": dataclasses.asdict(settings),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         **provenance(torch.device(settings.device)),
         "command": command,
         "groups": groups,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{variant(level, settings)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path

@@ -57,7 +57,7 @@ def markdown(path: Path) -> str:
     """The table of one file of results, with where it comes from."""
     result = json.loads(path.read_text())
     if result["level"] == "memory":
-        return result["table"]
+        return f"{_memory(result['groups'])}\n\n{_memory_origin(result)}\n"
     groups = result["groups"]
     if len(groups) > 3:
         tables = [_matrix(groups)]
@@ -137,17 +137,57 @@ def _matrix(groups: list[dict]) -> str:
     return "\n".join([*lines, "", text])
 
 
+def _memory(groups: list[dict]) -> str:
+    """A row a peer, a column a figure: MiB saved, and the peak where it was measured."""
+    peers = list(dict.fromkeys(row["peer"] for group in groups for row in group["rows"]))
+    lines = [_line(["saved MiB", *(group["name"] for group in groups)])]
+    lines.append("| --- |" + " ---: |" * len(groups))
+    for peer in peers:
+        cells = [f"**{peer}**" if peer == "svf_fast" else peer]
+        for group in groups:
+            row = next((row for row in group["rows"] if row["peer"] == peer), {})
+            cell = _mib(row.get("saved_bytes"))
+            if "peak_bytes" in row:
+                cell += f" (peak {_mib(row['peak_bytes'])})"
+            elif "peak_reason" in row:
+                cell += f" (peak: {row['peak_reason']})"
+            cells.append(cell)
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _memory_origin(result: dict) -> str:
+    return (
+        "One image or episode. Saved: what autograd keeps from the forward pass, parameters left "
+        "out; bfloat16 by autocast, its casts of weights counted where autograd keeps them. "
+        "svf_fast and the prior mask are counted on a forward pass, the others on shapes. Peak: "
+        "of a step, above what was resident before. "
+        f"Weights: {_weights(result['settings'])}.\n{_machine(result)}"
+    )
+
+
+def _weights(settings: dict) -> str:
+    return "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
+
+
+def _machine(result: dict) -> str:
+    machine = result["machine"]
+    gpu = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"{gpu}, torch {result['versions']['torch']}, commit {result['commit']}, "
+        f"{result['date']}, `{result['command']}`."
+    )
+
+
 def _origin(result: dict) -> str:
-    settings, machine = result["settings"], result["machine"]
+    settings = result["settings"]
     what = [f"{settings['size']} px", f"batch {settings['batch']}", settings["dtype"]]
     if result["level"] == "step":
         what.insert(1, f"{settings['shots']}-shot")
     if settings["channels_last"]:
         what.append("channels_last")
-    weights = "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
     if result["level"] in ("block", "backbone", "step"):
-        what.append(f"weights {weights}")
-    gpu = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        what.append(f"weights {_weights(settings)}")
     rounds = max(
         (len(row.get("seconds", ())) for group in result["groups"] for row in group["rows"]),
         default=0,
@@ -156,9 +196,7 @@ def _origin(result: dict) -> str:
         f"{result['title']}: {', '.join(what)}. Median ± interquartile range of {rounds} rounds "
         "in turns. Saved: what autograd keeps from the forward pass, parameters left out. Peak: "
         "above what was resident before the step; resident: what the converted network added. "
-        "Error: of the gradients, relative to float64.\n"
-        f"{gpu}, torch {result['versions']['torch']}, commit {result['commit']}, "
-        f"{result['date']}, `{result['command']}`."
+        f"Error: of the gradients, relative to float64.\n{_machine(result)}"
     )
 
 
