@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from fss.files import atomic_write
@@ -38,9 +39,11 @@ def draw(results: list[dict], path: Path) -> None:
             row["peer"]: (statistics.median(row["seconds"]), row["saved_bytes"] / MIB)
             for row in rows
         }
-        for name, (seconds, saved) in points.items():
-            style = _style(name)
-            axes.scatter([seconds], [saved], zorder=3, **style)
+        for row in rows:
+            low, _, high = statistics.quantiles(row["seconds"] * 2, n=4, method="inclusive")
+            saved = points[row["peer"]][1]
+            axes.plot([low, high], [saved, saved], color=GREY, linewidth=1, zorder=2)
+            axes.scatter(*points[row["peer"]], zorder=3, **_style(row["peer"]))
         settings = result["settings"]
         where = f"{settings['size']} px, batch {settings['batch']}, {settings['dtype']}"
         if result["level"] == "step":
@@ -50,6 +53,7 @@ def draw(results: list[dict], path: Path) -> None:
         axes.set_xlim(0, 1.18 * max(x for x, _ in points.values()))
         axes.set_ylim(0, 1.12 * max(y for _, y in points.values()))
         axes.grid(alpha=0.2)
+        axes.text(0.015, 0.02, "↙ better", transform=axes.transAxes, color=GREY, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         placed.append((axes, points))
     panels[0].set_ylabel("saved for the backward pass, MiB")
@@ -65,7 +69,7 @@ def _style(name: str) -> dict:
     if name == "svf_fast":
         return {"s": 230, "color": ORANGE, "marker": "*", "edgecolor": "black", "linewidth": 0.6}
     if name == "frozen bound":
-        return {"s": 46, "facecolor": "none", "edgecolor": GREY, "linewidth": 1.4}
+        return {"s": 46, "facecolor": "white", "edgecolor": GREY, "linewidth": 1.4}
     if name.startswith("svf_fast"):
         return {"s": 46, "color": ORANGE}
     return {"s": 46, "color": BLUE if name == "official" else GREY}
@@ -99,13 +103,12 @@ def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
                 else None,
                 **bold,
             )
-            box = Bbox.from_extents(*text.get_window_extent(renderer).extents)
-            # an annotation with a line spans it too: the text alone counts
-            own = text.get_bbox_patch()
+            # of the text alone: an annotation's own extent has the line to the dot too
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)
             covered = sum(_overlap(box, other) for other in taken)
             outside = box.width * box.height - _overlap(box, frame)
             cost = 100 * (covered + outside) + 10 * distance
-            del own
             if best is None or cost < best[0]:
                 if best is not None:
                     best[1].remove()

@@ -20,7 +20,7 @@ MIB = 2**20
 FOLDER = Path(__file__).with_name("results")
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- race: from benchmarks/render.py -->", "<!-- end of race -->"
-README_RESULTS = ("backbone", "step", "prior")
+README_RESULTS = ("backbone", "step")
 BASES = ("official", "frozen bound")
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args()
     for path in sorted(options.results.glob("*.json")):
-        if "level" in json.loads(path.read_text()):
+        if _raced(path):
             _write(path.with_suffix(".md"), markdown(path))
             print(path.with_suffix(".md"))
     paths = [options.results / f"{name}.json" for name in README_RESULTS]
@@ -41,14 +41,15 @@ def main() -> int:
         print(f"no {' or '.join(README_RESULTS)} among {options.results}: README left as it is")
         return 0
     picture = options.results / "race.png"
-    draw([json.loads(path.read_text()) for path in paths if path.stem != "prior"], picture)
+    draw([json.loads(path.read_text()) for path in paths], picture)
     print(picture)
     text = options.readme.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"{options.readme}: expected the lines {BEGIN} and {END}, found not both")
-    _write(options.readme, before + begin + "\n" + _block(paths, picture, options.readme) + after)
+    block = _block(paths, picture, options.readme)
+    _write(options.readme, f"{before}{begin}\n{block}{end}{after}")
     print(options.readme)
     return 0
 
@@ -66,7 +67,7 @@ def markdown(path: Path) -> str:
         for group in groups:
             name = f"**{group['name']}**\n\n" if len(groups) > 1 else ""
             tables.append(name + _table(group["rows"]))
-    return "\n\n".join([*tables, _origin(result)]) + "\n"
+    return "\n\n".join([*tables, f"{_origin(result)} {LEGEND}\n{_machine(result)}"]) + "\n"
 
 
 def median(row: Row) -> float | None:
@@ -194,24 +195,37 @@ def _origin(result: dict) -> str:
     )
     return (
         f"{result['title']}: {', '.join(what)}. Median ± interquartile range of {rounds} rounds "
-        "in turns. Saved: what autograd keeps from the forward pass, parameters left out. Peak: "
-        "above what was resident before the step; resident: what the converted network added. "
-        f"Error: of the gradients, relative to float64.\n{_machine(result)}"
+        "in turns."
     )
+
+
+LEGEND = (
+    "Saved: what autograd keeps from the forward pass, parameters left out. Peak: of the process, "
+    "above what was resident before the step. Resident: the tensors that live between steps. "
+    "Error: of the gradients, relative to the official chain in float64; a row that fails there "
+    "has no speed."
+)
 
 
 def _block(paths: list[Path], picture: Path, readme: Path) -> str:
     """What stands in the README between the two lines."""
-    link = _relative(picture, readme)
-    parts = [f"![saved memory against time, a dot a peer]({link})", ""]
+    parts = [f"![saved memory against time, a dot a peer]({_relative(picture, readme)})", ""]
     for path in paths:
         result = json.loads(path.read_text())
-        parts += [f"**{result['title']}**", "", _table(result["groups"][0]["rows"]), ""]
-        parts += [_origin(result), ""]
-    return "\n".join(parts)
+        parts += [_table(result["groups"][0]["rows"]), "", _origin(result), _machine(result), ""]
+    tables = [path for path in sorted(picture.parent.glob("*.md")) if _raced(path)]
+    tables = [path for path in tables if path.with_suffix(".json") not in paths]
+    links = ", ".join(f"[{path.stem}]({_relative(path, readme)})" for path in tables)
+    return "\n".join([*parts, LEGEND + (f" More tables: {links}." if links else ""), ""])
+
+
+def _raced(table: Path) -> bool:
+    results = table.with_suffix(".json")
+    return results.is_file() and "level" in json.loads(results.read_text())
 
 
 def _relative(path: Path, readme: Path) -> str:
+    """As a link in the README."""
     try:
         return path.resolve().relative_to(readme.resolve().parent).as_posix()
     except ValueError:
