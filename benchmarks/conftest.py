@@ -73,8 +73,13 @@ class Race:
         known = LEVELS[level].peers
         asked = self._config.getoption("race_peers")
         names = [name.strip() for name in asked.split(";")] if asked else list(known)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise pytest.UsageError(
+                f"--race-peers: expected some of {'; '.join(known)}, got {'; '.join(unknown)}"
+            )
         if self._config.getoption("race_no_compile"):
-            names = [name for name in names if name in known and not known[name].compiled]
+            names = [name for name in names if not known[name].compiled]
         return names
 
     def row(self, level: str, group: str, name: str) -> dict:

@@ -34,7 +34,8 @@ def measure(level: Level, group: str, name: str, settings: Settings) -> dict[str
     renew(network, inputs)
     step(level, network, inputs, name, settings)
     renew(network, inputs)
-    resident = _tensors() - sum(tensor.untyped_storage().nbytes() for tensor in inputs.arguments)
+    given = [*inputs.arguments, *([] if inputs.grad_y is None else [inputs.grad_y])]
+    resident = _tensors() - sum(tensor.untyped_storage().nbytes() for tensor in given)
     before = _held(device)
     _reset_peak(device)
     step(level, network, inputs, name, settings)
