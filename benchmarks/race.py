@@ -105,9 +105,11 @@ class Contest:
             self.rows[name]["saved_bytes"] = self._saved(name, inputs)
         for name, seconds in self._time(inputs, rounds).items():
             self.rows[name]["seconds"] = seconds
-        if peaks:
-            self._peaks()
-        self.networks.clear()
+        exact = self._exact()
+        self.networks.clear()  # their memory is for those that are measured now
+        for name in exact if peaks else ():
+            found = measure_peaks(self.level, name, self.settings)
+            self.rows[name] |= found.get(self.group, found)
         return {"name": self.group, "rows": list(self.rows.values())}
 
     def check(self) -> None:
@@ -173,11 +175,6 @@ class Contest:
         finally:
             gc.enable()
         return seconds
-
-    def _peaks(self) -> None:
-        for name in self._exact():
-            found = measure_peaks(self.level, name, self.settings)
-            self.rows[name] |= found.get(self.group, found)
 
 
 @functools.cache

@@ -111,7 +111,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _matrix(groups: list[dict]) -> str:
-    """A row a group, a column a peer: milliseconds (ratio to official), MiB saved."""
+    """A row a group, a column a peer: time (ratio to official), bytes saved and of the peak."""
     peers = list(dict.fromkeys(row["peer"] for group in groups for row in group["rows"]))
     lines = [_line(["", *peers]), "| --- |" + " ---: |" * len(peers)]
     ratios: dict[str, list[float]] = {peer: [] for peer in peers}
@@ -129,12 +129,12 @@ def _matrix(groups: list[dict]) -> str:
                 ratios[peer].append(of_official)
             cells.append(
                 f"{1e3 * seconds:.1f} ± {1e3 * spread(row):.1f} ({_optional(of_official, '.2f')}), "
-                f"{_mib(row['saved_bytes'])} MiB"
+                f"{_mib(row['saved_bytes'])} / {_mib(row.get('peak_bytes'))} MiB"
             )
         lines.append(_line(cells))
     means = [f"{statistics.geometric_mean(r):.2f}" if r else "–" for r in ratios.values()]
     lines.append(_line(["geometric mean of the ratios", *means]))
-    text = "Milliseconds of forward and backward ± interquartile range (ratio to official), saved."
+    text = "Forward and backward in ms ± interquartile range (ratio to official), saved / peak."
     return "\n".join([*lines, "", text])
 
 
