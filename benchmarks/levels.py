@@ -131,7 +131,7 @@ class BlockLevel(Level):
     groups = SVF_LAYERS
 
     def network(self, settings, group):
-        return _backbone(settings).get_submodule(group)[1]
+        return nn.Sequential(_backbone(settings).get_submodule(group)[1])
 
     def inputs(self, settings, group, seed=0):
         channels = settings.width * 2 ** (int(group[-1]) + 1)
