@@ -191,7 +191,8 @@ class StepLevel(Level):
         backbone = network.backbone
         self.peers[name].convert(backbone, self.layers, cache)
         if self.peers[name].trains == "nothing":  # let the gradient pass layers 2-4 all the same
-            backbone.gradient_wanted = nn.Parameter(torch.zeros(()))
+            like = backbone.conv1.weight
+            backbone.gradient_wanted = nn.Parameter(like.new_zeros(()))
             backbone.layer1.register_forward_hook(lambda _, __, y: y.requires_grad_())
         return network
 
