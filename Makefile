@@ -6,14 +6,17 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only
+BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only --benchmark-quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # one stamp per requirement, so that another TORCH is installed when asked for
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
+LEVELS := layer block backbone step prior
 
-.PHONY: help venv demo test lint format bench bench-layer cuda-check clean check-machine
+.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render cuda-check \
+  clean check-machine
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # benchmarks want the machine for themselves
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,11 +41,16 @@ format: venv ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-bench: venv ## every benchmark (pytest-benchmark)
-	$(BENCH) benchmarks/bench_*.py $(ARGS)
+bench: $(LEVELS:%=bench-%) bench-memory render ## the race; alone: bench-layer, -block, -backbone, -step, -prior
 
-bench-layer: venv ## reference against the strategies for ResNet-50's layers: time, saved bytes
-	$(BENCH) benchmarks/bench_layer.py $(ARGS)
+$(LEVELS:%=bench-%): bench-%: venv
+	$(BENCH) benchmarks/bench_$*.py $(ARGS)
+
+bench-memory: venv ## saved bytes and peaks at the sizes of the papers
+	$(BIN)/python benchmarks/memory.py
+
+render: venv ## tables, picture and README block from benchmarks/results
+	$(BIN)/python benchmarks/render.py
 
 cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check

@@ -1,13 +1,37 @@
-"""The table behind every benchmark: median, spread, ratio to reference, bytes kept, machine."""
+"""Options of the race, and its results: a file for each level, and the table at the end."""
 
 from __future__ import annotations
 
-import platform
+import dataclasses
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
+from levels import LEVELS, Settings
+from race import Contest, defaults, variant, write_results
+from render import markdown
 
 import svf_fast
+
+FOLDER = Path(__file__).with_name("results")
+GIVEN = ("size", "batch", "shots", "dtype", "device", "backbone", "weights", "stride_on", "width")
+ROUNDS = {"layer": 11, "block": 11, "backbone": 9, "step": 7, "prior": 5}
+
+
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("race")
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+    for name in GIVEN:
+        option = f"--race-{name.replace('_', '-')}"
+        group.addoption(option, type=kinds[name], help=f"`{name}` of levels.Settings")
+    group.addoption("--race-channels-last", action="store_true", help="channels_last memory format")
+    group.addoption("--race-peers", help="names of peers, separated by semicolons (default: all)")
+    group.addoption("--race-rounds", type=int, help="timed steps of each peer")
+    group.addoption("--race-no-compile", action="store_true", help="leave torch.compile out")
+    group.addoption("--race-no-peak", action="store_true", help="measure no peaks")
+    group.addoption("--race-results", type=Path, default=FOLDER, help="folder of the results")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
@@ -16,38 +40,113 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info["svf_fast"] = {key: str(value) for key, value in svf_fast.build_info().items()}
 
 
+class Clock:
+    """A clock that only `advance` moves: it gives pytest-benchmark the rounds timed in turns."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: Iterator[float]) -> None:
+        self.now += next(seconds)
+
+
+CLOCK = Clock()
+
+
+class Race:
+    """Runs a group of a level when its first peer is asked for; keeps the rows of all."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._results: dict[str, dict[str, dict]] = {}
+
+    def settings(self, level: str) -> Settings:
+        given = {name: self._config.getoption(f"race_{name}") for name in GIVEN}
+        given = {name: value for name, value in given.items() if value is not None}
+        layout = self._config.getoption("race_channels_last")
+        return dataclasses.replace(defaults(LEVELS[level]), **given, channels_last=layout)
+
+    def peers(self, level: str) -> list[str]:
+        known = LEVELS[level].peers
+        asked = self._config.getoption("race_peers")
+        names = [name.strip() for name in asked.split(";")] if asked else list(known)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise pytest.UsageError(
+                f"--race-peers: expected some of {'; '.join(known)}, got {'; '.join(unknown)}"
+            )
+        if self._config.getoption("race_no_compile"):
+            names = [name for name in names if not known[name].compiled]
+        return names
+
+    def row(self, level: str, group: str, name: str) -> dict:
+        names = self.peers(level)
+        if name not in names:
+            pytest.skip("left out by --race-peers or --race-no-compile")
+        groups = self._results.setdefault(level, {})
+        if group not in groups:
+            rounds = self._config.getoption("race_rounds") or ROUNDS[level]
+            contest = Contest(LEVELS[level], group, self.settings(level), names)
+            groups[group] = contest.run(rounds, not self._config.getoption("race_no_peak"))
+        return next(row for row in groups[group]["rows"] if row["peer"] == name)
+
+    def write(self) -> list[Path]:
+        command = "pytest " + shlex.join(self._config.invocation_params.args)
+        folder = self._config.getoption("race_results")
+        written = []
+        for name, groups in self._results.items():
+            level, settings = LEVELS[name], self.settings(name)
+            path = folder / f"{variant(level, settings)}.json"
+            rows = list(groups.values())
+            written.append(write_results(path, name, level.title, settings, rows, command))
+        return written
+
+
+@pytest.fixture(scope="session")
+def race(request) -> Iterator[Race]:
+    race = Race(request.config)
+    yield race
+    request.config.stash[WRITTEN] = race.write()
+
+
+WRITTEN: pytest.StashKey[list[Path]] = pytest.StashKey()
+
+
+@pytest.fixture
+def contestant(race, benchmark):
+    """Reports one row of a race to pytest-benchmark; fails where the row is not exact."""
+
+    def report(level: str, group: str, name: str) -> None:
+        row = race.row(level, group, name)
+        if "reason" in row:
+            (pytest.skip if row.get("skipped") else pytest.fail)(row["reason"])
+        error = row.get("error", float("nan"))
+        assert row["exact"], f"relative error {error:.1e} against float64: no speed"
+        benchmark.group = f"{level}: {group}"
+        benchmark.extra_info |= {key: value for key, value in row.items() if key != "seconds"}
+        seconds = iter(row["seconds"])
+        benchmark.pedantic(CLOCK.advance, args=(seconds,), rounds=len(row["seconds"]))
+
+    return report
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """``level`` is a constant of the file; its groups and peers are the parameters."""
+    level = LEVELS[metafunc.module.LEVEL]
+    metafunc.parametrize("group", level.groups)
+    metafunc.parametrize("peer", level.peers)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    rows = [row for row in session.benchmarks if row.extra_info] if session else []
-    if not rows:
-        return
-    write = terminalreporter.write_line
-    commit = session.config.hook.pytest_benchmark_generate_commit_info(config=config)
-    write("")
-    write(
-        f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit "
-        f"{str(commit.get('id'))[:10]}{' with changes' if commit.get('dirty') else ''}"
-    )
-    width = max(len(str(row.group)) for row in rows)
-    head = f"{'':<{width}}  {'variant':<10} {'median ms':>10} {'± IQR':>8} {'ratio':>6}  saved MiB"
-    references = {
-        row.group: row.stats.median for row in rows if row.extra_info["variant"] == "reference"
-    }
-    group = None
-    for row in rows:
-        if row.group != group:
-            write(head if group is None else "")
-            group = row.group
-        median, spread = 1e3 * row.stats.median, 1e3 * row.stats.iqr
-        write(
-            f"{row.group:<{width}}  {row.extra_info['variant']:<10} {median:>10.2f} "
-            f"{spread:>8.2f} {row.stats.median / references[row.group]:>6.2f} "
-            f"{row.extra_info['saved_bytes'] / 2**20:>10.2f}"
-        )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    for path in config.stash.get(WRITTEN, []):
+        terminalreporter.write_line("")
+        terminalreporter.write_line(markdown(path))
+        terminalreporter.write_line(f"written: {path}")

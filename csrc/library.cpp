@@ -9,10 +9,18 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
   library.def(
       "affine_act_backward(Tensor grad, Tensor? y, Tensor? mask, Tensor? scale, Tensor? shift) "
       "-> Tensor");
+  library.def(
+      "affine_act_(Tensor(a!) y, Tensor scale, Tensor shift, Tensor? residual, "
+      "Tensor? residual_scale, bool relu, bool mask) -> Tensor");
+  library.def(
+      "affine_act_backward_(Tensor(a!) grad, Tensor? y, Tensor? mask, Tensor? scale, "
+      "Tensor? shift) -> ()");
   library.def("channel_dot(Tensor a, Tensor b) -> Tensor");
   library.def("channel_dot_scale_(Tensor(a!) a, Tensor v, Tensor s) -> Tensor");
-  library.def("compose(Tensor U, Tensor S, Tensor V, int groups) -> Tensor");
   library.def("cosine_max(Tensor query, Tensor support, Tensor mask) -> (Tensor, Tensor)");
+  library.def(
+      "cosine_max_backward(Tensor grad, Tensor query, Tensor support, Tensor mask, Tensor values, "
+      "Tensor index) -> (Tensor, Tensor)");
   library.def("gram(Tensor a, Tensor b, int groups, Tensor? scale, Tensor? shift) -> Tensor");
   library.def("gram_gradient(Tensor M, Tensor left, Tensor right, Tensor S) -> Tensor");
 }

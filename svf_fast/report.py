@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from svf_fast.nn.block import Fused
+from svf_fast.nn.block import Fused, ResidualUnit
 from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.ops.svf_conv2d import reads_input
 from svf_fast.structure import find
@@ -82,14 +82,12 @@ class MemoryReport:
         return sum(unit.reference_flops for unit in self.units)
 
     def __str__(self) -> str:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             ("layer", "strategy", "output", "saved MiB", "reference", "GFLOP", "reference", "note")
         ]
-        rows += [
-            (unit.name, unit.strategy, "×".join(map(str, unit.output_shape)), *_numbers(unit))
-            + (unit.note,)
-            for unit in self.units
-        ]
+        for unit in self.units:
+            output = "×".join(map(str, unit.output_shape))
+            rows.append((unit.name, unit.strategy, output, *_numbers(unit), unit.note))
         rows.append(("total", "", "", *_numbers(self), ""))
         widths = [max(len(row[column]) for row in rows) for column in range(8)]
         lines = [
@@ -208,7 +206,8 @@ def _run(
     """Bytes kept and output shape per unit; fills `shapes`, for which no unit may run fused."""
     layers = svf_layers(model)
     device, own = next((layer.U.device, layer.U.dtype) for layer in layers.values())
-    handles, outputs = [], {}
+    handles = []
+    outputs: dict[str, tuple[int, ...]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         state: dict[str, Any] = {
             name: mode.from_tensor(tensor)
@@ -226,7 +225,7 @@ def _run(
 
             return hook
 
-        def record(name):
+        def record(shapes, name):
             def hook(_, inputs, output):
                 shapes.setdefault(name, []).append((inputs[0].shape, output.shape))
 
@@ -236,7 +235,8 @@ def _run(
             handles.append(unit.register_forward_pre_hook(enter(name), prepend=True))
             handles.append(unit.register_forward_hook(leave(name)))
         if shapes is not None:
-            handles += [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+            for name, layer in layers.items():
+                handles.append(layer.register_forward_hook(record(shapes, name)))
         try:
             x = torch.empty(tuple(input_shape), device=device, dtype=own)
             autocast = torch.autocast(device.type, dtype or own, enabled=dtype not in (None, own))
@@ -263,26 +263,33 @@ def _as_reference(layers: dict[str, Factored]) -> Iterator[None]:
             layer._plan = plans[name]
 
 
-def _report(name, unit, layers, shapes, output_shape) -> UnitReport:
+def _report(
+    name: str,
+    unit: nn.Module,
+    layers: dict[str, Factored],
+    shapes: dict[str, list[tuple[torch.Size, torch.Size]]],
+    output_shape: tuple[int, ...],
+) -> UnitReport:
     prefix = f"{name}." if name else ""
-    inner = [n for n in layers if n == name or (isinstance(unit, Fused) and n.startswith(prefix))]
+    fused = isinstance(unit, Fused)
+    inner = {
+        inside: layer
+        for inside, layer in layers.items()
+        if inside == name or (fused and inside.startswith(prefix))
+    }
+    again = unit.recomputed if isinstance(unit, ResidualUnit) and unit.recompute else ""
     flops = reference_flops = 0
-    for layer in inner:
-        for _, layer_output in shapes.get(layer, ()):
-            used = layers[layer]
-            flops += _flops(used, used.strategy_in_use, used.guarded, layer_output)
-            reference_flops += _flops(used, "reference", 0, layer_output)
-            if getattr(unit, "recompute", False) and layer == prefix + unit.recomputed:
-                flops += 2 * math.prod(layer_output) * used.V[0].numel()
-    note = ""
-    if isinstance(unit, Fused):
-        reason = unit.unfused_reason()
-        note = f"not fused: {reason}" if reason else ""
-        if not note and getattr(unit, "recompute", False):
-            note = f"computes {unit.recomputed} again"
-    used = [layers[layer] for layer in inner]
-    strategy = "/".join(dict.fromkeys(layer.strategy_in_use for layer in used))
-    guarded = sum(layer.guarded for layer in used)
+    for inside, layer in inner.items():
+        for _, shape in shapes.get(inside, ()):
+            flops += _flops(layer, layer.strategy_in_use, layer.guarded, shape)
+            reference_flops += _flops(layer, "reference", 0, shape)
+            if again and inside == prefix + again:
+                flops += 2 * math.prod(shape) * layer.V[0].numel()
+    note = f"computes {again} again" if again else ""
+    if isinstance(unit, Fused) and (reason := unit.unfused_reason()):
+        note = f"not fused: {reason}"
+    strategy = "/".join(dict.fromkeys(layer.strategy_in_use for layer in inner.values()))
+    guarded = sum(layer.guarded for layer in inner.values())
     return UnitReport(
         name,
         tuple(inner),

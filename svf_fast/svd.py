@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svf_fast.reference.compose import compose as reference_compose
+
 # S_rms / |S_r| may reach this root mean square over the directions whose gradient is read off the
 # layer's output; the rest is guarded. At 2 the error stays within twice that of the paper's layers.
 GUARD_LIMIT = 2.0
@@ -69,12 +71,8 @@ def compose(U: Tensor, S: Tensor, V: Tensor, groups: int = 1) -> Tensor:
     Multiplied in float32 at least, whatever the dtype of the factors or of autocast, and returned
     in that dtype. Inverse of :func:`decompose` up to rounding; differentiable.
     """
-    dtype = torch.promote_types(U.dtype, torch.float32)
-    rank = U.shape[1]
     with torch.autocast(U.device.type, enabled=False):
-        scaled = U.to(dtype).reshape(groups, -1, rank) * S.to(dtype).reshape(groups, 1, rank)
-        weight = scaled @ V.to(dtype).reshape(groups, rank, -1)
-    return weight.reshape(U.shape[0], *V.shape[1:])
+        return reference_compose(U, S, V, groups)
 
 
 def spectrum_ratio(S: Tensor, groups: int = 1) -> Tensor:

@@ -308,21 +308,17 @@ void run_forward(const AffineAct& operands, bool relu, const Tensor& out, uint8_
   run(task, operands.residual.has_value());
 }
 
-std::tuple<Tensor, Tensor> affine_act(const Tensor& y, const Tensor& scale, const Tensor& shift,
-                                      const std::optional<Tensor>& residual,
-                                      const std::optional<Tensor>& residual_scale, bool relu,
-                                      bool mask) {
-  const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
-  Tensor out = empty_strided_like(operands.y);
+// Into `out`, which may be y itself; returns the mask.
+Tensor affine_act_into(const AffineAct& operands, bool relu, bool mask, const Tensor& out) {
+  const Tensor& y = operands.y;
   const int64_t bytes = mask ? mask_bytes(y.numel()) : 0;
   Tensor bits = torch::stable::new_empty(y, {&bytes, 1}, ScalarType::Byte);
   auto* packed = mask ? static_cast<uint8_t*>(bits.mutable_data_ptr()) : nullptr;
   if (mask) {
-    const int64_t used = divide_up(y.numel(), 8);
-    std::fill(packed + used, packed + bytes, uint8_t(0));
+    std::fill(packed + divide_up(y.numel(), 8), packed + bytes, uint8_t(0));
   }
   if (y.numel() == 0) {
-    return {out, bits};
+    return bits;
   }
   switch (y.scalar_type()) {
     case ScalarType::Double:
@@ -337,7 +333,25 @@ std::tuple<Tensor, Tensor> affine_act(const Tensor& y, const Tensor& scale, cons
     default:
       run_forward<Half>(operands, relu, out, packed);
   }
-  return {out, bits};
+  return bits;
+}
+
+std::tuple<Tensor, Tensor> affine_act(const Tensor& y, const Tensor& scale, const Tensor& shift,
+                                      const std::optional<Tensor>& residual,
+                                      const std::optional<Tensor>& residual_scale, bool relu,
+                                      bool mask) {
+  const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
+  Tensor out = empty_strided_like(operands.y);
+  Tensor bits = affine_act_into(operands, relu, mask, out);
+  return {std::move(out), std::move(bits)};
+}
+
+Tensor affine_act_(const Tensor& y, const Tensor& scale, const Tensor& shift,
+                   const std::optional<Tensor>& residual,
+                   const std::optional<Tensor>& residual_scale, bool relu, bool mask) {
+  STD_TORCH_CHECK(is_dense(y), "affine_act_: y must be contiguous or channels_last");
+  const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
+  return affine_act_into(operands, relu, mask, y);
 }
 
 template <typename T>
@@ -355,15 +369,11 @@ void run_backward(const AffineActBackward& operands, const Tensor& out) {
   run(task, operands.mask.has_value());
 }
 
-Tensor affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
-                           const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
-                           const std::optional<Tensor>& shift) {
-  const auto operands = affine_act_backward_operands(grad, y, mask, scale, shift);
-  Tensor out = empty_strided_like(operands.grad);
-  if (grad.numel() == 0) {
-    return out;
+void affine_act_backward_into(const AffineActBackward& operands, const Tensor& out) {
+  if (out.numel() == 0) {
+    return;
   }
-  switch (grad.scalar_type()) {
+  switch (out.scalar_type()) {
     case ScalarType::Double:
       run_backward<double>(operands, out);
       break;
@@ -376,7 +386,26 @@ Tensor affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
     default:
       run_backward<Half>(operands, out);
   }
+}
+
+Tensor affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
+                           const std::optional<Tensor>& shift) {
+  const auto operands = affine_act_backward_operands(grad, y, mask, scale, shift);
+  Tensor out = empty_strided_like(operands.grad);
+  affine_act_backward_into(operands, out);
   return out;
+}
+
+void affine_act_backward_(const Tensor& grad, const std::optional<Tensor>& y,
+                          const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
+                          const std::optional<Tensor>& shift) {
+  STD_TORCH_CHECK(is_dense(grad), "affine_act_backward_: grad must be contiguous or channels_last");
+  std::optional<Tensor> like = y;
+  if (y) {
+    like = with_strides_of(*y, grad);
+  }
+  affine_act_backward_into(affine_act_backward_operands(grad, like, mask, scale, shift), grad);
 }
 
 }  // namespace
@@ -384,5 +413,7 @@ Tensor affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CPU, library) {
   library.impl("affine_act", TORCH_BOX(&svf_fast::affine_act));
+  library.impl("affine_act_", TORCH_BOX(&svf_fast::affine_act_));
   library.impl("affine_act_backward", TORCH_BOX(&svf_fast::affine_act_backward));
+  library.impl("affine_act_backward_", TORCH_BOX(&svf_fast::affine_act_backward_));
 }

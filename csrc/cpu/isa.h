@@ -15,6 +15,7 @@ const char* isa_name(Isa isa);
 }  // namespace svf_fast
 
 #define SVF_FAST_INLINE inline __attribute__((always_inline))
+#define SVF_FAST_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__)
 #define SVF_FAST_AVX2 __attribute__((target("avx2,fma,f16c")))

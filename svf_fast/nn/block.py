@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ _HOOKS = (
 class Fused(nn.Module):
     """Base of what runs several modules as one; mixed into the class of the module it was."""
 
-    original: type[nn.Module]
+    original: type
     _mixin: type[Fused]
 
     def unfused_reason(self) -> str:
@@ -40,32 +41,35 @@ class Fused(nn.Module):
 
     def unfuse(self) -> nn.Module:
         """Gives the module its original class back, in place; returns it."""
-        original = self.original
-        for name in ("_names", "recompute"):
+        for name in ("_names", "_kinds", "recompute"):
             self.__dict__.pop(name, None)
-        self.__class__ = original
+        self.__class__ = self.original
         return self
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_empty, (self._mixin, self.original), *state)
+    def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_empty, (self._mixin, self.original), *reduced[2:])
+
+
+_F = TypeVar("_F", bound=Fused)
 
 
 @functools.cache
-def _subclass(mixin: type[Fused], original: type[nn.Module]) -> type:
+def _subclass(bases: tuple[type[Fused], type[nn.Module]]) -> type[Fused]:
+    mixin, original = bases
     members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
-    return type(f"SVF{original.__name__}", (mixin, original), members)
+    return type(f"SVF{original.__name__}", bases, members)
 
 
 def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
-    cls = _subclass(mixin, original)
+    cls = _subclass((mixin, original))
     return cls.__new__(cls)
 
 
-def fuse(module: nn.Module, mixin: type[Fused]) -> Fused:
+def fuse(module: nn.Module, mixin: type[_F]) -> _F:
     """Makes the module one of `mixin`, in place."""
-    module.__class__ = _subclass(mixin, type(module))
-    return module  # type: ignore[return-value]
+    module.__class__ = _subclass((mixin, type(module)))
+    return cast(_F, module)
 
 
 class ResidualUnit(Fused):
@@ -79,6 +83,7 @@ class ResidualUnit(Fused):
     stages: int
     recompute: bool
     _names: ResidualBlock
+    _kinds: dict[str, str]  # of the inner modules, as they were when the forward was read
 
     @classmethod
     def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
@@ -106,7 +111,7 @@ class ResidualUnit(Fused):
             )
         for name in found.convs:
             conv = module.get_submodule(name)
-            if not isinstance(conv, SVFConv2d):
+            if isinstance(conv, nn.Conv2d):
                 module.set_submodule(name, SVFConv2d.from_conv(conv, strategy))
         return cls._adopt(module, found)
 
@@ -114,6 +119,7 @@ class ResidualUnit(Fused):
     def _adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
         fused = fuse(module, cls)
         fused._names, fused.recompute = found, False
+        fused._kinds = {name: _kind(inner) for name, inner in _inner(fused)}
         return fused
 
     @property
@@ -124,13 +130,13 @@ class ResidualUnit(Fused):
     def unfused_reason(self) -> str:
         names = self._names
         stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
-        return _reason(self, stages) or _hooked(self, names.pre)
+        return _replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)
 
     def forward(self, x: Tensor) -> Tensor:
         names = self._names
         if self.unfused_reason():
             return super().forward(x)
-        dtype = _compute_dtype(x, self.get_submodule(names.stages[0].conv), type(self).__name__)
+        dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
         shortcut: Stage | str = "identity"
         shortcut_x = None
         if names.shortcut is not None:
@@ -191,19 +197,21 @@ class FusedSequential(Fused):
         for name in inner:
             if reason := _hooked_module(name, self.get_submodule(name)):
                 return reason
+        if unit.relu and type(self.get_submodule(unit.relu)) is not nn.ReLU:
+            return f"{unit.relu} is no longer a ReLU"
         return _reason(self, [unit.stage])
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
         units = {unit.stage.conv: unit for unit in self._names}
-        for name, module in self.named_children():
+        for name in self._modules:  # named_children leaves out what comes again
             if name in skipped:
                 continue
-            unit = units.get(name)
+            module, unit = self.get_submodule(name), units.get(name)
             if unit is None or self._unit_reason(unit):
                 x = module(x)
                 continue
-            dtype = _compute_dtype(x, module, "SVFConvBNAct")
+            dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
             x = block(x.to(dtype), [_stage(self, unit.stage, dtype)], relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
@@ -271,9 +279,14 @@ def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
     return dtype
 
 
+def _conv(module: nn.Module, names: Names) -> SVFConv2d:
+    """The convolution of a stage, which :func:`_reason` has found to be an SVF layer."""
+    return cast(SVFConv2d, module.get_submodule(names.conv))
+
+
 def _stage(module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
     """The convolution and batch norm of a stage, as the op takes them."""
-    conv, bn = module.get_submodule(names.conv), module.get_submodule(names.bn)
+    conv, bn = _conv(module, names), cast(_BatchNorm, module.get_submodule(names.bn))
     strategy, frozen = conv._strategy_and_frozen(dtype)
     geometry = conv._geometry()
     factors = Factors.of(conv.U, conv.S, conv.V, geometry, strategy, frozen, dtype)
@@ -282,6 +295,7 @@ def _stage(module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
 
 def _affine(bn: _BatchNorm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
+    assert bn.running_mean is not None and bn.running_var is not None
     with torch.no_grad():
         scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
         if bn.weight is not None:
@@ -298,6 +312,8 @@ def _reason(module: nn.Module, stages: list[Names]) -> str:
             return f"{stage.conv} is a {type(conv).__name__}, not an SVF layer"
         if conv.strategy_in_use == "reference":
             return f"{stage.conv} computes as 'reference'"
+        if not isinstance(bn, _BatchNorm):
+            return f"{stage.bn} is a {type(bn).__name__}, not a batch norm"
         if bn.training or bn.running_mean is None:
             return f"{stage.bn} uses the batch's statistics: call eval() on it"
         if not torch.is_grad_enabled():
@@ -307,6 +323,25 @@ def _reason(module: nn.Module, stages: list[Names]) -> str:
         if conv.bias is not None and conv.bias.requires_grad:
             return f"the bias of {stage.conv} trains: call requires_grad_(False) on it"
     return ""
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module does in a fused block; convolutions and batch norms are looked at there."""
+    if isinstance(module, nn.Conv2d | SVFConv2d):
+        return "convolution"
+    if isinstance(module, nn.SyncBatchNorm):
+        return nn.BatchNorm2d.__name__  # the same with stored statistics
+    return (module.original if isinstance(module, Fused) else type(module)).__name__
+
+
+def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
+    """The first inner module that is not what it was, or is new or gone."""
+    now = {name: _kind(inner) for name, inner in _inner(module)}
+    if now == kinds:
+        return ""
+    name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
+    was, is_now = kinds.get(name, "not there"), now.get(name, "not there")
+    return f"{name} was {was} at conversion and is {is_now} now"
 
 
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:

@@ -32,10 +32,25 @@ def affine_act(
     it is not asked for. Reads y and residual once, writes out and the mask once. Computed in
     float32 at least and rounded once. Not differentiable: :func:`affine_act_backward` is its half.
     """
-    maps = {"y": y} if residual is None else {"y": y, "residual": residual}
-    check_maps("affine_act", **maps)
-    _check_channels("affine_act", y, scale=scale, shift=shift, residual_scale=residual_scale)
+    _check("affine_act", y, scale, shift, residual, residual_scale)
     return torch.ops.svf_fast.affine_act(
+        y, scale, shift, residual, residual_scale, relu, mask and relu
+    )
+
+
+def affine_act_(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    relu: bool = True,
+    mask: bool = False,
+) -> Tensor:
+    """:func:`affine_act` in the place of y, which must be contiguous or channels_last -> mask."""
+    _check("affine_act_", y, scale, shift, residual, residual_scale)
+    _check_writable("affine_act_", "y", y)
+    return torch.ops.svf_fast.affine_act_(
         y, scale, shift, residual, residual_scale, relu, mask and relu
     )
 
@@ -54,19 +69,50 @@ def affine_act_backward(
     again. With ``mask`` grad must have the memory format ``out`` had, and without ``scale`` the
     result is the gradient of the sum before the ReLU. -> dL/dy in the layout of y or else of grad.
     """
-    maps = {"grad": grad} if y is None else {"grad": grad, "y": y}
-    check_maps("affine_act_backward", **maps)
+    _check_backward("affine_act_backward", grad, y, mask, scale, shift)
+    return torch.ops.svf_fast.affine_act_backward(grad, y, mask, scale, shift)
+
+
+def affine_act_backward_(
+    grad: Tensor,
+    *,
+    y: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """:func:`affine_act_backward` in the place of grad, contiguous or channels_last; returns it."""
+    _check_backward("affine_act_backward_", grad, y, mask, scale, shift)
+    _check_writable("affine_act_backward_", "grad", grad)
+    torch.ops.svf_fast.affine_act_backward_(grad, y, mask, scale, shift)
+    return grad
+
+
+def _check(op, y, scale, shift, residual, residual_scale) -> None:
+    check_maps(op, **({"y": y} if residual is None else {"y": y, "residual": residual}))
+    _check_channels(op, y, scale=scale, shift=shift, residual_scale=residual_scale)
+
+
+def _check_backward(op, grad, y, mask, scale, shift) -> None:
+    check_maps(op, **({"grad": grad} if y is None else {"grad": grad, "y": y}))
     if (y is None) == (mask is None):
-        raise ValueError("affine_act_backward: expected either y or mask, got both or neither")
+        raise ValueError(f"{op}: expected either y or mask, got both or neither")
     if y is not None and (scale is None or shift is None):
-        raise ValueError("affine_act_backward: y: expected its scale and shift too, got None")
-    _check_channels("affine_act_backward", grad, scale=scale, shift=shift)
+        raise ValueError(f"{op}: y: expected its scale and shift too, got None")
+    _check_channels(op, grad, scale=scale, shift=shift)
     if mask is not None and mask.numel() != mask_bytes(grad.numel()):
         raise ValueError(
-            f"affine_act_backward: mask: expected {mask_bytes(grad.numel())} bytes for grad of "
-            f"shape {list(grad.shape)}, got {mask.numel()}"
+            f"{op}: mask: expected {mask_bytes(grad.numel())} bytes for grad of shape "
+            f"{list(grad.shape)}, got {mask.numel()}"
         )
-    return torch.ops.svf_fast.affine_act_backward(grad, y, mask, scale, shift)
+
+
+def _check_writable(op: str, name: str, value: Tensor) -> None:
+    if not (value.is_contiguous() or value.movedim(1, -1).is_contiguous()):
+        raise ValueError(
+            f"{op}: {name}: expected a contiguous or channels_last tensor to overwrite, got "
+            f"strides {value.stride()} for shape {list(value.shape)}"
+        )
 
 
 def _check_channels(op: str, maps: Tensor, **vectors: Tensor | None) -> None:
@@ -101,15 +147,37 @@ def _(grad, y, mask, scale, shift):
     return _dense_like(grad if y is None else y)
 
 
+@torch.library.register_fake("svf_fast::affine_act_")
+def _(y, scale, shift, residual, residual_scale, relu, mask):
+    return y.new_empty(mask_bytes(y.numel()) if mask else 0, dtype=torch.uint8)
+
+
+@torch.library.register_fake("svf_fast::affine_act_backward_")
+def _(grad, y, mask, scale, shift):
+    return None
+
+
 # No CUDA kernels are written yet: there the definitions serve, several passes each.
-@torch.library.impl("svf_fast::affine_act", "CUDA")
-def _affine_act_cuda(y, scale, shift, residual, residual_scale, relu, mask):
-    out = _dense_like(y)
-    out.copy_(definition.affine_act(y, scale, shift, residual, residual_scale, relu))
-    return out, definition.pack_mask(out) if mask else y.new_empty(0, dtype=torch.uint8)
+def _forward(y, scale, shift, residual, residual_scale, relu, mask):
+    out = _dense_like(y).copy_(y)
+    return out, _in_place(out, scale, shift, residual, residual_scale, relu, mask)
 
 
-@torch.library.impl("svf_fast::affine_act_backward", "CUDA")
-def _affine_act_backward_cuda(grad, y, mask, scale, shift):
+def _in_place(y, scale, shift, residual, residual_scale, relu, mask):
+    y.copy_(definition.affine_act(y, scale, shift, residual, residual_scale, relu))
+    return definition.pack_mask(y) if mask else y.new_empty(0, dtype=torch.uint8)
+
+
+def _backward(grad, y, mask, scale, shift):
     out = _dense_like(grad if y is None else y)
     return out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
+
+
+def _backward_in_place(grad, y, mask, scale, shift):
+    grad.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
+
+
+torch.library.impl("svf_fast::affine_act", "CUDA", _forward)
+torch.library.impl("svf_fast::affine_act_", "CUDA", _in_place)
+torch.library.impl("svf_fast::affine_act_backward", "CUDA", _backward)
+torch.library.impl("svf_fast::affine_act_backward_", "CUDA", _backward_in_place)

@@ -7,14 +7,19 @@ the Gram matrices of conv1 and conv2 need y1 and y2, that of conv3 needs x3; x i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from svf_fast.ops.affine_act import affine_act, affine_act_backward
+from svf_fast.ops.affine_act import (
+    affine_act,
+    affine_act_,
+    affine_act_backward,
+    affine_act_backward_,
+)
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.svf_conv2d import Activation, Factors, memory_format, no_autocast, saved
 
@@ -78,12 +83,13 @@ _CONSTANTS = 5  # weight, tail, dual, scale, shift
 _FACTORS = 3  # S, U, V
 
 
-def _stages(form: Form, tensors: Sequence[Tensor | None]) -> tuple[list[Stage], Stage | None]:
+def _stages(form: Form, tensors: Sequence[Any]) -> tuple[list[Stage], Stage | None]:
     """The stages, and that of the shortcut, of the tensors as :func:`block` lays them out."""
     stages, size = [], _FACTORS + _CONSTANTS
     for index, (geometry, strategy) in enumerate(form.convolutions):
-        *factors, scale, shift = tensors[size * index : size * (index + 1)]
-        stages.append(Stage(Factors(*factors, geometry, strategy), scale, shift))
+        S, U, V, weight, tail, dual, scale, shift = tensors[size * index : size * (index + 1)]
+        factors = Factors(S, U, V, weight, tail, dual, geometry, strategy)
+        stages.append(Stage(factors, scale, shift))
     return (stages[:-1], stages[-1]) if form.shortcut == "convolution" else (stages, None)
 
 
@@ -103,6 +109,19 @@ class _Kept(NamedTuple):
         feeds_again = form.recompute and index == 0
         y = y or feeds_again or stages[index + 1].factors.keeps == "x"
         return cls(y, not y, again)
+
+
+class _Maps(NamedTuple):
+    """What a stage left: v, y and the mask as far as :class:`_Kept` says so."""
+
+    v: Tensor | None
+    y: Tensor | None
+    mask: Tensor | None
+
+    def activation(self, stage: Stage) -> Activation:
+        """relu(bn(y)) of its stage, which the next one reads."""
+        assert self.y is not None
+        return Activation(self.y, stage.scale, stage.shift)
 
 
 class _Block(torch.autograd.Function):
@@ -127,23 +146,26 @@ class _Block(torch.autograd.Function):
             if index == 0:
                 sources.append(h if factors.keeps == "x" else None)
             y, v = factors.forward(h)
-            if not last:
-                h, mask = affine_act(y, scale, shift, mask=keep.mask)
-            else:
-                if shortcut is not None:
-                    shift = shift + shortcut.shift
-                h, mask = affine_act(
-                    y, scale, shift, residual, residual_scale, form.relu, keep.mask
-                )
+            added: tuple[Tensor | None, Tensor | None] = (None, None)
+            if last:
+                shift = shift if shortcut is None else shift + shortcut.shift
+                added = (residual, residual_scale)
+            relu = form.relu or not last
+            keeps_y = keep.y and not keep.again
+            if keeps_y:
+                h, mask = affine_act(y, scale, shift, *added, relu, keep.mask)
+            else:  # y is this node's own and read by nobody else
+                mask = affine_act_(y, scale, shift, *added, relu, keep.mask)
+                h = y
             kept += [
                 None if keep.again else v,
-                y if keep.y and not keep.again else None,
+                y if keeps_y else None,
                 mask if keep.mask else None,
             ]
 
         size = _FACTORS + _CONSTANTS
-        factors = [t for at in range(0, len(tensors), size) for t in tensors[at : at + _FACTORS]]
-        ctx.save_for_backward(*sources, *kept, *factors)
+        SUV = [t for at in range(0, len(tensors), size) for t in tensors[at : at + _FACTORS]]
+        ctx.save_for_backward(*sources, *kept, *SUV)
         ctx.constants = tuple(
             t for at in range(0, len(tensors), size) for t in tensors[at + _FACTORS : at + size]
         )
@@ -160,11 +182,11 @@ class _Block(torch.autograd.Function):
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     form, count = ctx.form, len(ctx.form.convolutions)
-    tensors = list(saved(ctx, "fused block"))
+    tensors = saved(ctx, "fused block")
     sources = tensors[: 2 if form.shortcut == "convolution" else 1]
     rest = tensors[len(sources) :]
-    kept = [rest[3 * index : 3 * index + 3] for index in range(count)]
-    every = []
+    kept = [_Maps(*rest[3 * index : 3 * index + 3]) for index in range(count)]
+    every: list[Any] = []
     for index in range(count):
         every += rest[3 * count + _FACTORS * index :][:_FACTORS]
         every += ctx.constants[_CONSTANTS * index :][:_CONSTANTS]
@@ -172,16 +194,13 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if shortcut is not None:
         shortcut_kept, *kept = kept
     if form.recompute:
-        _, y, _ = kept[0]
-        v, y = _again(stages, y)
-        kept[1] = [v, y, kept[1][2]]
+        kept[1] = _again(stages, kept)
 
-    total = _through_relu(grad, stages[-1], *kept[-1][1:], form)
+    total = _through_relu(grad, stages[-1], kept[-1], form)
     arriving, scaled = total, form.relu and not form.shortcut
-    grad_x, grads_S = None, []
+    grads_S: list[Tensor | None] = []
     for index in reversed(range(len(stages))):
         factors, scale, _ = stages[index]
-        v, y, _ = kept[index]
         if not scaled and not factors.samples:
             arriving, scaled = _scale(arriving, scale), True
         into = None
@@ -191,16 +210,18 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
             arriving,
             ctx.shapes[index],
             _input(stages, kept, index, sources[-1]),
-            v,
-            y,
+            kept[index].v,
+            kept[index].y,
             index > 0 or ctx.needs_input_grad[0],
             None if scaled else scale,
             into,
         )
         grads_S.insert(0, grad_S)
         if index > 0:
-            _, y, mask = kept[index - 1]
-            arriving, scaled = _through(grad_x, stages[index - 1], y, mask), True
+            assert grad_x is not None
+            before = stages[index - 1]  # whose ReLU's gradient takes the place of grad_x
+            arriving = _through(grad_x, before, kept[index - 1], affine_act_backward_)
+            scaled = True
     if form.shortcut == "identity" and not form.relu and grad_x is not None:
         grad_x = grad_x + total
 
@@ -212,7 +233,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
             total if factors.samples else _scale(total, shortcut.scale),
             ctx.shortcut_shape if own else ctx.shapes[0],
             None if sources[0] is None else Activation(sources[0]),
-            *shortcut_kept[:2],
+            shortcut_kept.v,
+            shortcut_kept.y,
             ctx.needs_input_grad[1 if own else 0],
             shortcut.scale if factors.samples else None,
             None if own else grad_x,
@@ -224,46 +246,48 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_shortcut_x, None, *grads
 
 
-def _through_relu(
-    grad: Tensor, last: Stage, y: Tensor | None, mask: Tensor | None, form: Form
-) -> Tensor:
+def _through_relu(grad: Tensor, last: Stage, kept: _Maps, form: Form) -> Tensor:
     """The gradient of the sum before the last ReLU; of y itself where nothing is added."""
     if not form.relu:
         return grad
     if form.shortcut:
-        return affine_act_backward(grad, mask=mask)
-    return _through(grad, last, y, mask)
+        return affine_act_backward(grad, mask=kept.mask)
+    return _through(grad, last, kept)
 
 
-def _through(grad: Tensor, stage: Stage, y: Tensor | None, mask: Tensor | None) -> Tensor:
+def _through(
+    grad: Tensor,
+    stage: Stage,
+    kept: _Maps,
+    backward: Callable[..., Tensor] = affine_act_backward,
+) -> Tensor:
     """From the gradient of a stage's ReLU to that of its y."""
-    if mask is not None:
-        return affine_act_backward(grad, mask=mask, scale=stage.scale)
-    return affine_act_backward(grad, y=y, scale=stage.scale, shift=stage.shift)
+    if kept.mask is not None:
+        return backward(grad, mask=kept.mask, scale=stage.scale)
+    return backward(grad, y=kept.y, scale=stage.scale, shift=stage.shift)
 
 
 def _scale(grad: Tensor, scale: Tensor) -> Tensor:
     return affine_act(grad, scale, torch.zeros_like(scale), relu=False)[0]
 
 
-def _again(stages: Sequence[Stage], y: Tensor) -> tuple[Tensor | None, Tensor]:
-    """v and y of the second stage, from y of the first."""
-    h = Activation(y, stages[0].scale, stages[0].shift).tensor()
-    y, v = stages[1].factors.forward(stages[1].factors.sampled(h))
-    return v, y
+def _again(stages: Sequence[Stage], kept: Sequence[_Maps]) -> _Maps:
+    """The maps of the second stage, v and y computed from y of the first."""
+    factors = stages[1].factors
+    y, v = factors.forward(factors.sampled(kept[0].activation(stages[0]).tensor()))
+    return _Maps(v, y, kept[1].mask)
 
 
 def _input(
-    stages: Sequence[Stage], kept: Sequence[Sequence[Tensor | None]], index: int, x: Tensor | None
+    stages: Sequence[Stage], kept: Sequence[_Maps], index: int, x: Tensor | None
 ) -> Activation | None:
     """The input of a stage whose gradient of S reads it."""
     factors = stages[index].factors
     if factors.keeps != "x":
         return None
     if index == 0:
-        return Activation(x)
-    before = stages[index - 1]
-    activation = Activation(kept[index - 1][1], before.scale, before.shift)
+        return None if x is None else Activation(x)
+    activation = kept[index - 1].activation(stages[index - 1])
     if factors.geometry.stride == (1, 1) or not factors.samples:
         return activation
     return Activation(factors.sampled(activation.tensor()))

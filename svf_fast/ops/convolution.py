@@ -95,21 +95,27 @@ def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _product(matrix: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-    """``Σ_c matrix_dc x_ncp``: [D, C], [N, C, H, W] -> [N, D, H, W], in the memory format of x."""
+    """``Σ_c matrix_dc x_ncp``: [D, C], [N, C, H, W] -> [N, D, H, W], in the memory format of x.
+
+    With ``into`` it is added to that map. The result is never a view, so that what follows may work
+    on it in place.
+    """
+    last = is_channels_last(x)
+    if into is not None and is_channels_last(into) != last:
+        return into.add_(_product(matrix, x))
     images, _, height, width = x.shape
-    if is_channels_last(x):
+    beta = 0 if into is None else 1
+    if into is None:
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        shape = (images, len(matrix), height, width)
+        into = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if last:
         rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-        if into is not None and is_channels_last(into):
-            into.permute(0, 2, 3, 1).flatten(0, 2).addmm_(rows, matrix.mT)
-            return into
-        out = (rows @ matrix.mT).unflatten(0, (images, height, width)).permute(0, 3, 1, 2)
+        into.permute(0, 2, 3, 1).flatten(0, 2).addmm_(rows, matrix.mT, beta=beta)
     else:
         matrices = matrix.expand(images, -1, -1)
-        if into is not None and into.is_contiguous():
-            into.flatten(2).baddbmm_(matrices, x.flatten(2))
-            return into
-        out = torch.bmm(matrices, x.flatten(2)).unflatten(2, (height, width))
-    return out if into is None else into.add_(out)
+        into.flatten(2).baddbmm_(matrices, x.flatten(2), beta=beta)
+    return into
 
 
 def convolution_weight_gradient(

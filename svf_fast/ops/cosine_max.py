@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from svf_fast.reference.cosine_max import cosine_max as reference_cosine_max
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EPSILON = 1e-7
+_TILE = 1024  # query positions compared at once where there is no kernel
 
 
 def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
@@ -13,9 +17,14 @@ def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
 
     With s'_j = mask_j·s_j:  out_i = max_j (q_i·s'_j) / (|q_i||s'_j| + 1e-7)   (PFENet, section 3.2)
 
-    Differentiable in query and support, not in the mask. A support position with mask 0 has
-    similarity exactly 0. Of equal similarities the first j gets the gradient. Half precision is
-    computed in float32, under autocast too, because what follows subtracts nearly equal cosines.
+    Differentiable, once, in query and support, not in the mask. A support position with mask 0 has
+    similarity exactly 0, whatever its features, and is not compared. Of equal similarities the
+    first j gets the gradient. 16-bit features are compared in float32, under autocast too, because
+    what follows subtracts nearly equal cosines.
+
+    Saved for the backward pass: the arguments themselves and 12 bytes per query position (float64:
+    16). Nothing of size N·M exists; beyond the arguments the forward pass needs a few tiles of 1024
+    positions, the backward pass the two gradients.
 
     Args:
         query: features [B, C, N].
@@ -30,17 +39,106 @@ def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
         ValueError: another shape or device, no support position, or a mask that requires gradient.
     """
     _check(query, support, mask)
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    mask = mask.to(_result_dtype(query))
+    if torch.is_grad_enabled() and (query.requires_grad or support.requires_grad):
+        return _CosineMax.apply(query, support, mask)
+    return torch.ops.svf_fast.cosine_max(query, support, mask)[0]
+
+
+class _CosineMax(Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
+        values, index = torch.ops.svf_fast.cosine_max(query, support, mask)
+        ctx.save_for_backward(query, support, mask, values, index)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gradients = torch.ops.svf_fast.cosine_max_backward(grad, *ctx.saved_tensors)
+        query, support = (
+            gradient if needed else None
+            for gradient, needed in zip(gradients, ctx.needs_input_grad[:2], strict=True)
+        )
+        return query, support, None
+
+
+@torch.library.register_fake("svf_fast::cosine_max")
+def _(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    shape = query.shape[0], query.shape[2]
+    return (
+        query.new_empty(shape, dtype=_result_dtype(query)),
+        query.new_empty(shape, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("svf_fast::cosine_max_backward")
+def _(
+    grad: Tensor, query: Tensor, support: Tensor, mask: Tensor, values: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    # the kernel's layout: that of the query, where its channels are neighbours
+    if query.shape[1] > 1 and query.stride(1) == 1 and query.stride(2) > 1:
+        return query.new_empty(query.mT.shape).mT, support.new_empty(support.mT.shape).mT
+    return query.new_empty(query.shape), support.new_empty(support.shape)
+
+
+def tiled_cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition a tile of query positions at a time, for devices without a kernel."""
+    dtype = _result_dtype(query)
+    shape = query.shape[0], query.shape[2]
+    values = query.new_empty(shape, dtype=dtype)
+    index = query.new_empty(shape, dtype=torch.int64)
     with torch.autocast(query.device.type, enabled=False):
-        return reference_cosine_max(query.to(dtype), support.to(dtype), mask.to(dtype))
+        # a choice, not a product: the features of a masked position do not count, NaN neither
+        masked = torch.where(mask.unsqueeze(1) != 0, support.to(dtype) * mask.unsqueeze(1), 0)
+        norms = masked.norm(dim=1).unsqueeze(1)
+        for first in range(0, query.shape[2], _TILE):
+            tile = query[:, :, first : first + _TILE].to(dtype)
+            cosine = tile.mT @ masked
+            cosine /= tile.norm(dim=1).unsqueeze(2) * norms + EPSILON
+            out = slice(first, first + _TILE)
+            values[:, out], index[:, out] = cosine.max(dim=2)
+    return values, index
+
+
+def paired_cosine_max_backward(
+    grad: Tensor, query: Tensor, support: Tensor, mask: Tensor, values: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the pairs of each maximum, for devices without a kernel."""
+    dtype = grad.dtype
+    q = query.to(dtype)
+    weight = mask.gather(1, index).unsqueeze(1)
+    pairs = index.unsqueeze(1).expand(q.shape)
+    s = support.gather(2, pairs).to(dtype).masked_fill(weight == 0, 0) * weight
+    query_norm, support_norm = q.norm(dim=1, keepdim=True), s.norm(dim=1, keepdim=True)
+    scale = grad.unsqueeze(1) / (query_norm * support_norm + EPSILON)
+    slope = scale * values.unsqueeze(1)
+    # at 0 a norm is flat
+    own_query = (slope * support_norm / query_norm).masked_fill(query_norm == 0, 0)
+    own_support = (slope * query_norm / support_norm).masked_fill(support_norm == 0, 0)
+    grad_query = scale * s - own_query * q
+    grad_pairs = weight * (scale * q - own_support * s)
+    grad_support = grad_pairs.new_zeros(support.shape).scatter_add_(2, pairs, grad_pairs)
+    return grad_query.to(query.dtype), grad_support.to(support.dtype)
+
+
+torch.library.impl("svf_fast::cosine_max", "default", tiled_cosine_max)
+torch.library.impl("svf_fast::cosine_max_backward", "default", paired_cosine_max_backward)
+
+
+def _result_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _check(query: Tensor, support: Tensor, mask: Tensor) -> None:
     for name, tensor in (("query", query), ("support", support), ("mask", mask)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if not query.is_floating_point():
-        raise TypeError(f"query: expected a floating-point tensor, got {query.dtype}")
+    if query.dtype not in DTYPES:
+        raise TypeError(
+            "query: expected a floating-point tensor (float64, float32, bfloat16 or float16), "
+            f"got {query.dtype}"
+        )
     if support.dtype != query.dtype:
         raise TypeError(f"support: expected the query's dtype {query.dtype}, got {support.dtype}")
     if not (mask.is_floating_point() or mask.dtype == torch.bool):

@@ -6,48 +6,117 @@ import torch
 from torch import Tensor
 
 from svf_fast.ops.channel_dot import channel_dot
+from svf_fast.ops.maps import DTYPES
+from svf_fast.reference import gram as reference
 
 
-def gram(a: Tensor, b: Tensor, groups: int = 1) -> Tensor:
-    """``M = Σ_p a_p b_pᵀ`` over images and positions, one matrix per group.
+def gram(
+    a: Tensor,
+    b: Tensor,
+    groups: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``M = Σ_p a'_p b_pᵀ`` over images and positions, one matrix per group.
 
-    a [N, Ca, *spatial], b [N, Cb, *spatial] -> [G, Ca/G, Cb/G], accumulated and returned in
-    float32 (float64 for float64 inputs).
+    With scale and shift, ``a' = relu(a · scale + shift)`` per channel, rounded to the dtype of a:
+    an activation rebuilt as it is read. Without, a' = a.
+
+    a [N, Ca, *spatial] and b [N, Cb, *spatial] of one dtype; scale, shift [Ca] in float32 (float64
+    for float64) -> [G, Ca/G, Cb/G] in the dtype of scale, accumulated in it. Contiguous and
+    channels_last maps are read as they lie; what must be widened or rebuilt is so by tiles of 2048
+    positions. Not differentiable.
+
+    Raises:
+        TypeError: no tensor, or another dtype than the above.
+        ValueError: shapes or devices that do not fit, groups that do not divide the channels, or
+            only one of scale and shift.
     """
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    if a.shape[1] == b.shape[1] == groups:
+    _check(a, b, groups, scale, shift)
+    if scale is None and a.shape[1] == b.shape[1] == groups:
         return channel_dot(a, b).reshape(groups, 1, 1)
-    if a.numel() == 0 or b.numel() == 0:
-        return a.new_zeros((groups, a.shape[1] // groups, b.shape[1] // groups), dtype=dtype)
-    if _is_row_major(a) and _is_row_major(b):
-        rows_a, rows_b = _rows(a, groups), _rows(b, groups)  # [G, N·P, C/G]
-        return rows_a.mT.to(dtype) @ rows_b.to(dtype)
-    images, channels = a.shape[:2]
-    maps_a = a.reshape(images, groups, channels // groups, -1)
-    maps_b = b.reshape(images, groups, b.shape[1] // groups, -1)
-    if a.dtype == dtype:
-        return (maps_a @ maps_b.mT).sum(dim=0)
-    # 16-bit: widened an image at a time, so that no float32 copy of the whole maps exists
-    total = maps_a[0].to(dtype) @ maps_b[0].mT.to(dtype)
-    for map_a, map_b in zip(maps_a[1:], maps_b[1:], strict=True):
-        total += map_a.to(dtype) @ map_b.mT.to(dtype)
-    return total
+    with torch.no_grad():
+        return torch.ops.svf_fast.gram(a, b, groups, scale, shift)
 
 
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
     """``dS_r = left_rᵀ M right_r / S_r``: ``colsum(left ⊙ (M right)) / S``, per group.
 
-    M [G, C, C], left and right [G, C, R], S [G, R] -> [G, R], in the dtype of M.
+    M [G, C, C] in float32 or float64, left and right [G, C, R], S [G, R] -> [G, R] in the dtype of
+    M. The product is made 512 directions at a time. Not differentiable.
     """
-    product = M @ right.to(M.dtype)
-    return (left.to(M.dtype) * product).sum(dim=1) / S.to(M.dtype)
+    with torch.no_grad():
+        return torch.ops.svf_fast.gram_gradient(M, left, right, S)
 
 
-def _is_row_major(x: Tensor) -> bool:
-    """Positions outermost, channels innermost: channels_last, or no spatial extent."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+def gram_by_images(
+    a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """The definition an image at a time, for devices without a kernel: one widened copy of one."""
+    with torch.autocast(a.device.type, enabled=False):
+        total = reference.gram(a[:1], b[:1], groups, scale, shift)
+        for image in range(1, a.shape[0]):
+            at = slice(image, image + 1)
+            total += reference.gram(a[at], b[at], groups, scale, shift)
+    return total
 
 
-def _rows(x: Tensor, groups: int) -> Tensor:
-    rows = x.permute(0, 2, 3, 1).reshape(-1, groups, x.shape[1] // groups)
-    return rows.transpose(0, 1)
+def gram_gradient_by_definition(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
+    """For devices without a kernel."""
+    with torch.autocast(M.device.type, enabled=False):
+        return reference.gram_gradient(M, left, right, S)
+
+
+torch.library.impl("svf_fast::gram", "default", gram_by_images)
+torch.library.impl("svf_fast::gram_gradient", "default", gram_gradient_by_definition)
+
+
+@torch.library.register_fake("svf_fast::gram_gradient")
+def _(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
+    return M.new_empty(S.shape)
+
+
+@torch.library.register_fake("svf_fast::gram")
+def _(a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    shape = groups, a.shape[1] // groups, b.shape[1] // groups
+    return a.new_empty(shape, dtype=torch.promote_types(a.dtype, torch.float32))
+
+
+def _check(a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None) -> None:
+    for name, value in (("a", a), ("b", b)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"gram: {name}: expected a tensor, got {type(value).__name__}")
+        if value.dtype not in DTYPES:
+            raise TypeError(
+                f"gram: {name}: expected float64, float32, bfloat16 or float16, got {value.dtype}"
+            )
+    if a.dim() < 2:
+        raise ValueError(f"gram: a: expected [N, C, *spatial], got shape {list(a.shape)}")
+    if b.dtype != a.dtype:
+        raise TypeError(f"gram: b: expected {a.dtype} as a, got {b.dtype}")
+    if b.dim() != a.dim() or b.shape[:1] + b.shape[2:] != a.shape[:1] + a.shape[2:]:
+        raise ValueError(
+            f"gram: b: expected the images and positions of a, {list(a.shape)}, got {list(b.shape)}"
+        )
+    if groups < 1 or a.shape[1] % groups or b.shape[1] % groups:
+        raise ValueError(
+            f"gram: groups: expected a divisor of {a.shape[1]} and {b.shape[1]} channels, got "
+            f"{groups}"
+        )
+    if (scale is None) != (shift is None):
+        missing = "scale" if scale is None else "shift"
+        raise ValueError(f"gram: {missing}: expected a tensor, because scale and shift go together")
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    for name, tensor in (("b", b), ("scale", scale), ("shift", shift)):
+        if tensor is not None and tensor.device != a.device:
+            raise ValueError(f"gram: {name}: expected device {a.device}, got {tensor.device}")
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(
+                f"gram: {name}: expected {dtype} for a of {a.dtype}, got {tensor.dtype}"
+            )
+        if tensor is not None and tensor.shape != a.shape[1:2]:
+            raise ValueError(
+                f"gram: {name}: expected shape [{a.shape[1]}], one value per channel of a, got "
+                f"{list(tensor.shape)}"
+            )

@@ -16,7 +16,7 @@ strategy      forward                 dS                                        
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,8 @@ class Activation(NamedTuple):
         return affine_act(self.y, self.scale, self.shift)[0]
 
     def gram(self, other: Tensor, groups: int) -> Tensor:
-        return gram(self.tensor(), other, groups)
+        """``Σ_p x_p other_pᵀ``, x rebuilt as it is read."""
+        return gram(self.y, other, groups, self.scale, self.shift)
 
 
 class Factors(NamedTuple):
@@ -158,13 +159,14 @@ class Factors(NamedTuple):
         return {"fold": "x", "chain": "v", "frozen": ""}[self.strategy]
 
     @property
+    def kernel(self) -> Tensor:
+        """The weight of the convolution that reads x: W, or V for ``chain``."""
+        return self.V if self.weight is None else self.weight
+
+    @property
     def samples(self) -> bool:
         """Whether ``gram`` works on the positions of x that a 1×1 convolution's stride picks."""
-        return (
-            self.strategy == "gram"
-            and self.weight is not None
-            and reads_input(self.weight.shape, self.geometry)
-        )
+        return self.strategy == "gram" and reads_input(self.kernel.shape, self.geometry)
 
     def sampled(self, x: Tensor) -> Tensor:
         """x as :meth:`forward` takes it."""
@@ -207,41 +209,52 @@ class Factors(NamedTuple):
         With ``scale`` [Co] (gram by x alone), dL/dy is ``scale_c · grad_y``. With ``into``, a map
         of ``shape``, dL/dx is added to it in place.
         """
-        geometry, groups, grad_S = self.geometry, self.geometry.groups, None
-        if self.strategy == "chain":
-            weight = _transposed(self.U.to(grad_y.dtype), groups)
-            grad_v = convolution(grad_y, weight, None, geometry.pointwise())
-            factor = self.S.detach().to(torch.promote_types(grad_y.dtype, torch.float32))
-            grad_S = channel_dot_scale_(grad_v, v, factor).to(self.S.dtype)
-            grad_y, weight = grad_v, self.V.to(grad_y.dtype)
-        else:
-            weight = self.weight
+        geometry, groups = self.geometry, self.geometry.groups
+        grad_S: Tensor | None = None
         if self.samples:
+            assert x is not None
             return self._backward_by_input(grad_y, shape, x, needs_x, scale, into)
+        if self.strategy == "chain":
+            assert v is not None
+            weight = _transposed(self.U.to(grad_y.dtype), groups)
+            grad_y = convolution(grad_y, weight, None, geometry.pointwise())
+            factor = self.S.detach().to(torch.promote_types(grad_y.dtype, torch.float32))
+            grad_S = channel_dot_scale_(grad_y, v, factor)
         grad_x = None
         if needs_x:
+            weight = self.kernel.to(grad_y.dtype)
             grad_x = convolution_input_gradient(grad_y, weight, shape, geometry, into)
         if self.strategy == "fold":
+            assert x is not None
             grad_S = self._scale_gradient_by_weight(grad_y, x.tensor())
         elif self.strategy == "gram":
+            assert y is not None
             M = gram(grad_y, y, groups)
             grad_S = self._scale_gradient(M, self.U.reshape(groups, -1, self.U.shape[1]))
             if self.tail is not None:
+                assert v is not None
                 exact = _Tail(self.U, self.V, self.tail, groups).gradient(v, grad_y)
                 grad_S = grad_S.scatter(1, self.tail, exact.to(grad_S.dtype))
         return grad_x, None if grad_S is None else grad_S.reshape(-1).to(self.S.dtype)
 
-    def _backward_by_input(self, grad_y, shape, x, needs_x, scale, into):
+    def _backward_by_input(
+        self,
+        grad_y: Tensor,
+        shape: torch.Size,
+        x: Activation,
+        needs_x: bool,
+        scale: Tensor | None,
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor]:
         geometry, groups = self.geometry.pointwise(), self.geometry.groups
-        weight, U = self.weight, self.U
+        weight, U = self.kernel, self.U
         if scale is not None:
             weight = (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
             U = U * scale[:, None]
         sampled_shape = torch.Size((*shape[:2], *grad_y.shape[2:]))
         grad_x = convolution_input_gradient(grad_y, weight, sampled_shape, geometry)
         M = x.gram(grad_x, groups)
-        columns = self.V.reshape(groups, self.U.shape[1], -1).mT
-        grad_S = self._scale_gradient(M, columns)
+        grad_S = self._scale_gradient(M, self.V.reshape(groups, self.U.shape[1], -1).mT)
         if self.tail is not None:
             tail = _Tail(U, self.V, self.tail, groups)
             exact = tail.gradient(tail.project(x.tensor(), geometry), grad_y)
@@ -267,7 +280,7 @@ class Factors(NamedTuple):
         return gram_gradient(M, columns, right, S)
 
     def _scale_gradient_by_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        grad_weight = convolution_weight_gradient(grad_y, x, self.weight, self.geometry)
+        grad_weight = convolution_weight_gradient(grad_y, x, self.kernel, self.geometry)
         groups, rank = self.geometry.groups, self.U.shape[1]
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
         grad_weight = grad_weight.reshape(groups, self.U.shape[0] // groups, -1).to(dtype)
@@ -275,8 +288,8 @@ class Factors(NamedTuple):
         return (projected * self.V.reshape(groups, rank, -1).to(dtype)).sum(dim=2)
 
 
-def saved(ctx, name: str) -> tuple[Tensor, ...]:
-    """The saved tensors; a change in place of one of them is explained."""
+def saved(ctx, name: str) -> tuple[Any, ...]:
+    """The saved tensors, None where None was; a change in place of one of them is explained."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:

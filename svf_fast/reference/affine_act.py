@@ -64,9 +64,11 @@ def affine_act_backward(
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if mask is not None:
         passes = unpack_mask(mask, grad)
-    else:
+    elif y is not None and scale is not None and shift is not None:
         z = y.to(dtype) * _per_channel(scale, grad) + _per_channel(shift, grad)
         passes = ~(z <= 0)
+    else:
+        raise ValueError("affine_act_backward: expected mask, or y with its scale and shift")
     factor = 1 if scale is None else _per_channel(scale, grad)
     return torch.where(passes, grad.to(dtype) * factor, 0).to(grad.dtype)
 

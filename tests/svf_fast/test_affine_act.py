@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from tolerance import assert_error_within
 from torch import Tensor
 
-from svf_fast.ops.affine_act import affine_act, affine_act_backward
+from svf_fast.ops.affine_act import (
+    affine_act,
+    affine_act_,
+    affine_act_backward,
+    affine_act_backward_,
+)
 from svf_fast.reference import affine_act as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -126,6 +131,24 @@ def test_backward_from_y(shape, dtype, layout, device, poisoned_memory) -> None:
     assert_error_within(got_sure, eager, truth, channel_dim=1, name="grad by y")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_place(shape, dtype, layout, device) -> None:
+    y, residual = maps(shape, dtype, layout, device), maps(shape, dtype, "contiguous", device)
+    scale, shift = affine(shape[1], dtype, device)
+    out, mask = affine_act(y, scale, shift, residual, mask=True)
+    grad = torch.empty_like(out).copy_(maps(shape, dtype, "contiguous", device))
+    for arguments in ({"mask": mask}, {"y": y, "scale": scale, "shift": shift}):
+        expected = affine_act_backward(grad, **arguments)
+        mine = grad.clone(memory_format=torch.preserve_format)
+        assert affine_act_backward_(mine, **arguments) is mine
+        assert torch.equal(mine, expected)
+    assert torch.equal(affine_act_(y, scale, shift, residual, mask=True), mask)
+    assert torch.equal(y, out)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=4),
@@ -186,9 +209,11 @@ def test_opcheck() -> None:
         (y, scale, scale, y.contiguous(), scale, False, False),
     ):
         torch.library.opcheck(ops.affine_act.default, arguments)
+        torch.library.opcheck(ops.affine_act_.default, (y.clone(), *arguments[1:]))
     _, mask = ops.affine_act(y, scale, scale, None, None, True, True)
     for arguments in ((y, y, None, scale, scale), (y, None, mask, None, None)):
         torch.library.opcheck(ops.affine_act_backward.default, arguments)
+        torch.library.opcheck(ops.affine_act_backward_.default, (y.clone(), *arguments[1:]))
 
 
 y, vector = torch.randn(2, 5, 3, 3), torch.randn(5)
@@ -206,6 +231,7 @@ y, vector = torch.randn(2, 5, 3, 3), torch.randn(5)
         (lambda: affine_act(y, vector, vector, y[:1]), ValueError, r"residual: expected shape \[2"),
         (lambda: affine_act(y.int(), vector, vector), TypeError, "y: expected float64"),
         (lambda: affine_act_backward(y), ValueError, "either y or mask"),
+        (lambda: affine_act_(y[..., ::2], vector, vector), ValueError, "y: expected a contiguous"),
         (lambda: affine_act_backward(y, y=y), ValueError, "scale and shift"),
         (
             lambda: affine_act_backward(y, mask=torch.zeros(3, dtype=torch.uint8)),

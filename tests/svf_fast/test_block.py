@@ -261,6 +261,15 @@ REASONS = {
     "conv2 has a hook": unfusable(hook),
     "conv3 computes as 'reference'": unfusable(lambda b: setattr(b.conv3, "strategy", "reference")),
     "conv1 is a Conv2d": unfusable(lambda b: setattr(b, "conv1", conv(20, 5))),
+    "relu was ReLU at conversion and is SiLU now": unfusable(
+        lambda b: setattr(b, "relu", nn.SiLU())
+    ),
+    "downsample was not there at conversion": unfusable(
+        lambda b: setattr(b, "downsample", frozen(nn.Sequential(conv(20, 20))))
+    ),
+    "bn2 was BatchNorm2d at conversion and is Identity now": unfusable(
+        lambda b: setattr(b, "bn2", nn.Identity().eval())
+    ),
 }
 
 
@@ -276,6 +285,27 @@ def test_runs_module_by_module_where_it_must(reason):
     assert torch.equal(model(x), plain(x))
     note = svf_fast.memory_report(model, x.shape)
     assert any(f"not fused: {reason}" in row.note for row in note.units)
+
+
+def test_a_sequence_whose_modules_change():
+    model = fused("unit")
+    x = torch.randn(2, 6, 9, 9)
+    model[0][2] = nn.SiLU()
+    assert model[0].unfused_reason() == "2 is no longer a ReLU"
+    assert torch.equal(model(x), functional.silu(model[0][1](model[0][0](x))))
+    model[0][1] = nn.Identity().eval()
+    assert torch.equal(model(x), functional.silu(model[0][0](x)))
+
+
+def test_a_module_that_stands_in_a_sequence_twice():
+    pool, relu = nn.MaxPool2d(2), nn.ReLU()
+    layers = [conv(6, 6, 3), nn.BatchNorm2d(6), relu, pool, conv(6, 6, 3), nn.BatchNorm2d(6), relu]
+    plain = frozen(nn.Sequential(*layers, pool, nn.Softplus(), relu))
+    x = torch.randn(2, 6, 9, 9)
+    expected = plain(x)
+    model = svf_fast.convert(plain, None)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert not model.unfused_reason()
 
 
 def test_hooks_on_the_block_itself_still_run():

@@ -231,3 +231,16 @@ def test_bad_construction():
         SVFConv2d.from_conv(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="this checkpoint is of the plain layer"):
         SVFConv2d(4, 6, 3).load_state_dict(nn.Conv2d(4, 6, 3).state_dict())
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("strategy", ("fold", "chain", "gram"))
+def test_what_follows_may_work_in_place_unless_the_output_is_kept(strategy, memory_format):
+    layer = SVFConv2d(4, 9, 1, bias=False, strategy=strategy)  # widening: gram keeps its input
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=memory_format)
+    grads = []
+    for inplace in (True, False):
+        nn.functional.relu(layer(x), inplace=inplace).sum().backward()
+        grads.append(layer.S.grad.clone())
+        layer.S.grad = None
+    assert torch.equal(*grads)

@@ -157,7 +157,8 @@ def test_a_budget_that_cannot_be_met_leaves_the_model_as_it_was():
             svf_fast.convert(model, None, **arguments)
     with pytest.raises(ValueError, match="memory size: expected a number"):
         svf_fast.convert(model, None, memory_budget="a lot", input_shape=BLOCK)
-    with pytest.raises(ValueError, match="expected x of shape"):  # not the model's
+    # another shape than the model takes
+    with pytest.raises(ValueError, match="expected x of shape"):
         svf_fast.convert(model, None, memory_budget="1GiB", input_shape=(2, 5, 33, 35))
     assert type(model[0].reduce) is nn.Conv2d
     assert svf_fast.convert(model, None) is model

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fss.measure import saved_bytes
 from fss.models.prior import prior_mask
 
 
@@ -69,3 +70,17 @@ def test_half_precision_features_keep_a_float32_prior(dtype):
     prior = prior_mask(query.to(dtype), support.to(dtype), mask)
     assert prior.dtype == torch.float32
     torch.testing.assert_close(prior, prior_mask(query, support, mask), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_nothing_that_grows_with_the_square_of_the_positions(dtype):
+    shots, height, width = 3, 40, 41
+    maps = [
+        torch.randn(size, 8, height, width).relu().to(dtype).requires_grad_() for size in (1, shots)
+    ]
+    mask = torch.rand(1, shots, 1, height, width)
+    with saved_bytes(torch.nn.Module()) as saved:
+        prior = prior_mask(maps[0], maps[1].unsqueeze(0), mask)
+    prior.sum().backward()
+    given = sum(tensor.untyped_storage().nbytes() for tensor in (*maps, mask))
+    assert saved.total - given <= 32 * shots * height * width

@@ -1,0 +1,149 @@
+"""What a step keeps, at the sizes papers train at: results/memory.json.
+
+    python benchmarks/memory.py && python benchmarks/render.py
+
+ResNet-50's layers 2-4 for one image, whose input needs no gradient, for layer 1 is frozen; the
+baseline model for one 5-shot episode; the prior mask of one shot. Peers that keep gigabytes are
+counted on shapes, with tensors that have no values; svf_fast, which plans by values, and the prior
+mask are counted on a real forward pass. Peaks are measured, in a process of their own each, of
+those peers only that fit into the memory that is free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from levels import LEVELS, Inputs, Level, Settings, autocast
+from race import measure_peaks, write_results
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fss.measure import SavedBytes
+
+GIB = 2**30
+FOLDER = Path(__file__).with_name("results")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", default="none", help="of the backbone, see levels.Settings")
+    parser.add_argument("--stride-on", default="conv2")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[641, 473], help="first: the step")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--peaks", nargs="*", default=["float32"], help="dtypes to measure them in")
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    base = Settings(
+        size=options.sizes[0],
+        batch=1,
+        shots=options.shots,
+        weights=options.weights,
+        stride_on=options.stride_on,
+        width=options.width,
+    )
+    groups = []
+    for dtype in options.dtypes:
+        for size in options.sizes:
+            settings = dataclasses.replace(base, size=size, dtype=dtype)
+            groups.append(_figure("backbone", settings, peaks=False))
+        settings = dataclasses.replace(base, dtype=dtype)
+        groups.append(_figure("step", settings, peaks=dtype in options.peaks))
+    groups.append(_figure("prior", base, peaks=False))
+    command = "python " + shlex.join(sys.argv)
+    path = options.results / "memory.json"
+    print(write_results(path, "memory", "Saved bytes", base, groups, command))
+    return 0
+
+
+def _figure(level_name: str, settings: Settings, peaks: bool) -> dict[str, Any]:
+    """All peers of a level, for one size and dtype."""
+    level = LEVELS[level_name]
+    (group,) = level.groups
+    plain = level.network(settings, group)
+    rows = []
+    for name, peer in level.peers.items():
+        if peer.compiled:
+            continue
+        network = level.convert(copy.deepcopy(plain), name, None)
+        shapes = not name.startswith("svf_fast") and level_name != "prior"
+        count = saved_on_shapes if shapes else saved_measured
+        inputs = level.inputs(settings, group)
+        if level_name == "backbone" and peer.trains != "nothing":
+            inputs = Inputs(tuple(argument.detach() for argument in inputs.arguments))
+        row = {"peer": name, "saved_bytes": count(level, network, inputs, name, settings)}
+        row["counted_on"] = "shapes" if shapes else "a forward pass"
+        del network, inputs
+        if peaks:
+            row |= _peak(level, name, settings, row["saved_bytes"])
+        print(f"{level_name} {settings.size} px {settings.dtype}: {row}", flush=True)
+        rows.append(row)
+    parts = [f"{settings.shots}-shot"] if level_name == "step" else []
+    name = ", ".join([level.title, f"{settings.size} px", *parts, settings.dtype])
+    return {"name": name, "level": level_name, "rows": rows}
+
+
+def saved_measured(
+    level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
+) -> int:
+    """Bytes kept by a forward pass."""
+    return _saved(SavedBytes(network), level, network, inputs, name, settings)
+
+
+def saved_on_shapes(
+    level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
+) -> int:
+    """The same, with no arithmetic and no memory; `network` is of no use afterwards."""
+    with FakeTensorMode() as mode:
+        for module in network.modules():
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in tensors.items():
+                    tensors[key] = None if tensor is None else mode.from_tensor(tensor)
+        arguments = tuple(mode.from_tensor(argument) for argument in inputs.arguments)
+        return _saved(SavedShapes(network), level, network, Inputs(arguments), name, settings)
+
+
+def _saved(counter: SavedBytes, level, network, inputs, name, settings) -> int:
+    hooks = torch.autograd.graph.saved_tensors_hooks(counter.count, lambda tensor: tensor)
+    with hooks, autocast(settings):
+        y = level.forward(network, inputs, name)  # alive until it is counted
+    del y
+    return counter.total
+
+
+class SavedShapes(SavedBytes):
+    """Counts tensors that have no memory: a storage is known by its own address, not its data's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self._own = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._storages = {}
+
+    def count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+
+def _peak(level: Level, name: str, settings: Settings, saved: int) -> dict[str, Any]:
+    needed = 1.3 * saved + 2 * GIB
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+    free = 1024 * int(found.group(1)) if found else 0
+    if needed > free:
+        return {"peak_reason": f"needs {needed / GIB:.0f} GiB, {free / GIB:.0f} are free"}
+    found = measure_peaks(level, name, settings)
+    return found.get(level.groups[0], found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Most memory that one step of one peer holds, measured in this process, which does nothing else.
+
+Reads the task as JSON from standard input and writes bytes of each group as JSON to standard
+output: ``peak_bytes``, above what was resident before the step (CPU: resident set of the process,
+GPU: tensors), and ``resident_bytes``, the tensors that live between steps: parameters, buffers and
+whatever else the converted network keeps. A first step comes before: what happens once is not
+counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from levels import LEVELS, Level, Settings
+from race import compiler_missing, renew, step
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def measure(level: Level, group: str, name: str, settings: Settings) -> dict[str, int]:
+    """Bytes of one step of peer `name`."""
+    device = torch.device(settings.device)
+    if level.peers[name].compiled:
+        compiler_missing()  # sets the limits of torch.compile
+    with tempfile.TemporaryDirectory() as cache:
+        network = level.convert(level.network(settings, group), name, Path(cache))
+    inputs = level.inputs(settings, group)
+    renew(network, inputs)
+    step(level, network, inputs, name, settings)
+    renew(network, inputs)
+    given = [*inputs.arguments, *([] if inputs.grad_y is None else [inputs.grad_y])]
+    resident = _tensors() - sum(tensor.untyped_storage().nbytes() for tensor in given)
+    before = _held(device)
+    _reset_peak(device)
+    step(level, network, inputs, name, settings)
+    return {"peak_bytes": _peak(device) - before, "resident_bytes": resident}
+
+
+def _tensors() -> int:
+    """Bytes of all tensors of this process, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not isinstance(thing, FakeTensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _held(device: torch.device) -> int:
+    """Bytes held now, after what is free has been given back."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    if found is None:
+        raise OSError(f"the system does not tell the {field} of a process")
+    return 1024 * int(found.group(1))
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    torch.set_num_threads(task["threads"])
+    settings = Settings(**task["settings"])
+    level = LEVELS[task["level"]]
+    found = {group: measure(level, group, task["peer"], settings) for group in level.groups}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The peers of a level against each other: exactness, then bytes, then time in turns, then peaks.
+
+A round runs every peer once, and every second round in the opposite order, so that whatever else
+the machine does meets all alike. S changes before each step, as an optimizer changes it: what
+follows from S alone, such as a composed weight, is made anew within the time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import functools
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from levels import Inputs, Level, Settings, autocast, trained
+from torch import Tensor, nn
+
+from fss.files import write_json
+from fss.measure import saved_bytes
+from fss.provenance import provenance
+
+PEAK = Path(__file__).with_name("peak.py")
+# The rule of the tests: twice the error of the official chain, plus what sums of products round.
+FACTOR = 2.0
+ROUNDINGS = {"float64": 64.0, "float32": 8.0, "bfloat16": 1.5, "float16": 1.5}
+SEEDS = range(5)  # a ReLU at rounding may flip in one of them, and spoil it for either side
+
+
+def step(level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings) -> None:
+    """Forward and backward; the gradients end in ``.grad``."""
+    with autocast(settings):
+        y = level.forward(network, inputs, name)
+    y.backward(None if inputs.grad_y is None else inputs.grad_y.to(y.dtype))
+    if y.is_cuda:
+        torch.cuda.synchronize()
+
+
+def renew(network: nn.Module, inputs: Inputs) -> None:
+    """What an optimizer step leaves: no gradients, and trained parameters that were written to."""
+    for parameter in trained(network).values():
+        parameter.grad = None
+        with torch.no_grad():
+            parameter.mul_(1.0)
+    for argument in inputs.arguments:
+        argument.grad = None
+
+
+def gradients(
+    level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
+) -> dict[str, Tensor]:
+    """Gradients by name, of parameters and arguments, in float64."""
+    renew(network, inputs)
+    step(level, network, inputs, name, settings)
+    found = {key: parameter.grad for key, parameter in trained(network).items()}
+    found |= {f"argument {n}": a.grad for n, a in enumerate(inputs.arguments)}
+    found = {key: grad.double() for key, grad in found.items() if grad is not None}
+    renew(network, inputs)
+    return found
+
+
+def relative_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Root mean square, over what both have, of |found - truth| / |truth|."""
+    common = found.keys() & truth.keys()
+    errors = [
+        ((found[key].reshape_as(truth[key]) - truth[key]).norm() / truth[key].norm()).item()
+        for key in common
+    ]
+    return statistics.fmean(error**2 for error in errors) ** 0.5 if errors else float("nan")
+
+
+class Contest:
+    """The peers of one group of a level, ready to run."""
+
+    def __init__(self, level: Level, group: str, settings: Settings, names: list[str]) -> None:
+        self.level, self.group, self.settings = level, group, settings
+        self.rows: dict[str, dict[str, Any]] = {name: {"peer": name} for name in names}
+        self.networks: dict[str, nn.Module] = {}
+        self._cache = tempfile.TemporaryDirectory()
+        self._plain = level.network(settings, group)
+        for name in names:
+            reason = compiler_missing() if level.peers[name].compiled else ""
+            if reason:
+                self.rows[name] |= {"reason": reason, "skipped": True}
+            else:
+                self.networks[name] = self._converted(name)
+
+    def _converted(self, name: str) -> nn.Module:
+        return self.level.convert(copy.deepcopy(self._plain), name, Path(self._cache.name))
+
+    def run(self, rounds: int, peaks: bool) -> dict[str, Any]:
+        self.check()
+        inputs = self.level.inputs(self.settings, self.group)
+        for name in self._exact():
+            self.rows[name]["saved_bytes"] = self._saved(name, inputs)
+        for name, seconds in self._time(inputs, rounds).items():
+            self.rows[name]["seconds"] = seconds
+        exact = self._exact()
+        self.networks.clear()  # their memory is for those that are measured now
+        for name in exact if peaks else ():
+            found = measure_peaks(self.level, name, self.settings)
+            self.rows[name] |= found.get(self.group, found)
+        return {"name": self.group, "rows": list(self.rows.values())}
+
+    def check(self) -> None:
+        """Compares gradients with those of the official chain in float64, at a small size."""
+        level, group = self.level, self.group
+        small = dataclasses.replace(self.settings, size=level.check_size, batch=1)
+        exact = dataclasses.replace(small, dtype="float64")
+        truth_network = self._converted("official").double()
+        chain = self.networks.get("official") or self._converted("official")
+        ratios: dict[str, list[float]] = {name: [] for name in self.networks}
+        for seed in SEEDS:
+            own = {"settings": small, "name": "official"}
+            inputs = level.inputs(small, group, seed)
+            truth = gradients(
+                level, truth_network, level.inputs(exact, group, seed), "official", exact
+            )
+            allowed = FACTOR * relative_error(gradients(level, chain, inputs, **own), truth)
+            allowed += ROUNDINGS[small.dtype] * torch.finfo(getattr(torch, small.dtype)).eps
+            for name, network in list(self.networks.items()):
+                try:
+                    found = gradients(level, network, inputs, name, small)
+                    if level.peers[name].trains == "S" and truth.keys() - found.keys():
+                        missing = ", ".join(sorted(truth.keys() - found.keys()))
+                        raise RuntimeError(f"no gradient for {missing}")
+                except Exception as error:  # a row that cannot run says why, the others go on
+                    reason = str(error).strip().partition("\n")[0][:200]
+                    self.rows[name]["reason"] = f"{type(error).__name__}: {reason}"
+                    del self.networks[name]
+                    continue
+                error = relative_error(found, truth)
+                if error < self.rows[name].get("error", float("inf")):
+                    self.rows[name]["error"] = error
+                ratios[name].append(error / allowed)
+        for name in self.networks:
+            self.rows[name]["exact"] = min(ratios[name]) <= 1
+
+    def _exact(self) -> list[str]:
+        return [name for name in self.networks if self.rows[name]["exact"]]
+
+    def _saved(self, name: str, inputs: Inputs) -> int:
+        network = self.networks[name]
+        renew(network, inputs)
+        with saved_bytes(network) as saved, autocast(self.settings):
+            y = self.level.forward(network, inputs, name)  # alive until it is counted
+        del y
+        return saved.total
+
+    def _time(self, inputs: Inputs, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+        names = self._exact()
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        gc.disable()
+        try:
+            for number in range(-warmup, rounds):
+                gc.collect()
+                for name in names if number % 2 else reversed(names):
+                    network = self.networks[name]
+                    renew(network, inputs)
+                    start = time.perf_counter()
+                    step(self.level, network, inputs, name, self.settings)
+                    if number >= 0:
+                        seconds[name].append(time.perf_counter() - start)
+                    renew(network, inputs)
+        finally:
+            gc.enable()
+        return seconds
+
+
+@functools.cache
+def measure_peaks(level: Level, name: str, settings: Settings) -> dict[str, Any]:
+    """What `peak.measure` finds of each group in a process of its own, or why there is nothing."""
+    task = {"level": level.name, "peer": name, "settings": dataclasses.asdict(settings)}
+    done = subprocess.run(
+        [sys.executable, str(PEAK)],
+        input=json.dumps(task | {"threads": torch.get_num_threads()}),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2] or f"ended with {done.returncode}"
+        return {"peak_reason": last[:200]}
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def compiler_missing() -> str:
+    """Why torch.compile does not work here, or nothing."""
+    # one code object serves many blocks and sizes: each is compiled, none falls back to eager
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10000
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as error:  # whatever it is, it is the reason
+        return f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0][:160]}"
+    return ""
+
+
+def variant(level: Level, settings: Settings) -> str:
+    """File name of the results: the level, then whatever is not as by default."""
+    default, words = Settings(batch=defaults(level).batch), [level.name]
+    if settings.shots != default.shots:
+        words.append(f"{settings.shots}shot")
+    if settings.size != default.size:
+        words.append(f"{settings.size}px")
+    if settings.batch != default.batch:
+        words.append(f"batch{settings.batch}")
+    if settings.dtype != default.dtype:
+        words.append(settings.dtype)
+    if settings.channels_last:
+        words.append("channels_last")
+    if settings.device != default.device:
+        words.append(settings.device)
+    if (settings.backbone, settings.width) != (default.backbone, default.width):
+        words.append(f"{settings.backbone}_{settings.width}")
+    return "-".join(words)
+
+
+def defaults(level: Level) -> Settings:
+    """A step has one episode; the rest two images. A prior mask is of one shot at full size."""
+    if level.name == "prior":
+        return Settings(size=641, batch=1)
+    return Settings(batch=1 if level.name == "step" else 2)
+
+
+def write_results(
+    path: Path, level: str, title: str, settings: Settings, groups: list[dict], command: str
+) -> Path:
+    """Results with all that is needed to get them again; returns the path."""
+    content = {
+        "level": level,
+        "title": title,
+        "settings": dataclasses.asdict(settings),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **provenance(torch.device(settings.device)),
+        "command": command,
+        "groups": groups,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    return path

@@ -1,0 +1,263 @@
+"""Tables and the picture of the race, from the results: results/*.md, race.png, the README's block.
+
+python benchmarks/render.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from race_picture import draw
+
+from fss.files import atomic_write
+
+MIB = 2**20
+FOLDER = Path(__file__).with_name("results")
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- race: from benchmarks/render.py -->", "<!-- end of race -->"
+README_RESULTS = ("backbone", "step")
+BASES = ("official", "frozen bound")
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args()
+    for path in sorted(options.results.glob("*.json")):
+        if _raced(path):
+            _write(path.with_suffix(".md"), markdown(path))
+            print(path.with_suffix(".md"))
+    paths = [options.results / f"{name}.json" for name in README_RESULTS]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        print(f"no {' or '.join(README_RESULTS)} among {options.results}: README left as it is")
+        return 0
+    picture = options.results / "race.png"
+    draw([json.loads(path.read_text()) for path in paths], picture)
+    print(picture)
+    text = options.readme.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{options.readme}: expected the lines {BEGIN} and {END}, found not both")
+    block = _block(paths, picture, options.readme)
+    _write(options.readme, f"{before}{begin}\n{block}{end}{after}")
+    print(options.readme)
+    return 0
+
+
+def markdown(path: Path) -> str:
+    """The table of one file of results, with where it comes from."""
+    result = json.loads(path.read_text())
+    if result["level"] == "memory":
+        return f"{_memory(result['groups'])}\n\n{_memory_origin(result)}\n"
+    groups = result["groups"]
+    if len(groups) > 3:
+        tables = [_matrix(groups)]
+    else:
+        tables = []
+        for group in groups:
+            name = f"**{group['name']}**\n\n" if len(groups) > 1 else ""
+            tables.append(name + _table(group["rows"]))
+    return "\n\n".join([*tables, f"{_origin(result)} {LEGEND}\n{_machine(result)}"]) + "\n"
+
+
+def median(row: Row) -> float | None:
+    """Seconds; None where the row has no speed."""
+    return statistics.median(row["seconds"]) if row.get("seconds") else None
+
+
+def ratio(row: Row, rows: list[Row], base: str) -> float | None:
+    """Median over that of peer `base` in the same run."""
+    bases = [median(other) for other in rows if other["peer"] == base]
+    own = median(row)
+    return own / bases[0] if own is not None and bases and bases[0] is not None else None
+
+
+def spread(row: Row) -> float:
+    """Interquartile range, seconds."""
+    if len(row["seconds"]) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(row["seconds"], n=4, method="inclusive")
+    return high - low
+
+
+def _table(rows: list[Row]) -> str:
+    bases = [base for base in BASES if any(row["peer"] == base for row in rows)]
+    head = ["", "forward + backward, ms", *(f"÷ {base}" for base in bases)]
+    head += ["saved MiB", "peak MiB", "resident MiB", "error"]
+    lines = [_line(head), "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in rows:
+        name = f"**{row['peer']}**" if row["peer"] == "svf_fast" else row["peer"]
+        cells = [name]
+        seconds = median(row)
+        if seconds is None:
+            cells.append(_why_not(row))
+        else:
+            cells.append(f"{_figure(1e3 * seconds)} ± {_figure(1e3 * spread(row))}")
+        cells += [_optional(ratio(row, rows, base), ".2f") for base in bases]
+        cells += [_mib(row.get(key)) for key in ("saved_bytes", "peak_bytes", "resident_bytes")]
+        cells.append(_optional(row.get("error"), ".0e"))
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _matrix(groups: list[dict]) -> str:
+    """A row a group, a column a peer: time (ratio to official), bytes saved and of the peak."""
+    peers = list(dict.fromkeys(row["peer"] for group in groups for row in group["rows"]))
+    lines = [_line(["", *peers]), "| --- |" + " ---: |" * len(peers)]
+    ratios: dict[str, list[float]] = {peer: [] for peer in peers}
+    for group in groups:
+        cells = [group["name"]]
+        rows = {row["peer"]: row for row in group["rows"]}
+        for peer in peers:
+            row = rows.get(peer, {"reason": "not run"})
+            seconds = median(row)
+            if seconds is None:
+                cells.append(_why_not(row))
+                continue
+            of_official = ratio(row, group["rows"], "official")
+            if of_official is not None:
+                ratios[peer].append(of_official)
+            cells.append(
+                f"{1e3 * seconds:.1f} ± {1e3 * spread(row):.1f} ({_optional(of_official, '.2f')}), "
+                f"{_mib(row['saved_bytes'])} / {_mib(row.get('peak_bytes'))} MiB"
+            )
+        lines.append(_line(cells))
+    means = [f"{statistics.geometric_mean(r):.2f}" if r else "–" for r in ratios.values()]
+    lines.append(_line(["geometric mean of the ratios", *means]))
+    text = "Forward and backward in ms ± interquartile range (ratio to official), saved / peak."
+    return "\n".join([*lines, "", text])
+
+
+def _memory(groups: list[dict]) -> str:
+    """A row a peer, a column a figure: MiB saved, and the peak where it was measured."""
+    peers = list(dict.fromkeys(row["peer"] for group in groups for row in group["rows"]))
+    lines = [_line(["saved MiB", *(group["name"] for group in groups)])]
+    lines.append("| --- |" + " ---: |" * len(groups))
+    for peer in peers:
+        cells = [f"**{peer}**" if peer == "svf_fast" else peer]
+        for group in groups:
+            row = next((row for row in group["rows"] if row["peer"] == peer), {})
+            cell = _mib(row.get("saved_bytes"))
+            if "peak_bytes" in row:
+                cell += f" (peak {_mib(row['peak_bytes'])})"
+            elif "peak_reason" in row:
+                cell += f" (peak: {row['peak_reason']})"
+            cells.append(cell)
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _memory_origin(result: dict) -> str:
+    return (
+        "One image or episode. Saved: what autograd keeps from the forward pass, parameters left "
+        "out; bfloat16 by autocast, its casts of weights counted where autograd keeps them. "
+        "svf_fast and the prior mask are counted on a forward pass, the others on shapes. Peak: "
+        "of a step, above what was resident before. "
+        f"Weights: {_weights(result['settings'])}.\n{_machine(result)}"
+    )
+
+
+def _weights(settings: dict) -> str:
+    return "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
+
+
+def _machine(result: dict) -> str:
+    machine = result["machine"]
+    gpu = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"{gpu}, torch {result['versions']['torch']}, commit {result['commit']}, "
+        f"{result['date']}, `{result['command']}`."
+    )
+
+
+def _origin(result: dict) -> str:
+    settings = result["settings"]
+    what = [f"{settings['size']} px", f"batch {settings['batch']}", settings["dtype"]]
+    if result["level"] == "step":
+        what.insert(1, f"{settings['shots']}-shot")
+    if settings["channels_last"]:
+        what.append("channels_last")
+    if result["level"] in ("block", "backbone", "step"):
+        what.append(f"weights {_weights(settings)}")
+    rounds = max(
+        (len(row.get("seconds", ())) for group in result["groups"] for row in group["rows"]),
+        default=0,
+    )
+    return (
+        f"{result['title']}: {', '.join(what)}. Median ± interquartile range of {rounds} rounds "
+        "in turns."
+    )
+
+
+LEGEND = (
+    "Saved: what autograd keeps from the forward pass, parameters left out. Peak: of the process, "
+    "above what was resident before the step. Resident: the tensors that live between steps. "
+    "Error: of the gradients, relative to the official chain in float64; a row that fails there "
+    "has no speed."
+)
+
+
+def _block(paths: list[Path], picture: Path, readme: Path) -> str:
+    """What stands in the README between the two lines."""
+    parts = [f"![saved memory against time, a dot a peer]({_relative(picture, readme)})", ""]
+    for path in paths:
+        result = json.loads(path.read_text())
+        parts += [_table(result["groups"][0]["rows"]), "", _origin(result), _machine(result), ""]
+    tables = [path for path in sorted(picture.parent.glob("*.md")) if _raced(path)]
+    tables = [path for path in tables if path.with_suffix(".json") not in paths]
+    links = ", ".join(f"[{path.stem}]({_relative(path, readme)})" for path in tables)
+    return "\n".join([*parts, LEGEND + (f" More tables: {links}." if links else ""), ""])
+
+
+def _raced(table: Path) -> bool:
+    results = table.with_suffix(".json")
+    return results.is_file() and "level" in json.loads(results.read_text())
+
+
+def _relative(path: Path, readme: Path) -> str:
+    """As a link in the README."""
+    try:
+        return path.resolve().relative_to(readme.resolve().parent).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _why_not(row: Row) -> str:
+    if "reason" in row:
+        return f"– ({row['reason']})"
+    return "no speed: not exact" if row.get("exact") is False else "–"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mib(value: int | None) -> str:
+    return "–" if value is None else _figure(value / MIB)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

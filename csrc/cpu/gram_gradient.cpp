@@ -1,0 +1,128 @@
+// gram_gradient on the CPU: blocks of M right by BLAS, each reduced with left while it is in cache.
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "blas.h"
+#include "columns.h"
+#include "dispatch.h"
+#include "widen.h"
+
+namespace svf_fast {
+namespace {
+
+constexpr int64_t kBlock = 512;  // directions multiplied at once
+constexpr int64_t kWidth = 64;   // directions of a unit of work
+
+// out_r = Σ_c left_cr product_cr in double. Units are rows r where the channels are innermost, else
+// kWidth columns, and `out` is padded to whole units.
+struct Dots {
+  template <int kBytes, typename Acc>
+  static SVF_FAST_INLINE void run(const Columns<const Acc>& left, const Columns<const Acc>& product,
+                                  double* const& out, int64_t begin, int64_t end) {
+    using V = Vector<Acc, kBytes>;
+    if (left.channels_inner) {
+      for (int64_t r = begin; r < end; ++r) {
+        const Acc* row = product.data + r * product.stride;
+        DoubleSums<Acc, kBytes> sums;
+        for_vectors<kBytes>(left.data + r * left.stride, left.channels,
+                            [&](int64_t c, const V& value, int64_t count) SVF_FAST_LAMBDA {
+                              sums.add(value, load_part<kBytes>(row + c, count));
+                            });
+        out[r] = sums.sum();
+      }
+      return;
+    }
+    for (int64_t first = begin * kWidth; first < end * kWidth; first += kWidth) {
+      std::fill_n(out + first, kWidth, 0.0);
+      for (int64_t c = 0; c < left.channels; ++c) {
+        const Acc* row = product.data + c * product.stride + first;
+        for_vectors<kBytes>(left.data + c * left.stride + first,
+                            std::min(kWidth, left.positions - first),
+                            [&](int64_t r, const V& value, int64_t count) SVF_FAST_LAMBDA {
+                              DoubleSums<Acc, kBytes> sums;
+                              sums.load(out + first + r);
+                              sums.add(value, load_part<kBytes>(row + r, count));
+                              sums.store(out + first + r);
+                            });
+      }
+    }
+  }
+};
+
+template <typename Acc>
+void reduce(const Tensor& M, const Tensor& left, const Tensor& right, const Tensor& S,
+            const Tensor& out) {
+  const int64_t channels = left.size(1), rank = left.size(2), block = std::min(kBlock, rank);
+  std::vector<Tensor> owned;
+  Acc* memory = scratch<Acc>(owned, M, channels * block);
+  std::vector<double> padded(divide_up(block, kWidth) * kWidth);
+  double* sums = padded.data();
+  for (int64_t g = 0; g < M.size(0); ++g) {
+    const Acc* middle = static_cast<const Acc*>(M.const_data_ptr()) + g * M.stride(0);
+    const Acc* other = static_cast<const Acc*>(right.const_data_ptr()) + g * right.stride(0);
+    const auto group = columns<const Acc>(left, g);
+    for (int64_t first = 0; first < rank; first += block) {
+      const int64_t count = std::min(block, rank - first);
+      const bool inner = group.channels_inner;
+      const Columns<const Acc> product{memory, channels, count, inner ? channels : count, inner};
+      const Acc* factor = other + first * right.stride(2);
+      if (inner) {
+        multiply(matrix(memory, count, channels, channels, 1),
+                 matrix(factor, count, channels, right.stride(2), right.stride(1)),
+                 matrix(middle, channels, channels, M.stride(2), M.stride(1)));
+      } else {
+        multiply(matrix(memory, channels, count, count, 1),
+                 matrix(middle, channels, channels, M.stride(1), M.stride(2)),
+                 matrix(factor, channels, count, right.stride(1), right.stride(2)));
+      }
+      const auto slice = group.slice(first, count);
+      torch::stable::parallel_for(
+          0, inner ? count : divide_up(count, kWidth), grain(channels * (inner ? 1 : kWidth)),
+          [&](int64_t begin, int64_t end) { run<Dots>(slice, product, sums, begin, end); });
+      const auto* divisor = static_cast<const Acc*>(S.const_data_ptr()) + g * rank + first;
+      auto* result = static_cast<Acc*>(out.mutable_data_ptr()) + g * rank + first;
+      for (int64_t r = 0; r < count; ++r) {
+        result[r] = static_cast<Acc>(sums[r] / divisor[r]);
+      }
+    }
+  }
+}
+
+Tensor gram_gradient(const Tensor& M, const Tensor& left, const Tensor& right, const Tensor& S) {
+  const auto type = M.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "gram_gradient: M must be float32 or float64");
+  STD_TORCH_CHECK(M.dim() == 3 && M.size(1) == M.size(2), "gram_gradient: M must be [G, C, C]");
+  for (const Tensor& x : {left, right}) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == M.size(0) && x.size(1) == M.size(1) &&
+                        x.size(2) == left.size(2),
+                    "gram_gradient: left and right must be [G, C, R]");
+  }
+  STD_TORCH_CHECK(S.dim() == 2 && S.size(0) == M.size(0) && S.size(1) == left.size(2),
+                  "gram_gradient: S must be [G, R]");
+  for (const Tensor& x : {left, right, S}) {
+    STD_TORCH_CHECK(x.device() == M.device(), "gram_gradient: inputs differ in device");
+  }
+  Tensor out = torch::stable::new_empty(M, {S.size(0), S.size(1)});
+  if (M.numel() == 0 || S.numel() == 0) {
+    return torch::stable::zero_(out);
+  }
+  const Tensor l = readable(torch::stable::to(left, type)), r = torch::stable::to(right, type);
+  const Tensor s = torch::stable::contiguous(torch::stable::to(S, type));
+  if (type == ScalarType::Double) {
+    reduce<double>(M, l, r, s, out);
+  } else {
+    reduce<float>(M, l, r, s, out);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace svf_fast
+
+STABLE_TORCH_LIBRARY_IMPL(svf_fast, CPU, library) {
+  library.impl("gram_gradient", TORCH_BOX(&svf_fast::gram_gradient));
+}
