@@ -209,9 +209,14 @@ def _run(
     handles = []
     outputs: dict[str, tuple[int, ...]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        # each module once: functional_call would not put back what it sets at a second place
         state: dict[str, Any] = {
-            name: mode.from_tensor(tensor)
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            f"{prefix}.{name}" if prefix else name: mode.from_tensor(tensor)
+            for prefix, module in model.named_modules()
+            for name, tensor in (
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            )
         }
         kept = _Kept(state)
 
@@ -242,7 +247,7 @@ def _run(
             autocast = torch.autocast(device.type, dtype or own, enabled=dtype not in (None, own))
             hooks = saved_tensors_hooks(kept.count, lambda tensor: tensor)
             with torch.enable_grad(), autocast, hooks:
-                functional_call(model, state, (x,))
+                functional_call(model, state, (x,), tie_weights=False)
         finally:
             for handle in handles:
                 handle.remove()

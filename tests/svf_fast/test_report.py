@@ -100,6 +100,25 @@ def test_the_model_still_works_after_its_report():
     assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
 
 
+@pytest.mark.parametrize("shared", ("layer", "block", "parameter"))
+def test_what_stands_at_two_places(shared):
+    """Its bytes are right, and it is left as it was: with its values, not with shapes alone."""
+    if shared == "layer":
+        conv = nn.Conv2d(4, 4, 3, padding=1)
+        model = nn.Sequential(conv, nn.Tanh(), conv)
+    elif shared == "block":
+        block = Block(4, 3, 4)
+        model = nn.Sequential(block, nn.Tanh(), block)
+    else:
+        model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(5, 5), nn.Linear(5, 5))
+        model[2].weight = model[1].weight
+    svf_fast.convert(model.eval().requires_grad_(False), ("0",))
+    x = torch.randn(2, 4, 7, 7)
+    expected = model(x)
+    assert svf_fast.memory_report(model, x.shape).saved_bytes == saved_by(model, x)
+    assert torch.equal(model(x), expected)
+
+
 def test_flops_of_a_bottleneck_are_those_of_the_design():
     """Per position, in units of C² multiplications: the paper's chain 20 + 20, gram 17 + 17 + 3."""
     C, size = 16, 10
