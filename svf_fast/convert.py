@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def convert(
 
     Of a converted layer only S trains; a layer that is not converted stays as it is, so freeze what
     should not train (``model.requires_grad_(False)``) before. The network computes what it computed
-    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses are not:
-    these may use their weight in their own way. A layer that stands at two places stays one layer.
+    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
+    whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
+    own way. Hooks go with a layer. A layer that stands at two places stays one layer.
 
     Args:
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
@@ -104,15 +106,17 @@ def convert(
                 replaced[layer] = SVFConv2d.from_conv(layer, kind, factors)
             else:
                 replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
+            _move_hooks(layer, replaced[layer])
         model.set_submodule(name, replaced[layer])
-    fused = _fuse(model, _within(layers)) if fuse else []
+    undo = _fuse(model, _within(layers)) if fuse else []
     if budget is not None and input_shape is not None:
         try:
             fit(model, budget, input_shape, dtype)
         except Exception:
-            for module in fused:
-                module.unfuse()
+            for unfuse in undo:
+                unfuse()
             for name, layer in chosen:
+                _move_hooks(replaced[layer], layer)
                 model.set_submodule(name, layer)
             raise
     return model
@@ -141,6 +145,7 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(layer, Factored):
             if layer not in plain:
                 plain[layer] = layer.merged()
+                _move_hooks(layer, plain[layer])
             model.set_submodule(name, plain[layer])
     return model
 
@@ -161,7 +166,9 @@ def _select(
     return [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Conv2d, nn.Linear) and within(name)
+        if type(module) in (nn.Conv2d, nn.Linear)
+        and "weight" in module._parameters  # else a hook computes it
+        and within(name)
     ]
 
 
@@ -177,20 +184,36 @@ def _within(layers: Sequence[str] | None) -> Callable[[str], bool]:
     return within
 
 
-def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Fused]:
-    """Fuses what lies within and is not fused yet; returns it."""
-    fused = []
-    blocks, units, _ = find(model, within)
+def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], object]]:
+    """Fuses what lies within, with what was converted before; returns what undoes it."""
+
+    def factored(name: str) -> bool:
+        return within(name) or isinstance(model.get_submodule(name), SVFConv2d)
+
+    undo: list[Callable[[], object]] = []
+    blocks, units, _ = find(model, factored)
     for found in blocks:
         module = model.get_submodule(found.name)
-        if not isinstance(module, Fused):
+        if not isinstance(module, Fused) and any(map(within, found.convs)):
             kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
-            fused.append(kind._adopt(module, found))
+            undo.append(kind._adopt(module, found).unfuse)
     for container, group in groupby(units, lambda unit: unit.container):
         module = model.get_submodule(container)
-        if not isinstance(module, Fused):
-            fused.append(FusedSequential._adopt(module, tuple(group)))
-    return fused
+        prefix = f"{container}." if container else ""
+        new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
+        if isinstance(module, FusedSequential):
+            undo.append(partial(setattr, module, "_names", module._names))
+            module._names += tuple(unit for unit in new if unit not in module._names)
+        elif new:
+            undo.append(FusedSequential._adopt(module, new).unfuse)
+    return undo
+
+
+def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Calls of the target run the source's hooks, whose handles still remove them."""
+    for name, value in vars(source).items():
+        if name.startswith(("_forward_", "_backward_")) or name == "_is_full_backward_hook":
+            vars(target)[name] = value
 
 
 def _feeds_inplace(model: nn.Module, name: str) -> bool:

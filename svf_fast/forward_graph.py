@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -29,9 +30,18 @@ def is_norm(module: nn.Module | None) -> bool:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether a call of the module calls its children in turn and nothing else."""
-    own = getattr(type(module), "forward", None)
+    """Whether a call of the module calls its children in turn, or computes what that would."""
+    own = getattr(unfused(module), "forward", None)
     return own is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def unfused(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; what it was where it is fused (svf_fast.nn.block imports this)."""
+    return module.original if is_fused(module) else type(module)  # type: ignore[return-value]
+
+
+def is_fused(module: nn.Module) -> bool:
+    return hasattr(module, "unfused_reason") and hasattr(module, "original")
 
 
 def is_open(module: nn.Module) -> bool:
@@ -133,6 +143,11 @@ class ForwardGraph:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return not is_open(module) or hook(module) is not None
+
+    def call_module(self, m: nn.Module, forward, args, kwargs):
+        if is_fused(m):
+            forward = partial(unfused(m).forward, m)
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

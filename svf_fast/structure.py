@@ -22,6 +22,7 @@ from svf_fast.forward_graph import (
     Misfit,
     hook,
     is_conv,
+    is_fused,
     is_norm,
     is_open,
     is_sequential,
@@ -102,7 +103,7 @@ def find(
         for name, module in model.named_modules(remove_duplicate=False):
             if inside is not None and name.startswith(inside):
                 continue
-            if _is_fused(module):
+            if is_fused(module) and not is_sequential(module):
                 inside = _join(name, "")
                 continue
             verdict = None
@@ -154,11 +155,6 @@ def _own(module: nn.Module) -> Iterator[nn.Module]:
             yield from _own(child)
         else:
             yield child
-
-
-def _is_fused(module: nn.Module) -> bool:
-    """Whether it is one of svf_fast.nn.block, which imports this module."""
-    return hasattr(module, "unfused_reason")
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import svf_fast
-from svf_fast import SVFConv2d, SVFLinear
+from svf_fast import SVFBasicBlock, SVFConv2d, SVFLinear
+from svf_fast.nn.block import Fused
 
 
 class Residual(nn.Module):
@@ -31,6 +32,27 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.layer3(self.layer2(self.stem(x))).mean((2, 3)))
+
+
+class Basic(Residual):
+    """A residual block that can be fused, with a projection of its own."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.project = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.project(x)).relu()
+
+
+def fusable() -> nn.Sequential:
+    """A unit, a block, and a unit and a block in a sequence of their own."""
+    torch.manual_seed(0)
+    units = [(nn.Conv2d(c, 6, 3), nn.BatchNorm2d(6), nn.ReLU()) for c in (3, 6)]
+    model = nn.Sequential(*units[0], Basic(6), nn.Sequential(*units[1], Basic(6)))
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -128,6 +150,120 @@ def test_refusals(net):
     svf_fast.convert(net, ("layer2",))
     with pytest.raises(ValueError, match="SVF layers already"):
         svf_fast.convert(net, ("layer2",))
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        (("0",), ("3",), ("4",)),
+        (("4",), ("3",), ("0",)),
+        (("3.project", "4.3.project"), ("*.conv1", "4.0"), ("0", "*.conv2")),
+        (("0", "4.3"), ("4", "3")),
+    ],
+    ids=str,
+)
+def test_in_several_calls_as_in_one(calls):
+    once = svf_fast.convert(fusable(), None)
+    model = fusable()
+    x = torch.randn(2, 3, 13, 13)
+    expected = model(x)
+    for layers in calls:
+        svf_fast.convert(model, layers)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    for part, other in ((model, once), (model[4], once[4])):
+        assert part.unfused_reason() == ""
+        assert sorted(unit.stage.conv for unit in part._names) == ["0"]
+        assert [unit.stage.conv for unit in other._names] == ["0"]
+    for block in (model[3], model[4][3]):
+        assert isinstance(block, SVFBasicBlock) and block.unfused_reason() == ""
+    assert svf_fast.memory_report(model, x.shape).saved_bytes == (
+        svf_fast.memory_report(once, x.shape).saved_bytes
+    )
+    svf_fast.merge(model)
+    assert [type(module) for module in model.modules()] == [type(m) for m in fusable().modules()]
+
+
+def test_what_was_converted_without_fusing_stays_unfused():
+    model = svf_fast.convert(fusable(), ("3", "4.0"), fuse=False)
+    svf_fast.convert(model, ("0",))
+    assert not isinstance(model[3], Fused) and not isinstance(model[4], Fused)
+
+
+def test_a_budget_not_met_leaves_what_an_earlier_call_fused():
+    model = svf_fast.convert(fusable(), ("0",))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="smallest plan"):
+        svf_fast.convert(model, ("3", "4"), memory_budget=1, input_shape=(2, 3, 13, 13))
+    assert [type(module) for module in model.modules()] == before
+    assert [unit.stage.conv for unit in model._names] == ["0"] and not model.unfused_reason()
+
+
+def test_hooks_go_with_a_layer():
+    model, seen = fusable(), []
+    handle = model[3].conv1.register_forward_hook(lambda module, *_: seen.append(module))
+    before = model[3].bn1.register_forward_pre_hook(lambda module, *_: seen.append(module))
+    x = torch.randn(1, 3, 13, 13)
+    with pytest.raises(ValueError, match="smallest plan"):
+        svf_fast.convert(model, None, memory_budget=1, input_shape=x.shape)
+    for change in (lambda: svf_fast.convert(model, None), lambda: svf_fast.merge(model)):
+        change()
+        seen.clear()
+        model(x)
+        assert seen == [model[3].conv1, model[3].bn1]
+    svf_fast.convert(model, None)
+    assert "'conv1' has a forward hook" in str(svf_fast.memory_report(model, x.shape))
+    handle.remove()
+    before.remove()
+    seen.clear()
+    model(x)
+    assert not seen
+
+
+def test_weights_that_a_hook_computes_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    svf_fast.convert(model, None)
+    assert type(model[0]) is nn.Conv2d and isinstance(model[1], SVFConv2d)
+
+
+@pytest.mark.parametrize("fuse", (True, False))
+def test_refusals_of_a_fusable_model(fuse):
+    plain = fusable()
+    with pytest.raises(ValueError, match="was it converted"):
+        svf_fast.merge(plain)
+    with pytest.raises(ValueError, match="'layer9', which fits none of this Sequential"):
+        svf_fast.convert(plain, ("layer9",), fuse=fuse)
+    with pytest.raises(ValueError, match="found none \\(it has none at all\\)"):
+        svf_fast.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), None, fuse=fuse)
+    model = svf_fast.convert(copy.deepcopy(plain), None, fuse=fuse)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="7 are SVF layers already|7 layers are SVF layers"):
+        svf_fast.convert(model, None, fuse=not fuse)
+    assert [type(module) for module in model.modules()] == kinds
+    svf_fast.merge(model)
+    with pytest.raises(ValueError, match="was it converted"):
+        svf_fast.merge(model)
+
+
+@pytest.mark.parametrize("strict", (True, False))
+@pytest.mark.parametrize("fuse", (True, False))
+def test_checkpoints_of_the_other_kind(fuse, strict):
+    plain = fusable()
+    model = svf_fast.convert(fusable(), None, fuse=fuse)
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="checkpoint is of the plain layer.*convert after"):
+        model.load_state_dict(plain.state_dict(), strict=strict)
+    for key in ("3.conv1.U", "3.conv1.S", "0.V"):
+        assert torch.equal(model.state_dict()[key], values[key])
+    if strict:
+        with pytest.raises(RuntimeError, match='Missing key.*"3.conv1.weight"') as error:
+            plain.load_state_dict(model.state_dict())
+        assert all(f'"3.conv1.{name}"' in str(error.value) for name in "USV")
+    else:
+        keys = plain.load_state_dict(model.state_dict(), strict=False)
+        assert "3.conv1.weight" in keys.missing_keys and "3.conv1.S" in keys.unexpected_keys
+    other = svf_fast.convert(fusable(), None, fuse=not fuse)
+    other.load_state_dict(model.state_dict())  # fused or not: the same keys
 
 
 def test_cache_gives_the_same_factors_and_survives_a_broken_file(net, tmp_path):
