@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from svf_fast.nn.block import Fused, ResidualUnit
+from svf_fast.nn.block import Fused, FusedSequential, ResidualUnit
 from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.ops.svf_conv2d import reads_input
 from svf_fast.structure import find
@@ -159,16 +159,24 @@ def memory_report(
 
 
 def _units(model: nn.Module) -> dict[str, nn.Module]:
-    """The fused modules, and the SVF layers outside of these, by name."""
+    """The fused modules, and the SVF layers outside of these, by name.
+
+    A fused sequence has its units alone; blocks and layers beside them stand for themselves.
+    """
     units: dict[str, nn.Module] = {}
-    inside = None
+    inside: set[str] = set()
     for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        if isinstance(module, Fused | Factored):
+        if name not in inside and isinstance(module, Fused | Factored):
             units[name] = module
-            inside = f"{name}." if name else ""
+            inside |= {f"{name}.{inner}" if name else inner for inner in _run_by(module)}
     return units
+
+
+def _run_by(unit: nn.Module) -> set[str]:
+    """Names in a unit of the modules that it runs, its sequences' other children left out."""
+    if isinstance(unit, FusedSequential):
+        return {part.stage.conv for part in unit._names}
+    return {name for name, _ in unit.named_modules() if name}
 
 
 def _note(name: str, notes: dict[str, str]) -> str:
@@ -276,12 +284,8 @@ def _report(
     output_shape: tuple[int, ...],
 ) -> UnitReport:
     prefix = f"{name}." if name else ""
-    fused = isinstance(unit, Fused)
-    inner = {
-        inside: layer
-        for inside, layer in layers.items()
-        if inside == name or (fused and inside.startswith(prefix))
-    }
+    names = {name, *(prefix + inner for inner in _run_by(unit))}
+    inner = {inside: layer for inside, layer in layers.items() if inside in names}
     again = unit.recomputed if isinstance(unit, ResidualUnit) and unit.recompute else ""
     flops = reference_flops = 0
     for inside, layer in inner.items():

@@ -81,7 +81,8 @@ def test_table():
     model = svf_fast.convert(network().eval(), None)
     report = svf_fast.memory_report(model, (2, 3, 19, 21))
     names = [unit.name for unit in report.units]
-    assert names == ["", "other layers"]  # the whole nn.Sequential is one fused container
+    assert names == ["", "4", "8", "other layers"]  # the unit in the nn.Sequential, block, head
+    assert report.units[0].layers == ("0",)
     model = svf_fast.convert(network(fits=False).eval(), ("4",))
     lines = str(svf_fast.memory_report(model, (2, 3, 19, 21))).splitlines()
     assert lines[0].split()[:3] == ["layer", "strategy", "output"]
@@ -162,6 +163,22 @@ def test_a_budget_is_met_at_the_least_cost():
         assert free.flops <= report.flops <= smallest.flops
         for block, row in zip(model, report.units, strict=False):
             assert block.recompute == (row.note == "computes spatial again")
+
+
+def test_a_budget_is_met_by_blocks_beside_a_stem():
+    """The usual cut of a backbone: its children in one sequence, of which the stem is a unit."""
+
+    def build(**options) -> nn.Sequential:
+        torch.manual_seed(0)
+        stem = (nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU())
+        model = nn.Sequential(*stem, blocks()).eval().requires_grad_(False)
+        return svf_fast.convert(model, None, **options)
+
+    shape = (2, 3, 33, 35)
+    free = svf_fast.memory_report(build(), shape).saved_bytes
+    model = build(memory_budget=free - 1, input_shape=shape)
+    assert any(block.recompute for block in model[3])
+    assert saved_by(model, torch.randn(shape)) < free
 
 
 def test_a_budget_that_cannot_be_met_leaves_the_model_as_it_was():
