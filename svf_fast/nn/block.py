@@ -177,6 +177,11 @@ class SVFBasicBlock(ResidualUnit):
     stages = 2
 
 
+def _children(unit: Unit) -> tuple[str, ...]:
+    names = (unit.stage.conv, unit.stage.bn)
+    return (*names, unit.relu) if unit.relu else names
+
+
 class FusedSequential(Fused):
     """An ``nn.Sequential`` that runs each conv, batch norm and ReLU in it as one autograd node."""
 
@@ -192,9 +197,16 @@ class FusedSequential(Fused):
         reasons = (self._unit_reason(unit) for unit in self._names)
         return "; ".join(reason for reason in reasons if reason)
 
+    def __getitem__(self, index):
+        part = super().__getitem__(index)  # type: ignore[misc]
+        if isinstance(part, FusedSequential) and isinstance(index, slice):
+            part._names = tuple(u for u in self._names if part._modules.keys() >= set(_children(u)))
+        return part
+
     def _unit_reason(self, unit: Unit) -> str:
-        inner = [unit.stage.conv, unit.stage.bn, *([unit.relu] if unit.relu else [])]
-        for name in inner:
+        for name in _children(unit):
+            if name not in self._modules:
+                return f"{name} is no longer there"
             if reason := _hooked_module(name, self.get_submodule(name)):
                 return reason
         if unit.relu and type(self.get_submodule(unit.relu)) is not nn.ReLU:

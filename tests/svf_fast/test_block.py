@@ -297,6 +297,26 @@ def test_a_sequence_whose_modules_change():
     assert torch.equal(model(x), functional.silu(model[0][0](x)))
 
 
+def test_slices_and_deletions_of_a_sequence():
+    plain = frozen(nn.Sequential(*unit(), conv(9, 9, 3), nn.BatchNorm2d(9), nn.ReLU(), nn.Tanh()))
+    model = svf_fast.convert(copy.deepcopy(plain), None)
+    x = torch.randn(2, 6, 9, 9)
+    for part in (slice(3), slice(5), slice(0, 7), slice(0, 2), slice(0, 0)):
+        torch.testing.assert_close(model[part](x), plain[part](x), rtol=1e-4, atol=1e-4)
+        assert model[part].unfused_reason() == ""
+    assert [len(model[:end]._names) for end in (7, 5, 3, 2)] == [2, 1, 1, 0]
+    assert len(model._names) == 2 and model[3] is model.get_submodule("3")
+    for index in (6, 5, 0):
+        del model[index], plain[index]
+        h = x if index else torch.randn(2, 9, 9, 9)
+        torch.testing.assert_close(model(h), plain(h), rtol=1e-4, atol=1e-4)
+    assert "no longer there" in model.unfused_reason()
+    model.insert(0, nn.Tanh())
+    plain.insert(0, nn.Tanh())
+    torch.testing.assert_close(model(h), plain(h), rtol=1e-4, atol=1e-4)
+    assert [type(m) for m in svf_fast.merge(model).modules()] == [type(m) for m in plain.modules()]
+
+
 def test_a_module_that_stands_in_a_sequence_twice():
     pool, relu = nn.MaxPool2d(2), nn.ReLU()
     layers = [conv(6, 6, 3), nn.BatchNorm2d(6), relu, pool, conv(6, 6, 3), nn.BatchNorm2d(6), relu]
