@@ -123,7 +123,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut_x, form, *tensors):
         stages, shortcut = _stages(form, tensors)
-        sources, shapes, kept = [], [], []  # kept: v, y and mask of each stage
+        sources, shapes, formats, kept = [], [], [], []  # kept: v, y and mask of each stage
 
         residual, residual_scale = (x if form.shortcut == "identity" else shortcut_x), None
         if shortcut is not None:
@@ -149,6 +149,7 @@ class _Block(torch.autograd.Function):
                 h, mask = affine_act(
                     y, scale, shift, residual, residual_scale, form.relu, keep.mask
                 )
+            formats.append(memory_format(h))
             kept += [
                 None if keep.again else v,
                 y if keep.y and not keep.again else None,
@@ -161,7 +162,7 @@ class _Block(torch.autograd.Function):
         ctx.constants = tuple(
             t for at in range(0, len(tensors), size) for t in tensors[at + _FACTORS : at + size]
         )
-        ctx.form, ctx.shapes, ctx.format = form, tuple(shapes), memory_format(x)
+        ctx.form, ctx.shapes, ctx.formats = form, tuple(shapes), tuple(formats)
         ctx.shortcut_shape = None if shortcut_x is None else shortcut_x.shape
         return h
 
@@ -169,7 +170,7 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         with no_autocast(grad):
-            return _backward(ctx, grad.contiguous(memory_format=ctx.format))
+            return _backward(ctx, grad)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,6 +189,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if form.recompute:
         kept[1] = _again(stages, kept)
 
+    # masks are in the memory order of what left a stage; a gradient may have taken another
+    grad = grad.contiguous(memory_format=ctx.formats[-1])
     total = _through_relu(grad, stages[-1], kept[-1], form)
     arriving, scaled = total, form.relu and not form.shortcut
     grads_S: list[Tensor | None] = []
@@ -211,7 +214,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads_S.insert(0, grad_S)
         if index > 0:
             assert grad_x is not None
-            arriving, scaled = _through(grad_x, stages[index - 1], kept[index - 1]), True
+            arriving = grad_x.contiguous(memory_format=ctx.formats[index - 1])
+            arriving, scaled = _through(arriving, stages[index - 1], kept[index - 1]), True
     if form.shortcut == "identity" and not form.relu and grad_x is not None:
         grad_x = grad_x + total
 

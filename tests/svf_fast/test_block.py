@@ -167,6 +167,21 @@ def test_gradients_within_twice_the_error_of_the_reference(name, strategy, dtype
         compare(model, x.to(dtype)[..., ::2], f"{name} sliced")
 
 
+def test_masks_where_a_shape_is_of_both_memory_formats():
+    """One channel or position is contiguous and channels_last at once; its neighbours are not."""
+    stem = frozen(nn.Sequential(conv(1, 9, 3), nn.BatchNorm2d(9)))
+    layer = nn.Sequential(SVFConvBNAct(*stem, strategy="chain"))
+    one_channel = torch.randn(2, 9, 8, 1).permute(0, 3, 1, 2)
+    to_one_position = torch.randn(2, 6, 2, 2).contiguous(memory_format=torch.channels_last)
+    cases = (layer, one_channel), (fused("bottleneck downsample", "chain"), to_one_position)
+    for model, x in cases:
+        model, x = model.double(), x.double()
+        reference = as_reference(model)
+        grad = torch.randn(reference(x).shape)
+        for mine, true in zip(step(model, x, grad), step(reference, x, grad), strict=True):
+            torch.testing.assert_close(mine, true)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name", ("bottleneck", "bottleneck downsample", "basic", "unit"))
 def test_16_bit(name, dtype):
