@@ -103,10 +103,9 @@ class Baseline(nn.Module):
                 layer4[batch:].unflatten(0, (batch, shots)),
                 foreground.unflatten(0, (batch, shots)),
             )
-            features = torch.cat([layer3, layer2], dim=1)
 
-        query = self.query_reduce(features[:batch])
-        support = self.support_reduce(features[batch:])
+        query = _reduced(self.query_reduce, layer3[:batch], layer2[:batch])
+        support = _reduced(self.support_reduce, layer3[batch:], layer2[batch:])
         prototypes = masked_average_pool(support, foreground)
         prototype = prototypes.unflatten(0, (batch, shots)).mean(dim=1)
         merged = self.merge(
@@ -142,3 +141,15 @@ def _reduce(in_channels: int, out_channels: int, dropout: float) -> nn.Sequentia
         nn.ReLU(inplace=True),
         nn.Dropout2d(dropout),
     )
+
+
+def _reduced(reduce: nn.Sequential, *features: Tensor) -> Tensor:
+    """``reduce(cat(features))`` without the copy: its convolution is 1×1, so a sum of theirs."""
+    conv, *rest = reduce
+    weights = conv.weight.split([feature.shape[1] for feature in features], dim=1)
+    out = functional.conv2d(features[0], weights[0])
+    for feature, weight in zip(features[1:], weights[1:], strict=True):
+        out = out + functional.conv2d(feature, weight)
+    for module in rest:
+        out = module(out)
+    return out
