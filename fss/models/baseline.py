@@ -97,10 +97,12 @@ class Baseline(nn.Module):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             layer2, layer3 = self.backbone.features(images)
             foreground = resize(foreground, layer3.shape[-2:])
-            layer4 = self.backbone.layer4(torch.cat([layer3[:batch], layer3[batch:] * foreground]))
+            # two calls: the query's part of layer 3 need not be copied beside the masked supports
+            query4 = self.backbone.layer4(layer3[:batch])
+            support4 = self.backbone.layer4(layer3[batch:] * foreground)
             prior = prior_mask(
-                layer4[:batch],
-                layer4[batch:].unflatten(0, (batch, shots)),
+                query4,
+                support4.unflatten(0, (batch, shots)),
                 foreground.unflatten(0, (batch, shots)),
             )
 
