@@ -41,7 +41,7 @@ class Fused(nn.Module):
 
     def unfuse(self) -> nn.Module:
         """Gives the module its original class back, in place; returns it."""
-        for name in ("_names", "recompute"):
+        for name in ("_names", "_kinds", "recompute"):
             self.__dict__.pop(name, None)
         self.__class__ = self.original
         return self
@@ -83,6 +83,7 @@ class ResidualUnit(Fused):
     stages: int
     recompute: bool
     _names: ResidualBlock
+    _kinds: dict[str, str]  # of the inner modules, as they were when the forward was read
 
     @classmethod
     def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
@@ -118,6 +119,7 @@ class ResidualUnit(Fused):
     def _adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
         fused = fuse(module, cls)
         fused._names, fused.recompute = found, False
+        fused._kinds = {name: _kind(inner) for name, inner in _inner(fused)}
         return fused
 
     @property
@@ -128,7 +130,7 @@ class ResidualUnit(Fused):
     def unfused_reason(self) -> str:
         names = self._names
         stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
-        return _reason(self, stages) or _hooked(self, names.pre)
+        return _replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)
 
     def forward(self, x: Tensor) -> Tensor:
         names = self._names
@@ -195,15 +197,17 @@ class FusedSequential(Fused):
         for name in inner:
             if reason := _hooked_module(name, self.get_submodule(name)):
                 return reason
+        if unit.relu and type(self.get_submodule(unit.relu)) is not nn.ReLU:
+            return f"{unit.relu} is no longer a ReLU"
         return _reason(self, [unit.stage])
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
         units = {unit.stage.conv: unit for unit in self._names}
-        for name, module in self._modules.items():  # one that stands twice is called twice
-            if module is None or name in skipped:
+        for name in self._modules:  # named_children leaves out what comes again
+            if name in skipped:
                 continue
-            unit = units.get(name)
+            module, unit = self.get_submodule(name), units.get(name)
             if unit is None or self._unit_reason(unit):
                 x = module(x)
                 continue
@@ -316,6 +320,8 @@ def _reason(module: nn.Module, stages: list[Names]) -> str:
             return f"{stage.conv} pads x in a pass of its own"
         if conv.strategy_in_use == "reference":
             return f"{stage.conv} computes as 'reference'"
+        if not isinstance(bn, _BatchNorm):
+            return f"{stage.bn} is a {type(bn).__name__}, not a batch norm"
         if bn.training or bn.running_mean is None:
             return f"{stage.bn} uses the batch's statistics: call eval() on it"
         if not torch.is_grad_enabled():
@@ -325,6 +331,25 @@ def _reason(module: nn.Module, stages: list[Names]) -> str:
         if conv.bias is not None and conv.bias.requires_grad:
             return f"the bias of {stage.conv} trains: call requires_grad_(False) on it"
     return ""
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module does in a fused block; convolutions and batch norms are looked at there."""
+    if isinstance(module, nn.Conv2d | SVFConv2d):
+        return "convolution"
+    if isinstance(module, nn.SyncBatchNorm):
+        return nn.BatchNorm2d.__name__  # the same with stored statistics
+    return (module.original if isinstance(module, Fused) else type(module)).__name__
+
+
+def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
+    """The first inner module that is not what it was, or is new or gone."""
+    now = {name: _kind(inner) for name, inner in _inner(module)}
+    if now == kinds:
+        return ""
+    name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
+    was, is_now = kinds.get(name, "not there"), now.get(name, "not there")
+    return f"{name} was {was} at conversion and is {is_now} now"
 
 
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from saved_bytes import saved_by
 from tolerance import accumulated, assert_error_within
 from torch import nn
 from torch.nn import functional
@@ -206,23 +207,6 @@ def test_16_bit(name, dtype):
     assert (mine.median(dim=0).values <= 2 * theirs.median(dim=0).values).all()
 
 
-def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    total = sum(size for size, _ in kept.values())
-    del y
-    return total
-
-
 def test_a_bottleneck_keeps_y1_y2_and_bits():
     model = frozen(Bottleneck(64, 16, 64))
     for layer in (model.conv1, model.conv2, model.conv3):
@@ -231,13 +215,12 @@ def test_a_bottleneck_keeps_y1_y2_and_bits():
     elements = 2 * 16 * 9 * 11
     bits = 4 * elements // 64 * 8 + 16
     x = torch.randn(2, 64, 9, 11, requires_grad=True)
-    assert kept_bytes(model, x) == 2 * elements * 4 + bits
+    assert saved_by(model, x) == 2 * elements * 4 + bits
     model.recompute = True
-    assert kept_bytes(model, x) == elements * 4 + bits
+    assert saved_by(model, x) == elements * 4 + bits
     model.recompute = False
-    with torch.autocast("cpu", torch.bfloat16):
-        assert kept_bytes(model, x) == 2 * elements * 2 + bits
-    assert kept_bytes(as_reference(nn.Sequential(model)), x) > 8 * (2 * elements * 4 + bits)
+    assert saved_by(model, x, torch.bfloat16) == 2 * elements * 2 + bits
+    assert saved_by(as_reference(nn.Sequential(model)), x) > 8 * (2 * elements * 4 + bits)
 
 
 def test_relu_passes_what_eager_passes():
@@ -293,6 +276,15 @@ REASONS = {
     "conv2 has a hook": unfusable(hook),
     "conv3 computes as 'reference'": unfusable(lambda b: setattr(b.conv3, "strategy", "reference")),
     "conv1 is a Conv2d": unfusable(lambda b: setattr(b, "conv1", conv(20, 5))),
+    "relu was ReLU at conversion and is SiLU now": unfusable(
+        lambda b: setattr(b, "relu", nn.SiLU())
+    ),
+    "downsample was not there at conversion": unfusable(
+        lambda b: setattr(b, "downsample", frozen(nn.Sequential(conv(20, 20))))
+    ),
+    "bn2 was BatchNorm2d at conversion and is Identity now": unfusable(
+        lambda b: setattr(b, "bn2", nn.Identity().eval())
+    ),
 }
 
 
@@ -308,6 +300,27 @@ def test_runs_module_by_module_where_it_must(reason):
     assert torch.equal(model(x), plain(x))
     note = svf_fast.memory_report(model, x.shape)
     assert any(f"not fused: {reason}" in row.note for row in note.units)
+
+
+def test_a_sequence_whose_modules_change():
+    model = fused("unit")
+    x = torch.randn(2, 6, 9, 9)
+    model[0][2] = nn.SiLU()
+    assert model[0].unfused_reason() == "2 is no longer a ReLU"
+    assert torch.equal(model(x), functional.silu(model[0][1](model[0][0](x))))
+    model[0][1] = nn.Identity().eval()
+    assert torch.equal(model(x), functional.silu(model[0][0](x)))
+
+
+def test_a_module_that_stands_in_a_sequence_twice():
+    pool, relu = nn.MaxPool2d(2), nn.ReLU()
+    layers = [conv(6, 6, 3), nn.BatchNorm2d(6), relu, pool, conv(6, 6, 3), nn.BatchNorm2d(6), relu]
+    plain = frozen(nn.Sequential(*layers, pool, nn.Softplus(), relu))
+    x = torch.randn(2, 6, 9, 9)
+    expected = plain(x)
+    model = svf_fast.convert(plain, None)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert not model.unfused_reason()
 
 
 def test_hooks_on_the_block_itself_still_run():

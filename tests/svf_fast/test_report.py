@@ -2,27 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from saved_bytes import saved_by
 from torch import nn
 
 import svf_fast
-
-
-def saved_by(model: nn.Module, x: torch.Tensor, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the unique storages that autograd keeps, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.autocast("cpu", dtype, enabled=dtype is not None), hooks:
-        y = model(x)
-    del y
-    return sum(size for size, _ in kept.values())
 
 
 class Block(nn.Module):
