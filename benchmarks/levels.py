@@ -84,6 +84,10 @@ class Level:
     def convert(self, network: nn.Module, name: str, cache: Path | None) -> nn.Module:
         return self.peers[name].convert(network, self.layers, cache)
 
+    def owner(self, network: nn.Module, inputs: Inputs) -> nn.Module:
+        """Whose parameters and buffers do not count as saved."""
+        return network
+
     def forward(self, network: nn.Module, inputs: Inputs, name: str) -> Tensor:
         """The output, or the loss, of the network that peer `name` made."""
         return network(*inputs.arguments)
@@ -210,10 +214,10 @@ PRIOR_PEERS = {"official": Peer(lambda m, *_: m), "svf_fast": Peer(lambda m, *_:
 
 
 class PriorLevel(Level):
-    """The largest cosines of one shot; nothing of a backbone."""
+    """The largest cosines of one shot; nothing of a backbone. Query and support do not count."""
 
     name = "prior"
-    title = "Prior mask, one shot"
+    title = "Prior mask of one shot, query and support not counted"
     groups = ("cosine_max",)
     peers = PRIOR_PEERS
 
@@ -234,6 +238,12 @@ class PriorLevel(Level):
         dtype = _dtype(settings)
         query, support = (_leaf(x.to(device, dtype)) for x in (query, support))
         return Inputs((query, support, mask.to(device, dtype)), grad_y.to(device, dtype))
+
+    def owner(self, network, inputs):
+        holder = nn.Module()
+        for number, argument in enumerate(inputs.arguments):
+            holder.register_buffer(f"argument{number}", argument)
+        return holder
 
     def forward(self, network, inputs, name):
         function = cosine_max if name == "svf_fast" else dense_cosine_max

@@ -96,7 +96,7 @@ def saved_measured(
     level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
 ) -> int:
     """Bytes kept by a forward pass."""
-    return _saved(SavedBytes(network), level, network, inputs, name, settings)
+    return _saved(SavedBytes(level.owner(network, inputs)), level, network, inputs, name, settings)
 
 
 def saved_on_shapes(

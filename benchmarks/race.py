@@ -113,24 +113,41 @@ class Contest:
         return {"name": self.group, "rows": list(self.rows.values())}
 
     def check(self) -> None:
-        """Compares gradients with those of the official chain in float64, at a small size."""
-        level, group = self.level, self.group
-        small = dataclasses.replace(self.settings, size=level.check_size, batch=1)
+        """Compares gradients with those of the official chain in float64, at a small size.
+
+        A 16-bit row has to pass in float32 too: through many layers 16 bits alone prove little.
+        """
+        own = self.settings.dtype
+        for dtype in (own,) if own in ("float32", "float64") else ("float32", own):
+            names = [name for name in self.networks if self.rows[name].get("exact", True)]
+            passed = self._passing(names, dtype)
+            for name in names:
+                self.rows[name]["exact"] = name in passed
+
+    def _passing(self, names: list[str], dtype: str) -> set[str]:
+        """Those whose gradients are near enough for one of the seeds; sets their errors."""
+        level, group, passed = self.level, self.group, set()
+        small = dataclasses.replace(self.settings, size=level.check_size, batch=1, dtype=dtype)
         exact = dataclasses.replace(small, dtype="float64")
+        chain = self._converted("official")
         truth_network = self._converted("official").double()
-        chain = self.networks.get("official") or self._converted("official")
-        ratios: dict[str, list[float]] = {name: [] for name in self.networks}
+        truths, errors = [], []
         for seed in SEEDS:
-            own = {"settings": small, "name": "official"}
+            doubled = level.inputs(exact, group, seed)
+            truths.append(gradients(level, truth_network, doubled, "official", exact))
             inputs = level.inputs(small, group, seed)
-            truth = gradients(
-                level, truth_network, level.inputs(exact, group, seed), "official", exact
-            )
-            allowed = FACTOR * relative_error(gradients(level, chain, inputs, **own), truth)
-            allowed += ROUNDINGS[small.dtype] * torch.finfo(getattr(torch, small.dtype)).eps
-            for name, network in list(self.networks.items()):
+            own = gradients(level, chain, inputs, "official", small)
+            errors.append(relative_error(own, truths[-1]))
+        # the least of them: where no ReLU of the chain itself has flipped
+        allowed = FACTOR * min(errors) + ROUNDINGS[dtype] * torch.finfo(getattr(torch, dtype)).eps
+        for seed, truth in zip(SEEDS, truths, strict=True):
+            waiting = [name for name in names if name in self.networks and name not in passed]
+            if not waiting:
+                break
+            inputs = level.inputs(small, group, seed)
+            for name in waiting:
                 try:
-                    found = gradients(level, network, inputs, name, small)
+                    found = gradients(level, self.networks[name], inputs, name, small)
                     if level.peers[name].trains == "S" and truth.keys() - found.keys():
                         missing = ", ".join(sorted(truth.keys() - found.keys()))
                         raise RuntimeError(f"no gradient for {missing}")
@@ -139,12 +156,10 @@ class Contest:
                     self.rows[name]["reason"] = f"{type(error).__name__}: {reason}"
                     del self.networks[name]
                     continue
-                error = relative_error(found, truth)
-                if error < self.rows[name].get("error", float("inf")):
-                    self.rows[name]["error"] = error
-                ratios[name].append(error / allowed)
-        for name in self.networks:
-            self.rows[name]["exact"] = min(ratios[name]) <= 1
+                self.rows[name]["error"] = relative_error(found, truth)
+                if self.rows[name]["error"] <= allowed:
+                    passed.add(name)
+        return passed
 
     def _exact(self) -> list[str]:
         return [name for name in self.networks if self.rows[name]["exact"]]
@@ -152,7 +167,8 @@ class Contest:
     def _saved(self, name: str, inputs: Inputs) -> int:
         network = self.networks[name]
         renew(network, inputs)
-        with saved_bytes(network) as saved, autocast(self.settings):
+        owner = self.level.owner(network, inputs)
+        with saved_bytes(owner) as saved, autocast(self.settings):
             y = self.level.forward(network, inputs, name)  # alive until it is counted
         del y
         return saved.total

@@ -97,16 +97,17 @@ class Baseline(nn.Module):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             layer2, layer3 = self.backbone.features(images)
             foreground = resize(foreground, layer3.shape[-2:])
-            layer4 = self.backbone.layer4(torch.cat([layer3[:batch], layer3[batch:] * foreground]))
+            # two calls: the query's part of layer 3 need not be copied beside the masked supports
+            query4 = self.backbone.layer4(layer3[:batch])
+            support4 = self.backbone.layer4(layer3[batch:] * foreground)
             prior = prior_mask(
-                layer4[:batch],
-                layer4[batch:].unflatten(0, (batch, shots)),
+                query4,
+                support4.unflatten(0, (batch, shots)),
                 foreground.unflatten(0, (batch, shots)),
             )
-            features = torch.cat([layer3, layer2], dim=1)
 
-        query = self.query_reduce(features[:batch])
-        support = self.support_reduce(features[batch:])
+        query = _reduced(self.query_reduce, layer3[:batch], layer2[:batch])
+        support = _reduced(self.support_reduce, layer3[batch:], layer2[batch:])
         prototypes = masked_average_pool(support, foreground)
         prototype = prototypes.unflatten(0, (batch, shots)).mean(dim=1)
         merged = self.merge(
@@ -142,3 +143,15 @@ def _reduce(in_channels: int, out_channels: int, dropout: float) -> nn.Sequentia
         nn.ReLU(inplace=True),
         nn.Dropout2d(dropout),
     )
+
+
+def _reduced(reduce: nn.Sequential, *features: Tensor) -> Tensor:
+    """``reduce(cat(features))`` without the copy: its convolution is 1×1, so a sum of theirs."""
+    conv, *rest = reduce
+    weights = conv.weight.split([feature.shape[1] for feature in features], dim=1)
+    out = functional.conv2d(features[0], weights[0])
+    for feature, weight in zip(features[1:], weights[1:], strict=True):
+        out = out + functional.conv2d(feature, weight)
+    for module in rest:
+        out = module(out)
+    return out

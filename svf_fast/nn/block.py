@@ -254,8 +254,10 @@ class SVFConvBNAct(nn.Module):
         super().__init__()
         if not isinstance(conv, nn.Conv2d | SVFConv2d):
             raise TypeError(f"conv: expected an nn.Conv2d or SVFConv2d, got {type(conv).__name__}")
-        if not isinstance(bn, nn.BatchNorm2d):
-            raise TypeError(f"bn: expected an nn.BatchNorm2d, got {type(bn).__name__}")
+        if getattr(type(bn), "forward", None) is not nn.BatchNorm2d.forward:
+            raise TypeError(
+                f"bn: expected an nn.BatchNorm2d with its own forward, got {type(bn).__name__}"
+            )
         if bn.num_features != conv.out_channels:
             raise ValueError(
                 f"bn: expected {conv.out_channels} features, the channels of conv, got "
@@ -264,13 +266,17 @@ class SVFConvBNAct(nn.Module):
         self.conv = conv if isinstance(conv, SVFConv2d) else SVFConv2d.from_conv(conv, strategy)
         self.bn = bn
         self.relu = relu
-        self.train(conv.training)
+        self.train(bn.training)
 
     def unfused_reason(self) -> str:
         """Why the next forward pass runs module by module; empty where it is fused."""
         return _reason(self, [Names("conv", "bn", self.relu)]) or _hooked(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None and not isinstance(residual, Tensor):
+            raise TypeError(
+                f"SVFConvBNAct: residual: expected a tensor or None, got {type(residual).__name__}"
+            )
         if self.unfused_reason():
             out = self.bn(self.conv(x))
             out = out if residual is None else out + residual
@@ -322,6 +328,8 @@ def _reason(module: nn.Module, stages: list[Names]) -> str:
         conv, bn = module.get_submodule(stage.conv), module.get_submodule(stage.bn)
         if not isinstance(conv, SVFConv2d):
             return f"{stage.conv} is a {type(conv).__name__}, not an SVF layer"
+        if conv.pads_outside:
+            return f"{stage.conv} pads x in a pass of its own"
         if conv.strategy_in_use == "reference":
             return f"{stage.conv} computes as 'reference'"
         if not isinstance(bn, _BatchNorm):

@@ -93,10 +93,15 @@ class SVFConv2d(Factored):
         self._explicit_padding = tuple(conv._reversed_padding_repeated_twice)
         self._adopt(conv.weight, conv.bias, factors)
 
-    def _geometry(self) -> Geometry:
+    @property
+    def pads_outside(self) -> bool:
+        """Whether x is padded in a pass of its own: unevenly, or not with zeros."""
         left, right, top, bottom = self._explicit_padding
-        inside = self.padding_mode == "zeros" and left == right and top == bottom
-        padding = (top, left) if inside else (0, 0)
+        return self.padding_mode != "zeros" or left != right or top != bottom
+
+    def _geometry(self) -> Geometry:
+        left, _, top, _ = self._explicit_padding
+        padding = (0, 0) if self.pads_outside else (top, left)
         return Geometry(self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,11 +115,9 @@ class SVFConv2d(Factored):
             return self.forward(x[None])[0]
         geometry = self._geometry()
         x = x.to(dtype)
-        left, right, top, bottom = self._explicit_padding
-        if self.padding_mode != "zeros":
-            x = functional.pad(x, self._explicit_padding, mode=self.padding_mode)
-        elif left != right or top != bottom:
-            x = functional.pad(x, self._explicit_padding)
+        if self.pads_outside:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = functional.pad(x, self._explicit_padding, mode=mode)
         strategy, frozen = self._strategy_and_frozen(dtype)
         return svf_conv2d(x, self.U, self.S, self.V, self.bias, geometry, strategy, frozen)
 

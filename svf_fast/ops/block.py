@@ -67,6 +67,12 @@ def block(
     instead of being kept.
     Definition: :func:`svf_fast.reference.block.block`.
     """
+    if isinstance(shortcut, str) and shortcut not in ("", "identity", "given"):
+        raise ValueError(f"shortcut: expected a stage, '', 'identity' or 'given', got {shortcut!r}")
+    if (shortcut == "given" and shortcut_x is None) or (
+        shortcut in ("", "identity") and shortcut_x is not None
+    ):
+        raise ValueError(f"shortcut_x: expected a map for 'given' and none for {shortcut!r}")
     every = [*stages, *([] if isinstance(shortcut, str) else [shortcut])]
     kind = shortcut if isinstance(shortcut, str) else "convolution"
     form = Form(
@@ -128,7 +134,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut_x, form, *tensors):
         stages, shortcut = _stages(form, tensors)
-        sources, shapes, kept = [], [], []  # kept: v, y and mask of each stage
+        sources, shapes, formats, kept = [], [], [], []  # kept: v, y and mask of each stage
 
         residual, residual_scale = (x if form.shortcut == "identity" else shortcut_x), None
         if shortcut is not None:
@@ -157,6 +163,7 @@ class _Block(torch.autograd.Function):
             else:  # y is this node's own and read by nobody else
                 mask = affine_act_(y, scale, shift, *added, relu, keep.mask)
                 h = y
+            formats.append(memory_format(h))
             kept += [
                 None if keep.again else v,
                 y if keeps_y else None,
@@ -169,7 +176,7 @@ class _Block(torch.autograd.Function):
         ctx.constants = tuple(
             t for at in range(0, len(tensors), size) for t in tensors[at + _FACTORS : at + size]
         )
-        ctx.form, ctx.shapes, ctx.format = form, tuple(shapes), memory_format(x)
+        ctx.form, ctx.shapes, ctx.formats = form, tuple(shapes), tuple(formats)
         ctx.shortcut_shape = None if shortcut_x is None else shortcut_x.shape
         return h
 
@@ -177,7 +184,7 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         with no_autocast(grad):
-            return _backward(ctx, grad.contiguous(memory_format=ctx.format))
+            return _backward(ctx, grad)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,6 +203,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if form.recompute:
         kept[1] = _again(stages, kept)
 
+    # masks are in the memory order of what left a stage; a gradient may have taken another
+    grad = grad.contiguous(memory_format=ctx.formats[-1])
     total = _through_relu(grad, stages[-1], kept[-1], form)
     arriving, scaled = total, form.relu and not form.shortcut
     grads_S: list[Tensor | None] = []
@@ -220,7 +229,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if index > 0:
             assert grad_x is not None
             before = stages[index - 1]  # whose ReLU's gradient takes the place of grad_x
-            arriving = _through(grad_x, before, kept[index - 1], affine_act_backward_)
+            arriving = grad_x.contiguous(memory_format=ctx.formats[index - 1])
+            arriving = _through(arriving, before, kept[index - 1], affine_act_backward_)
             scaled = True
     if form.shortcut == "identity" and not form.relu and grad_x is not None:
         grad_x = grad_x + total

@@ -168,6 +168,21 @@ def test_gradients_within_twice_the_error_of_the_reference(name, strategy, dtype
         compare(model, x.to(dtype)[..., ::2], f"{name} sliced")
 
 
+def test_masks_where_a_shape_is_of_both_memory_formats():
+    """One channel or position is contiguous and channels_last at once; its neighbours are not."""
+    stem = frozen(nn.Sequential(conv(1, 9, 3), nn.BatchNorm2d(9)))
+    layer = nn.Sequential(SVFConvBNAct(*stem, strategy="chain"))
+    one_channel = torch.randn(2, 9, 8, 1).permute(0, 3, 1, 2)
+    to_one_position = torch.randn(2, 6, 2, 2).contiguous(memory_format=torch.channels_last)
+    cases = (layer, one_channel), (fused("bottleneck downsample", "chain"), to_one_position)
+    for model, x in cases:
+        model, x = model.double(), x.double()
+        reference = as_reference(model)
+        grad = torch.randn(reference(x).shape)
+        for mine, true in zip(step(model, x, grad), step(reference, x, grad), strict=True):
+            torch.testing.assert_close(mine, true)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name", ("bottleneck", "bottleneck downsample", "basic", "unit"))
 def test_16_bit(name, dtype):
@@ -491,6 +506,11 @@ def test_empty_batch():
         (lambda: SVFConvBNAct(nn.Linear(1, 1), None), TypeError, "conv: expected an nn.Conv2d"),
         (lambda: SVFConvBNAct(conv(2, 3), nn.ReLU()), TypeError, "bn: expected an nn.BatchNorm2d"),
         (
+            lambda: SVFConvBNAct(conv(2, 3), nn.BatchNorm2d(3).eval())(torch.randn(1, 2, 3, 3), 3),
+            TypeError,
+            "residual: expected a tensor or None, got int",
+        ),
+        (
             lambda: SVFConvBNAct(conv(2, 3), nn.BatchNorm2d(2)),
             ValueError,
             "bn: expected 3 features, the channels of conv, got 2",
@@ -510,6 +530,31 @@ def test_empty_batch():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_modules_that_stand_twice_in_a_sequence():
+    pool, relu = nn.MaxPool2d(2), nn.ReLU()
+    layers = [conv(3, 6, 3), nn.BatchNorm2d(6), relu, pool, conv(6, 7, 3), nn.BatchNorm2d(7), relu]
+    model = frozen(nn.Sequential(*layers, pool))
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    svf_fast.convert(model, None)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model[0].register_forward_hook(lambda *_: None)  # the first unit runs module by module
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", ({"padding_mode": "circular"}, {"padding": "same"}), ids=str)
+def test_padding_that_a_convolution_cannot_do(options):
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, (2, 3), **{"padding": 1, **options}), nn.BatchNorm2d(4), nn.ReLU()
+    )
+    frozen(plain)
+    layer = SVFConvBNAct(plain[0], plain[1])
+    assert not layer.bn.training
+    assert layer.unfused_reason() == "conv pads x in a pass of its own"
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_plain_convolutions_are_converted_by_from_block():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.nn.functional import relu
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,7 +72,13 @@ def _train(rank: int, folder: str) -> None:
 
 
 def test_gradients_are_the_mean_over_processes_with_and_without_accumulation(tmp_path):
-    multiprocessing.spawn(_train, (str(tmp_path),), nprocs=2)
+    command = [sys.executable, __file__]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for images, found in (((0, 1), 0), ((0, 1, 2, 3), 1)):
         model = network()
@@ -80,3 +89,7 @@ def test_gradients_are_the_mean_over_processes_with_and_without_accumulation(tmp
         for rank in range(2):
             for mine, mean in zip(results[rank][found], expected, strict=True):
                 torch.testing.assert_close(mine, mean, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    _train(int(sys.argv[1]), sys.argv[2])

@@ -183,13 +183,13 @@ def test_a_frozen_backbone_saves_nothing():
     assert _saved_bytes(trained) > 2 * saved["small"]
 
 
-def test_the_backbone_runs_once_over_query_and_supports():
+def test_the_backbone_runs_once_over_query_and_supports_but_for_the_masked_layer4():
     model = _model()
     batches = []
     for layer in (model.backbone.conv1, model.backbone.layer4):
         layer.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0].shape[0]))
     model(*_episodes(batch=2, shots=3))
-    assert batches == [8, 8]
+    assert batches == [8, 2, 6]
 
 
 def test_an_empty_support_mask_is_no_accident():
