@@ -87,7 +87,8 @@ class MemoryReport:
         ]
         for unit in self.units:
             output = "×".join(map(str, unit.output_shape))
-            rows.append((unit.name, unit.strategy, output, *_numbers(unit), unit.note))
+            name = unit.name or "(the model)"
+            rows.append((name, unit.strategy, output, *_numbers(unit), unit.note))
         rows.append(("total", "", "", *_numbers(self), ""))
         widths = [max(len(row[column]) for row in rows) for column in range(8)]
         lines = [
