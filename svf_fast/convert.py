@@ -50,8 +50,8 @@ def convert(
     should not train (``model.requires_grad_(False)``) before. The network computes what it computed
     before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
     whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
-    own way. Hooks go with a layer. A layer that stands at two places stays one layer; two layers that
-    share their weight get an S each.
+    own way. Hooks go with a layer. A layer that stands at two places stays one layer; two layers
+    that share their weight get an S each.
 
     Args:
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
