@@ -13,6 +13,8 @@ namespace svf_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Dense maps: [batch, channels, positions] in memory, or [batch * positions, channels] when
 // channels_last. A shape that is both ways dense is stored as the way with the longer rows.
 struct Maps {

@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "dispatch.h"
 #include "isa.h"
 #include "vector.h"
 
@@ -16,8 +17,6 @@ namespace {
 
 constexpr int64_t kUnit = 16384;  // elements per unit of work
 constexpr int64_t kBlock = 2048;  // elements whose mask is packed while they are in the L1 cache
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 struct Forward {
@@ -320,19 +319,7 @@ Tensor affine_act_into(const AffineAct& operands, bool relu, bool mask, const Te
   if (y.numel() == 0) {
     return bits;
   }
-  switch (y.scalar_type()) {
-    case ScalarType::Double:
-      run_forward<double>(operands, relu, out, packed);
-      break;
-    case ScalarType::Float:
-      run_forward<float>(operands, relu, out, packed);
-      break;
-    case ScalarType::BFloat16:
-      run_forward<BFloat16>(operands, relu, out, packed);
-      break;
-    default:
-      run_forward<Half>(operands, relu, out, packed);
-  }
+  with_type(y.scalar_type(), [&]<typename T>(T) { run_forward<T>(operands, relu, out, packed); });
   return bits;
 }
 
@@ -370,21 +357,8 @@ void run_backward(const AffineActBackward& operands, const Tensor& out) {
 }
 
 void affine_act_backward_into(const AffineActBackward& operands, const Tensor& out) {
-  if (out.numel() == 0) {
-    return;
-  }
-  switch (out.scalar_type()) {
-    case ScalarType::Double:
-      run_backward<double>(operands, out);
-      break;
-    case ScalarType::Float:
-      run_backward<float>(operands, out);
-      break;
-    case ScalarType::BFloat16:
-      run_backward<BFloat16>(operands, out);
-      break;
-    default:
-      run_backward<Half>(operands, out);
+  if (out.numel() > 0) {
+    with_type(out.scalar_type(), [&]<typename T>(T) { run_backward<T>(operands, out); });
   }
 }
 

@@ -19,8 +19,6 @@ constexpr int64_t kUnit = 16384;  // elements a unit reads at least, where there
 constexpr int64_t kDepth = 32;    // terms a lane sums before its sum joins a double
 constexpr int64_t kTile = 1024;   // channels accumulated at once, channels last
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 struct Task {
   T* a;

@@ -12,8 +12,6 @@ namespace svf_fast {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Units that are worth a thread.
 inline int64_t grain(int64_t elements_of_a_unit) {
   return divide_up(kGrain, std::max<int64_t>(1, elements_of_a_unit));

@@ -196,8 +196,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 unsigned grid_size(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "channel_dot: maps too large");
   return static_cast<unsigned>(blocks);
