@@ -17,6 +17,7 @@ import svf_fast
 from svf_fast import SVFBasicBlock, SVFBottleneck, SVFConv2d, SVFConvBNAct
 from svf_fast.nn.block import Fused
 from svf_fast.nn.factored import svf_layers
+from svf_fast.reference.block import block as definition
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STRATEGIES = ("gram", "chain", "fold")
@@ -221,6 +222,19 @@ def test_a_bottleneck_keeps_y1_y2_and_bits():
     model.recompute = False
     assert saved_by(model, x, torch.bfloat16) == 2 * elements * 2 + bits
     assert saved_by(as_reference(nn.Sequential(model)), x) > 8 * (2 * elements * 4 + bits)
+
+
+@pytest.mark.parametrize("name", ("bottleneck", "bottleneck downsample", "basic downsample"))
+def test_computes_the_definition(name):
+    model = fused(name)
+    plain = as_reference(model).double()[0]
+    count = 3 if name.startswith("bottleneck") else 2
+    stages = [
+        (getattr(plain, f"conv{n}"), getattr(plain, f"bn{n}"), True) for n in range(1, count + 1)
+    ]
+    x = torch.randn(2, first(model).in_channels, 9, 11)
+    expected = definition(x.double(), stages, plain.downsample or nn.Identity())
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_relu_passes_what_eager_passes():
