@@ -4,6 +4,9 @@
 
 STABLE_TORCH_LIBRARY(svf_fast, library) {
   library.def(
+      "activation_grams(Tensor grad, Tensor y, Tensor scale, Tensor shift, bool before, "
+      "bool after) -> (Tensor, Tensor, Tensor)");
+  library.def(
       "affine_act(Tensor y, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
       "bool relu, bool mask) -> (Tensor, Tensor)");
   library.def(
@@ -23,4 +26,9 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
       "Tensor index) -> (Tensor, Tensor)");
   library.def("gram(Tensor a, Tensor b, int groups, Tensor? scale, Tensor? shift) -> Tensor");
   library.def("gram_gradient(Tensor M, Tensor left, Tensor right, Tensor S) -> Tensor");
+  library.def(
+      "pointwise(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? in_mask, "
+      "Tensor? scale, Tensor? shift, Tensor? residual, Tensor? residual_scale, "
+      "Tensor? residual_mask, bool relu, bool keep, bool mask) -> (Tensor, Tensor, Tensor)");
+  library.def("pointwise_dot(Tensor x, Tensor weight, Tensor v, Tensor s) -> (Tensor, Tensor)");
 }

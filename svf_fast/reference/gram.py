@@ -1,9 +1,11 @@
-"""Definitions of the Gram matrix of two maps, and of the S-gradient read off it."""
+"""Definitions of the Gram matrices of maps, and of the S-gradient read off them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from svf_fast.reference.affine_act import affine_act_backward
 
 
 def gram(
@@ -33,3 +35,16 @@ def gram(
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
     """``dS_r = left_rᵀ M right_r / S_r``; M [G, C, C], left and right [G, C, R], S [G, R]."""
     return (left.to(M.dtype) * (M @ right.to(M.dtype))).sum(dim=1) / S.to(M.dtype)
+
+
+def activation_grams(
+    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The way back through ``x = relu(y · scale + shift)``, and the Gram matrices on both sides.
+
+    grad = dL/dx and y [N, C, *spatial], scale and shift [C] -> ``g = dL/dy`` [N, C, *spatial],
+    ``before = Σ_p g_p y_pᵀ`` [1, C, C] and ``after = Σ_p x_p grad_pᵀ`` [1, C, C]. x and g are
+    rounded to the dtype of the maps.
+    """
+    g = affine_act_backward(grad, y, None, scale, shift)
+    return g, gram(g, y), gram(y, grad, 1, scale, shift)

@@ -1,0 +1,1 @@
+"""Triton kernels: a file per op, imported when an op first meets a GPU."""

@@ -1,0 +1,60 @@
+"""What the Triton kernels share: products, the 1-bit masks, the precision of float32 products."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` on tensor cores, accumulated in float32."""
+    if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x in float32, rounded to the nearest value of a dtype, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # it would cut the last 16 bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def affine_relu(y, scale, shift):
+    """``relu(y · scale + shift)`` in float32, rounded to the dtype of y; NaN passes."""
+    z = y.to(tl.float32) * scale + shift
+    return narrow(tl.where(z <= 0, 0.0, z), y.dtype)
+
+
+@triton.jit
+def load_bits(mask, element, inside):
+    """Bits of a mask (``csrc/affine_act.h``) for elements given by their place in memory."""
+    byte = tl.load(mask + (element >> 3), mask=inside, other=0).to(tl.int32)
+    return ((byte >> (element & 7).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
+def pack_bits(passes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] booleans -> [ROWS, COLUMNS / 8] bytes, element i % 8 at bit i % 8."""
+    eights = tl.reshape(passes.to(tl.int32), (ROWS, COLUMNS // 8, 8))
+    return tl.sum(eights << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+
+
+def precision(convolves: bool) -> str:
+    """How float32 products are made, as torch's switches say for convolutions and for matmul.
+
+    Without TF32 three TF32 products stand for one (``tf32x3``): the error of float32, on tensor
+    cores.
+    """
+    backend = torch.backends.cudnn if convolves else torch.backends.cuda.matmul
+    return "tf32" if backend.allow_tf32 else "tf32x3"
