@@ -20,13 +20,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr):
+def narrow(x, dtype: tl.constexpr):
     """x in float32, rounded to the nearest value of a dtype, ties to even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:  # it would cut the last 16 bits off
+    if INTERPRETED and dtype == tl.bfloat16:  # it would cut the last 16 bits off
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
+    return x.to(dtype)
 
 
 @triton.jit
