@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.nn.conv2d import SVFConv2d
+from svf_fast.nn.state import is_hooked, state
 from svf_fast.ops.block import Stage, block
 from svf_fast.ops.svf_conv2d import Factors
 from svf_fast.structure import ResidualBlock, Unit, examine
 from svf_fast.structure import Stage as Names
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class Fused(nn.Module):
@@ -41,14 +35,15 @@ class Fused(nn.Module):
 
     def unfuse(self) -> nn.Module:
         """Gives the module its original class back, in place; returns it."""
-        for name in ("_names", "_kinds", "recompute"):
+        for name in ("_names", "_kinds", "recompute", "_reading"):
             self.__dict__.pop(name, None)
         self.__class__ = self.original
         return self
 
     def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_empty, (self._mixin, self.original), *reduced[2:])
+        own = {name: value for name, value in reduced[2].items() if name != "_reading"}
+        return (_empty, (self._mixin, self.original), own, *reduced[3:])
 
 
 _F = TypeVar("_F", bound=Fused)
@@ -70,6 +65,26 @@ def fuse(module: nn.Module, mixin: type[_F]) -> _F:
     """Makes the module one of `mixin`, in place."""
     module.__class__ = _subclass((mixin, type(module)))
     return cast(_F, module)
+
+
+class _Reading(NamedTuple):
+    """What was found of a fused module in a state: why it is not fused, and its stages by dtype."""
+
+    state: tuple[Any, ...] | None
+    reason: str
+    stages: dict[torch.dtype, list[Stage]]
+
+
+def _read(module: Fused) -> _Reading:
+    """The reading of the module as it is now, kept until something in it changes."""
+    now = state(module)
+    known = module.__dict__.get("_reading")
+    if known is not None and now is not None and known.state == now:
+        return known
+    reading = _Reading(now, module.unfused_reason(), {})
+    if now is not None:
+        module.__dict__["_reading"] = reading
+    return reading
 
 
 class ResidualUnit(Fused):
@@ -133,20 +148,22 @@ class ResidualUnit(Fused):
         return _replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)
 
     def forward(self, x: Tensor) -> Tensor:
-        names = self._names
-        if self.unfused_reason():
+        names, reading = self._names, _read(self)
+        if reading.reason:
             return super().forward(x)
         dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
-        shortcut: Stage | str = "identity"
         shortcut_x = None
-        if names.shortcut is not None:
-            shortcut = _stage(self, names.shortcut, dtype)
-            if names.pre:
-                shortcut_x = x
-                for name in names.pre:
-                    shortcut_x = self.get_submodule(name)(shortcut_x)
-                shortcut_x = shortcut_x.to(dtype)
-        stages = [_stage(self, stage, dtype) for stage in names.stages]
+        if names.pre:
+            shortcut_x = x
+            for name in names.pre:
+                shortcut_x = self.get_submodule(name)(shortcut_x)
+            shortcut_x = shortcut_x.to(dtype)
+        if dtype not in reading.stages:
+            every = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
+            reading.stages[dtype] = [_stage(self, stage, dtype) for stage in every]
+        stages = reading.stages[dtype]
+        shortcut = "identity" if names.shortcut is None else stages[-1]
+        stages = stages[: len(names.stages)]
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
 
@@ -377,6 +394,6 @@ def _inner(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _hooked_module(name: str, module: nn.Module) -> str:
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if is_hooked(module):
         return f"{name} has a hook"
     return f"{name} has a forward of its own" if "forward" in vars(module) else ""
