@@ -97,3 +97,17 @@ def test_only_x_requires_no_gradient():
     expected = torch.autograd.grad(plain(x).sum(), list(svf_fast.svf_parameters(plain)))
     for got, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("bottleneck", "bottleneck widening", "basic downsample"))
+def test_under_compile_the_kernels_are_called_whole(name):
+    model = converted(name, orthogonal=True)
+    x = image(model)
+    with on_gpu(defined()) as calls:
+        expected = step(model, x)
+        eager = calls.copy()
+        calls.clear()
+        got = step(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    assert calls == eager and eager
+    for mine, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, wanted)
