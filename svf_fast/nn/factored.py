@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.svf_conv2d import STRATEGIES, Frozen, reads_input
 from svf_fast.svd import (
     GUARD_LIMIT,
     Factors,
-    compose,
     decompose,
     dual,
     guarded_directions,
@@ -141,8 +141,7 @@ class Factored(nn.Module):
 
     def composed_weight(self) -> Tensor:
         """``U diag(S) V`` in the shape of the original weight and the dtype of S, detached."""
-        weight = compose(self.U, self.S.detach(), self.V, self._geometry().groups)
-        return weight.to(self.S.dtype)
+        return compose(self.U, self.S, self.V, self._geometry().groups, self.S.dtype)
 
     def refresh(self) -> None:
         """Plan anew from the values of U, S and V: strategy, guarded directions, composed weight.
@@ -259,8 +258,7 @@ class Factored(nn.Module):
         if folds and not graph and self._has_values():
             weight = plan.weights.get(dtype)
             if weight is None:
-                S = self.S.detach()
-                weight = compose(self.U, S, self.V, self._geometry().groups).to(dtype)
+                weight = compose(self.U, self.S, self.V, self._geometry().groups, dtype)
                 plan.weights[dtype] = weight
         return plan.strategy, Frozen(weight, plan.tail, plan.dual_U, plan.dual_V)
 

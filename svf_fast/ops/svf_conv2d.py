@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from svf_fast.ops.affine_act import affine_act, affine_act_backward
 from svf_fast.ops.channel_dot import channel_dot, channel_dot_scale_
+from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import (
     Geometry,
     convolution,
@@ -34,7 +35,6 @@ from svf_fast.ops.convolution import (
 from svf_fast.ops.gram import gram, gram_gradient
 from svf_fast.ops.pointwise import fuses, pointwise, pointwise_dot
 from svf_fast.reference.svf_conv2d import svf_conv2d as reference_svf_conv2d
-from svf_fast.svd import compose
 
 PLAIN = Geometry()
 STRATEGIES = ("reference", "fold", "chain", "gram")
@@ -165,7 +165,7 @@ class Factors(NamedTuple):
         if strategy == "chain":
             return cls(S, U, V, None, None, None, geometry, strategy)
         if weight is None:
-            weight = compose(U, S.detach(), V, geometry.groups).to(dtype)
+            weight = compose(U, S, V, geometry.groups, dtype)
         weight = weight.reshape(len(U), *V.shape[1:])
         if strategy != "gram":
             return cls(S, U, V, weight, None, None, geometry, strategy)

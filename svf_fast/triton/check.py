@@ -25,7 +25,7 @@ from svf_fast.triton.tuning import Config, Tunable
 
 ARCHITECTURES = (80, 90)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
-MODULES = ("activation_grams", "cosine_max", "gram", "pointwise")
+MODULES = ("activation_grams", "compose", "cosine_max", "gram", "pointwise")
 
 
 class Usage(NamedTuple):
