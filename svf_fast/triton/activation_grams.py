@@ -1,0 +1,238 @@
+"""The way back through an affine map and its ReLU with the Gram matrices of both sides.
+
+One read of the gradient and of y, one write of g. Every program makes one tile of one of the two
+matrices for one split of the positions, and they take turns in writing g. The programs of a split
+are neighbours in launch order: what one of them reads from DRAM the others read from L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svf_fast.triton.language import dot, narrow
+from svf_fast.triton.splits import (
+    Splits,
+    count_for,
+    dtype_name,
+    load_tile,
+    positions_of_resnet,
+    product_precision,
+    random_maps,
+    refuse_float64,
+    sequences,
+    tile_at,
+)
+from svf_fast.triton.tuning import Config, Tunable, bucket, find
+
+
+# side is 1 where only the second matrix is made: with it as a constant, the rebuilt activation
+# would be computed in the layout of the product's fragments, which reads shared memory by scalars
+@triton.jit(do_not_specialize=["side"])
+def activation_grams_partial_kernel(
+    grad,
+    y,
+    scale,
+    shift,
+    g,
+    partial,
+    side,
+    sides,
+    steps,
+    split_steps,
+    positions,
+    channels,
+    image_stride,
+    position_stride,
+    channel_stride,
+    ONE_TILE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile [BLOCK_A, BLOCK_B] of ``Σ_p g_p y_pᵀ`` or ``Σ_p x_p grad_pᵀ`` over one split."""
+    tiles_b = tl.cdiv(channels, BLOCK_B)
+    tiles = tl.cdiv(channels, BLOCK_A) * tiles_b
+    matrix = tl.program_id(0) // tiles  # of the partial ones: sides of a split
+    tile = tl.program_id(0) % tiles
+    split = matrix // sides
+    after = matrix % sides + side == 1
+    turn = matrix % sides * tiles_b + tile % tiles_b  # among all that have these rows of g
+    row = tile // tiles_b * BLOCK_A + tl.arange(0, BLOCK_A)
+    column = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    factor = tl.load(scale + row, mask=row < channels, other=0.0)[None, :]
+    offset = tl.load(shift + row, mask=row < channels, other=0.0)[None, :]
+
+    rows = tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    first = split * split_steps
+    for step in range(first, min(first + split_steps, steps)):
+        start, count = tile_at(step, positions, image_stride, position_stride, BLOCK_P)
+        inside = (rows[:, None] < count) & (row[None, :] < channels)
+        grad_a = load_tile(grad + start, row, rows, inside, position_stride, channel_stride)
+        y_a = load_tile(y + start, row, rows, inside, position_stride, channel_stride)
+        z = y_a.to(tl.float32) * factor + offset
+        stopped = z <= 0
+        g_a = narrow(tl.where(stopped, 0.0, grad_a.to(tl.float32) * factor), y_a.dtype)
+        x_a = narrow(tl.where(stopped, 0.0, z), y_a.dtype)
+        at = rows[:, None] * position_stride + row[None, :].to(tl.int64) * channel_stride
+        written = tl.where(step % (sides * tiles_b) == turn, count, 0)
+        tl.store(g + start + at, g_a, mask=inside & (rows[:, None] < written))
+        if ONE_TILE:
+            right = tl.where(after, grad_a, y_a)
+        else:
+            source = tl.where(after, grad, y) + start
+            inside = (rows[:, None] < count) & (column[None, :] < channels)
+            right = load_tile(source, column, rows, inside, position_stride, channel_stride)
+        left = tl.where(after, x_a, g_a)
+        total = dot(tl.trans(left), right, total, PRECISION)
+
+    at = matrix.to(tl.int64) * channels * channels + row[:, None] * channels + column[None, :]
+    tl.store(partial + at, total, mask=(row[:, None] < channels) & (column[None, :] < channels))
+
+
+def activation_grams(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    before: bool,
+    after: bool,
+    *,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g = dL/dy`` of ``x = relu(y · scale + shift)``, ``Σ_p g_p y_pᵀ`` and ``Σ_p x_p grad_pᵀ``.
+
+    grad = dL/dx and y [N, C, *spatial] of one dtype, scale and shift [C] in float32 -> g
+    [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not asked
+    for has no elements. x and g are rounded to the dtype of the maps. Maps that are contiguous or
+    channels_last (which loads 16 bytes at a time) are read as they lie; grad is brought to the
+    layout of y. Bytes of DRAM: grad and y read once, g written once, partial matrices.
+
+    Raises:
+        TypeError: another dtype than float32, bfloat16 and float16.
+        ValueError: neither matrix is asked for.
+    """
+    refuse_float64("activation_grams", "y", y)
+    sides = before + after
+    if not sides:
+        raise ValueError(
+            "activation_grams: expected before or after, got neither; affine_act_backward makes "
+            "g alone"
+        )
+    channels = y.shape[1]
+    if not (y.is_contiguous() or y.movedim(1, -1).is_contiguous()):
+        y = y.contiguous()
+    if grad.stride() != y.stride():
+        grad = torch.empty_like(y).copy_(grad)
+    g = torch.empty_like(y)
+    if y.numel() == 0:
+        partial = y.new_zeros((1, sides, channels, channels), dtype=torch.float32)
+        return g, *_matrices(partial, before, after)
+    maps = sequences(grad, y, g)
+    _, positions, _ = maps[0].shape
+    problem = Problem(channels, y.shape[0] * y.shape[2:].numel(), sides, y.dtype)
+    with torch.cuda.device_of(y):
+        options = dict(config or find("activation_grams", problem.key(), problem.rule))
+        splits = Splits.of(len(maps[0]), positions, options.pop("SPLITS"), options["BLOCK_P"])
+        block_a, block_b = options["BLOCK_A"], options["BLOCK_B"]
+        tiles = triton.cdiv(channels, block_a) * triton.cdiv(channels, block_b)
+        partial = y.new_empty((splits.count, sides, channels, channels), dtype=torch.float32)
+        activation_grams_partial_kernel[(splits.count * sides * tiles,)](
+            *maps[:2],
+            scale,
+            shift,
+            maps[2],
+            partial,
+            0 if before else 1,
+            sides,
+            splits.all_steps,
+            splits.steps,
+            positions,
+            channels,
+            *maps[0].stride(),
+            ONE_TILE=channels <= min(block_a, block_b),
+            PRECISION=product_precision(y.dtype),
+            **options,
+        )
+        return g, *_matrices(partial, before, after)
+
+
+def _matrices(partial: Tensor, before: bool, after: bool) -> tuple[Tensor, Tensor]:
+    """Sums over the splits, of [splits, sides, C, C]."""
+    none = partial.new_empty(0)
+    first = partial[:, 0].sum(dim=0, keepdim=True) if before else none
+    return first, partial[:, -1].sum(dim=0, keepdim=True) if after else none
+
+
+class Problem(NamedTuple):
+    """channels; positions of all images; matrices that are asked for; dtype of the maps."""
+
+    channels: int
+    positions: int
+    sides: int
+    dtype: torch.dtype
+
+    def key(self) -> str:
+        """What a configuration is looked up by."""
+        sides = ("", "one side", "both sides")[self.sides]
+        where = f"{self.channels} channels, {bucket(self.positions)} positions"
+        return f"{where}, {sides}, {dtype_name(self.dtype)}"
+
+    def rule(self, arch: int) -> Config:
+        """The configuration where no table has one."""
+        return self.candidates(arch)[0]
+
+    def candidates(self, arch: int) -> list[Config]:
+        """The rule's configuration first."""
+        width = max(16, triton.next_power_of_2(self.channels))
+        # BLOCK_A, BLOCK_B, BLOCK_P, warps, stages, blocks that a multiprocessor holds at once
+        if arch == 0:
+            shapes = [(32, 32, 32, 4, 2, 2)]
+        elif self.dtype == torch.float32:
+            shapes = [(64, 64, 32, 4, 3, 2), (64, 128, 16, 8, 3, 1), (64, 64, 32, 8, 3, 1)]
+        elif width <= 64:
+            shapes = [(64, 64, 32, 4, 4, 3), (64, 64, 64, 4, 3, 2), (64, 64, 64, 8, 3, 1)]
+        elif width == 128:
+            shapes = [(128, 128, 32, 8, 4, 1), (128, 128, 64, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
+            shapes = shapes if arch < 90 else [shapes[1], shapes[0], shapes[2]]
+        else:
+            # a block of 128 x 256 reads 2 · 128 + 256 channels for 2 · 128 · 256 FLOP a position
+            shapes = [(128, 256, 32, 8, 4, 1), (128, 256, 32, 8, 3, 1), (128, 128, 32, 8, 4, 1)]
+            shapes += [(128, 128, 64, 8, 3, 1), (64, 256, 32, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
+        found = []
+        for a, b, p, warps, stages, blocks in shapes:
+            a, b = min(a, width), min(b, width)
+            tiles = triton.cdiv(self.channels, a) * triton.cdiv(self.channels, b)
+            count = count_for(tiles * self.sides, arch, blocks)
+            config = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": p, "SPLITS": count}
+            found.append({**config, "num_warps": warps, "num_stages": stages})
+        return found
+
+    def launcher(self, device: torch.device) -> Callable[[Config], object]:
+        """Fresh random maps, and a call with a configuration."""
+        grad, y = random_maps(self.positions, [self.channels] * 2, self.dtype, device)
+        scale, shift = torch.randn(2, self.channels, device=device)
+        both = self.sides == 2
+        return lambda config: activation_grams(grad, y, scale, shift, True, both, config=config)
+
+
+def problems() -> list[Problem]:
+    """y1 (its own matrix) and y2 (both sides) of the bottlenecks of layers 2-4."""
+    return [
+        Problem(channels, positions, sides, torch.bfloat16)
+        for channels in (128, 256, 512)
+        for positions in positions_of_resnet()
+        for sides in (1, 2)
+    ]
+
+
+TUNABLES = [
+    Tunable("activation_grams", Problem.key, Problem.candidates, Problem.launcher, problems)
+]
