@@ -10,7 +10,7 @@ Definition: :mod:`svf_fast.reference.pointwise`.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,17 +19,34 @@ from torch import Tensor
 
 from svf_fast.reference.affine_act import mask_bytes
 from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
-from svf_fast.triton.tuning import Config, Tunable, bucket, find
+from svf_fast.triton.tuning import Config, architecture, bucket, find
 
+Options = tuple[bool, ...]
+OPTIONS = ("affine", "bits", "residual", "residual_bits", "keep", "mask", "dot")
+DOT = (False,) * 6 + (True,)
+MULTIPROCESSORS = {8: 108, 9: 132}  # of an A100, an H200
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @triton.jit
-def load_bit_rows(mask, offset, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] booleans of the [ROWS, COLUMNS / 8] bytes at offset."""
-    byte = tl.load(mask + offset, mask=inside, other=0).to(tl.int32)
-    bits = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(bits, (ROWS, COLUMNS)) != 0
+def load_bit_rows(
+    mask, bit, row, inside_p, column, width, COLUMNS: tl.constexpr, WORD: tl.constexpr
+):
+    """Bits [rows, COLUMNS] from ``column`` on of a mask of [positions, width].
+
+    Read in words of WORD bits, which column and width are multiples of; bit: 0 .. WORD - 1. Where
+    a word is as wide as the tile no bit changes threads.
+    """
+    words = mask.to(tl.pointer_type(tl.core.get_int_dtype(WORD, True)), bitcast=True)
+    word = column // WORD + tl.arange(0, COLUMNS // WORD)
+    inside = inside_p[:, None] & (word < width // WORD)[None, :]
+    value = tl.load(words + row[:, None] * (width // WORD) + word[None, :], mask=inside, other=0)
+    left = (WORD - 1 - bit).to(value.dtype)  # moves the bit to where the sign is: cheap to test
+    if COLUMNS == WORD:
+        signed = value << left[None, :]
+    else:
+        signed = tl.reshape(value[:, :, None] << left[None, None, :], (row.shape[0], COLUMNS))
+    return signed < 0
 
 
 @triton.jit
@@ -61,6 +78,7 @@ def pointwise_kernel(
     y,
     mask,
     dots,  # [cdiv(positions, BLOCK_P), D]
+    numbers,  # 0 .. 63
     positions,
     in_eighths,  # K / 8
     out_eighths,  # D / 8
@@ -70,11 +88,13 @@ def pointwise_kernel(
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,  # no block reaches beyond K
     EVEN_D: tl.constexpr,
+    IN_WORD: tl.constexpr,  # bits of in_mask that are read at once
+    OUT_WORD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    SLICES: tl.constexpr,
+    SLICES: tl.constexpr,  # parts of a tile that the epilogue finishes one after the other
 ):
     WIDTH: tl.constexpr = BLOCK_D // SLICES
     K = in_eighths * 8  # so the compiler knows that rows begin at multiples of eight elements
@@ -93,6 +113,8 @@ def pointwise_kernel(
     x += first * K
 
     acc = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    if in_mask is not None:  # numbers that were loaded may move to where tensor cores want them
+        bit = tl.load(numbers + tl.arange(0, IN_WORD))
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         inside_x = inside_p[:, None] if EVEN_K else inside_p[:, None] & (k < K)[None, :]
@@ -107,14 +129,8 @@ def pointwise_kernel(
             t = tl.load(in_shift + k) if EVEN_K else tl.load(in_shift + k, mask=inside_k, other=0.0)
             a = affine_relu(a, s[None, :], t[None, :])
         if in_mask is not None:
-            byte = k0 // 8 + tl.arange(0, BLOCK_K // 8)
-            inside_x = inside_p[:, None] & (byte < in_eighths)[None, :]
-            if EVEN_K:
-                inside_x = inside_p[:, None]
-            at_bits = row[:, None] * in_eighths + byte[None, :]
-            passes = load_bit_rows(
-                in_mask + first * in_eighths, at_bits, inside_x, BLOCK_P, BLOCK_K
-            )
+            start = in_mask + first * in_eighths
+            passes = load_bit_rows(start, bit, row, inside_p, k0, K, BLOCK_K, IN_WORD)
             a = tl.where(passes, a, 0.0)
         acc = dot(a, b, acc, PRECISION)
 
@@ -149,9 +165,9 @@ def pointwise_kernel(
         if residual is not None:
             added = tl.load(residual + first * D + at, mask=inside, other=0.0)
             if residual_mask is not None:
-                passes = load_bit_rows(
-                    residual_mask + first * out_eighths, at_bits, inside_bits, BLOCK_P, WIDTH
-                )
+                start = residual_mask + first * out_eighths
+                bit = tl.arange(0, OUT_WORD)
+                passes = load_bit_rows(start, bit, row, inside_p, d0, D, WIDTH, OUT_WORD)
                 added = tl.where(passes, added, 0.0)
             added = added.to(tl.float32)
             if residual_scale is not None:
@@ -162,9 +178,311 @@ def pointwise_kernel(
         result = narrow(z, dtype)
         tl.store(out + first * D + at, result, mask=inside)
         if mask is not None:
-            bits = pack_bits((result <= 0) == 0, BLOCK_P, WIDTH)
+            passes = (result.to(tl.float32) <= 0) == 0  # as NaN does
+            bits = pack_bits(passes, BLOCK_P, WIDTH)
             tl.store(mask + first * out_eighths + at_bits, bits, mask=inside_bits)
     if mask is not None and tl.program_id(0) == 0:  # bytes that hold no element
         end = positions.to(tl.int64) * out_eighths
         pad = end + tl.arange(0, 16)
         tl.store(mask + pad, tl.zeros((16,), tl.uint8), mask=pad < end // 8 * 8 + 16)
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    relu: bool = False,
+    keep: bool = False,
+    mask: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out = relu?(y·scale + shift + residual'·residual_scale)`` of ``y_p = weight x'_p``.
+
+    x [N, K, *spatial] in channels_last, weight [D, K] in any strides, both in bfloat16, float16 or
+    float32; residual [N, D, *spatial]; the vectors are float32. ``x'`` is relu(x·in_scale +
+    in_shift), or x where in_mask has a bit; residual' is residual where residual_mask has a bit.
+    -> out and y (rounded before out is computed of it; empty unless ``keep``) [N, D, *spatial] in
+    channels_last, and the bits of out (:func:`svf_fast.reference.affine_act.pack_mask`; empty
+    unless ``mask``). Reads x, residual and the bits once, apart from what L2 returns.
+
+    Raises:
+        ValueError: operands that :func:`serves` says no to; a masked residual in another layout.
+    """
+    _require(x, weight)
+    if residual is not None:
+        if residual_mask is not None and not _has_rows(residual):
+            raise ValueError(
+                "pointwise: residual: expected channels_last, as its mask counts elements, got "
+                f"strides {residual.stride()}"
+            )
+        residual = _with_rows(residual)
+    out = _maps(x, len(weight))
+    y = _maps(x, len(weight)) if keep else x.new_empty(0)
+    bits = x.new_empty(mask_bytes(out.numel()) if mask else 0, dtype=torch.uint8)
+    if x.numel() == 0:
+        return out, y, bits.zero_()
+    options = (
+        in_scale is not None,
+        in_mask is not None,
+        residual is not None,
+        residual_mask is not None,
+        keep,
+        mask,
+        False,
+    )
+    _launch(
+        x,
+        weight,
+        _packed(in_scale),
+        _packed(in_shift),
+        _aligned(in_mask),
+        _packed(scale),
+        _packed(shift),
+        residual,
+        _packed(residual_scale),
+        _aligned(residual_mask),
+        None,
+        out,
+        y if keep else None,
+        bits if mask else None,
+        relu,
+        options,
+        config,
+    )
+    return out, y, bits
+
+
+def pointwise_dot(
+    x: Tensor, weight: Tensor, v: Tensor, s: Tensor, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """``a_p = weight x_p``; returns ``a·s`` per channel and ``dot_d = Σ_p a_pd v_pd`` in float32.
+
+    x [N, K, *spatial] in channels_last, weight [D, K] in any strides, v [N, D, *spatial], s [D] in
+    float32. Both are computed of a rounded to the dtype of x. v is read once, a is not written.
+
+    Raises:
+        ValueError: operands that :func:`serves` says no to.
+    """
+    _require(x, weight)
+    out = _maps(x, len(weight))
+    if x.numel() == 0:
+        return out, x.new_zeros(len(weight), dtype=torch.float32)
+    nothing = (None,) * 3
+    dots = _launch(
+        x, weight, *nothing, _packed(s), *nothing, None, _with_rows(v), out, None, None, False, DOT
+    )
+    assert dots is not None
+    return out, dots.sum(dim=0)
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes these operands: channels_last maps, channels in multiples of 8."""
+    return (
+        x.dtype in DTYPES
+        and weight.dtype == x.dtype
+        and weight.dim() == 2
+        and weight.shape[1] == x.shape[1] > 0
+        and len(weight) > 0
+        and weight.shape[1] % 8 == 0
+        and len(weight) % 8 == 0
+        and max(weight.numel(), x.numel() // x.shape[1]) < 2**30  # offsets in 32 bits
+        and (_has_rows(x) or x.numel() == 0)
+    )
+
+
+def wanted(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    keep: bool = False,
+    mask: bool = False,
+    dot: bool = False,
+) -> bool:
+    """Whether one kernel is the way here: it serves, and no table says that passes are faster."""
+    if not serves(x, weight):
+        return False
+    if x.numel() == 0:
+        return True
+    options = (
+        in_scale is not None,
+        in_mask is not None,
+        residual is not None,
+        residual_mask is not None,
+        keep,
+        mask,
+        dot,
+    )
+    with torch.cuda.device_of(x):
+        return "fused" not in _config(x, weight, options)
+
+
+def _launch(
+    x,
+    weight,
+    in_scale,
+    in_shift,
+    in_mask,
+    scale,
+    shift,
+    residual,
+    residual_scale,
+    residual_mask,
+    v,
+    out,
+    y,
+    mask,
+    relu,
+    options,
+    config=None,
+) -> Tensor | None:
+    D, K = weight.shape
+    positions = x.numel() // K
+    with torch.cuda.device_of(x):
+        config = _config(x, weight, options) if config is None else config
+        if "fused" in config:  # the table would rather not, the caller insists
+            config = _tiles(Problem(positions, K, D, x.dtype, options), architecture())
+        block_d, block_k = config["BLOCK_D"], config["BLOCK_K"]
+        tiles = triton.cdiv(positions, config["BLOCK_P"])
+        dots = None if v is None else x.new_empty((tiles, D), dtype=torch.float32)
+        pointwise_kernel[(tiles * triton.cdiv(D, block_d),)](
+            x,
+            weight,
+            in_scale,
+            in_shift,
+            in_mask,
+            scale,
+            shift,
+            residual,
+            residual_scale,
+            residual_mask,
+            v,
+            out,
+            y,
+            mask,
+            dots,
+            None if in_mask is None else _numbers(x.device),
+            positions,
+            K // 8,
+            D // 8,
+            weight.stride(0),
+            weight.stride(1),
+            RELU=relu,
+            PRECISION=_precision(x.dtype),
+            EVEN_K=K % block_k == 0,
+            EVEN_D=D % block_d == 0,
+            IN_WORD=min(K & -K, 64, block_k),
+            OUT_WORD=min(D & -D, 64, block_d // config["SLICES"]),
+            **config,
+        )
+    return dots
+
+
+class Problem(NamedTuple):
+    """A call of :func:`pointwise` or :func:`pointwise_dot`; options: a bool for each of OPTIONS."""
+
+    positions: int
+    K: int
+    D: int
+    dtype: torch.dtype
+    options: Options
+
+
+def _rule(problem: Problem, arch: int) -> Config:
+    """Tiles for which the 13 problems of a network neither spill nor leave the GPU half empty.
+
+    A convolution without neighbours is left to cuDNN.
+    """
+    return _tiles(problem, arch) if any(problem.options) else {"fused": 0}
+
+
+def _tiles(problem: Problem, arch: int) -> Config:
+    positions, K, D, dtype, options = problem
+    prologue = options[0] or options[1]
+    if arch == 0:
+        block_d, block_k = (32 if D <= 128 else 512), (16 if K <= 128 else 512)
+        return _config_of(32, block_d, block_k, slices=2, warps=4, stages=1)
+    block_d = min(128, max(16, triton.next_power_of_2(D)))
+    slices = 2 if block_d == 128 else 1
+    few = triton.cdiv(positions, 128) * triton.cdiv(D, 128) < MULTIPROCESSORS[arch // 10]
+    if dtype == torch.float32:
+        return _config_of(64, min(block_d, 64), 32, slices=1, warps=4, stages=3)
+    if arch < 90:
+        return _config_of(64 if few else 128, block_d, 32, slices, warps=4, stages=4)
+    if few:
+        return _config_of(64, block_d, 64, slices, warps=4, stages=4)
+    if prologue:  # half of BLOCK_K, so that two blocks of threads share a multiprocessor
+        return _config_of(128, block_d, 32, slices, warps=8, stages=5, maxnreg=128)
+    return _config_of(128, block_d, 64, slices, warps=8, stages=3, maxnreg=128)
+
+
+def _config_of(
+    block_p: int, block_d: int, block_k: int, slices: int, warps: int, stages: int, **more: int
+) -> Config:
+    blocks = {"BLOCK_P": block_p, "BLOCK_D": block_d, "BLOCK_K": block_k, "GROUP": 8}
+    return {**blocks, "SLICES": slices, "num_warps": warps, "num_stages": stages, **more}
+
+
+def _config(x: Tensor, weight: Tensor, options: Options) -> Config:
+    D, K = weight.shape
+    problem = Problem(x.numel() // K, K, D, x.dtype, options)
+    return find("pointwise", _key(problem, _precision(x.dtype)), lambda arch: _rule(problem, arch))
+
+
+@functools.cache
+def _key(problem: Problem, precision: str) -> str:
+    positions, K, D, dtype, options = problem
+    number = precision if dtype == torch.float32 else DTYPES[dtype]
+    names = [name for name, present in zip(OPTIONS, options, strict=True) if present]
+    return f"{bucket(positions)}x{K}x{D} {number} {'+'.join(names) or 'plain'}"
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return precision(convolves=True) if dtype == torch.float32 else "ieee"
+
+
+@functools.cache
+def _numbers(device: torch.device) -> Tensor:
+    return torch.arange(64, dtype=torch.int32, device=device)
+
+
+def _maps(x: Tensor, channels: int) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether the map is [positions, channels] in memory."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if _has_rows(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _packed(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _aligned(mask: Tensor | None) -> Tensor | None:
+    """Masks are read in words of eight bytes."""
+    return mask if mask is None or mask.data_ptr() % 8 == 0 else mask.clone()
+
+
+def _require(x: Tensor, weight: Tensor) -> None:
+    if not serves(x, weight):
+        raise ValueError(
+            "pointwise: x, weight: expected channels_last maps [N, K, *spatial] and [D, K] of one "
+            f"dtype of {', '.join(map(str, DTYPES))}, K and D multiples of 8, got {x.dtype} "
+            f"{list(x.shape)} with strides {x.stride()} and {weight.dtype} {list(weight.shape)}"
+        )
