@@ -10,7 +10,8 @@ Definition: :mod:`svf_fast.reference.pointwise`.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -19,13 +20,10 @@ from torch import Tensor
 
 from svf_fast.reference.affine_act import mask_bytes
 from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
-from svf_fast.triton.tuning import Config, architecture, bucket, find
+from svf_fast.triton.pointwise_problem import Options, Problem, problems
+from svf_fast.triton.tuning import Config, Tunable, architecture, find
 
-Options = tuple[bool, ...]
-OPTIONS = ("affine", "bits", "residual", "residual_bits", "keep", "mask", "dot")
-DOT = (False,) * 6 + (True,)
-MULTIPROCESSORS = {8: 108, 9: 132}  # of an A100, an H200
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -201,6 +199,7 @@ def pointwise(
     relu: bool = False,
     keep: bool = False,
     mask: bool = False,
+    *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out = relu?(y·scale + shift + residual'·residual_scale)`` of ``y_p = weight x'_p``.
@@ -228,15 +227,7 @@ def pointwise(
     bits = x.new_empty(mask_bytes(out.numel()) if mask else 0, dtype=torch.uint8)
     if x.numel() == 0:
         return out, y, bits.zero_()
-    options = (
-        in_scale is not None,
-        in_mask is not None,
-        residual is not None,
-        residual_mask is not None,
-        keep,
-        mask,
-        False,
-    )
+    options = _options(in_scale, in_mask, residual, residual_mask, keep, mask)
     _launch(
         x,
         weight,
@@ -260,7 +251,7 @@ def pointwise(
 
 
 def pointwise_dot(
-    x: Tensor, weight: Tensor, v: Tensor, s: Tensor, config: Config | None = None
+    x: Tensor, weight: Tensor, v: Tensor, s: Tensor, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """``a_p = weight x_p``; returns ``a·s`` per channel and ``dot_d = Σ_p a_pd v_pd`` in float32.
 
@@ -274,10 +265,9 @@ def pointwise_dot(
     out = _maps(x, len(weight))
     if x.numel() == 0:
         return out, x.new_zeros(len(weight), dtype=torch.float32)
-    nothing = (None,) * 3
-    dots = _launch(
-        x, weight, *nothing, _packed(s), *nothing, None, _with_rows(v), out, None, None, False, DOT
-    )
+    v, s, none = _with_rows(v), s.contiguous(), (None,) * 3
+    options = _options(*none, None, False, False, dot=True)
+    dots = _launch(x, weight, *none, s, None, *none, v, out, None, None, False, options, config)
     assert dots is not None
     return out, dots.sum(dim=0)
 
@@ -293,7 +283,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and weight.shape[1] % 8 == 0
         and len(weight) % 8 == 0
         and max(weight.numel(), x.numel() // x.shape[1]) < 2**30  # offsets in 32 bits
-        and (_has_rows(x) or x.numel() == 0)
+        and _has_rows(x)
     )
 
 
@@ -313,17 +303,9 @@ def wanted(
         return False
     if x.numel() == 0:
         return True
-    options = (
-        in_scale is not None,
-        in_mask is not None,
-        residual is not None,
-        residual_mask is not None,
-        keep,
-        mask,
-        dot,
-    )
+    options = _options(in_scale, in_mask, residual, residual_mask, keep, mask, dot)
     with torch.cuda.device_of(x):
-        return "fused" not in _config(x, weight, options)
+        return "fused" not in _config(_problem(x, weight, options))
 
 
 def _launch(
@@ -345,12 +327,12 @@ def _launch(
     options,
     config=None,
 ) -> Tensor | None:
-    D, K = weight.shape
-    positions = x.numel() // K
+    problem = _problem(x, weight, options)
+    positions, K, D = problem[:3]
     with torch.cuda.device_of(x):
-        config = _config(x, weight, options) if config is None else config
+        config = _config(problem) if config is None else config
         if "fused" in config:  # the table would rather not, the caller insists
-            config = _tiles(Problem(positions, K, D, x.dtype, options), architecture())
+            config = problem.tiles(architecture())
         block_d, block_k = config["BLOCK_D"], config["BLOCK_K"]
         tiles = triton.cdiv(positions, config["BLOCK_P"])
         dots = None if v is None else x.new_empty((tiles, D), dtype=torch.float32)
@@ -387,63 +369,19 @@ def _launch(
     return dots
 
 
-class Problem(NamedTuple):
-    """A call of :func:`pointwise` or :func:`pointwise_dot`; options: a bool for each of OPTIONS."""
-
-    positions: int
-    K: int
-    D: int
-    dtype: torch.dtype
-    options: Options
-
-
-def _rule(problem: Problem, arch: int) -> Config:
-    """Tiles for which the 13 problems of a network neither spill nor leave the GPU half empty.
-
-    A convolution without neighbours is left to cuDNN.
-    """
-    return _tiles(problem, arch) if any(problem.options) else {"fused": 0}
-
-
-def _tiles(problem: Problem, arch: int) -> Config:
-    positions, K, D, dtype, options = problem
-    prologue = options[0] or options[1]
-    if arch == 0:
-        block_d, block_k = (32 if D <= 128 else 512), (16 if K <= 128 else 512)
-        return _config_of(32, block_d, block_k, slices=2, warps=4, stages=1)
-    block_d = min(128, max(16, triton.next_power_of_2(D)))
-    slices = 2 if block_d == 128 else 1
-    few = triton.cdiv(positions, 128) * triton.cdiv(D, 128) < MULTIPROCESSORS[arch // 10]
-    if dtype == torch.float32:
-        return _config_of(64, min(block_d, 64), 32, slices=1, warps=4, stages=3)
-    if arch < 90:
-        return _config_of(64 if few else 128, block_d, 32, slices, warps=4, stages=4)
-    if few:
-        return _config_of(64, block_d, 64, slices, warps=4, stages=4)
-    if prologue:  # half of BLOCK_K, so that two blocks of threads share a multiprocessor
-        return _config_of(128, block_d, 32, slices, warps=8, stages=5, maxnreg=128)
-    return _config_of(128, block_d, 64, slices, warps=8, stages=3, maxnreg=128)
-
-
-def _config_of(
-    block_p: int, block_d: int, block_k: int, slices: int, warps: int, stages: int, **more: int
-) -> Config:
-    blocks = {"BLOCK_P": block_p, "BLOCK_D": block_d, "BLOCK_K": block_k, "GROUP": 8}
-    return {**blocks, "SLICES": slices, "num_warps": warps, "num_stages": stages, **more}
-
-
-def _config(x: Tensor, weight: Tensor, options: Options) -> Config:
+def _problem(x: Tensor, weight: Tensor, options: Options) -> Problem:
     D, K = weight.shape
-    problem = Problem(x.numel() // K, K, D, x.dtype, options)
-    return find("pointwise", _key(problem, _precision(x.dtype)), lambda arch: _rule(problem, arch))
+    number = "16bit" if x.dtype != torch.float32 else _precision(x.dtype)
+    return Problem(x.numel() // K, K, D, number, options)
 
 
-@functools.cache
-def _key(problem: Problem, precision: str) -> str:
-    positions, K, D, dtype, options = problem
-    number = precision if dtype == torch.float32 else DTYPES[dtype]
-    names = [name for name, present in zip(OPTIONS, options, strict=True) if present]
-    return f"{bucket(positions)}x{K}x{D} {number} {'+'.join(names) or 'plain'}"
+def _config(problem: Problem) -> Config:
+    return find("pointwise", problem.key(), problem.rule)
+
+
+def _options(in_scale, in_mask, residual, residual_mask, keep, mask, dot=False) -> Options:
+    maps = in_scale, in_mask, residual, residual_mask
+    return (*[given is not None for given in maps], keep, mask, dot)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -462,7 +400,7 @@ def _maps(x: Tensor, channels: int) -> Tensor:
 def _has_rows(x: Tensor) -> bool:
     """Whether the map is [positions, channels] in memory."""
     if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
+        return x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0
     return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
 
 
@@ -486,3 +424,84 @@ def _require(x: Tensor, weight: Tensor) -> None:
             f"dtype of {', '.join(map(str, DTYPES))}, K and D multiples of 8, got {x.dtype} "
             f"{list(x.shape)} with strides {x.stride()} and {weight.dtype} {list(weight.shape)}"
         )
+
+
+def passes(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    relu: bool = False,
+    keep: bool = False,
+    mask: bool = False,
+) -> Any:
+    """What :func:`pointwise` is raced against: cuBLAS between the element-wise ops."""
+    ops = torch.ops.svf_fast
+    if in_scale is not None:
+        x = ops.affine_act(x, in_scale, in_shift, None, None, True, False)[0]
+    if in_mask is not None:
+        x = ops.affine_act_backward(x, None, in_mask, None, None)
+    if residual_mask is not None:
+        residual = ops.affine_act_backward(residual, None, residual_mask, None, None)
+    rows = x.movedim(1, -1).flatten(end_dim=-2)
+    if scale is None and residual is not None:
+        return torch.addmm(residual.movedim(1, -1).flatten(end_dim=-2), rows, weight.t())
+    y = (rows @ weight.t()).reshape(*x.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
+    if scale is None:
+        return y
+    after = ops.affine_act if keep else ops.affine_act_
+    return after(y, scale, shift, residual, None, relu, mask)
+
+
+def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
+    forward = any(problem.has(name) for name in ("affine", "keep", "mask"))
+    # values matter where kernels run, not where they are only compiled
+    filled = functools.partial(torch.randn if device.type == "cuda" else torch.empty, device=device)
+
+    def maps(channels: int) -> Tensor:
+        shape = 1, problem.positions, 1, channels
+        return filled(shape, dtype=problem.dtype).movedim(-1, 1)
+
+    def bits(like: Tensor) -> Tensor:
+        shape = (mask_bytes(like.numel()),)
+        return torch.randint(256, shape, dtype=torch.uint8, device=device)
+
+    x, weight = maps(problem.K), filled(problem.D, problem.K, dtype=problem.dtype)
+    weight = weight if forward else weight.t().contiguous().t()
+    if problem.has("dot"):
+        v, s = maps(problem.D), filled(problem.D)
+
+        def dot_product(config: Config) -> Any:
+            if "fused" in config:
+                return torch.ops.svf_fast.channel_dot_scale_(passes(x, weight), v, s)
+            return pointwise_dot(x, weight, v, s, config=config)
+
+        return dot_product
+
+    given: dict[str, Any] = {"relu": forward}
+    if problem.has("affine"):
+        given["in_scale"], given["in_shift"] = filled(problem.K), filled(problem.K)
+    if problem.has("bits"):
+        given["in_mask"] = bits(x)
+    if forward:
+        given["scale"], given["shift"] = filled(problem.D), filled(problem.D)
+    if problem.has("residual"):
+        given["residual"] = maps(problem.D)
+    if problem.has("residual_bits"):
+        given["residual_mask"] = bits(given["residual"])
+    given["keep"], given["mask"] = problem.has("keep"), problem.has("mask")
+
+    def product(config: Config) -> Any:
+        if "fused" in config:
+            return passes(x, weight, **given)
+        return pointwise(x, weight, **given, config=config)
+
+    return product
+
+
+TUNABLES = [Tunable("pointwise", Problem.key, Problem.candidates, _launcher, problems)]
