@@ -31,6 +31,10 @@ class Fused(nn.Module):
 
     def unfused_reason(self) -> str:
         """Why the next forward pass runs module by module; empty where it is fused."""
+        return "; ".join(reason for reason in self._reasons() if reason)
+
+    def _reasons(self) -> list[str]:
+        """Of each part that is one node where nothing speaks against it."""
         raise NotImplementedError
 
     def unfuse(self) -> nn.Module:
@@ -68,11 +72,17 @@ def fuse(module: nn.Module, mixin: type[_F]) -> _F:
 
 
 class _Reading(NamedTuple):
-    """What was found of a fused module in a state: why it is not fused, and its stages by dtype."""
+    """What was found of a fused module in a state: why its parts are not fused, and the stages."""
 
     state: tuple[Any, ...] | None
-    reason: str
-    stages: dict[torch.dtype, list[Stage]]
+    reasons: list[str]
+    stages: dict[tuple[str, torch.dtype], Stage]
+
+    def stage(self, module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
+        at = names.conv, dtype
+        if at not in self.stages:
+            self.stages[at] = _stage(module, names, dtype)
+        return self.stages[at]
 
 
 def _read(module: Fused) -> _Reading:
@@ -81,7 +91,7 @@ def _read(module: Fused) -> _Reading:
     known = module.__dict__.get("_reading")
     if known is not None and now is not None and known.state == now:
         return known
-    reading = _Reading(now, module.unfused_reason(), {})
+    reading = _Reading(now, module._reasons(), {})
     if now is not None:
         module.__dict__["_reading"] = reading
     return reading
@@ -142,14 +152,14 @@ class ResidualUnit(Fused):
         """Name of the convolution that ``recompute`` runs again."""
         return self._names.stages[1].conv
 
-    def unfused_reason(self) -> str:
+    def _reasons(self) -> list[str]:
         names = self._names
         stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
-        return _replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)
+        return [_replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)]
 
     def forward(self, x: Tensor) -> Tensor:
         names, reading = self._names, _read(self)
-        if reading.reason:
+        if reading.reasons[0]:
             return super().forward(x)
         dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
         shortcut_x = None
@@ -158,12 +168,10 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        if dtype not in reading.stages:
-            every = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
-            reading.stages[dtype] = [_stage(self, stage, dtype) for stage in every]
-        stages = reading.stages[dtype]
-        shortcut = "identity" if names.shortcut is None else stages[-1]
-        stages = stages[: len(names.stages)]
+        stages = [reading.stage(self, stage, dtype) for stage in names.stages]
+        shortcut: Stage | str = "identity"
+        if names.shortcut is not None:
+            shortcut = reading.stage(self, names.shortcut, dtype)
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
 
@@ -210,9 +218,8 @@ class FusedSequential(Fused):
         fused._names = units
         return fused
 
-    def unfused_reason(self) -> str:
-        reasons = (self._unit_reason(unit) for unit in self._names)
-        return "; ".join(reason for reason in reasons if reason)
+    def _reasons(self) -> list[str]:
+        return [self._unit_reason(unit) for unit in self._names]
 
     def __getitem__(self, index):
         part = super().__getitem__(index)  # type: ignore[misc]
@@ -232,16 +239,19 @@ class FusedSequential(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
-        units = {unit.stage.conv: unit for unit in self._names}
+        reading = _read(self)
+        reasons = zip(self._names, reading.reasons, strict=True)
+        units = {unit.stage.conv: unit for unit, reason in reasons if not reason}
         for name in self._modules:  # named_children leaves out what comes again
             if name in skipped:
                 continue
-            module, unit = self.get_submodule(name), units.get(name)
-            if unit is None or self._unit_reason(unit):
-                x = module(x)
+            unit = units.get(name)
+            if unit is None:
+                x = self.get_submodule(name)(x)
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
-            x = block(x.to(dtype), [_stage(self, unit.stage, dtype)], relu=unit.stage.relu)
+            stage = reading.stage(self, unit.stage, dtype)
+            x = block(x.to(dtype), [stage], relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
 
