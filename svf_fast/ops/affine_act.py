@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from svf_fast.ops.maps import check_maps
-from svf_fast.reference import affine_act as definition
 from svf_fast.reference.affine_act import mask_bytes
 
 
@@ -155,29 +154,3 @@ def _(y, scale, shift, residual, residual_scale, relu, mask):
 @torch.library.register_fake("svf_fast::affine_act_backward_")
 def _(grad, y, mask, scale, shift):
     return None
-
-
-# No CUDA kernels are written yet: there the definitions serve, several passes each.
-def _forward(y, scale, shift, residual, residual_scale, relu, mask):
-    out = _dense_like(y).copy_(y)
-    return out, _in_place(out, scale, shift, residual, residual_scale, relu, mask)
-
-
-def _in_place(y, scale, shift, residual, residual_scale, relu, mask):
-    y.copy_(definition.affine_act(y, scale, shift, residual, residual_scale, relu))
-    return definition.pack_mask(y) if mask else y.new_empty(0, dtype=torch.uint8)
-
-
-def _backward(grad, y, mask, scale, shift):
-    out = _dense_like(grad if y is None else y)
-    return out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
-
-
-def _backward_in_place(grad, y, mask, scale, shift):
-    grad.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
-
-
-torch.library.impl("svf_fast::affine_act", "CUDA", _forward)
-torch.library.impl("svf_fast::affine_act_", "CUDA", _in_place)
-torch.library.impl("svf_fast::affine_act_backward", "CUDA", _backward)
-torch.library.impl("svf_fast::affine_act_backward_", "CUDA", _backward_in_place)
