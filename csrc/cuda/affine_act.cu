@@ -180,30 +180,34 @@ struct BackwardChannels {
 // The first `count` elements of a vector: all, when kWhole.
 template <bool kWhole, int kVecSize, typename T>
 __device__ void load(Pack<T, kVecSize>& pack, const T* from, int count) {
-  if (kWhole || count == kVecSize) {
-    pack = svf_fast::load<kVecSize>(from);
-    return;
-  }
+  if constexpr (!kWhole) {
+    if (count < kVecSize) {
 #pragma unroll
-  for (int j = 0; j < kVecSize; ++j) {
-    if (j < count) {
-      pack.values[j] = from[j];
+      for (int j = 0; j < kVecSize; ++j) {
+        if (j < count) {
+          pack.values[j] = from[j];
+        }
+      }
+      return;
     }
   }
+  pack = svf_fast::load<kVecSize>(from);
 }
 
 template <bool kWhole, int kVecSize, typename T>
 __device__ void store(T* to, const Pack<T, kVecSize>& pack, int count) {
-  if (kWhole || count == kVecSize) {
-    svf_fast::store(to, pack);
-    return;
-  }
+  if constexpr (!kWhole) {
+    if (count < kVecSize) {
 #pragma unroll
-  for (int j = 0; j < kVecSize; ++j) {
-    if (j < count) {
-      to[j] = pack.values[j];
+      for (int j = 0; j < kVecSize; ++j) {
+        if (j < count) {
+          to[j] = pack.values[j];
+        }
+      }
+      return;
     }
   }
+  svf_fast::store(to, pack);
 }
 
 // Writes one bit per element. Called by whole warps, whose vectors lie side by side.

@@ -44,6 +44,16 @@ __device__ Pack<T, kSize> load(const T* from) {
 
 template <int kSize, typename T>
 __device__ void store(T* to, const Pack<T, kSize>& pack) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(pack) == kAccess) {  // nvcc 13 makes four stores of most assignments
+    uint4 bits;
+    memcpy(&bits, &pack, kAccess);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y),
+                 "r"(bits.z), "r"(bits.w)
+                 : "memory");
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<T, kSize>*>(to) = pack;
 }
 
