@@ -214,7 +214,9 @@ __device__ void store(T* to, const Pack<T, kVecSize>& pack, int count) {
 template <int kVecSize>
 __device__ void write_bits(uint8_t* mask, uint32_t bits, int64_t element, int count) {
   bits &= (1u << count) - 1;
-  if constexpr (kVecSize < 8) {
+  if constexpr (kVecSize == 1) {
+    bits = __ballot_sync(0xffffffffu, bits) >> (threadIdx.x % kWarp / 8 * 8);
+  } else if constexpr (kVecSize < 8) {
     bits <<= element % 8;
 #pragma unroll
     for (int lanes = 1; lanes < 8 / kVecSize; lanes *= 2) {

@@ -50,6 +50,7 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread);
 void wait_for_block();
 // What the lane `source` of this warp brings, once all lanes of the mask have called this.
 uint64_t exchange(unsigned mask, uint64_t value, int source);
+unsigned ballot(unsigned mask, bool vote);
 int lane();
 
 template <typename T>
@@ -89,11 +90,5 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   return emulation::exchange_as(mask, value, source < 32 ? source : emulation::lane());
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  unsigned votes = 0;
-  for (int source = 0; source < 32; ++source) {
-    if (mask >> source & 1) {
-      votes |= static_cast<unsigned>(emulation::exchange(mask, predicate != 0, source)) << source;
-    }
-  }
-  return votes;
+  return emulation::ballot(mask, predicate != 0);
 }

@@ -21,7 +21,7 @@ FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
     *("-w", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
 ]
-SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def compiler() -> str | None:

@@ -3,7 +3,9 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
+#include <exception>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -50,6 +52,7 @@ ucontext_t scheduler;
 Block* block;
 Fiber* active;
 int current;
+std::exception_ptr failure;  // of the thread that ran last
 
 void set_current(int thread) {
   current = thread;
@@ -71,7 +74,12 @@ int take_new() {
 
 void fiber_main() {
   while (true) {
-    (*block->kernel)();
+    try {
+      (*block->kernel)();
+    } catch (...) {
+      failure = std::current_exception();
+      swapcontext(&active->context, &scheduler);
+    }
     block->threads[current].state = State::kDone;
     const int next = take_new();
     if (next >= 0) {
@@ -88,10 +96,28 @@ void wait(State state) {
   swapcontext(&active->context, &scheduler);
 }
 
+// Waits for all lanes of the mask; what they bring.
+const uint64_t* meet_warp(unsigned mask, uint64_t value) {
+  Thread& thread = block->threads[current];
+  const int lane = current % kWarp;
+  if (!(mask >> lane & 1)) {
+    throw std::runtime_error("a lane calls a warp function that its mask leaves out");
+  }
+  thread.mask = mask;
+  thread.value = value;
+  const int first = current - lane;
+  wait(State::kInWarp);
+  return &block->exchanged[first];
+}
+
 void resume(int thread, Fiber* fiber) {
   active = fiber;
   set_current(thread);
   swapcontext(&scheduler, &fiber->context);
+  if (failure) {
+    idle.clear();  // the other threads of the block are never resumed: their stacks are lost
+    std::rethrow_exception(std::exchange(failure, nullptr));
+  }
 }
 
 void start_threads() {
@@ -155,7 +181,7 @@ bool release_barrier() {
   for (const Thread& thread : block->threads) {
     ++counts[static_cast<int>(thread.state)];
   }
-  idle.clear();  // the stacks of the others are lost: fibers are never resumed
+  idle.clear();
   throw std::runtime_error(
       "divergent barrier: of a block's threads " +
       std::to_string(counts[static_cast<int>(State::kAtBarrier)]) + " wait in __syncthreads, " +
@@ -196,16 +222,17 @@ int lane() { return current % kWarp; }
 void wait_for_block() { wait(State::kAtBarrier); }
 
 uint64_t exchange(unsigned mask, uint64_t value, int source) {
-  Thread& thread = block->threads[current];
-  if (!(mask >> lane() & 1)) {
-    throw std::runtime_error("a lane calls a warp function that its mask leaves out");
+  const uint64_t* brought = meet_warp(mask, value);
+  return mask >> source & 1 ? brought[source] : value;
+}
+
+unsigned ballot(unsigned mask, bool vote) {
+  const uint64_t* votes = meet_warp(mask, vote);
+  unsigned bits = 0;
+  for (int source = 0; source < kWarp; ++source) {
+    bits |= mask >> source & 1 ? static_cast<unsigned>(votes[source]) << source : 0;
   }
-  thread.mask = mask;
-  thread.value = value;
-  const int first = current - lane();
-  wait(State::kInWarp);
-  const bool there = first + source < static_cast<int>(block->threads.size());
-  return there && mask >> source & 1 ? block->exchanged[first + source] : value;
+  return bits;
 }
 
 cudaError_t run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {

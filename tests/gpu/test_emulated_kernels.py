@@ -19,10 +19,14 @@ pytestmark = pytest.mark.skipif(
     emulated_cuda.compiler() is None, reason="no C++ compiler here ($CXX or g++)"
 )
 
-# other layouts than these two are copied before a kernel sees them
-KERNELS = "(definition or scale_matches or in_place or backward or any or special or every or more)"
-DENSE = f"{KERNELS} and not sliced and not expanded"
-SANITIZED = "in_place or any or (scale_matches and (dtype1 or dtype2))"
+# Layouts that are copied before a kernel sees them, and half of the dtypes, are left to `any_shape`
+# and `any_alignment`; the kernels are templates of the dtype.
+CHOSEN = (
+    "any or special or every or more or"
+    " (definition or scale_matches or in_place or backward)"
+    " and not (sliced or expanded or torch.float64 or torch.float16 or dtype0 or dtype3)"
+)
+SANITIZED = "any_alignment or any_number or (scale_matches and contiguous and dtype2)"
 UNFIT = "not sets and not threads"  # of CPUs
 
 
@@ -47,7 +51,7 @@ def run_tests(root: Path, library: Path, chosen: str, environment: dict[str, str
 
 
 def test_kernels_pass_their_tests(root: Path) -> None:
-    assert run_tests(root, emulated_cuda.build_library(), DENSE, {}) > 300
+    assert run_tests(root, emulated_cuda.build_library(), CHOSEN, {}) > 250
 
 
 def test_kernels_stay_within_their_buffers(root: Path, tmp_path: Path) -> None:
@@ -55,7 +59,7 @@ def test_kernels_stay_within_their_buffers(root: Path, tmp_path: Path) -> None:
         pytest.skip("this compiler has no address and undefined-behaviour sanitizers")
     library = emulated_cuda.build_library(sanitize=True)
     environment = emulated_cuda.sanitizer_environment()
-    assert run_tests(root, library, f"({SANITIZED}) and not opcheck", environment) > 50
+    assert run_tests(root, library, SANITIZED, environment) > 50
 
 
 @pytest.mark.parametrize(
