@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
 .PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render cuda-check \
-  clean check-machine
+  gpu-sanitize clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
 
@@ -54,6 +54,9 @@ render: venv ## tables, picture and README block from benchmarks/results
 
 cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check
+
+gpu-sanitize: venv ## compute-sanitizer on the tests of the CUDA kernels; needs a GPU
+	.ci/gpu-sanitize $(BIN)/python
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info svf_fast/*.so
