@@ -194,6 +194,20 @@ def test_any_alignment(offsets, dtype, layout, device) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_single_rounding_is_the_definition_bit_by_bit(dtype, layout, device) -> None:
+    y, grad = (maps((3, 40, 7, 5), dtype, layout, device) for _ in range(2))
+    scale, none = channels(40, dtype, device), torch.zeros_like(channels(40, dtype, device))
+    out, mask = affine_act(y, scale, none, mask=True)
+    assert torch.equal(out, reference.affine_act(y, scale, none))
+    got = affine_act_backward(grad, mask=mask, scale=scale)
+    assert torch.equal(got, reference.affine_act_backward(grad, None, mask, scale, None))
+    got = affine_act_backward(grad, y=y, scale=scale, shift=none)
+    assert torch.equal(got, reference.affine_act_backward(grad, y, None, scale, none))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("count", [1, 2, 8, 12, 96, 100, 264, 2048])
 def test_any_number_of_channels(count, layout, device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
