@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only --benchmark-quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+FORMATTED := $(CSRC) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 # one stamp per requirement, so that another TORCH is installed when asked for
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
@@ -34,12 +35,12 @@ lint: venv ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: venv ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: $(LEVELS:%=bench-%) bench-memory render ## the race; alone: bench-layer, -block, -backbone, -step, -prior
 
