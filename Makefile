@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only --benchmark-quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+FORMATTED := $(CSRC) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 # one stamp per requirement, so that another TORCH is installed when asked for
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
 .PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render cuda-check \
-  clean check-machine
+  gpu-sanitize clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
 
@@ -34,12 +35,12 @@ lint: venv ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: venv ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: $(LEVELS:%=bench-%) bench-memory render ## the race; alone: bench-layer, -block, -backbone, -step, -prior
 
@@ -54,6 +55,9 @@ render: venv ## tables, picture and README block from benchmarks/results
 
 cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check
+
+gpu-sanitize: venv ## compute-sanitizer on the tests of the CUDA kernels; needs a GPU
+	.ci/gpu-sanitize $(BIN)/python
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info svf_fast/*.so
