@@ -18,15 +18,15 @@ from torch import Tensor
 
 from svf_fast.ops.cosine_max import EPSILON
 from svf_fast.triton import tuning
-from svf_fast.triton.language import dot, narrow, precision
+from svf_fast.triton.language import dot, precision
 from svf_fast.triton.tuning import Config, Tunable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left to the definition
 
 _PROCESSORS = {0: 1, 80: 108, 90: 132}  # an interpreter, an A100, an H100 or H200
 _MOST_SPLITS = 32
-_ROWS, _CHANNELS = 16, 256  # tile of the passes that only read and write
 _OPTIONS = {"num_warps": 4, **tuning.OPTIONS}
+READING = {"ROWS": 16, "CHANNELS": 256, **_OPTIONS}  # of the passes that compare nothing
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def cosine_max_query_norms_kernel(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < queries
     rows = query + image * query_image + i.to(tl.int64)[:, None] * query_row
-    norm = tl.sqrt(_squares(rows, inside[:, None], channels, ROWS, CHANNELS))
+    norm = tl.sqrt(squares(rows, inside[:, None], channels, ROWS, CHANNELS))
     tl.store(norms + image * queries + i, norm, mask=inside)
 
 
@@ -94,13 +94,13 @@ def cosine_max_support_norms_kernel(
     j = tl.load(chosen + out, mask=inside, other=0)
     weight = tl.load(mask + image * supports + j, mask=inside, other=1.0)
     rows = support + image * support_image + j.to(tl.int64)[:, None] * support_row
-    norm = tl.sqrt(_squares(rows, inside[:, None], channels, ROWS, CHANNELS))
+    norm = tl.sqrt(squares(rows, inside[:, None], channels, ROWS, CHANNELS))
     tl.store(norms + out, tl.where(weight < 0, -norm, norm), mask=inside)
     tl.store(floors + out, EPSILON / weight, mask=inside)
 
 
 @triton.jit
-def _squares(rows, inside, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def squares(rows, inside, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Sums of squares of rows in float32."""
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for c in range(0, channels, CHANNELS):
@@ -132,7 +132,6 @@ def cosine_max_compare_kernel(
     QUERIES: tl.constexpr,
     SUPPORTS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The largest cosine of each query to a split of the list, and the first place that has it.
@@ -141,10 +140,10 @@ def cosine_max_compare_kernel(
     equals the first counts.
     """
     image = tl.program_id(2).to(tl.int64)
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     count = tl.load(counts + image)
     tiles = tl.cdiv(count, SUPPORTS)
-    begin, end = tiles * split // SPLITS, tiles * (split + 1) // SPLITS
+    begin, end = tiles * split // splits, tiles * (split + 1) // splits
     i = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     rows = tl.minimum(i, queries - 1)
     rows_norm = tl.load(query_norms + image * queries + rows)
@@ -172,7 +171,7 @@ def cosine_max_compare_kernel(
         better = top > largest
         largest = tl.where(better, top, largest)
         place = tl.where(better, tile * SUPPORTS + at, place)
-    out = (image * SPLITS + split) * queries + i
+    out = (image * splits + split) * queries + i
     tl.store(best + out, largest, mask=i < queries)
     tl.store(places + out, place, mask=i < queries)
 
@@ -189,7 +188,7 @@ def cosine_max_finish_kernel(
     index,
     queries,
     supports,
-    SPLITS: tl.constexpr,
+    splits,
     BLOCK: tl.constexpr,
 ):
     """The largest of all splits and of the masked positions' zero, which enters in their first."""
@@ -198,8 +197,8 @@ def cosine_max_finish_kernel(
     inside = i < queries
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
-    for split in range(SPLITS):
-        at = (image * SPLITS + split) * queries + i
+    for split in range(splits):
+        at = (image * splits + split) * queries + i
         value = tl.load(best + at, mask=inside, other=0.0)
         better = value > largest
         largest = tl.where(better, value, largest)
@@ -220,114 +219,6 @@ def cosine_max_finish_kernel(
     tl.store(index + out, position.to(tl.int64), mask=inside)
 
 
-@triton.jit
-def cosine_max_query_gradient_kernel(
-    grad,
-    query,
-    support,
-    mask,
-    values,
-    index,
-    grad_query,
-    cross,
-    own,
-    keys,
-    queries,
-    supports,
-    channels,
-    query_image,
-    query_row,
-    support_image,
-    support_row,
-    EPSILON: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Gradient of the query, and what each pair adds to that of its support.
-
-    With n = |q||s'| + eps, s' = m s and f = (q·s')/n:
-    df/dq = s'/n - f |s'|/(|q| n) q and df/ds = m (q/n - f |q|/(|s'| n) s'); at 0 a norm is flat.
-    """
-    image = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = i < queries
-    at = image * queries + i
-    j = tl.load(index + at, mask=inside, other=0)
-    weight = tl.load(mask + image * supports + j, mask=inside, other=0.0)
-    paired = (weight != 0)[:, None]  # a masked support has no gradient and gives none
-    left = query + image * query_image + i.to(tl.int64)[:, None] * query_row
-    right = support + image * support_image + j[:, None] * support_row
-    q = tl.sqrt(_squares(left, paired, channels, ROWS, CHANNELS))
-    s = tl.sqrt(_squares(right, paired, channels, ROWS, CHANNELS)) * tl.abs(weight)
-    scale = tl.load(grad + at, mask=inside, other=0.0) / (q * s + EPSILON)
-    slope = scale * tl.load(values + at, mask=inside, other=0.0)
-    to_both = tl.where(weight != 0, scale * weight, 0.0)
-    to_query = tl.where((weight != 0) & (q != 0), slope * s / q, 0.0)
-    to_support = tl.where((weight != 0) & (s != 0), slope * q / s * weight * weight, 0.0)
-    tl.store(cross + at, to_both, mask=inside)
-    tl.store(own + at, to_support, mask=inside)
-    # pairs without a gradient are sorted behind all others
-    last = tl.num_programs(1).to(tl.int64) * supports
-    key = tl.where(weight != 0, image * supports + j, last)
-    tl.store(keys + at, key.to(keys.dtype.element_ty), mask=inside)
-    out = grad_query + at[:, None] * channels
-    for c in range(0, channels, CHANNELS):
-        channel = c + tl.arange(0, CHANNELS)[None, :]
-        part = channel < channels
-        a = tl.load(left + channel, mask=paired & part, other=0.0).to(tl.float32)
-        b = tl.load(right + channel, mask=paired & part, other=0.0).to(tl.float32)
-        value = to_both[:, None] * b - to_query[:, None] * a
-        value = narrow(value, grad_query.dtype.element_ty)
-        tl.store(out + channel, value, mask=inside[:, None] & part)
-
-
-@triton.jit
-def cosine_max_support_gradient_kernel(
-    query,
-    support,
-    cross,
-    own,
-    order,
-    starts,
-    grad_support,
-    queries,
-    supports,
-    channels,
-    query_image,
-    query_row,
-    support_image,
-    support_row,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Gradient of one support position: the sum over its queries, in their order."""
-    image = tl.program_id(2).to(tl.int64)
-    j = tl.program_id(0)
-    begin = tl.load(starts + image * supports + j)
-    end = tl.load(starts + image * supports + j + 1)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    part = channel < channels
-    left = query + image * query_image + channel[None, :]
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    factor = tl.zeros((ROWS,), tl.float32)
-    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
-        place = start + tl.arange(0, ROWS)
-        listed = place < end
-        at = tl.load(order + place, mask=listed, other=0)
-        rows = left + (at - image * queries)[:, None] * query_row
-        a = tl.load(rows, mask=listed[:, None] & part[None, :], other=0.0).to(tl.float32)
-        total += tl.load(cross + at, mask=listed, other=0.0)[:, None] * a
-        factor += tl.load(own + at, mask=listed, other=0.0)
-    s = support + image * support_image + j.to(tl.int64) * support_row
-    needed = tl.where(end > begin, channels, 0)  # a support that no query chose is not read
-    b = tl.load(s + channel, mask=channel < needed, other=0.0).to(tl.float32)
-    value = tl.sum(total, axis=0) - tl.sum(factor, axis=0) * b
-    value = narrow(value, grad_support.dtype.element_ty)
-    out = grad_support + (image * supports + j) * channels
-    tl.store(out + channel, value, mask=part)
-
-
 def cosine_max(
     query: Tensor, support: Tensor, mask: Tensor, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -342,12 +233,12 @@ def cosine_max(
     index = query.new_empty((batch, queries), dtype=torch.int64)
     if values.numel() == 0:
         return values, index
-    q, s, weights = _rows(query), _rows(support), mask.contiguous()
-    problem = _Problem(batch, channels, queries, supports, query.dtype)
+    q, s, weights = positions_by_channels(query), positions_by_channels(support), mask.contiguous()
+    problem = Problem(batch, channels, queries, supports, query.dtype)
     kind = _kind(query.dtype)
     with torch.cuda.device_of(query):
         if config is None:
-            config = tuning.find("cosine_max", _key(problem), lambda arch: _rule(problem, arch))
+            config = tuning.find("cosine_max", key_of(problem), lambda arch: _rule(problem, arch))
         chosen = query.new_empty((batch, supports), dtype=torch.int32)
         counts = query.new_empty(batch, dtype=torch.int32)
         masked = torch.empty_like(counts)
@@ -355,13 +246,12 @@ def cosine_max(
             weights, chosen, counts, masked, supports, BLOCK=1024, **_OPTIONS
         )
         query_norms = query.new_empty((batch, queries), dtype=torch.float32)
-        tile = {"ROWS": _ROWS, "CHANNELS": _CHANNELS, **_OPTIONS}
-        cosine_max_query_norms_kernel[(triton.cdiv(queries, _ROWS), batch)](
-            q, query_norms, queries, channels, *_strides(q), **tile
+        cosine_max_query_norms_kernel[(triton.cdiv(queries, READING["ROWS"]), batch)](
+            q, query_norms, queries, channels, *strides(q), **READING
         )
         support_norms = torch.empty_like(weights)
         floors = torch.empty_like(weights)
-        cosine_max_support_norms_kernel[(triton.cdiv(supports, _ROWS), batch)](
+        cosine_max_support_norms_kernel[(triton.cdiv(supports, READING["ROWS"]), batch)](
             s,
             weights,
             chosen,
@@ -370,14 +260,16 @@ def cosine_max(
             floors,
             supports,
             channels,
-            *_strides(s),
+            *strides(s),
             EPSILON=EPSILON,
-            **tile,
+            **READING,
         )
-        partial = batch, config["SPLITS"], queries
+        options = dict(config)
+        splits = options.pop("SPLITS")
+        partial = batch, splits, queries
         best = query.new_empty(partial, dtype=torch.float32)
         places = query.new_empty(partial, dtype=torch.int32)
-        grid = triton.cdiv(queries, config["QUERIES"]), config["SPLITS"], batch
+        grid = triton.cdiv(queries, config["QUERIES"]), splits, batch
         cosine_max_compare_kernel[grid](
             q,
             s,
@@ -391,10 +283,10 @@ def cosine_max(
             queries,
             supports,
             channels,
-            *_strides(q),
-            *_strides(s),
+            *strides(q),
+            *strides(s),
             PRECISION="ieee" if kind == "16-bit" else kind,
-            **config,
+            **options,
         )
         cosine_max_finish_kernel[(triton.cdiv(queries, 256), batch)](
             best,
@@ -407,109 +299,20 @@ def cosine_max(
             index,
             queries,
             supports,
-            SPLITS=config["SPLITS"],
+            splits,
             BLOCK=256,
             **_OPTIONS,
         )
     return values, index
 
 
-def cosine_max_backward(
-    grad: Tensor,
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor,
-    values: Tensor,
-    index: Tensor,
-    *,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``svf_fast::cosine_max_backward``; an index outside the support is not found out."""
-    batch, channels, queries = query.shape
-    supports = support.shape[2]
-    grad_query = query.new_empty((batch, queries, channels))
-    grad_support = support.new_empty((batch, supports, channels))
-    if grad_query.numel() > 0:
-        problem = _Problem(batch, channels, queries, supports, query.dtype)
-        with torch.cuda.device_of(query):
-            if config is None:
-                key = _key(problem)
-                config = tuning.find("cosine_max_backward", key, _backward_rule)
-            _fill_gradients(
-                (grad.contiguous(), mask.contiguous(), values.contiguous(), index.contiguous()),
-                (_rows(query), _rows(support)),
-                (grad_query, grad_support),
-                config,
-            )
-    else:
-        grad_support.zero_()
-    if channels > 1 and query.stride(1) == 1 and query.stride(2) > 1:
-        return grad_query.mT, grad_support.mT
-    return grad_query.mT.contiguous(), grad_support.mT.contiguous()
-
-
-def _fill_gradients(
-    arriving: tuple[Tensor, Tensor, Tensor, Tensor],
-    maps: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor],
-    config: Config,
-) -> None:
-    grad, mask, values, index = arriving
-    query, support = maps
-    batch, queries, channels = query.shape
-    supports = support.shape[1]
-    strides = *_strides(query), *_strides(support)
-    cross, own = torch.empty_like(grad), torch.empty_like(grad)
-    # of all images in one sort; 32 bits: half the passes
-    narrow_keys = batch * supports < 2**31
-    keys = torch.empty_like(index, dtype=torch.int32 if narrow_keys else torch.int64)
-    cosine_max_query_gradient_kernel[(triton.cdiv(queries, _ROWS), batch)](
-        grad,
-        query,
-        support,
-        mask,
-        values,
-        index,
-        gradients[0],
-        cross,
-        own,
-        keys,
-        queries,
-        supports,
-        channels,
-        *strides,
-        EPSILON=EPSILON,
-        ROWS=_ROWS,
-        CHANNELS=_CHANNELS,
-        **_OPTIONS,
-    )
-    ordered, order = keys.flatten().sort(stable=True)
-    boundaries = torch.arange(batch * supports + 1, dtype=keys.dtype, device=keys.device)
-    starts = torch.searchsorted(ordered, boundaries)
-    grid = supports, triton.cdiv(channels, config["CHANNELS"]), batch
-    cosine_max_support_gradient_kernel[grid](
-        query,
-        support,
-        cross,
-        own,
-        order,
-        starts,
-        gradients[1],
-        queries,
-        supports,
-        channels,
-        *strides,
-        **config,
-    )
-
-
-def _rows(x: Tensor) -> Tensor:
+def positions_by_channels(x: Tensor) -> Tensor:
     """[B, C, P] -> [B, P, C] with the channels as neighbours; copied where they are not."""
     rows = x.mT
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
-def _strides(rows: Tensor) -> tuple[int, int]:
+def strides(rows: Tensor) -> tuple[int, int]:
     return rows.stride(0), rows.stride(1)
 
 
@@ -518,7 +321,7 @@ def _kind(dtype: torch.dtype) -> str:
     return precision(convolves=False) if dtype == torch.float32 else "16-bit"
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     batch: int
     channels: int
     queries: int
@@ -526,13 +329,13 @@ class _Problem(NamedTuple):
     dtype: torch.dtype
 
 
-def _key(problem: _Problem) -> str:
+def key_of(problem: Problem) -> str:
     queries = tuning.bucket(problem.batch * problem.queries)
     supports = tuning.bucket(problem.supports)
     return f"{_kind(problem.dtype)} C{problem.channels} N{queries} M{supports}"
 
 
-def _rule(problem: _Problem, arch: int) -> Config:
+def _rule(problem: Problem, arch: int) -> Config:
     """The largest tiles whose comparison leaves no register in memory."""
     kind = _kind(problem.dtype)
     tile = {"QUERIES": 128, "SUPPORTS": 128, "num_warps": 8, "num_stages": 3}
@@ -547,7 +350,7 @@ def _rule(problem: _Problem, arch: int) -> Config:
     return {**tile, "SPLITS": _splits(problem, tile, arch)}
 
 
-def _splits(problem: _Problem, tile: Config, arch: int) -> int:
+def _splits(problem: Problem, tile: Config, arch: int) -> int:
     """How many splits of the supports have the least time of the busiest processor, in tiles.
 
     Of all supports and of half of them; a program costs the half of a tile beside its tiles.
@@ -563,7 +366,7 @@ def _splits(problem: _Problem, tile: Config, arch: int) -> int:
     return min(range(1, min(_MOST_SPLITS, most) + 1), key=time)
 
 
-def _candidates(problem: _Problem, arch: int) -> list[Config]:
+def _candidates(problem: Problem, arch: int) -> list[Config]:
     found = [_rule(problem, arch)]
     for queries, supports, channel_bytes, warps in (
         (64, 128, 128, 4),
@@ -589,30 +392,7 @@ def _candidates(problem: _Problem, arch: int) -> list[Config]:
     return [config for at, config in enumerate(found) if config not in found[:at]]
 
 
-def _backward_rule(arch: int) -> Config:
-    """Few rows at once: most supports are chosen by few queries, some by hundreds."""
-    if arch == 0:
-        return {"ROWS": 16, "CHANNELS": 128, "STAGES": 1, "num_warps": 4}
-    return {"ROWS": 8, "CHANNELS": 512, "STAGES": 2, "num_warps": 4}
-
-
-def _backward_candidates(problem: _Problem, arch: int) -> list[Config]:
-    found = [_backward_rule(arch)]
-    for rows, channels, warps in (
-        (4, 512, 2),
-        (4, 1024, 4),
-        (8, 256, 2),
-        (8, 512, 4),
-        (16, 256, 4),
-    ):
-        for stages in (1, 2, 3):
-            config = {"ROWS": rows, "CHANNELS": channels, "STAGES": stages, "num_warps": warps}
-            if config not in found:
-                found.append(config)
-    return found
-
-
-def _inputs(problem: _Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Maps in channels_last, half of the support masked."""
     query, support = (
         torch.randn(problem.batch, positions, problem.channels, device=device, dtype=problem.dtype)
@@ -622,23 +402,15 @@ def _inputs(problem: _Problem, device: torch.device) -> tuple[Tensor, Tensor, Te
     return query.mT, support.mT, mask.float()
 
 
-def _launcher(problem: _Problem, device: torch.device) -> Callable[[Config], Any]:
-    arguments = _inputs(problem, device)
+def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
+    arguments = inputs(problem, device)
     return lambda config: cosine_max(*arguments, config=config)
 
 
-def _backward_launcher(problem: _Problem, device: torch.device) -> Callable[[Config], Any]:
-    query, support, mask = _inputs(problem, device)
-    values = torch.rand(problem.batch, problem.queries, device=device)
-    index = torch.randint(problem.supports, values.shape, device=device)
-    arguments = torch.randn_like(values), query, support, mask, values, index
-    return lambda config: cosine_max_backward(*arguments, config=config)
-
-
-def _problems() -> list[_Problem]:
+def problems() -> list[Problem]:
     """The last maps of a ResNet and of a VGG at 641 and 473 pixels."""
     return [
-        _Problem(batch, channels, positions, positions, dtype)
+        Problem(batch, channels, positions, positions, dtype)
         for dtype in (torch.bfloat16, torch.float32)
         for batch, channels, positions in (
             (1, 2048, 6561),
@@ -650,6 +422,5 @@ def _problems() -> list[_Problem]:
 
 
 TUNABLES = [
-    Tunable("cosine_max", _key, _candidates, _launcher, _problems),
-    Tunable("cosine_max_backward", _key, _backward_candidates, _backward_launcher, _problems),
+    Tunable("cosine_max", key_of, _candidates, _launcher, problems),
 ]

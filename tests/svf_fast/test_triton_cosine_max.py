@@ -6,8 +6,11 @@ from tolerance import accumulated, assert_error_within
 
 from svf_fast.ops.cosine_max import paired_cosine_max_backward, tiled_cosine_max
 from svf_fast.reference.cosine_max import cosine_max as reference_cosine_max
+from svf_fast.triton import cosine_max as forward_kernels
+from svf_fast.triton import cosine_max_backward as backward_kernels
 from svf_fast.triton import tuning
-from svf_fast.triton.cosine_max import TUNABLES, cosine_max, cosine_max_backward
+from svf_fast.triton.cosine_max import cosine_max
+from svf_fast.triton.cosine_max_backward import cosine_max_backward
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -234,7 +237,7 @@ def test_one_support_of_all_queries_and_equal_bits_from_run_to_run(device, poiso
 
 
 def test_every_problem_has_a_key_and_candidates():
-    for tunable in TUNABLES:
+    for tunable in (*forward_kernels.TUNABLES, *backward_kernels.TUNABLES):
         for problem in tunable.problems():
             assert tunable.key(problem)
             for arch in (80, 90):
