@@ -342,7 +342,9 @@ def _rule(problem: Problem, arch: int) -> Config:
     if arch == 0:
         tile |= {"QUERIES": 16, "SUPPORTS": 32, "CHANNELS": 64}
     elif kind == "16-bit":
-        tile |= {"QUERIES": 256 if arch >= 90 else 128, "CHANNELS": 64}
+        tile |= (
+            {"QUERIES": 256, "CHANNELS": 64} if arch >= 90 else {"CHANNELS": 64, "num_stages": 4}
+        )
     elif kind == "tf32x3" and arch < 90:
         tile |= {"CHANNELS": 16, "num_stages": 4}
     else:
