@@ -19,7 +19,7 @@ from svf_fast.triton.splits import (
     Splits,
     count_for,
     dtype_name,
-    load_tile,
+    offsets,
     positions_of_resnet,
     product_precision,
     random_maps,
@@ -30,7 +30,7 @@ from svf_fast.triton.splits import (
 from svf_fast.triton.tuning import Config, Tunable, bucket, find
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "split_steps"])
 def gram_partial_kernel(
     a,
     b,
@@ -70,17 +70,19 @@ def gram_partial_kernel(
         offset = tl.load(shift + channels_a, mask=row < width_a, other=0.0)[None, :]
 
     rows = tl.arange(0, BLOCK_P)
+    at_a = offsets(rows, channels_a, a_position, a_channel)
+    at_b = offsets(rows, channels_b, b_position, b_channel)
     total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     first = split * split_steps
     for step in range(first, min(first + split_steps, steps)):
-        start, count = tile_at(step, positions, a_image, a_position, BLOCK_P)
-        inside = (rows[:, None] < count) & (row[None, :] < width_a)
-        left = load_tile(a + start, channels_a, rows, inside, a_position, a_channel)
+        start_a, count = tile_at(step, positions, a_image, a_position, BLOCK_P)
+        start_b, count = tile_at(step, positions, b_image, b_position, BLOCK_P)
+        inside_a = (rows[:, None] < count) & (row[None, :] < width_a)
+        inside_b = (rows[:, None] < count) & (column[None, :] < width_b)
+        left = tl.load(a + start_a + at_a, mask=inside_a, other=0.0)
+        right = tl.load(b + start_b + at_b, mask=inside_b, other=0.0)
         if scale is not None:
-            left = tl.where(inside, affine_relu(left, factor, offset), 0.0)
-        start, count = tile_at(step, positions, b_image, b_position, BLOCK_P)
-        inside = (rows[:, None] < count) & (column[None, :] < width_b)
-        right = load_tile(b + start, channels_b, rows, inside, b_position, b_channel)
+            left = tl.where(inside_a, affine_relu(left, factor, offset), 0.0)
         total = dot(tl.trans(left), right, total, PRECISION)
 
     at = matrix.to(tl.int64) * width_a * width_b + row[:, None] * width_b + column[None, :]
@@ -117,8 +119,8 @@ def gram(
         options = dict(config or find("gram", problem.key(), problem.rule))
         splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
         tiles = triton.cdiv(width_a, options["BLOCK_A"]) * triton.cdiv(width_b, options["BLOCK_B"])
-        partial = a.new_empty((splits.count, groups, width_a, width_b), dtype=torch.float32)
-        gram_partial_kernel[(splits.count * groups * tiles,)](
+        partial = a.new_empty((splits.number, groups, width_a, width_b), dtype=torch.float32)
+        gram_partial_kernel[(splits.number * groups * tiles,)](
             *maps,
             scale,
             shift,

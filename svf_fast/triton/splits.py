@@ -21,9 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Splits(NamedTuple):
-    """``count`` splits of ``steps`` tiles each, of ``all_steps`` tiles; the last may have fewer."""
+    """``all_steps`` tiles in ``number`` splits of ``steps`` each; the last may have fewer."""
 
-    count: int
+    number: int
     steps: int
     all_steps: int
 
@@ -46,10 +46,9 @@ def tile_at(step, positions, image_stride, position_stride, BLOCK_P: tl.constexp
 
 
 @triton.jit
-def load_tile(maps, channels, rows, inside, position_stride, channel_stride):
-    """[positions, channels] of maps from a tile's first position on; zeros outside."""
-    at = rows[:, None] * position_stride + channels[None, :].to(tl.int64) * channel_stride
-    return tl.load(maps + at, mask=inside, other=0.0)
+def offsets(rows, channels, position_stride, channel_stride):
+    """Of a tile [positions, channels] from where it begins."""
+    return rows[:, None] * position_stride + channels[None, :].to(tl.int64) * channel_stride
 
 
 def sequences(*maps: Tensor) -> list[Tensor]:
