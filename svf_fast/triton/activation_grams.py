@@ -18,7 +18,7 @@ from torch import Tensor
 from svf_fast.triton.language import dot, narrow
 from svf_fast.triton.splits import (
     Splits,
-    count_for,
+    configurations,
     dtype_name,
     offsets,
     positions_of_resnet,
@@ -26,6 +26,7 @@ from svf_fast.triton.splits import (
     random_maps,
     refuse_float64,
     sequences,
+    shapes_for,
     tile_at,
 )
 from svf_fast.triton.tuning import Config, Tunable, bucket, find
@@ -195,29 +196,9 @@ class Problem(NamedTuple):
 
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
-        width = max(16, triton.next_power_of_2(self.channels))
-        # BLOCK_A, BLOCK_B, BLOCK_P, warps, stages, blocks that a multiprocessor holds at once
-        if arch == 0:
-            shapes = [(32, 32, 32, 4, 2, 2)]
-        elif self.dtype == torch.float32:
-            shapes = [(64, 64, 32, 4, 3, 2), (64, 128, 16, 8, 3, 1), (64, 64, 32, 8, 3, 1)]
-        elif width <= 64:
-            shapes = [(64, 64, 32, 4, 4, 3), (64, 64, 64, 4, 3, 2), (64, 64, 64, 8, 3, 1)]
-        elif width == 128:
-            shapes = [(128, 128, 32, 8, 4, 1), (128, 128, 64, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
-            shapes = shapes if arch < 90 else [shapes[1], shapes[0], shapes[2]]
-        else:
-            # a block of 128 x 256 reads 2 · 128 + 256 channels for 2 · 128 · 256 FLOP a position
-            shapes = [(128, 256, 32, 8, 4, 1), (128, 256, 32, 8, 3, 1), (128, 128, 32, 8, 4, 1)]
-            shapes += [(128, 128, 64, 8, 3, 1), (64, 256, 32, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
-        found = []
-        for a, b, p, warps, stages, blocks in shapes:
-            a, b = min(a, width), min(b, width)
-            tiles = triton.cdiv(self.channels, a) * triton.cdiv(self.channels, b)
-            count = count_for(tiles * self.sides, arch, blocks)
-            config = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": p, "SPLITS": count}
-            found.append({**config, "num_warps": warps, "num_stages": stages})
-        return found
+        width = self.channels
+        shapes = shapes_for(width, self.dtype, arch)
+        return configurations(shapes, width, width, self.sides, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         """Fresh random maps, and a call with a configuration."""

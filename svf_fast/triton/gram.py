@@ -17,7 +17,7 @@ from torch import Tensor
 from svf_fast.triton.language import affine_relu, dot
 from svf_fast.triton.splits import (
     Splits,
-    count_for,
+    configurations,
     dtype_name,
     offsets,
     positions_of_resnet,
@@ -25,6 +25,7 @@ from svf_fast.triton.splits import (
     random_maps,
     refuse_float64,
     sequences,
+    shapes_for,
     tile_at,
 )
 from svf_fast.triton.tuning import Config, Tunable, bucket, find
@@ -161,28 +162,8 @@ class Problem(NamedTuple):
 
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
-        widest_a = max(16, triton.next_power_of_2(self.width_a))
-        widest_b = max(16, triton.next_power_of_2(self.width_b))
-        # BLOCK_A, BLOCK_B, BLOCK_P, warps, stages, blocks that a multiprocessor holds at once
-        if arch == 0:
-            shapes = [(32, 32, 32, 4, 2, 2)]
-        elif self.dtype == torch.float32:
-            shapes = [(64, 64, 32, 4, 3, 2), (64, 128, 16, 8, 3, 1), (64, 64, 32, 8, 3, 1)]
-        elif max(widest_a, widest_b) <= 64:
-            shapes = [(64, 64, 64, 4, 3, 3), (64, 64, 32, 4, 4, 3), (64, 64, 64, 8, 3, 1)]
-        elif max(widest_a, widest_b) <= 128:
-            shapes = [(128, 128, 64, 8, 3, 1), (128, 128, 32, 8, 4, 1), (64, 128, 32, 4, 3, 3)]
-        else:
-            shapes = [(128, 256, 32, 8, 4, 1), (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 3, 1)]
-            shapes += [(128, 128, 32, 8, 4, 1), (64, 256, 32, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
-        found = []
-        for a, b, p, warps, stages, blocks in shapes:
-            a, b = min(a, widest_a), min(b, widest_b)
-            tiles = triton.cdiv(self.width_a, a) * triton.cdiv(self.width_b, b)
-            count = count_for(tiles * self.groups, arch, blocks)
-            config = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": p, "SPLITS": count}
-            found.append({**config, "num_warps": warps, "num_stages": stages})
-        return found
+        shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, arch)
+        return configurations(shapes, self.width_a, self.width_b, self.groups, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         """Fresh random maps, and a call with a configuration."""
