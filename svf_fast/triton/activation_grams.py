@@ -18,14 +18,15 @@ from torch import Tensor
 from svf_fast.triton.language import dot, narrow
 from svf_fast.triton.splits import (
     Splits,
-    count_for,
+    configurations,
     dtype_name,
-    load_tile,
+    offsets,
     positions_of_resnet,
     product_precision,
     random_maps,
     refuse_float64,
     sequences,
+    shapes_for,
     tile_at,
 )
 from svf_fast.triton.tuning import Config, Tunable, bucket, find
@@ -33,7 +34,7 @@ from svf_fast.triton.tuning import Config, Tunable, bucket, find
 
 # side is 1 where only the second matrix is made: with it as a constant, the rebuilt activation
 # would be computed in the layout of the product's fragments, which reads shared memory by scalars
-@triton.jit(do_not_specialize=["side"])
+@triton.jit(do_not_specialize=["side", "steps", "split_steps"])
 def activation_grams_partial_kernel(
     grad,
     y,
@@ -70,27 +71,31 @@ def activation_grams_partial_kernel(
     offset = tl.load(shift + row, mask=row < channels, other=0.0)[None, :]
 
     rows = tl.arange(0, BLOCK_P)
+    at_a = offsets(rows, row, position_stride, channel_stride)
+    at_b = offsets(rows, column, position_stride, channel_stride)
+    inside_a = row[None, :] < channels
+    inside_b = column[None, :] < channels
     total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     first = split * split_steps
     for step in range(first, min(first + split_steps, steps)):
         start, count = tile_at(step, positions, image_stride, position_stride, BLOCK_P)
-        inside = (rows[:, None] < count) & (row[None, :] < channels)
-        grad_a = load_tile(grad + start, row, rows, inside, position_stride, channel_stride)
-        y_a = load_tile(y + start, row, rows, inside, position_stride, channel_stride)
+        exists = rows[:, None] < count
+        written = rows[:, None] < tl.where(step % (sides * tiles_b) == turn, count, 0)
+        # x takes no gradient: the second side loads these rows of it where it writes g
+        used = exists if ONE_TILE else tl.where(after, written, exists)
+        grad_a = tl.load(grad + start + at_a, mask=used & inside_a, other=0.0)
+        y_a = tl.load(y + start + at_a, mask=exists & inside_a, other=0.0)
         z = y_a.to(tl.float32) * factor + offset
         stopped = z <= 0
         g_a = narrow(tl.where(stopped, 0.0, grad_a.to(tl.float32) * factor), y_a.dtype)
         x_a = narrow(tl.where(stopped, 0.0, z), y_a.dtype)
-        at = rows[:, None] * position_stride + row[None, :].to(tl.int64) * channel_stride
-        written = tl.where(step % (sides * tiles_b) == turn, count, 0)
-        tl.store(g + start + at, g_a, mask=inside & (rows[:, None] < written))
+        tl.store(g + start + at_a, g_a, mask=written & inside_a)
+        left = tl.where(after, x_a, g_a)
         if ONE_TILE:
             right = tl.where(after, grad_a, y_a)
         else:
-            source = tl.where(after, grad, y) + start
-            inside = (rows[:, None] < count) & (column[None, :] < channels)
-            right = load_tile(source, column, rows, inside, position_stride, channel_stride)
-        left = tl.where(after, x_a, g_a)
+            source = tl.where(after, grad, y)
+            right = tl.load(source + start + at_b, mask=exists & inside_b, other=0.0)
         total = dot(tl.trans(left), right, total, PRECISION)
 
     at = matrix.to(tl.int64) * channels * channels + row[:, None] * channels + column[None, :]
@@ -143,8 +148,8 @@ def activation_grams(
         splits = Splits.of(len(maps[0]), positions, options.pop("SPLITS"), options["BLOCK_P"])
         block_a, block_b = options["BLOCK_A"], options["BLOCK_B"]
         tiles = triton.cdiv(channels, block_a) * triton.cdiv(channels, block_b)
-        partial = y.new_empty((splits.count, sides, channels, channels), dtype=torch.float32)
-        activation_grams_partial_kernel[(splits.count * sides * tiles,)](
+        partial = y.new_empty((splits.number, sides, channels, channels), dtype=torch.float32)
+        activation_grams_partial_kernel[(splits.number * sides * tiles,)](
             *maps[:2],
             scale,
             shift,
@@ -191,29 +196,9 @@ class Problem(NamedTuple):
 
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
-        width = max(16, triton.next_power_of_2(self.channels))
-        # BLOCK_A, BLOCK_B, BLOCK_P, warps, stages, blocks that a multiprocessor holds at once
-        if arch == 0:
-            shapes = [(32, 32, 32, 4, 2, 2)]
-        elif self.dtype == torch.float32:
-            shapes = [(64, 64, 32, 4, 3, 2), (64, 128, 16, 8, 3, 1), (64, 64, 32, 8, 3, 1)]
-        elif width <= 64:
-            shapes = [(64, 64, 32, 4, 4, 3), (64, 64, 64, 4, 3, 2), (64, 64, 64, 8, 3, 1)]
-        elif width == 128:
-            shapes = [(128, 128, 32, 8, 4, 1), (128, 128, 64, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
-            shapes = shapes if arch < 90 else [shapes[1], shapes[0], shapes[2]]
-        else:
-            # a block of 128 x 256 reads 2 · 128 + 256 channels for 2 · 128 · 256 FLOP a position
-            shapes = [(128, 256, 32, 8, 4, 1), (128, 256, 32, 8, 3, 1), (128, 128, 32, 8, 4, 1)]
-            shapes += [(128, 128, 64, 8, 3, 1), (64, 256, 32, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
-        found = []
-        for a, b, p, warps, stages, blocks in shapes:
-            a, b = min(a, width), min(b, width)
-            tiles = triton.cdiv(self.channels, a) * triton.cdiv(self.channels, b)
-            count = count_for(tiles * self.sides, arch, blocks)
-            config = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": p, "SPLITS": count}
-            found.append({**config, "num_warps": warps, "num_stages": stages})
-        return found
+        width = self.channels
+        shapes = shapes_for(width, self.dtype, arch)
+        return configurations(shapes, width, width, self.sides, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         """Fresh random maps, and a call with a configuration."""

@@ -17,20 +17,21 @@ from torch import Tensor
 from svf_fast.triton.language import affine_relu, dot
 from svf_fast.triton.splits import (
     Splits,
-    count_for,
+    configurations,
     dtype_name,
-    load_tile,
+    offsets,
     positions_of_resnet,
     product_precision,
     random_maps,
     refuse_float64,
     sequences,
+    shapes_for,
     tile_at,
 )
 from svf_fast.triton.tuning import Config, Tunable, bucket, find
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "split_steps"])
 def gram_partial_kernel(
     a,
     b,
@@ -70,17 +71,19 @@ def gram_partial_kernel(
         offset = tl.load(shift + channels_a, mask=row < width_a, other=0.0)[None, :]
 
     rows = tl.arange(0, BLOCK_P)
+    at_a = offsets(rows, channels_a, a_position, a_channel)
+    at_b = offsets(rows, channels_b, b_position, b_channel)
     total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     first = split * split_steps
     for step in range(first, min(first + split_steps, steps)):
-        start, count = tile_at(step, positions, a_image, a_position, BLOCK_P)
-        inside = (rows[:, None] < count) & (row[None, :] < width_a)
-        left = load_tile(a + start, channels_a, rows, inside, a_position, a_channel)
+        start_a, count = tile_at(step, positions, a_image, a_position, BLOCK_P)
+        start_b, count = tile_at(step, positions, b_image, b_position, BLOCK_P)
+        inside_a = (rows[:, None] < count) & (row[None, :] < width_a)
+        inside_b = (rows[:, None] < count) & (column[None, :] < width_b)
+        left = tl.load(a + start_a + at_a, mask=inside_a, other=0.0)
+        right = tl.load(b + start_b + at_b, mask=inside_b, other=0.0)
         if scale is not None:
-            left = tl.where(inside, affine_relu(left, factor, offset), 0.0)
-        start, count = tile_at(step, positions, b_image, b_position, BLOCK_P)
-        inside = (rows[:, None] < count) & (column[None, :] < width_b)
-        right = load_tile(b + start, channels_b, rows, inside, b_position, b_channel)
+            left = tl.where(inside_a, affine_relu(left, factor, offset), 0.0)
         total = dot(tl.trans(left), right, total, PRECISION)
 
     at = matrix.to(tl.int64) * width_a * width_b + row[:, None] * width_b + column[None, :]
@@ -117,8 +120,8 @@ def gram(
         options = dict(config or find("gram", problem.key(), problem.rule))
         splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
         tiles = triton.cdiv(width_a, options["BLOCK_A"]) * triton.cdiv(width_b, options["BLOCK_B"])
-        partial = a.new_empty((splits.count, groups, width_a, width_b), dtype=torch.float32)
-        gram_partial_kernel[(splits.count * groups * tiles,)](
+        partial = a.new_empty((splits.number, groups, width_a, width_b), dtype=torch.float32)
+        gram_partial_kernel[(splits.number * groups * tiles,)](
             *maps,
             scale,
             shift,
@@ -159,28 +162,8 @@ class Problem(NamedTuple):
 
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
-        widest_a = max(16, triton.next_power_of_2(self.width_a))
-        widest_b = max(16, triton.next_power_of_2(self.width_b))
-        # BLOCK_A, BLOCK_B, BLOCK_P, warps, stages, blocks that a multiprocessor holds at once
-        if arch == 0:
-            shapes = [(32, 32, 32, 4, 2, 2)]
-        elif self.dtype == torch.float32:
-            shapes = [(64, 64, 32, 4, 3, 2), (64, 128, 16, 8, 3, 1), (64, 64, 32, 8, 3, 1)]
-        elif max(widest_a, widest_b) <= 64:
-            shapes = [(64, 64, 64, 4, 3, 3), (64, 64, 32, 4, 4, 3), (64, 64, 64, 8, 3, 1)]
-        elif max(widest_a, widest_b) <= 128:
-            shapes = [(128, 128, 64, 8, 3, 1), (128, 128, 32, 8, 4, 1), (64, 128, 32, 4, 3, 3)]
-        else:
-            shapes = [(128, 256, 32, 8, 4, 1), (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 3, 1)]
-            shapes += [(128, 128, 32, 8, 4, 1), (64, 256, 32, 8, 3, 1), (64, 128, 32, 4, 3, 3)]
-        found = []
-        for a, b, p, warps, stages, blocks in shapes:
-            a, b = min(a, widest_a), min(b, widest_b)
-            tiles = triton.cdiv(self.width_a, a) * triton.cdiv(self.width_b, b)
-            count = count_for(tiles * self.groups, arch, blocks)
-            config = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": p, "SPLITS": count}
-            found.append({**config, "num_warps": warps, "num_stages": stages})
-        return found
+        shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, arch)
+        return configurations(shapes, self.width_a, self.width_b, self.groups, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         """Fresh random maps, and a call with a configuration."""

@@ -15,15 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import precision
+from svf_fast.triton.tuning import Config
 
 PROCESSORS = {0: 2, 80: 108, 90: 132}  # multiprocessors of an A100 and of an H100 or H200
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Splits(NamedTuple):
-    """``count`` splits of ``steps`` tiles each, of ``all_steps`` tiles; the last may have fewer."""
+    """``all_steps`` tiles in ``number`` splits of ``steps`` each; the last may have fewer."""
 
-    count: int
+    number: int
     steps: int
     all_steps: int
 
@@ -46,10 +47,9 @@ def tile_at(step, positions, image_stride, position_stride, BLOCK_P: tl.constexp
 
 
 @triton.jit
-def load_tile(maps, channels, rows, inside, position_stride, channel_stride):
-    """[positions, channels] of maps from a tile's first position on; zeros outside."""
-    at = rows[:, None] * position_stride + channels[None, :].to(tl.int64) * channel_stride
-    return tl.load(maps + at, mask=inside, other=0.0)
+def offsets(rows, channels, position_stride, channel_stride):
+    """Of a tile [positions, channels] from where it begins."""
+    return rows[:, None] * position_stride + channels[None, :].to(tl.int64) * channel_stride
 
 
 def sequences(*maps: Tensor) -> list[Tensor]:
@@ -64,17 +64,64 @@ def sequences(*maps: Tensor) -> list[Tensor]:
     return found
 
 
-def count_for(programs: int, arch: int, blocks: int) -> int:
-    """Splits that keep a GPU busy: ``programs`` of a split, ``blocks`` at once on a processor.
+class Shape(NamedTuple):
+    """Of a program's tiles; ``blocks``: programs that a multiprocessor holds at once."""
 
-    As many as fill it once; more only where more than a tenth of it would stand idle.
+    rows: int
+    columns: int
+    positions: int
+    warps: int
+    stages: int
+    blocks: int
+
+
+def shapes_for(width: int, dtype: torch.dtype, arch: int) -> list[Shape]:
+    """Shapes worth timing for matrices of that width, the one to take without timing first.
+
+    None of them spills registers on sm_80 or sm_90. From 256 channels on L2 is what limits: a tile
+    of 128 x 256 makes 85 FLOP of each byte of 16-bit maps that it reads.
     """
-    places = blocks * PROCESSORS[arch]
+    if arch == 0:
+        return [Shape(32, 32, 32, 4, 2, 2)]
+    if dtype == torch.float32:
+        small, large = Shape(64, 64, 32, 4, 3, 2), Shape(128, 128, 16, 8, 4, 1)
+        return [small] if width <= 64 else [large, Shape(64, 128, 32, 8, 3, 1), small]
+    if width <= 64:
+        return [Shape(64, 64, 32, 4, 4, 3), Shape(64, 64, 64, 4, 3, 2), Shape(64, 64, 64, 8, 3, 1)]
+    square = Shape(128, 128, 32, 8, 4, 1)
+    few = [square, Shape(128, 128, 64, 8, 3, 1), Shape(64, 128, 32, 4, 3, 3)]
+    if width <= 128:
+        return few
+    stages = 4 if arch >= 90 else 3
+    return [Shape(128, 256, 32, 8, stages, 1), Shape(64, 256, 32, 8, 3, 1), *few]
+
+
+def configurations(
+    shapes: Sequence[Shape], width_a: int, width_b: int, matrices: int, arch: int
+) -> list[Config]:
+    """Of matrices [width_a, width_b]: tiles no larger than those, splits that fill the GPU."""
+    found: list[Config] = []
+    for shape in shapes:
+        a = min(shape.rows, max(16, triton.next_power_of_2(width_a)))
+        b = min(shape.columns, max(16, triton.next_power_of_2(width_b)))
+        programs = triton.cdiv(width_a, a) * triton.cdiv(width_b, b) * matrices
+        tiles = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": shape.positions}
+        splits = {"SPLITS": _splits_for(programs, shape.blocks * PROCESSORS[arch])}
+        options = {"num_warps": shape.warps, "num_stages": shape.stages}
+        found.append(tiles | splits | options)
+    return found
+
+
+def _splits_for(programs: int, places: int) -> int:
+    """Splits of so many programs each that fill the places of a GPU.
+
+    Once, and more often only where more than a tenth of it would stand idle.
+    """
     for waves in range(1, 5):
-        count = max(1, waves * places // programs)
-        if programs * count >= 0.9 * places * triton.cdiv(programs * count, places):
+        splits = max(1, waves * places // programs)
+        if programs * splits >= 0.9 * places * triton.cdiv(programs * splits, places):
             break
-    return count
+    return splits
 
 
 def refuse_float64(op: str, name: str, maps: Tensor) -> None:

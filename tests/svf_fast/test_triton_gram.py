@@ -116,6 +116,7 @@ def test_bitwise_equal_from_run_to_run(device) -> None:
     torch.testing.assert_close(gram(a, b), gram(a, b), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("device", DEVICES)
 def test_nan_stays_and_infinite_shift_does_not_leak(device) -> None:
     a, b = torch.randn(2, 1, 4, 5, 5, device=device).half()
