@@ -53,7 +53,7 @@ class Problem(NamedTuple):
         blocks = triton.cdiv(self.positions, 128) * triton.cdiv(self.D, 128)
         few = blocks < MULTIPROCESSORS[90 if arch >= 90 else 80]
         if arch < 90:
-            return _config(64 if few else 128, block_d, 32, slices, warps=4, stages=4)
+            return _config(64 if few else 128, block_d, 32, 2 * slices, warps=4, stages=4)
         if few:
             return _config(64, block_d, 64, slices, warps=4, stages=4)
         if self.has("affine") or self.has("bits"):  # x passes through registers: less of it a time
