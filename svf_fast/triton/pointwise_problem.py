@@ -46,19 +46,18 @@ class Problem(NamedTuple):
         if arch == 0:
             block_d, block_k = (32 if self.D <= 128 else 512), (16 if self.K <= 128 else 512)
             return _config(32, block_d, block_k, slices=2, warps=4, stages=1)
-        block_d = min(128, max(16, triton.next_power_of_2(self.D)))
-        if self.number != "16bit":
-            return _config(64, min(block_d, 64), 32, slices=1, warps=4, stages=3)
-        slices = 2 if block_d == 128 else 1
-        blocks = triton.cdiv(self.positions, 128) * triton.cdiv(self.D, 128)
-        few = blocks < MULTIPROCESSORS[90 if arch >= 90 else 80]
+        uneven = self.K % 64 > 0 or self.D % 128 > 0  # masks take registers, as do two prologues
+        if uneven or self.number != "16bit" or (self.has("affine") and self.has("bits")):
+            return _config(64, 64 if self.D > 32 else 32, 32, slices=1, warps=4, stages=3)
+        blocks = triton.cdiv(self.positions, 128) * (self.D // 128)
+        block_p = 64 if blocks < MULTIPROCESSORS[90 if arch >= 90 else 80] else 128
         if arch < 90:
-            return _config(64 if few else 128, block_d, 32, slices, warps=4, stages=4)
-        if few:
-            return _config(64, block_d, 64, slices, warps=4, stages=4)
+            return _config(block_p, 128, 32, slices=4, warps=4, stages=4)
+        if block_p == 64:
+            return _config(64, 128, 64, slices=2, warps=4, stages=4)
         if self.has("affine") or self.has("bits"):  # x passes through registers: less of it a time
-            return _config(128, block_d, 32, slices, warps=8, stages=5, maxnreg=128)
-        return _config(128, block_d, 64, slices, warps=8, stages=3, maxnreg=128)
+            return _config(128, 128, 32, slices=2, warps=8, stages=5, maxnreg=128)
+        return _config(128, 128, 64, slices=2, warps=8, stages=3, maxnreg=128)
 
     def candidates(self, arch: int) -> list[Config]:
         """The rule's tiles, others that suit the architecture, and separate passes."""

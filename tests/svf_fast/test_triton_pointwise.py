@@ -176,7 +176,7 @@ def test_out_comes_from_the_y_that_is_kept(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_agree_bitwise(device: str) -> None:
-    given = operands((3, 24, 40, (5, 7)), CALLS["everything"], torch.bfloat16, device)
+    given = operands((2, 24, 32, (5, 7)), CALLS["everything"], torch.bfloat16, device)
     first, second = (pointwise.pointwise(**given, keep=True, mask=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     x, weight = given["x"], given["weight"]
