@@ -135,7 +135,7 @@ def _triton_cosine_max(query, support, mask):
 def _triton_cosine_max_backward(grad, query, *others):
     if query.dtype == torch.float64:
         return paired_cosine_max_backward(grad, query, *others)
-    from svf_fast.triton.cosine_max import cosine_max_backward as kernel
+    from svf_fast.triton.cosine_max_backward import cosine_max_backward as kernel
 
     return kernel(grad, query, *others)
 

@@ -120,12 +120,15 @@ def rule(problem: Problem, arch: int) -> Config:
 
 
 def candidates(problem: Problem, arch: int) -> list[Config]:
-    return [
+    """The rule's first."""
+    by_rule = rule(problem, arch)
+    others = [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
         for m, n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8))
         for r in (32, 64)
         for stages in (2, 3)
     ]
+    return [by_rule, *(config for config in others if config != by_rule)]
 
 
 def launcher(problem: Problem, device: torch.device) -> Callable[[Config], Tensor]:

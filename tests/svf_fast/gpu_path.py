@@ -52,10 +52,9 @@ def interpreted() -> dict[str, Callable]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     from svf_fast.triton.activation_grams import activation_grams
+    from svf_fast.triton.compose import compose
     from svf_fast.triton.gram import gram
     from svf_fast.triton.pointwise import pointwise, pointwise_dot
-
-    from svf_fast.triton.compose import compose
 
     kernels = (activation_grams, compose, gram, pointwise, pointwise_dot)
     return {kernel.__name__: kernel for kernel in kernels}
