@@ -177,7 +177,7 @@ def test_configurations() -> None:
     (tunable,) = TUNABLES
     problems = tunable.problems()
     assert len({tunable.key(problem) for problem in problems}) == len(problems)
-    for problem in [*problems, Problem(3, 9, 1, torch.float32)]:
+    for problem in [*problems, Problem(37, 9, 1, torch.float32, False)]:
         for arch in (80, 90):
             for config in tunable.candidates(problem, arch):
                 tiles = -(-problem.channels // config["BLOCK_A"])

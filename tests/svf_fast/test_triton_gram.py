@@ -139,7 +139,8 @@ def test_configurations() -> None:
     (tunable,) = TUNABLES
     problems = tunable.problems()
     assert len({tunable.key(problem) for problem in problems}) == len(problems)
-    for problem in [*problems, Problem(3, 5, 2, 9, torch.float32, True)]:
+    odd = Problem(37, 301, 2, 9, torch.float32, True, False)
+    for problem in [*problems, odd]:
         for arch in (80, 90):
             for config in tunable.candidates(problem, arch):
                 tiles = -(-problem.width_a // config["BLOCK_A"])
