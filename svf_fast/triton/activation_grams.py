@@ -117,21 +117,20 @@ def activation_grams(
 
     grad = dL/dx and y [N, C, *spatial] of one dtype, scale and shift [C] in float32 -> g
     [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not asked
-    for has no elements. x and g are rounded to the dtype of the maps. Maps that are contiguous or
-    channels_last (which loads 16 bytes at a time) are read as they lie; grad is brought to the
-    layout of y. Bytes of DRAM: grad and y read once, g written once, partial matrices.
+    for has no elements; for neither, g is affine_act_backward's. x and g are rounded to the dtype
+    of the maps. Maps that are contiguous or channels_last (which loads 16 bytes at a time) are read
+    as they lie; grad is brought to the layout of y. Bytes of DRAM: grad and y read once, g written
+    once, partial matrices.
 
     Raises:
         TypeError: another dtype than float32, bfloat16 and float16.
-        ValueError: neither matrix is asked for.
     """
     refuse_float64("activation_grams", "y", y)
+    scale, shift = scale.contiguous(), shift.contiguous()
     sides = before + after
     if not sides:
-        raise ValueError(
-            "activation_grams: expected before or after, got neither; affine_act_backward makes "
-            "g alone"
-        )
+        g = torch.ops.svf_fast.affine_act_backward(grad, y, None, scale, shift)
+        return g, *(y.new_empty(0, dtype=torch.float32) for _ in range(2))
     channels = y.shape[1]
     if not (y.is_contiguous() or y.movedim(1, -1).is_contiguous()):
         y = y.contiguous()

@@ -125,8 +125,8 @@ def gram(
         partial = a.new_empty((splits.number, groups, width_a, width_b), dtype=torch.float32)
         gram_partial_kernel[(splits.number * groups * tiles,)](
             *maps,
-            scale,
-            shift,
+            None if scale is None else scale.contiguous(),
+            None if shift is None else shift.contiguous(),
             partial,
             splits.all_steps,
             splits.steps,

@@ -43,7 +43,7 @@ def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -
 
 
 def affine(channels: int, device: str) -> tuple[Tensor, Tensor]:
-    scale, shift = torch.randn(2, channels, device=device)  # negative scales too
+    scale, shift = torch.randn(channels, 2, device=device).unbind(1)  # with gaps; negative too
     scale[::5] = 0
     return scale, shift
 
