@@ -107,7 +107,11 @@ def shapes_for(width: int, dtype: torch.dtype, vectors: bool, arch: int) -> list
 def configurations(
     shapes: Sequence[Shape], width_a: int, width_b: int, matrices: int, arch: int
 ) -> list[Config]:
-    """Of matrices [width_a, width_b]: tiles no larger than those, splits that fill the GPU."""
+    """Of matrices [width_a, width_b]: tiles no larger than those, splits that fill the GPU.
+
+    The first shape comes again with fewer splits: few positions make less of a partial matrix than
+    it costs to add it.
+    """
     found: list[Config] = []
     for shape in shapes:
         a = min(shape.rows, max(16, triton.next_power_of_2(width_a)))
@@ -117,7 +121,8 @@ def configurations(
         splits = {"SPLITS": _splits_for(programs, shape.blocks * PROCESSORS[arch])}
         options = {"num_warps": shape.warps, "num_stages": shape.stages}
         found.append(tiles | splits | options)
-    return found
+    fewer = [found[0]["SPLITS"] // part for part in (2, 4)]
+    return found + [found[0] | {"SPLITS": splits} for splits in fewer if splits]
 
 
 def _splits_for(programs: int, places: int) -> int:
