@@ -98,7 +98,7 @@ def shapes_for(width: int, dtype: torch.dtype, vectors: bool, arch: int) -> list
         return [Shape(64, 64, 32, 4, 4, 3), Shape(64, 64, 64, 4, 3, 2), Shape(64, 64, 64, 8, 3, 1)]
     square = Shape(128, 128, 32, 8, 4, 1)
     few = [square, Shape(128, 128, 64, 8, 3, 1), Shape(64, 128, 32, 4, 3, 3)]
-    if width <= 128:
+    if width <= 128 or arch not in PROCESSORS:  # others may have less shared memory
         return few
     stages = 4 if arch >= 90 else 3
     return [Shape(128, 256, 32, 8, stages, 1), Shape(64, 256, 32, 8, 3, 1), *few]
@@ -118,7 +118,9 @@ def configurations(
         b = min(shape.columns, max(16, triton.next_power_of_2(width_b)))
         programs = triton.cdiv(width_a, a) * triton.cdiv(width_b, b) * matrices
         tiles = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": shape.positions}
-        splits = {"SPLITS": _splits_for(programs, shape.blocks * PROCESSORS[arch])}
+        splits = {
+            "SPLITS": _splits_for(programs, shape.blocks * PROCESSORS.get(arch, PROCESSORS[80]))
+        }
         options = {"num_warps": shape.warps, "num_stages": shape.stages}
         found.append(tiles | splits | options)
     fewer = [found[0]["SPLITS"] // part for part in (2, 4)]

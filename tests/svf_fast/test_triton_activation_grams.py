@@ -175,7 +175,7 @@ def test_configurations() -> None:
     problems = tunable.problems()
     assert len({tunable.key(problem) for problem in problems}) == len(problems)
     for problem in [*problems, Problem(37, 9, 1, torch.float32, False)]:
-        for arch in (80, 90):
+        for arch in (80, 89, 90):
             first, *others = tunable.candidates(problem, arch)
             tiles = -(-problem.channels // first["BLOCK_A"])
             tiles *= -(-problem.channels // first["BLOCK_B"])

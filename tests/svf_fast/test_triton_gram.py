@@ -141,7 +141,7 @@ def test_configurations() -> None:
     assert len({tunable.key(problem) for problem in problems}) == len(problems)
     odd = Problem(37, 301, 2, 9, torch.float32, True, False)
     for problem in [*problems, odd]:
-        for arch in (80, 90):
+        for arch in (80, 89, 90):
             first, *others = tunable.candidates(problem, arch)
             tiles = -(-problem.width_a // first["BLOCK_A"]) * -(
                 -problem.width_b // first["BLOCK_B"]
