@@ -423,10 +423,11 @@ void run_forward(const Stream& stream, const AffineAct& operands, bool relu, con
   task.shift = data<Acc>(operands.shift);
   task.residual_scale = data<Acc>(operands.residual_scale);
   task.floor = relu ? Acc(0) : -std::numeric_limits<Acc>::infinity();
-  const bool aligned = is_aligned(task.out) && is_aligned(task.y) && is_aligned(task.residual) &&
-                       is_aligned(task.scale) && is_aligned(task.shift) &&
-                       is_aligned(task.residual_scale);
-  run(stream, task, maps_of(operands.y), aligned);
+  const Maps maps = maps_of(operands.y);
+  const bool aligned =
+      are_aligned(task.out, task.y, task.residual) &&
+      (!maps.channels_last || are_aligned(task.scale, task.shift, task.residual_scale));
+  run(stream, task, maps, aligned);
 }
 
 // Into `out`, which may be y itself; returns the mask.
@@ -472,9 +473,10 @@ void run_backward(const Stream& stream, const AffineActBackward& operands, const
   task.mask = data<uint8_t>(operands.mask);
   task.scale = data<Acc>(operands.scale);
   task.shift = data<Acc>(operands.shift);
-  const bool aligned = is_aligned(task.out) && is_aligned(task.grad) && is_aligned(task.y) &&
-                       is_aligned(task.scale) && is_aligned(task.shift);
-  run(stream, task, maps_of(operands.grad), aligned);
+  const Maps maps = maps_of(operands.grad);
+  const bool aligned = are_aligned(task.out, task.grad, task.y) &&
+                       (!maps.channels_last || are_aligned(task.scale, task.shift));
+  run(stream, task, maps, aligned);
 }
 
 void affine_act_backward_into(const AffineActBackward& operands, const Tensor& out) {

@@ -57,8 +57,9 @@ __device__ void store(T* to, const Pack<T, kSize>& pack) {
   *reinterpret_cast<Pack<T, kSize>*>(to) = pack;
 }
 
-inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kAccess == 0;
+template <typename... Pointers>
+bool are_aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % kAccess == 0) && ...);
 }
 
 // The current stream of the device of a tensor, which is the current device while this lives.
