@@ -71,6 +71,13 @@ class Stream {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  int multiprocessors() const {
+    int device = 0, count = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  }
+
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads,
               Arguments&&... arguments) const {
