@@ -274,15 +274,14 @@ def pointwise_dot(
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes these operands: channels_last maps, channels in multiples of 8."""
+    if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.dim() != 2:
+        return False
+    D, K = weight.shape
     return (
-        x.dtype in DTYPES
-        and weight.dtype == x.dtype
-        and weight.dim() == 2
-        and weight.shape[1] == x.shape[1] > 0
-        and len(weight) > 0
-        and weight.shape[1] % 8 == 0
-        and len(weight) % 8 == 0
-        and max(weight.numel(), x.numel() // x.shape[1]) < 2**30  # offsets in 32 bits
+        x.shape[1] == K
+        and min(D, K) > 0
+        and D % 8 == K % 8 == 0
+        and max(D * K, x.numel() // K) < 2**30  # offsets in 32 bits
         and _has_rows(x)
     )
 
@@ -394,7 +393,12 @@ def _numbers(device: torch.device) -> Tensor:
 
 
 def _maps(x: Tensor, channels: int) -> Tensor:
-    return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+    """Uninitialised, of the positions of x in channels_last."""
+    images, _, *spatial = x.shape
+    if len(spatial) == 2:
+        shape = images, channels, *spatial
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty((images, *spatial, channels)).movedim(-1, 1)
 
 
 def _has_rows(x: Tensor) -> bool:
