@@ -13,10 +13,15 @@ from svf_fast.reference import pointwise as reference
 from svf_fast.reference.affine_act import mask_bytes, pack_mask
 from svf_fast.reference.channel_dot import channel_dot
 
-triton = pytest.importorskip("triton")
-pointwise = pytest.importorskip("svf_fast.triton.pointwise")
+pytest.importorskip("triton")
+from svf_fast.triton import pointwise
+from svf_fast.triton.pointwise_problem import OPTIONS, Problem
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]  # cpu: Triton's interpreter
+# whose tiles are tried; any where the interpreter runs them
+ARCHITECTURES = [80, 90]
+if torch.cuda.is_available():
+    ARCHITECTURES = [90 if torch.cuda.get_device_capability() >= (9, 0) else 80]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 # Images, K, D, spatial. One channel in eight that any block has; neither K nor D a multiple of a
@@ -118,8 +123,10 @@ def check(given: dict[str, Any], call: set[str]) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "dtype"),
+    [(call, dtype) for call in CALLS for dtype in DTYPES[::2]] + [("everything", torch.float16)],
+)
 def test_calls_of_a_block(call: str, dtype: torch.dtype, device: str) -> None:
     check(operands((3, 24, 40, (5, 7)), CALLS[call], dtype, device), CALLS[call])
 
@@ -172,6 +179,23 @@ def test_out_comes_from_the_y_that_is_kept(device: str) -> None:
     scale, shift = (given[name][:, None, None] for name in ("scale", "shift"))
     exact = y.double() * scale.double() + shift.double()
     assert_error_within(out, (y.float() * scale + shift).bfloat16(), exact, channel_dim=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_of_an_architecture(arch: int, dtype: torch.dtype, device: str) -> None:
+    call = CALLS["everything"] - {"in"}
+    given = operands((2, 128, 256, (5, 7)), call, dtype, device)
+    number = "16bit" if dtype == torch.bfloat16 else "tf32x3"
+    options = tuple(name in ("bits", "residual", "residual_bits") for name in OPTIONS)
+    problem = Problem(70, 128, 256, number, options)
+    expected = pointwise.pointwise(**given, keep=True, mask=True)
+    for config in problem.candidates(arch):
+        actual = pointwise.pointwise(**given, keep=True, mask=True, config=config)
+        for a, b in zip(actual[:2], expected[:2]):
+            torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.equal(actual[2], pack_mask(actual[0]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
