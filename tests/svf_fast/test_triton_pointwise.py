@@ -188,7 +188,7 @@ def test_tiles_of_an_architecture(arch: int, dtype: torch.dtype, device: str) ->
     call = CALLS["everything"] - {"in"}
     given = operands((2, 128, 256, (5, 7)), call, dtype, device)
     number = "16bit" if dtype == torch.bfloat16 else "tf32x3"
-    options = tuple(name in ("bits", "residual", "residual_bits") for name in OPTIONS)
+    options = tuple(name in ("in_mask", "scale", "residual", "keep", "mask") for name in OPTIONS)
     problem = Problem(70, 128, 256, number, options)
     expected = pointwise.pointwise(**given, keep=True, mask=True)
     for config in problem.candidates(arch):
@@ -279,10 +279,11 @@ def test_what_is_served(device: str) -> None:
 def test_a_table_can_say_no(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands((2, 16, 24, (3, 5)), {"residual"}, torch.float32, device)
     x, weight, residual = given["x"], given["weight"], given["residual"]
-    assert pointwise.wanted(x, weight, residual=residual)
+    assert pointwise.wanted(x, weight, residual=residual, mask=True)
     assert pointwise.wanted(x, weight, dot=True)
-    assert not pointwise.wanted(x, weight)  # nothing to fuse
+    assert not pointwise.wanted(x, weight)  # nothing that cuBLAS would not do
+    assert not pointwise.wanted(x, weight, residual=residual)
     expected = pointwise.pointwise(**given)[0]
     monkeypatch.setattr(pointwise, "find", lambda *_: {"fused": 0, "enable_fp_fusion": True})
-    assert not pointwise.wanted(x, weight, residual=residual)
+    assert not pointwise.wanted(x, weight, residual=residual, mask=True)
     assert torch.equal(pointwise.pointwise(**given)[0], expected)
