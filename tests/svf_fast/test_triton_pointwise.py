@@ -24,12 +24,12 @@ if torch.cuda.is_available():
     ARCHITECTURES = [90 if torch.cuda.get_device_capability() >= (9, 0) else 80]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-# Images, K, D, spatial. One channel in eight that any block has; neither K nor D a multiple of a
-# block; more row tiles than a group has; words of masks of every width; no spatial dimension.
+# Images, K, D, spatial. As few channels as are served; neither K nor D a multiple of a block; more
+# row tiles than a group has; words of masks of every width; no spatial dimension; nothing at all.
 CASES = [
     (2, 8, 8, (3, 3)),
     (3, 24, 40, (5, 7)),
-    (2, 8, 32, (13, 11)),
+    (2, 8, 48, (13, 11)),
     (1, 64, 128, (9, 4)),
     (70, 40, 24, ()),
     (2, 32, 64, (2, 3, 4)),
@@ -54,6 +54,11 @@ CALLS: dict[str, set[str]] = {
     "scale": {"scale", "keep", "mask"},
     "shift": {"shift", "transposed"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _products_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def rows(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -169,6 +174,15 @@ def test_dot_is_of_a_as_it_is_stored(device: str) -> None:
     exact = channel_dot(stored.double(), v.double())
     size = channel_dot(stored.double().abs(), v.double().abs())
     assert_error_within(dot, channel_dot(stored, v), exact, magnitude=size)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tf32_rounds_operands_to_eleven_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    given = operands((3, 24, 40, (5, 7)), {"transposed"}, torch.float32, device)
+    out = pointwise.pointwise(**given)[0]
+    eager, truth = (reference.pointwise(**x)[0] for x in (given, doubled(given)))
+    assert_error_within(out, eager, truth, dtype=torch.float16, channel_dim=1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
