@@ -444,6 +444,7 @@ def passes(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
     residual_mask: Tensor | None = None,
     relu: bool = False,
     keep: bool = False,
@@ -464,7 +465,7 @@ def passes(
     if scale is None:
         return y
     after = ops.affine_act if keep else ops.affine_act_
-    return after(y, scale, shift, residual, None, relu, mask)
+    return after(y, scale, shift, residual, residual_scale, relu, mask)
 
 
 def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
@@ -501,6 +502,8 @@ def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]
         given["scale"], given["shift"] = filled(problem.D), filled(problem.D)
     if problem.has("residual"):
         given["residual"] = maps(problem.D)
+    if problem.has("residual") and forward:  # as of a shortcut's convolution: the most registers
+        given["residual_scale"] = filled(problem.D)
     if problem.has("residual_mask"):
         given["residual_mask"] = bits(given["residual"])
     given["keep"], given["mask"] = problem.has("keep"), problem.has("mask")

@@ -53,7 +53,8 @@ class Problem(NamedTuple):
         blocks = triton.cdiv(self.positions, 128) * (self.D // 128)
         block_p = 64 if blocks < MULTIPROCESSORS[90 if arch >= 90 else 80] else 128
         if arch < 90:
-            return _config(block_p, 128, 32, slices=4, warps=4, stages=4)
+            slices = 4 if self.has("in_scale") else 2
+            return _config(block_p, 128, 32, slices, warps=4, stages=4)
         if block_p == 64:
             return _config(64, 128, 64, slices=2, warps=4, stages=4)
         if self.K >= 1024 and self.D % 256 == 0 and blocks >= 2 * MULTIPROCESSORS[90]:
