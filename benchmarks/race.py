@@ -88,7 +88,8 @@ class Contest:
         self.networks: dict[str, nn.Module] = {}
         self._cuda = torch.device(settings.device).type == "cuda"
         self._cache = tempfile.TemporaryDirectory()
-        self._plain = level.network(settings, group)
+        # converted on the CPU, which is faster at it
+        self._plain = level.network(dataclasses.replace(settings, device="cpu"), group)
         for name in names:
             reason = compiler_missing() if level.peers[name].compiled else ""
             if reason:
@@ -98,7 +99,8 @@ class Contest:
                 self.networks[name] = self._converted(name)
 
     def _converted(self, name: str) -> nn.Module:
-        return self.level.convert(copy.deepcopy(self._plain), name, Path(self._cache.name))
+        network = self.level.convert(copy.deepcopy(self._plain), name, Path(self._cache.name))
+        return network.to(self.settings.device)
 
     @contextlib.contextmanager
     def _reported(self, name: str) -> Iterator[None]:

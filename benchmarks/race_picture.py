@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from fss.colors import BLUE, ORANGE
 from fss.files import atomic_write
-from fss.plots import BLUE, ORANGE
 
 MIB = 2**20
 GREY = "#6b6b6b"
