@@ -13,8 +13,8 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
-.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render cuda-check \
-  clean check-machine
+.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render gpu \
+  gpu-sanitize cuda-check clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
 
@@ -51,6 +51,15 @@ bench-memory: venv ## saved bytes and peaks at the sizes of the papers
 
 render: venv ## tables, picture and README block from benchmarks/results
 	$(BIN)/python benchmarks/render.py
+
+gpu: ## everything a GPU can show, in 10 minutes, with the torch of PYTHON; ARGS="--phases tests"
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-sanitize: ## the kernels' tests under compute-sanitizer, with the torch of PYTHON
+	@command -v compute-sanitizer > /dev/null || { \
+	  echo "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit, in bin/"; exit 1; }
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all \
+	  --error-exitcode 1 $(PYTHON) -m pytest -x tests/gpu/test_ops_small.py $(ARGS)
 
 cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check

@@ -336,15 +336,21 @@ def defaults(level: Level) -> Settings:
 
 
 def write_results(
-    path: Path, level: str, title: str, settings: Settings, groups: list[dict], command: str
+    path: Path,
+    level: str,
+    title: str,
+    settings: Settings | dict[str, Any],
+    groups: list[dict],
+    command: str,
 ) -> Path:
     """Results with all that is needed to get them again; returns the path."""
+    given = settings if isinstance(settings, dict) else dataclasses.asdict(settings)
     content = {
         "level": level,
         "title": title,
-        "settings": dataclasses.asdict(settings),
+        "settings": given,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        **provenance(torch.device(settings.device)),
+        **provenance(torch.device(given["device"])),
         "command": command,
         "groups": groups,
     }

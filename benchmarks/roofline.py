@@ -5,8 +5,8 @@
 Counted pass by pass from the shapes, maps in bfloat16 and channels_last: what each kernel has to
 read and write once, and what it multiplies. A pass takes the longer of its bytes at the memory's
 rate and its FLOPs at the engine's; passes follow one another. Launches and caches are left out.
-Plain PyTorch is counted as it runs: batch norm, ReLU, sums, bias and autocast's casts of weights are
-passes of their own. Ours is counted as it is planned: see `fused`.
+Plain PyTorch is counted as it runs: batch norm, ReLU, sums, bias and autocast's casts of weights
+are passes of their own. Ours is counted as it is planned: see `fused`.
 """
 
 from __future__ import annotations
@@ -249,9 +249,7 @@ ROWS = {
 
 def seconds(passes: list[Pass], ceilings: dict[str, float]) -> float:
     """Of passes that follow one another, each bound by memory or by its engine."""
-    return sum(
-        max(p.bytes / ceilings["memory"], p.flops / ceilings[p.engine]) for p in passes
-    )
+    return sum(max(p.bytes / ceilings["memory"], p.flops / ceilings[p.engine]) for p in passes)
 
 
 def attainable(ceilings: dict[str, float]) -> dict[str, float]:
@@ -266,26 +264,23 @@ def measured_ceilings(facts: dict[str, Any]) -> dict[str, float]:
     return {"memory": facts["copy_bytes_per_second"], "bfloat16": matrix, **engines}
 
 
+def passes(settings: Settings, name: str) -> list[Pass]:
+    return [p for block in blocks(settings) for p in ROWS[name](block)]
+
+
 def count(settings: Settings) -> list[dict[str, Any]]:
     """A row for each way to run the step: totals, and predicted seconds on each GPU."""
     rows = []
-    for name, passes_of in ROWS.items():
-        passes = [p for block in blocks(settings) for p in passes_of(block)]
-        row: dict[str, Any] = {"peer": name, "passes": len(passes)}
-        row["bytes"] = sum(p.bytes for p in passes)
-        row["flops"] = sum(p.flops for p in passes)
-        row["flops_by_engine"] = {
-            engine: sum(p.flops for p in passes if p.engine == engine) for engine in ATTAINABLE
-        }
+    for name in ROWS:
+        step = passes(settings, name)
+        row: dict[str, Any] = {"peer": name, "passes": len(step)}
+        row["bytes"] = sum(p.bytes for p in step)
+        row["flops"] = sum(p.flops for p in step)
         row["predicted_seconds"] = {
-            gpu: seconds(passes, attainable(ceilings)) for gpu, ceilings in CEILINGS.items()
+            gpu: seconds(step, attainable(ceilings)) for gpu, ceilings in CEILINGS.items()
         }
         rows.append(row)
     return rows
-
-
-def passes(settings: Settings, name: str) -> list[Pass]:
-    return [p for block in blocks(settings) for p in ROWS[name](block)]
 
 
 def main() -> int:
