@@ -59,7 +59,7 @@ gpu-sanitize: ## the kernels' tests under compute-sanitizer, with the torch of P
 	@command -v compute-sanitizer > /dev/null || { \
 	  echo "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit, in bin/"; exit 1; }
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all \
-	  --error-exitcode 1 $(PYTHON) -m pytest -x tests/gpu/test_ops_small.py $(ARGS)
+	  --error-exitcode 1 $(PYTHON) -m pytest -x tests/gpu/test_gpu_ops.py $(ARGS)
 
 cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check

@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 
 from processes import ROOT, Ended, run
 
-BENCHMARKS = Path(__file__).resolve().parent
-TOTAL = 585  # seconds, of the ten minutes
+TOTAL = 580  # seconds, of the ten minutes
 TUNE_SECONDS = 60  # at most: what others leave is for the races
 NEEDED = (
     "torch", "triton", "numpy", "safetensors", "tqdm", "matplotlib", "pytest", "pytest_benchmark",
@@ -44,6 +43,8 @@ print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpu":
 
 
 class Options(NamedTuple):
+    """out, weights: as the commands get them, relative to the repository where that is shorter."""
+
     out: Path
     dry: bool
     weights: str
@@ -62,7 +63,7 @@ class Phase(NamedTuple):
 
 
 def script(name: str, *arguments: str | Path) -> list[str]:
-    return [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+    return [sys.executable, f"benchmarks/{name}", *map(str, arguments)]
 
 
 def build(options: Options, _: int) -> list[str]:
@@ -78,7 +79,8 @@ def facts(options: Options, _: int) -> list[str]:
 def tests(options: Options, seconds: int) -> list[str]:
     command = script("gpu_tests.py", "--seconds", str(seconds - 3), "--out", options.out)
     if options.dry:  # the kernels' tests run on the CPU with all others
-        command += ["--files", *map(str, sorted((ROOT / "tests/gpu").glob("test_*.py")))]
+        names = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/gpu").glob("test_*.py"))
+        command += ["--files", *map(str, names)]
     return command
 
 
@@ -164,7 +166,7 @@ PHASES = (
 )
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [phase.name for phase in PHASES]
     parser.add_argument("--phases", default=",".join(names), help="some of them, with commas")
@@ -172,20 +174,24 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all phases together")
     parser.add_argument("--weights", help="of the ResNet-50, a file; none: drawn ones")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     chosen = given.phases.split(",")
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--phases: expected some of {','.join(names)}, got {','.join(unknown)}")
     if given.dry_run and given.out is None:
         parser.error("--out: needed with --dry-run, which measures nothing worth keeping")
-    out = (given.out or BENCHMARKS / "results").resolve()
+    started = time.monotonic()
+    out = _short(given.out or ROOT / "benchmarks/results")
     found = probe()
     print(describe(found), flush=True)
     if lacking := missing(found, given.dry_run):
         print("make gpu: missing here:", *lacking, sep="\n  ")
         return 2
-    options = Options(out, given.dry_run, given.weights or _weights())
-    rows = run_all([p for p in PHASES if p.name in chosen], options, given.seconds, found)
+    weights = Path(given.weights) if given.weights not in (None, "none") else None
+    weights = _weights() if given.weights is None else weights
+    options = Options(out, given.dry_run, "none" if weights is None else str(_short(weights)))
+    left = given.seconds - (time.monotonic() - started)
+    rows = run_all([p for p in PHASES if p.name in chosen], options, left, found)
     print(summary(rows, out))
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
@@ -204,13 +210,13 @@ def run_all(
     for index, phase in enumerate(phases):
         later = share * sum(other.seconds for other in phases[index + 1 :])
         limit = max(1, int(end - later - time.monotonic()))
-        log = options.out / "logs" / f"{phase.name}.log"
+        log = ROOT / options.out / "logs" / f"{phase.name}.log"
         log.unlink(missing_ok=True)
         print(f"{phase.name}: at most {limit} s …", end=" ", flush=True)
         ended = run(phase.command(options, limit), log, limit, **environment)
         print(f"{ended.word}, {ended.seconds:.0f} s", flush=True)
         rows.append(row(phase, ended, limit, log))
-        summary_file = options.out / "gpu.json"
+        summary_file = ROOT / options.out / "gpu.json"
         summary_file.write_text(json.dumps({"machine": found, "phases": rows}, indent=1) + "\n")
     return rows
 
@@ -230,7 +236,7 @@ def summary(rows: list[dict[str, Any]], out: Path) -> str:
     """The end of what is printed: figures, then a line a phase."""
     width = max(len(row["phase"]) for row in rows)
     lines = []
-    figures = out / "figures.md"
+    figures = ROOT / out / "figures.md"
     if figures.is_file():
         lines += [figures.read_text()]
     for row in rows:
@@ -285,11 +291,17 @@ def missing(found: dict[str, Any], dry: bool) -> list[str]:
     return lacking
 
 
-def _weights() -> str:
-    """ImageNet weights beside the repository or in $SVF_SHARED; none where there are none."""
+def _weights() -> Path | None:
+    """ImageNet weights beside the repository or in $SVF_SHARED, where there are some."""
     folder = Path(os.environ.get("SVF_SHARED", ROOT.parent / "shared"))
     path = folder / "weights/resnet50_imagenet.safetensors"
-    return str(path) if path.is_file() else "none"
+    return path if path.is_file() else None
+
+
+def _short(path: Path) -> Path:
+    """As seen from the repository, for what is in it or beside it: results keep the commands."""
+    beside = path.resolve().is_relative_to(ROOT.parent)
+    return Path(os.path.relpath(path, ROOT)) if beside else path.resolve()
 
 
 if __name__ == "__main__":
