@@ -7,7 +7,8 @@
 Uses the Python and the torch it is run with and installs nothing. Each phase is a process of its
 own with a time limit and a log; when one fails or runs out of time the next goes on. What a phase
 leaves of its time is added to the next one's limit. Results are JSON in the folder of results,
-tables and pictures beside them, logs in its folder ``logs``.
+tables and pictures beside them, logs in its folder ``logs``, the table of tuned configurations in
+``cache``: SVF_FAST_CACHE names it to later runs.
 """
 
 from __future__ import annotations
@@ -88,8 +89,7 @@ def tune(options: Options, seconds: int) -> list[str]:
     command = [sys.executable, "-m", "svf_fast.triton.tune"]
     if options.dry:
         return [*command, "--help"]
-    budget = str(max(min(seconds - 10, TUNE_SECONDS), 1))
-    return [*command, "--budget-seconds", budget, "--out", str(options.out / "tuned.json")]
+    return [*command, "--budget-seconds", str(max(min(seconds - 10, TUNE_SECONDS), 1))]
 
 
 def race(level: str, *arguments: str) -> Callable[[Options, int], list[str]]:
@@ -202,7 +202,8 @@ def run_all(
     """One phase after another, each in its share of the time and what is left of those before."""
     share = min(1.0, total / sum(phase.seconds for phase in phases))
     end = time.monotonic() + total
-    environment = {}
+    # where the search leaves its table, and where the kernels look for it
+    environment = {"SVF_FAST_CACHE": str((ROOT / options.out / "cache").resolve())}
     if found["capability"] and not options.dry:
         environment["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, found["capability"]))
         environment["SVF_FAST_CUDA"] = "1"

@@ -35,6 +35,7 @@ def run(command: list[str], log: Path, limit: float, **environment: str) -> Ende
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    env["COLUMNS"] = "240"  # pytest cuts what is wider
     started = time.monotonic()
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")

@@ -14,15 +14,21 @@ import svf_fast
 from fss.models.backbone import BasicBlock, Bottleneck
 from svf_fast.nn.block import Fused
 
-# In channels, width, options: of ResNet-18 and ResNet-50, and odd numbers of channels.
+
+def projection(in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+# Of ResNet-18 and ResNet-50, and one of odd numbers of channels: in channels, width, stride, …
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "bottleneck": lambda: Bottleneck(256, 64, dilation=2),
-    "bottleneck, shortcut": lambda: Bottleneck(128, 64),
-    "bottleneck, stride": lambda: Bottleneck(64, 32, stride=2),
-    "bottleneck, stride on conv1": lambda: Bottleneck(64, 32, stride=2, stride_on="conv1"),
+    "bottleneck, shortcut": lambda: Bottleneck(128, 64, 1, 1, projection(128, 256)),
+    "bottleneck, stride": lambda: Bottleneck(64, 32, 2, 1, projection(64, 128, 2)),
+    "stride on conv1": lambda: Bottleneck(64, 32, 2, 1, projection(64, 128, 2), "conv1"),
     "bottleneck, odd channels": lambda: Bottleneck(36, 9),
     "basic": lambda: BasicBlock(64, 64),
-    "basic, shortcut": lambda: BasicBlock(32, 64, stride=2),
+    "basic, shortcut": lambda: BasicBlock(32, 64, 2, 1, projection(32, 64, 2)),
 }
 FORMATS = (torch.channels_last, torch.contiguous_format)
 DRAWS = 9
