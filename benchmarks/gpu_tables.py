@@ -54,7 +54,7 @@ def facts_table(result: Result, _: Results) -> str:
         "copy, bytes read and written": f"{facts['copy_bytes_per_second'] / 1e12:.2f} TB/s",
         "bfloat16 matrix product": f"{facts['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s",
     }
-    return _table(["", ""], [[name, str(value)] for name, value in shown.items()])
+    return table(["", ""], [[name, str(value)] for name, value in shown.items()])
 
 
 def elementwise_table(result: Result, _: Results) -> str:
@@ -74,7 +74,7 @@ def elementwise_table(result: Result, _: Results) -> str:
             lines.append([row["peer"], group["name"], *cells])
     shape = "×".join(map(str, result["settings"]["shape"]))
     head = ["", "dtype", "µs", "TB/s", "of a copy's rate"]
-    return _table(head, lines) + f"\n\nMaps {shape}, channels_last; bytes as each op needs them."
+    return table(head, lines) + f"\n\nMaps {shape}, channels_last; bytes as each op needs them."
 
 
 def replay_table(result: Result, results: Results) -> str:
@@ -93,24 +93,30 @@ def replay_table(result: Result, results: Results) -> str:
                 cells = [f"{1e3 * taken:.2f}", *ratios, _share(part)]
             lines.append([name, group["name"], *cells])
     head = ["replayed", "", "ms", "÷ official", "÷ frozen bound", "of the roofline"]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def roofline_table(result: Result, results: Results) -> str:
     """Counted and predicted; measured where a GPU ran the same step."""
-    settings = result["settings"]
     lines = []
-    for row in result["groups"][0]["rows"]:
+    pairs = [(group, row) for group in result["groups"] for row in group["rows"]]
+    for group, row in pairs:
+        settings = result["settings"] | {"batch": group["batch"]}
         name = row["peer"]
         predicted = [f"{1e3 * row['predicted_seconds'][gpu]:.2f}" for gpu in CEILINGS]
         eager, replayed = measured(name, settings, results), replay(name, settings, results)
-        cells = [str(row["passes"]), f"{row['bytes'] / 1e9:.2f}", f"{row['flops'] / 1e9:.0f}"]
+        cells = [
+            group["name"],
+            str(row["passes"]),
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['flops'] / 1e9:.0f}",
+        ]
         cells += predicted
         for taken in (eager, replayed):
             part = of_roofline(name, taken, settings, results)
             cells.append("—" if taken is None else f"{1e3 * taken:.2f} ({_share(part)})")
         lines.append([f"**{name}**" if name == "svf_fast" else name, *cells])
-    head = ["", "passes", "GB", "GFLOP", *(f"{gpu}, ms, predicted" for gpu in CEILINGS)]
+    head = ["", "", "passes", "GB", "GFLOP", *(f"{gpu}, ms, predicted" for gpu in CEILINGS)]
     head += ["ms, measured (of the roofline)", "replayed"]
     rates = "; ".join(
         f"{gpu} {c['memory'] / 1e12:g} TB/s, {c['bfloat16'] / 1e12:g} TFLOP/s"
@@ -121,7 +127,7 @@ def roofline_table(result: Result, results: Results) -> str:
         f"× {ATTAINABLE['bfloat16']:.2f} for products, pass by pass. The roofline is the same sum "
         "at the full measured rates."
     )
-    return f"{_table(head, lines)}\n\n{note}"
+    return f"{table(head, lines)}\n\n{note}"
 
 
 def measured(name: str, settings: Result, results: Results) -> float | None:
@@ -146,9 +152,13 @@ def of_roofline(name: str, taken: float | None, settings: Result, results: Resul
     """The roofline's seconds at the measured ceilings over those that were taken."""
     if taken is None or results.facts is None:
         return None
-    names = {field.name for field in dataclasses.fields(Settings)}
-    step = passes(Settings(**{key: settings[key] for key in names & settings.keys()}), name)
+    step = passes(settings_of(settings), name)
     return seconds(step, measured_ceilings(results.facts)) / taken
+
+
+def settings_of(given: Result) -> Settings:
+    """Settings as a file of results has them."""
+    return Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
 
 
 def _same(settings: Result) -> Result:
@@ -160,7 +170,7 @@ def _share(part: float | None) -> str:
     return "–" if part is None else f"{100 * part:.0f} %"
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
     rule = "| --- |" + " ---: |" * (len(head) - 1)
     return "\n".join([_line(head), rule, *(_line(cells) for cells in lines)])
 

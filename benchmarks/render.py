@@ -214,7 +214,8 @@ def _origin(result: dict) -> str:
 
 LEGEND = (
     "Saved: what autograd keeps from the forward pass, parameters left out. Peak: of the process, "
-    "above what was resident before the step. Resident: the tensors that live between steps. "
+    "on a GPU of its tensors, above what was resident before the step. Resident: the tensors that "
+    "live between steps. "
     "Error: of the gradients, relative to the official chain in float64; a row that fails there "
     "has no speed."
 )

@@ -209,6 +209,20 @@ def frozen(block: Block) -> Iterator[Pass]:
     yield from _residual(block)
 
 
+def recomposed(block: Block) -> Iterator[Pass]:
+    """W composed by autograd in float32, batch norm folded: `frozen`, and a weight gradient."""
+    for conv in block.all:
+        factors = conv.rank * (conv.outputs + conv.fan_in)
+        flops = 2 * conv.outputs * conv.rank * conv.fan_in
+        source, outer = conv.inputs * conv.source, conv.outputs * conv.target
+        yield Pass("compose W", FACTOR * (factors + conv.weights), flops, "float32")
+        yield product("weight gradient", conv, source + outer, 0)
+        yield Pass("cast of the weight gradient", (FACTOR + MAP) * conv.weights)
+        yield Pass("gradient of U diag(S)", FACTOR * (factors + conv.weights), flops, "float32")
+        yield Pass("gradient of S", FACTOR * 2 * conv.outputs * conv.rank)
+    yield from frozen(block)
+
+
 def _residual(block: Block) -> Iterator[Pass]:
     """What PyTorch runs at the end of a block, and where its two branches begin."""
     wide = block.leaving
@@ -240,6 +254,7 @@ def frozen_fused(block: Block) -> Iterator[Pass]:
 
 ROWS = {
     "official": official,
+    "recomposed, BN folded": recomposed,
     "frozen bound": frozen,
     "frozen bound, all fused": frozen_fused,
     "svf_fast": fused,
@@ -286,16 +301,19 @@ def count(settings: Settings) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=641)
-    parser.add_argument("--batch", type=int, default=6, help="images; 6 are a 5-shot episode")
+    parser.add_argument("--batches", type=int, nargs="+", default=[6, 1])
     parser.add_argument("--stride-on", default="conv2", choices=("conv1", "conv2"))
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
     settings = dataclasses.replace(
-        Settings(), size=options.size, batch=options.batch, stride_on=options.stride_on,
+        Settings(), size=options.size, batch=options.batches[0], stride_on=options.stride_on,
         dtype="bfloat16", channels_last=True,
     )  # fmt: skip
     title = f"Roofline of {LEVELS['backbone'].title}"
-    groups = [{"name": "layers 2-4", "rows": count(settings)}]
+    groups = [
+        {"name": f"batch {n}", "batch": n, "rows": count(dataclasses.replace(settings, batch=n))}
+        for n in options.batches
+    ]
     path = options.results / "roofline.json"
     command = "python " + shlex.join(sys.argv)
     print(write_results(path, "roofline", title, settings, groups, command))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -31,10 +32,11 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "basic, shortcut": lambda: BasicBlock(32, 64, 2, 1, projection(32, 64, 2)),
 }
 FORMATS = (torch.channels_last, torch.contiguous_format)
-DRAWS = 9
+DRAWS = 7
 
 
-def networks(name: str, seed: int) -> tuple[nn.Module, nn.Module, nn.Module, torch.Tensor]:
+@functools.cache
+def _networks(name: str, seed: int) -> tuple[nn.Module, nn.Module, nn.Module, torch.Tensor]:
     """Ours and the paper's layers in float32, those in float64, and an input, on the CPU."""
     torch.manual_seed(seed)
     plain = nn.Sequential(_frozen(BLOCKS[name]()))
@@ -44,6 +46,11 @@ def networks(name: str, seed: int) -> tuple[nn.Module, nn.Module, nn.Module, tor
     channels = next(m.V.shape[1] for m in ours.modules() if isinstance(m, svf_fast.SVFConv2d))
     x = torch.randn(3, channels, 13, 11).relu()
     return ours, official, copy.deepcopy(official).double(), x
+
+
+def networks(name: str, seed: int) -> tuple[nn.Module, nn.Module, nn.Module, torch.Tensor]:
+    """Copies: a test moves them and changes their dtype."""
+    return copy.deepcopy(_networks(name, seed))
 
 
 def _frozen(block: nn.Module) -> nn.Module:

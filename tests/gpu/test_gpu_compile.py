@@ -20,7 +20,7 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(trunk, maps, gradie
     torch._dynamo.reset()
     compiled = torch.compile(whole, fullgraph=True, dynamic=False)
     got = gradients(compiled, x, dtype)
-    assert len(got) == len(expected) == 2 + len(svf_fast.svf_parameters(whole))
+    assert len(got) == len(expected) == 2 + len(list(svf_fast.svf_parameters(whole)))
     for index, (mine, true) in enumerate(zip(got, expected, strict=True)):
         error = (mine.double() - true.double()).norm() / true.double().norm()
         assert error <= ALLOWED[dtype], f"tensor {index}: {error:.1e}"
