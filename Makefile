@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only --benchmark-quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+FORMATTED := $(CSRC) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 # one stamp per requirement, so that another TORCH is installed when asked for
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
@@ -34,12 +35,12 @@ lint: venv ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: venv ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: $(LEVELS:%=bench-%) bench-memory render ## the race; alone: bench-layer, -block, -backbone, -step, -prior
 
@@ -55,14 +56,11 @@ render: venv ## tables, picture and README block from benchmarks/results
 gpu: ## everything a GPU can show, in 10 minutes, with the torch of PYTHON; ARGS="--phases tests"
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
-gpu-sanitize: ## the kernels' tests under compute-sanitizer, with the torch of PYTHON
-	@command -v compute-sanitizer > /dev/null || { \
-	  echo "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit, in bin/"; exit 1; }
-	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all \
-	  --error-exitcode 1 $(PYTHON) -m pytest -x tests/gpu/test_gpu_ops.py $(ARGS)
-
 cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check
+
+gpu-sanitize: venv ## compute-sanitizer on the tests of the CUDA kernels; needs a GPU
+	.ci/gpu-sanitize $(BIN)/python
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info svf_fast/*.so

@@ -59,7 +59,8 @@ def files() -> list[Path]:
         if "DEVICES" in path.read_text()
     ]
     of_ops.sort(key=lambda path: not path.name.startswith("test_triton"))
-    return [*of_ops, *sorted((ROOT / "tests/gpu").glob("test_*.py"))]
+    of_gpu = sorted((ROOT / "tests/gpu").glob("test_*.py"))
+    return [*of_ops, *(path for path in of_gpu if "emulated" not in path.name)]
 
 
 def tested(path: Path, logs: Path, deadline: float) -> dict[str, Any]:

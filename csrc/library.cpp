@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
       "Tensor? shift) -> ()");
   library.def("channel_dot(Tensor a, Tensor b) -> Tensor");
   library.def("channel_dot_scale_(Tensor(a!) a, Tensor v, Tensor s) -> Tensor");
+  library.def("compose(Tensor U, Tensor S, Tensor V, int groups, ScalarType dtype) -> Tensor");
   library.def("cosine_max(Tensor query, Tensor support, Tensor mask) -> (Tensor, Tensor)");
   library.def(
       "cosine_max_backward(Tensor grad, Tensor query, Tensor support, Tensor mask, Tensor values, "

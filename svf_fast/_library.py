@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def _load_cuda() -> str:
 
 
 cuda_missing = _load_cuda()
+
+
+def register_gpu(op: str, kernel: Callable) -> None:
+    """Makes `kernel` what svf_fast::`op` runs on CUDA tensors."""
+    torch.library.impl(f"svf_fast::{op}", "CUDA", kernel)
 
 
 def check_device(op: str, tensor: Tensor) -> None:

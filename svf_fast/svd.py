@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,13 +93,17 @@ def guarded_directions(S: Tensor, groups: int = 1) -> Tensor:
     They ascend; T is the smallest number, the same in every group, that leaves the root mean
     square of :func:`spectrum_ratio` over the other directions at most 2.
     """
-    ratio = spectrum_ratio(S, groups)
-    rank = ratio.shape[1]
-    ordered, order = ratio.sort(dim=1)
-    kept = torch.arange(1, rank + 1, device=S.device) * groups
-    mean_square = ordered.square().sum(dim=0).cumsum(0) / kept
+    # on the host in numpy: this runs after every change of S
+    square = np.square(S.detach().cpu().double().numpy().reshape(groups, -1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(square > 0, square.mean(axis=1, keepdims=True) / square, np.inf)
+    if ratio.mean() <= GUARD_LIMIT**2:
+        return torch.empty(groups, 0, dtype=torch.int64, device=S.device)
+    counts = groups * np.arange(1, ratio.shape[1] + 1)
+    mean_square = np.sort(ratio, axis=1).sum(axis=0).cumsum() / counts
     unguarded = int((mean_square <= GUARD_LIMIT**2).sum())
-    return order[:, unguarded:].sort(dim=1).values
+    order = np.argsort(ratio, axis=1, kind="stable")
+    return torch.from_numpy(np.sort(order[:, unguarded:], axis=1)).to(S.device)
 
 
 def dual(U: Tensor, groups: int = 1) -> Tensor | None:

@@ -1,49 +1,23 @@
 // channel_dot on CUDA in two passes without atomics: every warp (rows) or block (columns) leaves
 // one partial sum per channel, and a second kernel adds these in a fixed order.
-#include "../accumulator.h"
 #include "../channel_dot.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <limits>
-
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
+
+#include "launch.h"
 
 namespace svf_fast {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kAccess = 16;     // bytes of a vector access
 constexpr int kSegment = 4096;  // elements of a row summed by one warp
 constexpr int kDepth = 16;      // positions summed by one thread, channels last
-
-__device__ double widen(double x) { return x; }
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-
-__device__ void narrow(double& to, double x) { to = x; }
-__device__ void narrow(float& to, float x) { to = x; }
-__device__ void narrow(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ void narrow(__half& to, float x) { to = __float2half_rn(x); }
-
-template <typename T, int kSize>
-struct alignas(kSize * sizeof(T)) Pack {
-  T values[kSize];
-};
 
 // sums[j] += a[j] * b[j] and a[j] *= scale[j], for kSize elements aligned to their total size.
 template <bool kScale, int kSize, typename T, typename Acc>
 __device__ void step(Acc (&sums)[kSize], T* a, const T* b, const Acc (&scale)[kSize]) {
-  using P = Pack<T, kSize>;
-  P left = *reinterpret_cast<const P*>(a);
-  const P right = *reinterpret_cast<const P*>(b);
+  auto left = load<kSize>(static_cast<const T*>(a));
+  const auto right = load<kSize>(b);
 #pragma unroll
   for (int j = 0; j < kSize; ++j) {
     const Acc value = widen(left.values[j]);
@@ -53,7 +27,7 @@ __device__ void step(Acc (&sums)[kSize], T* a, const T* b, const Acc (&scale)[kS
     }
   }
   if constexpr (kScale) {
-    *reinterpret_cast<P*>(a) = left;
+    store(a, left);
   }
 }
 
@@ -196,14 +170,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-unsigned grid_size(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "channel_dot: maps too large");
-  return static_cast<unsigned>(blocks);
-}
-
 template <bool kScale, int kVecSize, typename T>
-void launch(const ChannelDotOperands& operands, const Tensor* s, const Tensor& out,
-            cudaStream_t stream) {
+void run_vectors(const Stream& stream, const ChannelDotOperands& operands, const Tensor* s,
+                 const Tensor& out) {
   using Acc = accumulator_t<T>;
   const Maps& maps = operands.maps;
   T* a = static_cast<T*>(
@@ -226,30 +195,26 @@ void launch(const ChannelDotOperands& operands, const Tensor* s, const Tensor& o
     outer = divide_up(positions, static_cast<int64_t>(kDepth) * threads.y);
     inner = 1;
     partial = new_partial(outer * maps.channels);
-    channel_dot_columns_kernel<kScale, kVecSize, T>
-        <<<grid_size(outer * column_blocks), threads, 0, stream>>>(
-            a, b, scale, static_cast<Acc*>(partial.mutable_data_ptr()), positions, maps.channels,
-            column_blocks);
+    stream.launch(channel_dot_columns_kernel<kScale, kVecSize, T>, outer * column_blocks, threads,
+                  a, b, scale, static_cast<Acc*>(partial.mutable_data_ptr()), positions,
+                  maps.channels, column_blocks);
   } else {
     outer = maps.batch;
     inner = divide_up(maps.positions, kSegment);
     const int64_t rows = maps.batch * maps.channels;
     partial = new_partial(rows * inner);
-    channel_dot_rows_kernel<kScale, kVecSize, T>
-        <<<grid_size(divide_up(rows * inner, kWarps)), kThreads, 0, stream>>>(
-            a, b, scale, static_cast<Acc*>(partial.mutable_data_ptr()), rows, maps.channels,
-            maps.positions, inner);
+    stream.launch(channel_dot_rows_kernel<kScale, kVecSize, T>, divide_up(rows * inner, kWarps),
+                  kThreads, a, b, scale, static_cast<Acc*>(partial.mutable_data_ptr()), rows,
+                  maps.channels, maps.positions, inner);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  channel_dot_sum_kernel<Acc><<<grid_size(divide_up(maps.channels, kWarps)), kThreads, 0, stream>>>(
-      static_cast<const Acc*>(partial.const_data_ptr()), static_cast<Acc*>(out.mutable_data_ptr()),
-      maps.channels, outer, inner);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  stream.launch(channel_dot_sum_kernel<Acc>, divide_up(maps.channels, kWarps), kThreads,
+                static_cast<const Acc*>(partial.const_data_ptr()),
+                static_cast<Acc*>(out.mutable_data_ptr()), maps.channels, outer, inner);
 }
 
 template <bool kScale, typename T>
-void run(const ChannelDotOperands& operands, const Tensor* s, const Tensor& out,
-         cudaStream_t stream) {
+void run(const Stream& stream, const ChannelDotOperands& operands, const Tensor* s,
+         const Tensor& out) {
   constexpr int kVecSize = kAccess / sizeof(T);
   const auto a = reinterpret_cast<uintptr_t>(operands.a.const_data_ptr());
   const auto b = reinterpret_cast<uintptr_t>(operands.b.const_data_ptr());
@@ -257,9 +222,9 @@ void run(const ChannelDotOperands& operands, const Tensor* s, const Tensor& out,
                                                          a % kAccess == 0 && b % kAccess == 0
                                                    : a % kAccess == b % kAccess;
   if (vectors) {
-    launch<kScale, kVecSize, T>(operands, s, out, stream);
+    run_vectors<kScale, kVecSize, T>(stream, operands, s, out);
   } else {
-    launch<kScale, 1, T>(operands, s, out, stream);
+    run_vectors<kScale, 1, T>(stream, operands, s, out);
   }
 }
 
@@ -269,32 +234,17 @@ Tensor dispatch(const ChannelDotOperands& operands, const Tensor* s) {
   if (operands.a.numel() == 0) {
     return torch::stable::zero_(out);
   }
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(operands.a.get_device_index(), &stream));
-  switch (operands.a.scalar_type()) {
-    case ScalarType::Double:
-      run<kScale, double>(operands, s, out, static_cast<cudaStream_t>(stream));
-      break;
-    case ScalarType::Float:
-      run<kScale, float>(operands, s, out, static_cast<cudaStream_t>(stream));
-      break;
-    case ScalarType::BFloat16:
-      run<kScale, __nv_bfloat16>(operands, s, out, static_cast<cudaStream_t>(stream));
-      break;
-    default:
-      run<kScale, __half>(operands, s, out, static_cast<cudaStream_t>(stream));
-  }
+  const Stream stream(out);
+  with_type(operands.a.scalar_type(),
+            [&]<typename T>(T) { run<kScale, T>(stream, operands, s, out); });
   return out;
 }
 
 Tensor channel_dot(const Tensor& a, const Tensor& b) {
-  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   return dispatch<false>(channel_dot_operands(a, b), nullptr);
 }
 
 Tensor channel_dot_scale_(const Tensor& a, const Tensor& v, const Tensor& s) {
-  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   return dispatch<true>(channel_dot_scale_operands(a, v, s), &s);
 }
 

@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.nn.conv2d import SVFConv2d
+from svf_fast.nn.state import is_hooked, state
 from svf_fast.ops.block import Stage, block
 from svf_fast.ops.svf_conv2d import Factors
 from svf_fast.structure import ResidualBlock, Unit, examine
 from svf_fast.structure import Stage as Names
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class Fused(nn.Module):
@@ -37,18 +31,23 @@ class Fused(nn.Module):
 
     def unfused_reason(self) -> str:
         """Why the next forward pass runs module by module; empty where it is fused."""
+        return "; ".join(reason for reason in self._reasons() if reason)
+
+    def _reasons(self) -> list[str]:
+        """Of each part that is one node where nothing speaks against it."""
         raise NotImplementedError
 
     def unfuse(self) -> nn.Module:
         """Gives the module its original class back, in place; returns it."""
-        for name in ("_names", "_kinds", "recompute"):
+        for name in ("_names", "_kinds", "recompute", "_reading"):
             self.__dict__.pop(name, None)
         self.__class__ = self.original
         return self
 
     def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_empty, (self._mixin, self.original), *reduced[2:])
+        own = {name: value for name, value in reduced[2].items() if name != "_reading"}
+        return (_empty, (self._mixin, self.original), own, *reduced[3:])
 
 
 _F = TypeVar("_F", bound=Fused)
@@ -70,6 +69,32 @@ def fuse(module: nn.Module, mixin: type[_F]) -> _F:
     """Makes the module one of `mixin`, in place."""
     module.__class__ = _subclass((mixin, type(module)))
     return cast(_F, module)
+
+
+class _Reading(NamedTuple):
+    """What was found of a fused module in a state: why its parts are not fused, and the stages."""
+
+    state: tuple[Any, ...] | None
+    reasons: list[str]
+    stages: dict[tuple[str, torch.dtype], Stage]
+
+    def stage(self, module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
+        at = names.conv, dtype
+        if at not in self.stages:
+            self.stages[at] = _stage(module, names, dtype)
+        return self.stages[at]
+
+
+def _read(module: Fused) -> _Reading:
+    """The reading of the module as it is now, kept until something in it changes."""
+    now = state(module)
+    known = module.__dict__.get("_reading")
+    if known is not None and now is not None and known.state == now:
+        return known
+    reading = _Reading(now, module._reasons(), {})
+    if now is not None:
+        module.__dict__["_reading"] = reading
+    return reading
 
 
 class ResidualUnit(Fused):
@@ -127,26 +152,26 @@ class ResidualUnit(Fused):
         """Name of the convolution that ``recompute`` runs again."""
         return self._names.stages[1].conv
 
-    def unfused_reason(self) -> str:
+    def _reasons(self) -> list[str]:
         names = self._names
         stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
-        return _replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)
+        return [_replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)]
 
     def forward(self, x: Tensor) -> Tensor:
-        names = self._names
-        if self.unfused_reason():
+        names, reading = self._names, _read(self)
+        if reading.reasons[0]:
             return super().forward(x)
         dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
-        shortcut: Stage | str = "identity"
         shortcut_x = None
+        if names.pre:
+            shortcut_x = x
+            for name in names.pre:
+                shortcut_x = self.get_submodule(name)(shortcut_x)
+            shortcut_x = shortcut_x.to(dtype)
+        stages = [reading.stage(self, stage, dtype) for stage in names.stages]
+        shortcut: Stage | str = "identity"
         if names.shortcut is not None:
-            shortcut = _stage(self, names.shortcut, dtype)
-            if names.pre:
-                shortcut_x = x
-                for name in names.pre:
-                    shortcut_x = self.get_submodule(name)(shortcut_x)
-                shortcut_x = shortcut_x.to(dtype)
-        stages = [_stage(self, stage, dtype) for stage in names.stages]
+            shortcut = reading.stage(self, names.shortcut, dtype)
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
 
@@ -193,9 +218,8 @@ class FusedSequential(Fused):
         fused._names = units
         return fused
 
-    def unfused_reason(self) -> str:
-        reasons = (self._unit_reason(unit) for unit in self._names)
-        return "; ".join(reason for reason in reasons if reason)
+    def _reasons(self) -> list[str]:
+        return [self._unit_reason(unit) for unit in self._names]
 
     def __getitem__(self, index):
         part = super().__getitem__(index)  # type: ignore[misc]
@@ -215,16 +239,19 @@ class FusedSequential(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
-        units = {unit.stage.conv: unit for unit in self._names}
+        reading = _read(self)
+        reasons = zip(self._names, reading.reasons, strict=True)
+        units = {unit.stage.conv: unit for unit, reason in reasons if not reason}
         for name in self._modules:  # named_children leaves out what comes again
             if name in skipped:
                 continue
-            module, unit = self.get_submodule(name), units.get(name)
-            if unit is None or self._unit_reason(unit):
-                x = module(x)
+            unit = units.get(name)
+            if unit is None:
+                x = self.get_submodule(name)(x)
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
-            x = block(x.to(dtype), [_stage(self, unit.stage, dtype)], relu=unit.stage.relu)
+            stage = reading.stage(self, unit.stage, dtype)
+            x = block(x.to(dtype), [stage], relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
 
@@ -377,6 +404,6 @@ def _inner(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _hooked_module(name: str, module: nn.Module) -> str:
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if is_hooked(module):
         return f"{name} has a hook"
     return f"{name} has a forward of its own" if "forward" in vars(module) else ""

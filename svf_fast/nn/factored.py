@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.svf_conv2d import STRATEGIES, Frozen, reads_input
 from svf_fast.svd import (
     GUARD_LIMIT,
     Factors,
-    compose,
     decompose,
     dual,
     guarded_directions,
@@ -30,9 +30,43 @@ def fingerprint(weight: Tensor) -> Tensor:
     return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
 
 
-@dataclasses.dataclass
+class _Arrival:
+    """Values of S on their way from a GPU to the host."""
+
+    def __init__(self, S: Tensor):
+        self.values = torch.empty(S.shape, dtype=S.dtype, pin_memory=True)
+        self._event = torch.cuda.Event()
+        self._started = False
+
+    def start(self, S: Tensor) -> None:
+        """Nothing where the last ones have not arrived: the host is ahead, they are read first."""
+        if not self._started:
+            self.values.copy_(S.detach(), non_blocking=True)
+            self._event.record()
+            self._started = True
+
+    def here(self) -> bool:
+        """Whether values have come since this was last true."""
+        if self._started and self._event.query():
+            self._started = False
+            return True
+        return False
+
+
+def _sent(tail: Tensor, device: torch.device) -> Tensor:
+    return tail.pin_memory().to(device, non_blocking=True)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+@dataclasses.dataclass(eq=False)
 class _Plan:
-    """What follows from the factors' present values; rebuilt when they change, never saved."""
+    """What follows from the factors' present values; never saved.
+
+    Another object whenever they change: who has the same plan may keep what follows from it.
+    """
 
     factors_key: tuple
     scale_key: tuple
@@ -42,7 +76,8 @@ class _Plan:
     dual_U: Tensor | None
     dual_V: Tensor | None
     weights: dict[torch.dtype, Tensor] = dataclasses.field(default_factory=dict)
-    arriving: tuple[Tensor, torch.cuda.Event] | None = None  # S on its way from GPU to host
+    host_tail: Tensor | None = None  # of a GPU's tail
+    arrival: _Arrival | None = None
 
 
 def svf_layers(model: nn.Module) -> dict[str, Factored]:
@@ -106,23 +141,24 @@ class Factored(nn.Module):
 
     def composed_weight(self) -> Tensor:
         """``U diag(S) V`` in the shape of the original weight and the dtype of S, detached."""
-        weight = compose(self.U, self.S.detach(), self.V, self._geometry().groups)
-        return weight.to(self.S.dtype)
+        return compose(self.U, self.S, self.V, self._geometry().groups, self.S.dtype)
 
     def refresh(self) -> None:
         """Plan anew from the values of U, S and V: strategy, guarded directions, composed weight.
 
-        Happens by itself when they change. Only under ``torch.compile`` a forward pass keeps the
-        guarded directions of the last plan, and stops with an error once S has moved so far that
-        they are too few; then call this.
+        Happens by itself when they change. Only under ``torch.compile`` and in a CUDA graph a
+        forward pass keeps the guarded directions of the last plan, and stops with an error once S
+        has moved so far that they are too few; then call this, and capture the graph again.
         """
         self._plan = None
         if not self._has_values():
             return
         groups = self._geometry().groups
         with torch.no_grad():
-            strategy, tail = self._choose(self.S)
+            strategy, host_tail = self._choose(self.S)
+            tail = None if host_tail is None else host_tail.to(self.U.device)
             plan = _Plan(*self._keys(), self.S.detach().clone(), strategy, tail, None, None)
+            plan.host_tail = None if host_tail is None else host_tail.cpu()
             if self.strategy in ("auto", "gram"):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
@@ -137,7 +173,7 @@ class Factored(nn.Module):
         strategy = self.strategy
         if strategy not in ("auto", "gram"):
             return strategy, None
-        tail = guarded_directions(S, self._geometry().groups).to(self.U.device)
+        tail = guarded_directions(S, self._geometry().groups)
         if strategy == "auto":
             strategy = "gram" if self._gram_is_cheaper(tail.shape[1]) else "chain"
         return strategy, tail if strategy == "gram" and tail.shape[1] else None
@@ -188,20 +224,28 @@ class Factored(nn.Module):
         The values travel to the host while the step runs, so the guarded directions follow one
         change of S behind: an optimizer step moves S by far less than the guard's margin.
         """
-        if plan.arriving is not None and plan.arriving[1].query():
-            plan.strategy, plan.tail = self._choose(plan.arriving[0])
-            plan.arriving = None
+        if torch.cuda.is_current_stream_capturing():
+            return plan
+        arrival = plan.arrival
+        if arrival is not None and arrival.here():
+            strategy, tail = self._choose(arrival.values)
+            if strategy != plan.strategy or not _same(tail, plan.host_tail):
+                on_device = None if tail is None else _sent(tail, self.S.device)
+                plan = dataclasses.replace(plan, strategy=strategy, tail=on_device, host_tail=tail)
         if plan.scale_key != scale_key:
-            host = torch.empty(self.S.shape, dtype=self.S.dtype, pin_memory=True)
-            host.copy_(self.S.detach(), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            plan.scale_key, plan.weights, plan.arriving = scale_key, {}, (host, event)
+            arrival = arrival or _Arrival(self.S)
+            arrival.start(self.S)
+            plan = dataclasses.replace(plan, scale_key=scale_key, weights={}, arrival=arrival)
+        self._plan = plan
         return plan
 
     def _strategy_and_frozen(self, dtype: torch.dtype) -> tuple[str, Frozen]:
         """Strategy and constants of the next forward pass in the compute dtype."""
-        if torch.compiler.is_compiling():
+        # a graph runs again with other values of S: it composes W and checks the guard itself
+        graph = torch.compiler.is_compiling() or (
+            self.S.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if graph:
             plan = self._plan
             if plan is not None and plan.strategy == "gram":
                 self._assert_guarded(plan)
@@ -211,11 +255,10 @@ class Factored(nn.Module):
             return "reference", Frozen()
         weight = None
         folds = plan.strategy in ("fold", "gram") or not self.S.requires_grad
-        if folds and not torch.compiler.is_compiling() and self._has_values():
+        if folds and not graph and self._has_values():
             weight = plan.weights.get(dtype)
             if weight is None:
-                S = self.S.detach()
-                weight = compose(self.U, S, self.V, self._geometry().groups).to(dtype)
+                weight = compose(self.U, self.S, self.V, self._geometry().groups, dtype)
                 plan.weights[dtype] = weight
         return plan.strategy, Frozen(weight, plan.tail, plan.dual_U, plan.dual_V)
 
@@ -227,8 +270,9 @@ class Factored(nn.Module):
             kept -= plan.tail.numel()
         torch._assert_async(
             square.sum() <= kept * (2 * GUARD_LIMIT) ** 2,
-            "SVF layer under torch.compile: S has moved so far that more directions need the "
-            "exact gradient; call refresh() on the converted layers, or use strategy='chain'.",
+            "SVF layer under torch.compile or in a CUDA graph: S has moved so far that more "
+            "directions need the exact gradient; call refresh() on the converted layers and "
+            "capture the graph again, or use strategy='chain'.",
         )
 
     def _compute_dtype(self, x: Tensor, layer: str) -> torch.dtype:

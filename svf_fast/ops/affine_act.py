@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from svf_fast.ops.maps import check_maps
-from svf_fast.reference import affine_act as definition
 from svf_fast.reference.affine_act import mask_bytes
 
 
@@ -29,8 +28,9 @@ def affine_act(
     y, residual [N, C, *spatial] of one dtype; scale, shift, residual_scale [C] in float32 (float64
     for float64) -> out [N, C, *spatial] in the dtype and memory format of y, and the mask: one bit
     per element in memory order (:func:`svf_fast.reference.affine_act.pack_mask`), or no bytes where
-    it is not asked for. Reads y and residual once, writes out and the mask once. Computed in
-    float32 at least and rounded once. Not differentiable: :func:`affine_act_backward` is its half.
+    it is not asked for. Reads y and residual once, writes out and the mask once: in 16 bits 4 bytes
+    an element, 6 with a residual, and 1/8 for the mask. Computed in float32 at least and rounded
+    once. Not differentiable: :func:`affine_act_backward` is its half.
     """
     _check("affine_act", y, scale, shift, residual, residual_scale)
     return torch.ops.svf_fast.affine_act(
@@ -68,6 +68,7 @@ def affine_act_backward(
     grad [N, C, *spatial] is dL/dout. With ``y`` (and its scale and shift) the sign is computed
     again. With ``mask`` grad must have the memory format ``out`` had, and without ``scale`` the
     result is the gradient of the sum before the ReLU. -> dL/dy in the layout of y or else of grad.
+    In 16 bits 6 bytes an element move with y, 4 1/8 with the mask.
     """
     _check_backward("affine_act_backward", grad, y, mask, scale, shift)
     return torch.ops.svf_fast.affine_act_backward(grad, y, mask, scale, shift)
@@ -155,29 +156,3 @@ def _(y, scale, shift, residual, residual_scale, relu, mask):
 @torch.library.register_fake("svf_fast::affine_act_backward_")
 def _(grad, y, mask, scale, shift):
     return None
-
-
-# No CUDA kernels are written yet: there the definitions serve, several passes each.
-def _forward(y, scale, shift, residual, residual_scale, relu, mask):
-    out = _dense_like(y).copy_(y)
-    return out, _in_place(out, scale, shift, residual, residual_scale, relu, mask)
-
-
-def _in_place(y, scale, shift, residual, residual_scale, relu, mask):
-    y.copy_(definition.affine_act(y, scale, shift, residual, residual_scale, relu))
-    return definition.pack_mask(y) if mask else y.new_empty(0, dtype=torch.uint8)
-
-
-def _backward(grad, y, mask, scale, shift):
-    out = _dense_like(grad if y is None else y)
-    return out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
-
-
-def _backward_in_place(grad, y, mask, scale, shift):
-    grad.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
-
-
-torch.library.impl("svf_fast::affine_act", "CUDA", _forward)
-torch.library.impl("svf_fast::affine_act_", "CUDA", _in_place)
-torch.library.impl("svf_fast::affine_act_backward", "CUDA", _backward)
-torch.library.impl("svf_fast::affine_act_backward_", "CUDA", _backward_in_place)

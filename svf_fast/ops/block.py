@@ -7,7 +7,7 @@ the Gram matrices of conv1 and conv2 need y1 and y2, that of conv3 needs x3; x i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,16 @@ from svf_fast.ops.affine_act import (
     affine_act_backward_,
 )
 from svf_fast.ops.convolution import Geometry
-from svf_fast.ops.svf_conv2d import Activation, Factors, memory_format, no_autocast, saved
+from svf_fast.ops.gram import activation_grams
+from svf_fast.ops.pointwise import fuses, pointwise
+from svf_fast.ops.svf_conv2d import (
+    Activation,
+    Factors,
+    Gradient,
+    memory_format,
+    no_autocast,
+    saved,
+)
 
 
 class Stage(NamedTuple):
@@ -130,6 +139,76 @@ class _Maps(NamedTuple):
         return Activation(self.y, stage.scale, stage.shift)
 
 
+def _reads_activation(stage: Stage, like: Activation) -> bool:
+    """Whether one kernel rebuilds a stage's input from the y before, a map laid out as ``like``."""
+    weight = stage.factors.weight
+    return weight is not None and fuses(like.y, weight, stage.factors.geometry)
+
+
+def _forward(
+    stage: Stage,
+    h: Activation,
+    keep: _Kept,
+    added: tuple[Tensor | None, Tensor | None],
+    relu: bool,
+    lazy: bool,
+) -> tuple[Activation, _Maps]:
+    """What the next stage reads, and what of this one is kept.
+
+    ``lazy`` leaves it to the next stage to rebuild its input from y, which is kept.
+    """
+    factors, scale, shift = stage
+    keeps_y = keep.y and not keep.again
+    product = _product(factors, h, ends=not lazy)
+    if product is not None:
+        read, weight, v = product
+        out, y, mask = pointwise(
+            read.y,
+            weight.flatten(1),
+            in_scale=read.scale,
+            in_shift=read.shift,
+            scale=None if lazy else scale,
+            shift=None if lazy else shift,
+            relu=relu and not lazy,
+            residual=added[0],
+            residual_scale=added[1],
+            keep=keeps_y and not lazy,
+            mask=keep.mask,
+        )
+        y = out if lazy else y
+    else:
+        y, v = factors.forward(h.tensor())
+        if lazy:
+            out, mask = y, None
+        elif keeps_y:
+            out, mask = affine_act(y, scale, shift, *added, relu, keep.mask)
+        else:  # y is this node's own and read by nobody else
+            mask = affine_act_(y, scale, shift, *added, relu, keep.mask)
+            out = y
+    maps = _Maps(None if keep.again else v, y if keeps_y else None, mask if keep.mask else None)
+    return Activation(out, scale, shift) if lazy else Activation(out), maps
+
+
+def _product(
+    factors: Factors, h: Activation, ends: bool
+) -> tuple[Activation, Tensor, Tensor | None] | None:
+    """The 1×1 convolution that one kernel makes y with: what it reads, its weight, and v.
+
+    None where there is none, or it has nothing at either end that would be a pass of its own.
+    """
+    geometry = factors.geometry.pointwise() if factors.samples else factors.geometry
+    if factors.weight is None:
+        weight = factors.U_scaled(h.y.dtype)
+        if not ends or not fuses(h.y, weight, geometry.pointwise()):
+            return None
+        v = factors.project(h.tensor())
+        return Activation(v), weight, v
+    if not (ends or h.scale is not None) or not fuses(h.y, factors.weight, geometry):
+        return None
+    guards = factors.tail is not None and not factors.samples
+    return h, factors.weight, factors.guarded(h.tensor()) if guards else None
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut_x, form, *tensors):
@@ -144,31 +223,25 @@ class _Block(torch.autograd.Function):
             sources.append(source if shortcut.factors.keeps == "x" else None)
             kept += [v, residual if shortcut.factors.keeps == "y" else None, None]
 
-        h = x
-        for index, (factors, scale, shift) in enumerate(stages):
+        h = Activation(x)
+        for index, stage in enumerate(stages):
             keep, last = _Kept.of(form, stages, index), index == len(stages) - 1
-            shapes.append(h.shape)
-            h = factors.sampled(h)
+            shapes.append(h.y.shape)
+            if stage.factors.samples and stage.factors.geometry.stride != (1, 1):
+                h = Activation(stage.factors.sampled(h.tensor()))
             if index == 0:
-                sources.append(h if factors.keeps == "x" else None)
-            y, v = factors.forward(h)
+                sources.append(h.y if stage.factors.keeps == "x" else None)
             added: tuple[Tensor | None, Tensor | None] = (None, None)
+            if last and shortcut is not None:
+                stage = stage._replace(shift=stage.shift + shortcut.shift)
             if last:
-                shift = shift if shortcut is None else shift + shortcut.shift
                 added = (residual, residual_scale)
-            relu = form.relu or not last
-            keeps_y = keep.y and not keep.again
-            if keeps_y:
-                h, mask = affine_act(y, scale, shift, *added, relu, keep.mask)
-            else:  # y is this node's own and read by nobody else
-                mask = affine_act_(y, scale, shift, *added, relu, keep.mask)
-                h = y
-            formats.append(memory_format(h))
-            kept += [
-                None if keep.again else v,
-                y if keeps_y else None,
-                mask if keep.mask else None,
-            ]
+            lazy = (
+                not last and keep.y and not keep.again and _reads_activation(stages[index + 1], h)
+            )
+            h, maps = _forward(stage, h, keep, added, form.relu or not last, lazy)
+            formats.append(memory_format(h.y))
+            kept += maps
 
         size = _FACTORS + _CONSTANTS
         SUV = [t for at in range(0, len(tensors), size) for t in tensors[at : at + _FACTORS]]
@@ -178,7 +251,7 @@ class _Block(torch.autograd.Function):
         )
         ctx.form, ctx.shapes, ctx.formats = form, tuple(shapes), tuple(formats)
         ctx.shortcut_shape = None if shortcut_x is None else shortcut_x.shape
-        return h
+        return h.y
 
     @staticmethod
     @once_differentiable
@@ -205,76 +278,131 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     # masks are in the memory order of what left a stage; a gradient may have taken another
     grad = grad.contiguous(memory_format=ctx.formats[-1])
-    total = _through_relu(grad, stages[-1], kept[-1], form)
-    arriving, scaled = total, form.relu and not form.shortcut
+    total = Gradient(grad, kept[-1].mask if form.relu and form.shortcut else None)
+    arriving, scaled = total, False
+    if form.relu and not form.shortcut:
+        arriving, scaled = Gradient(_through(grad, stages[-1], kept[-1])), True
     grads_S: list[Tensor | None] = []
-    for index in reversed(range(len(stages))):
-        factors, scale, _ = stages[index]
-        if not scaled and not factors.samples:
-            arriving, scaled = _scale(arriving, scale), True
-        into = None
-        if index == 0 and form.shortcut == "identity" and form.relu:
-            into = total  # a map of this node's own
-        grad_x, grad_S = factors.backward(
-            arriving,
-            ctx.shapes[index],
-            _input(stages, kept, index, sources[-1]),
-            kept[index].v,
-            kept[index].y,
-            index > 0 or ctx.needs_input_grad[0],
-            None if scaled else scale,
-            into,
-        )
+    M: Tensor | None = None  # of the arriving gradient and y, where it is there already
+    grad_x: Tensor | None
+    for index in reversed(range(1, len(stages))):
+        stage, maps = stages[index], kept[index]
+        arriving, scale, grad_S = _through_norm(stage, arriving, scaled, maps.v)
+        grad_x = stage.factors.input_gradient(arriving, ctx.shapes[index], scale)
+        x = _input(stages, kept, index)
+        g, M_before, M_after = _between(stages, kept, index, grad_x, x, ctx)
+        if stage.factors.keeps in ("x", "y"):
+            M = M_after if stage.factors.samples else M
+            grad_S = stage.factors.scale_gradient(M, arriving, x, maps.v, maps.y, scale)
         grads_S.insert(0, grad_S)
-        if index > 0:
-            assert grad_x is not None
-            before = stages[index - 1]  # whose ReLU's gradient takes the place of grad_x
-            arriving = grad_x.contiguous(memory_format=ctx.formats[index - 1])
-            arriving = _through(arriving, before, kept[index - 1], affine_act_backward_)
-            scaled = True
-    if form.shortcut == "identity" and not form.relu and grad_x is not None:
-        grad_x = grad_x + total
-
-    grad_shortcut_x = total if form.shortcut == "given" else None
+        arriving, scaled, M = Gradient(g), True, M_before
+    identity, own = form.shortcut == "identity", ctx.shortcut_shape is not None
+    into = total if identity and form.relu else None  # this node's own, once its mask is applied
+    grad_shortcut_x = total.tensor() if form.shortcut == "given" else None
+    grad_shortcut_S: list[Tensor | None] = []
     if shortcut is not None:
-        own = ctx.shortcut_shape is not None
-        factors = shortcut.factors
-        grad_shortcut_x, grad_S = factors.backward(
-            total if factors.samples else _scale(total, shortcut.scale),
-            ctx.shortcut_shape if own else ctx.shapes[0],
-            None if sources[0] is None else Activation(sources[0]),
-            shortcut_kept.v,
-            shortcut_kept.y,
-            ctx.needs_input_grad[1 if own else 0],
-            shortcut.scale if factors.samples else None,
-            None if own else grad_x,
+        shape, needs_x = ctx.shapes[0], ctx.needs_input_grad[0]
+        if own:
+            shape, needs_x = ctx.shortcut_shape, ctx.needs_input_grad[1]
+        grad_shortcut_x, grad_S = _through_first(
+            shortcut, total, False, shape, sources[0], shortcut_kept, needs_x
         )
-        grads_S.append(grad_S)
-        if not own:
-            grad_x, grad_shortcut_x = grad_shortcut_x, None
+        grad_shortcut_S = [grad_S]
+        if not own and grad_shortcut_x is not None:
+            into, grad_shortcut_x = Gradient(grad_shortcut_x), None
+    grad_x, grad_S = _through_first(
+        stages[0],
+        arriving,
+        scaled,
+        ctx.shapes[0],
+        sources[-1],
+        kept[0],
+        ctx.needs_input_grad[0],
+        into,
+        M,
+    )
+    if grad_x is not None and identity and not form.relu:
+        grad_x = grad_x + total.tensor()
+    grads_S = [grad_S, *grads_S, *grad_shortcut_S]
     grads = [g for grad_S in grads_S for g in (grad_S, *[None] * (_FACTORS + _CONSTANTS - 1))]
     return grad_x, grad_shortcut_x, None, *grads
 
 
-def _through_relu(grad: Tensor, last: Stage, kept: _Maps, form: Form) -> Tensor:
-    """The gradient of the sum before the last ReLU; of y itself where nothing is added."""
-    if not form.relu:
-        return grad
-    if form.shortcut:
-        return affine_act_backward(grad, mask=kept.mask)
-    return _through(grad, last, kept)
+def _through_norm(
+    stage: Stage, grad: Gradient, scaled: bool, v: Tensor | None
+) -> tuple[Gradient, Tensor | None, Tensor | None]:
+    """The gradient of y, of S⊙v for ``chain``; the scale still to apply to it; dL/dS of chain."""
+    factors, scale, _ = stage
+    if not scaled and not factors.samples:
+        grad, scaled = Gradient(_scale(grad.tensor(), scale)), True
+    if factors.strategy != "chain":
+        return grad, None if scaled else scale, None
+    value, grad_S = factors.through_U(grad.tensor(), v)
+    return Gradient(value), None, grad_S
 
 
-def _through(
-    grad: Tensor,
+def _through_first(
     stage: Stage,
+    grad: Gradient,
+    scaled: bool,
+    shape: torch.Size,
+    source: Tensor | None,
     kept: _Maps,
-    backward: Callable[..., Tensor] = affine_act_backward,
-) -> Tensor:
+    needs_x: bool,
+    into: Gradient | None = None,
+    M: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dx, added to ``into``, and dL/dS of a stage that reads what enters the block."""
+    factors, x = stage.factors, None if source is None else Activation(source)
+    grad, scale, grad_S = _through_norm(stage, grad, scaled, kept.v)
+    grad_x: Tensor | None = None
+    if factors.samples:  # its matrix wants its own gradient alone
+        assert x is not None
+        sampled = factors.input_gradient(grad, shape, scale)
+        M = x.gram(sampled, factors.geometry.groups)
+        if needs_x:
+            grad_x = factors.spread(sampled, shape, None if into is None else into.tensor())
+    elif needs_x:
+        grad_x = factors.input_gradient(grad, shape, scale, into)
+    if factors.keeps in ("x", "y"):
+        grad_S = factors.scale_gradient(M, grad, x, kept.v, kept.y, scale)
+    return grad_x, grad_S
+
+
+def _between(
+    stages: Sequence[Stage],
+    kept: Sequence[_Maps],
+    index: int,
+    grad_x: Tensor,
+    x: Activation | None,
+    ctx,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Back through the activation before a stage, from the gradient of the stage's input.
+
+    -> the gradient of the y before, the Gram matrix of these two where the stage before reads its S
+    off it, and that of x and grad_x where this stage does. grad_x is overwritten.
+    """
+    before, factors = stages[index - 1], stages[index].factors
+    _, y, mask = kept[index - 1]
+    after, M_after = factors.geometry.groups if factors.samples else 0, None
+    if after and factors.geometry.stride != (1, 1):
+        assert x is not None
+        after, M_after = 0, x.gram(grad_x, after)
+        grad_x = factors.spread(grad_x, ctx.shapes[index])
+    grad_x = grad_x.contiguous(memory_format=ctx.formats[index - 1])
+    if mask is not None:
+        return affine_act_backward_(grad_x, mask=mask, scale=before.scale), None, M_after
+    assert y is not None
+    groups = before.factors.geometry.groups if before.factors.keeps == "y" else 0
+    g, M_before, found = activation_grams(grad_x, y, before.scale, before.shift, groups, after)
+    return g, M_before, found if after else M_after
+
+
+def _through(grad: Tensor, stage: Stage, kept: _Maps) -> Tensor:
     """From the gradient of a stage's ReLU to that of its y."""
     if kept.mask is not None:
-        return backward(grad, mask=kept.mask, scale=stage.scale)
-    return backward(grad, y=kept.y, scale=stage.scale, shift=stage.shift)
+        return affine_act_backward(grad, mask=kept.mask, scale=stage.scale)
+    return affine_act_backward(grad, y=kept.y, scale=stage.scale, shift=stage.shift)
 
 
 def _scale(grad: Tensor, scale: Tensor) -> Tensor:
@@ -288,15 +416,11 @@ def _again(stages: Sequence[Stage], kept: Sequence[_Maps]) -> _Maps:
     return _Maps(v, y, kept[1].mask)
 
 
-def _input(
-    stages: Sequence[Stage], kept: Sequence[_Maps], index: int, x: Tensor | None
-) -> Activation | None:
-    """The input of a stage whose gradient of S reads it."""
+def _input(stages: Sequence[Stage], kept: Sequence[_Maps], index: int) -> Activation | None:
+    """The input of a stage after the first whose gradient of S reads it."""
     factors = stages[index].factors
     if factors.keeps != "x":
         return None
-    if index == 0:
-        return None if x is None else Activation(x)
     activation = kept[index - 1].activation(stages[index - 1])
     if factors.geometry.stride == (1, 1) or not factors.samples:
         return activation

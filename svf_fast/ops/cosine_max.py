@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from svf_fast import _library
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILON = 1e-7
 _TILE = 1024  # query positions compared at once where there is no kernel
@@ -122,8 +124,26 @@ def paired_cosine_max_backward(
     return grad_query.to(query.dtype), grad_support.to(support.dtype)
 
 
+def _triton_cosine_max(query, support, mask):
+    if query.dtype == torch.float64:
+        return tiled_cosine_max(query, support, mask)
+    from svf_fast.triton.cosine_max import cosine_max as kernel
+
+    return kernel(query, support, mask)
+
+
+def _triton_cosine_max_backward(grad, query, *others):
+    if query.dtype == torch.float64:
+        return paired_cosine_max_backward(grad, query, *others)
+    from svf_fast.triton.cosine_max_backward import cosine_max_backward as kernel
+
+    return kernel(grad, query, *others)
+
+
 torch.library.impl("svf_fast::cosine_max", "default", tiled_cosine_max)
 torch.library.impl("svf_fast::cosine_max_backward", "default", paired_cosine_max_backward)
+_library.register_gpu("cosine_max", _triton_cosine_max)
+_library.register_gpu("cosine_max_backward", _triton_cosine_max_backward)
 
 
 def _result_dtype(query: Tensor) -> torch.dtype:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svf_fast import _library
+from svf_fast.ops import maps
+from svf_fast.ops.affine_act import affine_act_backward_
 from svf_fast.ops.channel_dot import channel_dot
 from svf_fast.ops.maps import DTYPES
 from svf_fast.reference import gram as reference
@@ -39,6 +42,24 @@ def gram(
         return torch.ops.svf_fast.gram(a, b, groups, scale, shift)
 
 
+def activation_grams(
+    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, before: int, after: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The way back through ``x = relu(y · scale + shift)``, and the Gram matrices on both sides.
+
+    grad = dL/dx and y [N, C, H, W] of one dense layout, scale and shift [C] -> ``g = dL/dy``, and
+    where its number of groups is not 0, ``before = Σ_p g_p y_pᵀ`` of the convolution that made y
+    and ``after = Σ_p x_p grad_pᵀ`` of the one that read x. grad may be overwritten by g.
+    On a GPU one kernel reads grad and y once and writes g once. Not differentiable.
+    """
+    if maps.on_gpu(y) and max(before, after) == 1 and y.dtype != torch.float64:
+        found = torch.ops.svf_fast.activation_grams(grad, y, scale, shift, before == 1, after == 1)
+        return found[0], found[1] if before else None, found[2] if after else None
+    behind = gram(y, grad, after, scale, shift) if after else None
+    g = affine_act_backward_(grad, y=y, scale=scale, shift=shift)
+    return g, gram(g, y, before) if before else None, behind
+
+
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
     """``dS_r = left_rᵀ M right_r / S_r``: ``colsum(left ⊙ (M right)) / S``, per group.
 
@@ -67,8 +88,42 @@ def gram_gradient_by_definition(M: Tensor, left: Tensor, right: Tensor, S: Tenso
         return reference.gram_gradient(M, left, right, S)
 
 
+def _triton_gram(a, b, groups, scale, shift):
+    if a.dtype == torch.float64:
+        return gram_by_images(a, b, groups, scale, shift)
+    from svf_fast.triton.gram import gram as kernel
+
+    return kernel(a, b, groups, scale, shift)
+
+
+def _triton_activation_grams(*arguments):
+    from svf_fast.triton.activation_grams import activation_grams as kernel
+
+    return kernel(*arguments)
+
+
+def gram_gradient_by_channel_dot(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
+    """On GPUs: the product by cuBLAS, then one pass over it and left, summed in a fixed order.
+
+    Made as ``rightᵀ Mᵀ`` [G, R, C], the memory order of ``left = Vᵀ``, so V is read as it lies. In
+    float32 12·G·R·C bytes move behind the operands of the product (written, read, and left);
+    the definition, which writes and reads the element-wise product too, moves 20.
+    """
+    shape = 1, left.shape[0] * left.shape[2], left.shape[1]
+    with torch.autocast(M.device.type, enabled=False):
+        product = right.to(M.dtype).mT @ M.mT
+        dot = torch.ops.svf_fast.channel_dot(
+            product.reshape(shape), left.to(M.dtype).mT.reshape(shape)
+        )
+        return dot.reshape(S.shape) / S.to(M.dtype)
+
+
 torch.library.impl("svf_fast::gram", "default", gram_by_images)
+_library.register_gpu("gram", _triton_gram)
+_library.register_gpu("activation_grams", _triton_activation_grams)
 torch.library.impl("svf_fast::gram_gradient", "default", gram_gradient_by_definition)
+if not _library.cuda_missing:
+    _library.register_gpu("gram_gradient", gram_gradient_by_channel_dot)
 
 
 @torch.library.register_fake("svf_fast::gram_gradient")
@@ -80,6 +135,13 @@ def _(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
 def _(a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     shape = groups, a.shape[1] // groups, b.shape[1] // groups
     return a.new_empty(shape, dtype=torch.promote_types(a.dtype, torch.float32))
+
+
+@torch.library.register_fake("svf_fast::activation_grams")
+def _(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, before: bool, after: bool):
+    channels = y.shape[1]
+    sizes = ((1, channels, channels) if wanted else (0,) for wanted in (before, after))
+    return torch.empty_like(y), *(scale.new_empty(size) for size in sizes)
 
 
 def _check(a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None) -> None:

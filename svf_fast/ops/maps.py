@@ -10,6 +10,11 @@ from svf_fast import _library
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels of a GPU serve x."""
+    return x.is_cuda
+
+
 def check_maps(op: str, **maps: Tensor) -> None:
     """Raises, naming `op` and the argument, unless all are maps of one dtype, shape and device."""
     (first_name, first), *_ = maps.items()

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from svf_fast.ops.affine_act import affine_act
+from svf_fast.ops.affine_act import affine_act, affine_act_backward
 from svf_fast.ops.channel_dot import channel_dot, channel_dot_scale_
+from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import (
     Geometry,
     convolution,
@@ -32,8 +33,8 @@ from svf_fast.ops.convolution import (
     is_channels_last,
 )
 from svf_fast.ops.gram import gram, gram_gradient
+from svf_fast.ops.pointwise import fuses, pointwise, pointwise_dot
 from svf_fast.reference.svf_conv2d import svf_conv2d as reference_svf_conv2d
-from svf_fast.svd import compose
 
 PLAIN = Geometry()
 STRATEGIES = ("reference", "fold", "chain", "gram")
@@ -111,6 +112,26 @@ class Activation(NamedTuple):
         return gram(self.y, other, groups, self.scale, self.shift)
 
 
+class Gradient:
+    """A gradient, or the part of it that a ReLU's mask lets through, made when it is needed."""
+
+    def __init__(self, value: Tensor, mask: Tensor | None = None):
+        self.value, self.mask = value, mask
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    def tensor(self) -> Tensor:
+        if self.mask is not None:
+            self.value, self.mask = affine_act_backward(self.value, mask=self.mask), None
+        return self.value
+
+
 class Factors(NamedTuple):
     """One SVF convolution as one call computes it; ``weight`` is None for ``chain``.
 
@@ -144,7 +165,7 @@ class Factors(NamedTuple):
         if strategy == "chain":
             return cls(S, U, V, None, None, None, geometry, strategy)
         if weight is None:
-            weight = compose(U, S.detach(), V, geometry.groups).to(dtype)
+            weight = compose(U, S, V, geometry.groups, dtype)
         weight = weight.reshape(len(U), *V.shape[1:])
         if strategy != "gram":
             return cls(S, U, V, weight, None, None, geometry, strategy)
@@ -178,20 +199,28 @@ class Factors(NamedTuple):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """y, and what of v is kept: all (chain), the guarded directions (gram by y), or None."""
         if self.weight is None:
-            v = convolution(x, self.V.to(x.dtype), None, self.geometry)
-            groups, rank = self.geometry.groups, self.U.shape[1]
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            columns = self.U.reshape(groups, -1, rank).to(dtype)
-            scaled = columns * self.S.detach().reshape(groups, 1, rank).to(dtype)
-            weight = scaled.reshape(*self.U.shape, 1, 1).to(x.dtype)
-            return convolution(v, weight, bias, self.geometry.pointwise()), v
-        if self.samples:
-            return convolution(x, self.weight, bias, self.geometry.pointwise()), None
-        y = convolution(x, self.weight, bias, self.geometry)
-        if self.tail is None:
-            return y, None
-        tail = _Tail(self.U, self.V, self.tail, self.geometry.groups)
-        return y, tail.project(x, self.geometry)
+            v = self.project(x)
+            return convolution(v, self.U_scaled(x.dtype), bias, self.geometry.pointwise()), v
+        geometry = self.geometry.pointwise() if self.samples else self.geometry
+        return convolution(x, self.weight, bias, geometry), self.guarded(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """v = V x."""
+        return convolution(x, self.V.to(x.dtype), None, self.geometry)
+
+    def guarded(self, x: Tensor) -> Tensor | None:
+        """v of the guarded directions, where ``gram`` by y has any."""
+        if self.tail is None or self.samples:
+            return None
+        return _Tail(self.U, self.V, self.tail, self.geometry.groups).project(x, self.geometry)
+
+    def U_scaled(self, dtype: torch.dtype) -> Tensor:
+        """U diag(S) as the weight [Co, R, 1, 1] of a grouped 1×1 convolution."""
+        wide = torch.promote_types(dtype, torch.float32)
+        groups, rank = self.geometry.groups, self.U.shape[1]
+        columns = self.U.reshape(groups, -1, rank).to(wide)
+        scaled = columns * self.S.detach().reshape(groups, 1, rank).to(wide)
+        return scaled.reshape(*self.U.shape, 1, 1).to(dtype)
 
     def backward(
         self,
@@ -201,76 +230,112 @@ class Factors(NamedTuple):
         v: Tensor | None,
         y: Tensor | None,
         needs_x: bool = True,
-        scale: Tensor | None = None,
-        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dL/dx of ``shape`` and dL/dS, from dL/dy and the map that it ``keeps``.
-
-        With ``scale`` [Co] (gram by x alone), dL/dy is ``scale_c · grad_y``. With ``into``, a map
-        of ``shape``, dL/dx is added to it in place.
-        """
-        geometry, groups = self.geometry, self.geometry.groups
+        """dL/dx of ``shape`` and dL/dS, from dL/dy and the map that it ``keeps``."""
         grad_S: Tensor | None = None
-        if self.samples:
-            assert x is not None
-            return self._backward_by_input(grad_y, shape, x, needs_x, scale, into)
         if self.strategy == "chain":
-            assert v is not None
-            weight = _transposed(self.U.to(grad_y.dtype), groups)
-            grad_y = convolution(grad_y, weight, None, geometry.pointwise())
-            factor = self.S.detach().to(torch.promote_types(grad_y.dtype, torch.float32))
-            grad_S = channel_dot_scale_(grad_y, v, factor)
+            grad_y, grad_S = self.through_U(grad_y, v)
         grad_x = None
-        if needs_x:
-            weight = self.kernel.to(grad_y.dtype)
-            grad_x = convolution_input_gradient(grad_y, weight, shape, geometry, into)
-        if self.strategy == "fold":
-            assert x is not None
-            grad_S = self._scale_gradient_by_weight(grad_y, x.tensor())
-        elif self.strategy == "gram":
-            assert y is not None
-            M = gram(grad_y, y, groups)
-            grad_S = self._scale_gradient(M, self.U.reshape(groups, -1, self.U.shape[1]))
-            if self.tail is not None:
-                assert v is not None
-                exact = _Tail(self.U, self.V, self.tail, groups).gradient(v, grad_y)
-                grad_S = grad_S.scatter(1, self.tail, exact.to(grad_S.dtype))
-        return grad_x, None if grad_S is None else grad_S.reshape(-1).to(self.S.dtype)
+        if needs_x or self.samples:
+            grad_x = self.input_gradient(Gradient(grad_y), shape)
+        if self.keeps in ("x", "y"):
+            M = None
+            if self.samples:
+                assert x is not None and grad_x is not None
+                M = x.gram(grad_x, self.geometry.groups)
+            grad_S = self.scale_gradient(M, Gradient(grad_y), x, v, y)
+        if grad_x is not None and self.samples:
+            grad_x = self.spread(grad_x, shape) if needs_x else None
+        return grad_x, grad_S
 
-    def _backward_by_input(
+    def through_U(self, grad_y: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``S ⊙ (Uᵀ dL/dy)`` and dL/dS of ``chain``."""
+        assert v is not None
+        factor = self.S.detach().to(torch.promote_types(grad_y.dtype, torch.float32))
+        weight = _transposed(self.U.to(grad_y.dtype), self.geometry.groups)
+        if fuses(grad_y, weight, self.geometry.pointwise()):
+            grad_y, grad_S = pointwise_dot(grad_y, weight.flatten(1), v, factor)
+        else:
+            grad_y = convolution(grad_y, weight, None, self.geometry.pointwise())
+            grad_S = channel_dot_scale_(grad_y, v, factor)
+        return grad_y, grad_S.to(self.S.dtype)
+
+    def input_gradient(
         self,
-        grad_y: Tensor,
+        grad_y: Gradient,
         shape: torch.Size,
-        x: Activation,
-        needs_x: bool,
-        scale: Tensor | None,
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor]:
-        geometry, groups = self.geometry.pointwise(), self.geometry.groups
-        weight, U = self.kernel, self.U
+        scale: Tensor | None = None,
+        into: Gradient | None = None,
+    ) -> Tensor:
+        """dL/dx of ``shape``; for ``samples`` at the sampled positions alone: :meth:`spread`.
+
+        For ``chain`` it takes what :meth:`through_U` gives. With ``scale`` [Co], dL/dy is
+        ``scale_c · grad_y``. ``into``, of the shape of the result, is added, in its place or not.
+        """
+        weight, geometry = self.kernel.to(grad_y.dtype), self.geometry
         if scale is not None:
             weight = (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
-            U = U * scale[:, None]
-        sampled_shape = torch.Size((*shape[:2], *grad_y.shape[2:]))
-        grad_x = convolution_input_gradient(grad_y, weight, sampled_shape, geometry)
-        M = x.gram(grad_x, groups)
-        grad_S = self._scale_gradient(M, self.V.reshape(groups, self.U.shape[1], -1).mT)
-        if self.tail is not None:
-            tail = _Tail(U, self.V, self.tail, groups)
-            exact = tail.gradient(tail.project(x.tensor(), geometry), grad_y)
-            grad_S = grad_S.scatter(1, self.tail, exact.to(grad_S.dtype))
-        grad_S = grad_S.reshape(-1).to(self.S.dtype)
-        if not needs_x:
-            return None, grad_S
+        if self.samples:
+            geometry = geometry.pointwise()
+            shape = torch.Size((*shape[:2], *grad_y.shape[2:]))
+        if (grad_y.mask is not None or into is not None) and fuses(
+            grad_y.value, weight.transpose(0, 1), geometry
+        ):
+            return pointwise(
+                grad_y.value,
+                weight.flatten(1).mT,
+                in_mask=grad_y.mask,
+                residual=None if into is None else into.value,
+                residual_mask=None if into is None else into.mask,
+            ).out
+        plain = None if into is None else into.tensor()
+        return convolution_input_gradient(grad_y.tensor(), weight, shape, geometry, plain)
+
+    def spread(self, sampled: Tensor, shape: torch.Size, into: Tensor | None = None) -> Tensor:
+        """The gradient of the sampled positions among zeros, or added to ``into`` in place."""
         rows, columns = self.geometry.stride
-        if into is not None:
-            into[:, :, ::rows, ::columns] += grad_x
-            return into, grad_S
-        if sampled_shape != shape:
-            sampled = grad_x
-            grad_x = grad_y.new_zeros(shape).contiguous(memory_format=memory_format(grad_y))
-            grad_x[:, :, ::rows, ::columns] = sampled
-        return grad_x, grad_S
+        if into is None and rows == columns == 1:
+            return sampled
+        if into is None:
+            into = sampled.new_zeros(shape).contiguous(memory_format=memory_format(sampled))
+        into[:, :, ::rows, ::columns] += sampled
+        return into
+
+    def scale_gradient(
+        self,
+        M: Tensor | None,
+        grad_y: Gradient,
+        x: Activation | None,
+        v: Tensor | None,
+        y: Tensor | None,
+        scale: Tensor | None = None,
+    ) -> Tensor | None:
+        """dL/dS of ``gram`` and ``fold`` from dL/dy, or ``scale_c · grad_y``, and what is kept.
+
+        ``M`` is the Gram matrix of x and dL/dx, or that of dL/dy and y where the caller has it.
+        """
+        groups = self.geometry.groups
+        if self.strategy == "fold":
+            assert x is not None
+            grad_S = self._scale_gradient_by_weight(grad_y.tensor(), x.tensor())
+            return grad_S.reshape(-1).to(self.S.dtype)
+        if self.strategy != "gram":
+            return None
+        if M is None:
+            assert y is not None
+            M = gram(grad_y.tensor(), y, groups)
+        side = self.V.reshape(groups, self.U.shape[1], -1).mT if self.samples else self.U
+        grad_S = self._scale_gradient(M, side.reshape(groups, -1, self.U.shape[1]))
+        if self.tail is not None:
+            U = self.U if scale is None else self.U * scale[:, None]
+            tail = _Tail(U, self.V, self.tail, groups)
+            if self.samples:
+                assert x is not None
+                v = tail.project(x.tensor(), self.geometry.pointwise())
+            assert v is not None
+            exact = tail.gradient(v, grad_y.tensor())
+            grad_S = grad_S.scatter(1, self.tail, exact.to(grad_S.dtype))
+        return grad_S.reshape(-1).to(self.S.dtype)
 
     def _scale_gradient(self, M: Tensor, columns: Tensor) -> Tensor:
         right = columns if self.dual is None else self.dual.reshape(columns.shape)

@@ -6,26 +6,40 @@ more shared memory than a block can have.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import math
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from svf_fast.triton.tuning import Config, Tunable
+from svf_fast.triton.tuning import OPTIONS, SHIPPED, Config, Tunable, read_table
 
 ARCHITECTURES = (80, 90)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
-MODULES = ("activation_grams", "cosine_max", "gram", "pointwise")
+MODULES = (
+    "activation_grams",
+    "compose",
+    "cosine_max",
+    "cosine_max_backward",
+    "gram",
+    "pointwise",
+)
 
 
 class Usage(NamedTuple):
@@ -97,5 +111,162 @@ def tunables() -> list[Tunable]:
 def usages(tunable: Tunable, problem, config: Config, arch: int) -> list[Usage]:
     """What the kernels need that a launch of the problem with a configuration compiles."""
     with compile_only(arch) as found:
-        tunable.launcher(problem, torch.device("cpu"))(config)
+        tunable.launcher(problem, torch.device("cpu"))({**config, **OPTIONS})
     return found
+
+
+class Case(NamedTuple):
+    """A problem of a kernel, and whether torch's switches allow TF32."""
+
+    tunable: Tunable
+    problem: Any
+    tf32: bool
+
+    @property
+    def key(self) -> str:
+        with allow_tf32(self.tf32):
+            return self.tunable.key(self.problem)
+
+    def candidates(self, arch: int) -> list[Config]:
+        with allow_tf32(self.tf32):
+            return self.tunable.candidates(self.problem, arch)
+
+
+def cases(kernels: Sequence[Tunable]) -> list[Case]:
+    """Every problem of every kernel, those in float32 with TF32 and without; a key once."""
+    found: dict[tuple[str, str], Case] = {}
+    for tunable in kernels:
+        for problem in tunable.problems():
+            for tf32 in (False, True):
+                case = Case(tunable, problem, tf32)
+                found.setdefault((tunable.name, case.key), case)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """Sets torch's switches for products in TF32, and puts them back."""
+    backends: tuple[Any, Any] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+def chosen(case: Case, arch: int) -> Config:
+    """The configuration of a case on an architecture: as shipped, or else by the rule."""
+    shipped = read_table(SHIPPED / f"sm_{arch}.json").get(case.tunable.name, {})
+    return shipped.get(case.key) or case.candidates(arch)[0]
+
+
+class Compilation(NamedTuple):
+    """What a process is asked to compile: names, because functions do not travel."""
+
+    kernel: str
+    problem: int  # its place among the kernel's problems
+    tf32: bool
+    arch: int
+    config: Config
+
+
+def compilations(found: Sequence[tuple[Case, int, Config]]) -> list[Compilation]:
+    """Those of cases, architectures and configurations that Triton compiles apart.
+
+    It distinguishes numbers that are 1, and those that 16 divides; kernels distinguish those that
+    their blocks divide. Of equals the smallest problem is compiled.
+    """
+    apart: dict[tuple, tuple[int, Compilation]] = {}
+    for case, arch, config in found:
+        place = case.tunable.problems().index(case.problem)
+        alike = case.tunable.name, case.tf32, arch, tuple(sorted(config.items())), *_kind(case)
+        size = math.prod(x for x in case.problem if type(x) is int and x > 0)
+        one = Compilation(case.tunable.name, place, case.tf32, arch, config)
+        if alike not in apart or size < apart[alike][0]:
+            apart[alike] = size, one
+    return [one for _, one in apart.values()]
+
+
+def _kind(case: Case) -> Iterator[Any]:
+    for value in case.problem:
+        if type(value) is int:  # the largest power of two in it
+            yield value == 1, min(value & -value, 256)
+        else:
+            yield value
+
+
+def compile_one(one: Compilation) -> list[Usage]:
+    """The usages of a compilation; the compiled kernels stay in Triton's cache on disk."""
+    tunable = next(x for x in tunables() if x.name == one.kernel)
+    with allow_tf32(one.tf32):
+        return usages(tunable, tunable.problems()[one.problem], one.config, one.arch)
+
+
+def processes(count: int | None = None) -> ProcessPoolExecutor:
+    """Processes that compile and see no GPU."""
+    return ProcessPoolExecutor(
+        count or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_hide_gpus
+    )
+
+
+def _hide_gpus() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; 1 where a kernel spills or needs more shared memory than there is."""
+    parser = argparse.ArgumentParser(prog="python -m svf_fast.triton.check", description=__doc__)
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="all of them if not given")
+    parser.add_argument("--processes", type=int, help="as many as there are processors")
+    options = parser.parse_args(arguments)
+    if knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: nothing can be compiled. Unset it.", file=sys.stderr)
+        return 1
+    kernels = named(tunables(), options.kernels)
+    wanted = [(case, arch, chosen(case, arch)) for case in cases(kernels) for arch in ARCHITECTURES]
+    todo = compilations(wanted)
+    print("| kernel | arch | configuration | registers | spilled | shared |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    bad, seen = 0, set()
+    with processes(options.processes) as pool:
+        for one, found in zip(todo, pool.map(compile_one, todo), strict=True):
+            for usage in found:
+                row = one.arch, *usage[:4]
+                if row not in seen:
+                    wrong = usage.spilled > 0 or usage.shared > SHARED_MEMORY[one.arch]
+                    print(_row(one, usage) + (" <- too much" if wrong else ""), flush=True)
+                    bad += wrong
+                seen.add(row)
+    print(f"{len(seen)} kernels, {bad} that spill or need too much shared memory")
+    return 1 if bad else 0
+
+
+def _row(one: Compilation, usage: Usage) -> str:
+    numbers = f"{usage.registers} | {usage.spilled} | {usage.shared}"
+    return f"| {usage.kernel} | sm_{one.arch} | {written(one.config)} | {numbers} |"
+
+
+def written(config: Config) -> str:
+    """A configuration in a line."""
+    return " ".join(f"{name}={value}" for name, value in sorted(config.items()))
+
+
+def named(kernels: list[Tunable], names: Sequence[str] | None) -> list[Tunable]:
+    """The kernels of some names.
+
+    Raises:
+        ValueError: a name that no kernel has.
+    """
+    known = [tunable.name for tunable in kernels]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--kernels: expected names out of {', '.join(known)}, got {name}")
+    return [tunable for tunable in kernels if not names or tunable.name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

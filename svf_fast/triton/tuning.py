@@ -26,6 +26,8 @@ from triton import knobs
 from triton.runtime import driver
 
 Config = dict[str, int]
+# products may join sums: named because Triton's default changes between versions
+OPTIONS: Config = {"enable_fp_fusion": True}
 SHIPPED = Path(__file__).with_name("configs")
 _found: dict[tuple[int, str, str, str], Config] = {}
 
@@ -34,7 +36,7 @@ class Tunable(NamedTuple):
     """A kernel as the search sees it.
 
     key: of a problem (dimensions, dtype, options), what its configuration is looked up by.
-    candidates: the configurations worth timing for a problem on an architecture.
+    candidates: the configurations worth timing for a problem on an architecture; the rule's first.
     launcher: fresh random inputs for a problem -> a function that launches it with a configuration.
     problems: the problems of a network's layers that are worth an entry of their own.
     """
@@ -55,8 +57,7 @@ def find(kernel: str, key: str, rule: Callable[[int], Config]) -> Config:
     at = arch, name, kernel, key
     if at not in _found:
         listed = _tables(arch, name).get(kernel, {}).get(key)
-        # products may join sums: named here because Triton's default changes between versions
-        _found[at] = {**(rule(arch) if listed is None else listed), "enable_fp_fusion": True}
+        _found[at] = {**(rule(arch) if listed is None else listed), **OPTIONS}
     return _found[at]
 
 

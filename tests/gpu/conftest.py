@@ -1,4 +1,4 @@
-"""Tests that need a GPU; without one they are skipped, each counted with the reason."""
+"""Tests that need a GPU, `test_gpu_*.py`: without one they are skipped, counted with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items) -> None:
         return
     without = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
     for item in items:
-        if HERE in item.path.parents:
+        if HERE in item.path.parents and item.path.name.startswith("test_gpu_"):
             item.add_marker(without)
 
 

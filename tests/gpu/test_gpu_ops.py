@@ -1,4 +1,4 @@
-"""Every op once, small: what `make gpu-sanitize` runs under compute-sanitizer."""
+"""Every op once, small, on channels_last maps: a first look, in seconds."""
 
 from __future__ import annotations
 

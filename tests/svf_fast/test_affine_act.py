@@ -160,6 +160,76 @@ def test_any_shape(shape, dtype, layout, residual) -> None:
     check(tuple(shape), dtype, layout, "cpu", residual, False, True)
 
 
+def shifted(x: Tensor, offset: int) -> Tensor:
+    """A copy in the same layout that begins `offset` elements into its memory."""
+    storage = torch.empty(x.numel() + offset, dtype=x.dtype, device=x.device)
+    return storage[offset:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "offsets", [(0, 0, 1, 0), (1, 0, 0, 0), (0, 3, 0, 0), (8, 8, 4, 1)], ids=str
+)
+def test_any_alignment(offsets, dtype, layout, device) -> None:
+    """Of y, residual, the channels' vectors and the mask; the result is the same bit by bit."""
+    y, residual = (maps((2, 24, 5, 7), dtype, layout, device) for _ in range(2))
+    scale, shift = affine(24, dtype, device)
+    out, mask = affine_act(y, scale, shift, residual, mask=True)
+    grad = affine_act_backward(out, mask=mask, scale=scale)
+    y, residual = shifted(y, offsets[0]), shifted(residual, offsets[1])
+    scale, shift = shifted(scale, offsets[2]), shifted(shift, offsets[2])
+    again, bits = affine_act(y, scale, shift, residual, mask=True)
+    assert torch.equal(again, out)
+    assert torch.equal(bits, mask)
+    arriving = shifted(out, offsets[0])
+    got = affine_act_backward(arriving, mask=shifted(mask, offsets[3]), scale=scale)
+    assert torch.equal(got, grad)
+    by_y = affine_act_backward(out, y=y, scale=scale, shift=shift)
+    assert torch.equal(affine_act_backward_(arriving, y=y, scale=scale, shift=shift), by_y)
+    assert torch.equal(affine_act_(y, scale, shift, residual, mask=True), mask)
+    assert torch.equal(y, out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_single_rounding_is_the_definition_bit_by_bit(dtype, layout, device) -> None:
+    y, grad = (maps((3, 40, 7, 5), dtype, layout, device) for _ in range(2))
+    scale, none = channels(40, dtype, device), torch.zeros_like(channels(40, dtype, device))
+    out, mask = affine_act(y, scale, none, mask=True)
+    assert torch.equal(out, reference.affine_act(y, scale, none))
+    got = affine_act_backward(grad, mask=mask, scale=scale)
+    assert torch.equal(got, reference.affine_act_backward(grad, None, mask, scale, None))
+    got = affine_act_backward(grad, y=y, scale=scale, shift=none)
+    assert torch.equal(got, reference.affine_act_backward(grad, y, None, scale, none))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("count", [1, 2, 8, 12, 96, 100, 264, 2048])
+def test_any_number_of_channels(count, layout, device) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check((2, count, 5, 3), dtype, layout, device, True, True, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_elements_than_one_round_of_a_grid(layout, device) -> None:
+    y, residual = (maps((5, 24, 190, 190), torch.float32, layout, device) for _ in range(2))
+    scale, shift = affine(24, torch.float32, device)
+    out, mask = affine_act(y, scale, shift, residual, mask=True)
+    grad = affine_act_backward(residual, y=y, scale=scale, shift=shift)
+    assert torch.equal(mask, reference.pack_mask(out))
+    for image in range(5):
+        at = slice(image, image + 1)
+        part, _ = affine_act(y[at], scale, shift, residual[at])
+        assert torch.equal(part, out[at])
+        part = affine_act_backward(residual[at], y=y[at], scale=scale, shift=shift)
+        assert torch.equal(part, grad[at])
+
+
 def test_special_values() -> None:
     """Zero does not pass, NaN and +inf do: as in the gradient of torch's relu."""
     values = torch.tensor([0.0, -0.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan, 1.0, -1.0])

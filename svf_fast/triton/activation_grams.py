@@ -1,0 +1,223 @@
+"""The way back through an affine map and its ReLU with the Gram matrices of both sides.
+
+One read of the gradient and of y, one write of g. Every program makes one tile of one of the two
+matrices for one split of the positions, and they take turns in writing g. The programs of a split
+are neighbours in launch order: what one of them reads from DRAM the others read from L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svf_fast.triton.language import dot, narrow
+from svf_fast.triton.splits import (
+    Splits,
+    configurations,
+    dtype_name,
+    offsets,
+    positions_of_resnet,
+    product_precision,
+    random_maps,
+    refuse_float64,
+    sequences,
+    shapes_for,
+    tile_at,
+)
+from svf_fast.triton.tuning import Config, Tunable, bucket, find
+
+
+# side is 1 where only the second matrix is made: with it as a constant, the rebuilt activation
+# would be computed in the layout of the product's fragments, which reads shared memory by scalars
+@triton.jit(do_not_specialize=["side", "steps", "split_steps"])
+def activation_grams_partial_kernel(
+    grad,
+    y,
+    scale,
+    shift,
+    g,
+    partial,
+    side,
+    sides,
+    steps,
+    split_steps,
+    positions,
+    channels,
+    image_stride,
+    position_stride,
+    channel_stride,
+    ONE_TILE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile [BLOCK_A, BLOCK_B] of ``Σ_p g_p y_pᵀ`` or ``Σ_p x_p grad_pᵀ`` over one split."""
+    tiles_b = tl.cdiv(channels, BLOCK_B)
+    tiles = tl.cdiv(channels, BLOCK_A) * tiles_b
+    matrix = tl.program_id(0) // tiles  # of the partial ones: sides of a split
+    tile = tl.program_id(0) % tiles
+    split = matrix // sides
+    after = matrix % sides + side == 1
+    turn = matrix % sides * tiles_b + tile % tiles_b  # among all that have these rows of g
+    row = tile // tiles_b * BLOCK_A + tl.arange(0, BLOCK_A)
+    column = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    factor = tl.load(scale + row, mask=row < channels, other=0.0)[None, :]
+    offset = tl.load(shift + row, mask=row < channels, other=0.0)[None, :]
+
+    rows = tl.arange(0, BLOCK_P)
+    at_a = offsets(rows, row, position_stride, channel_stride)
+    at_b = offsets(rows, column, position_stride, channel_stride)
+    inside_a = row[None, :] < channels
+    inside_b = column[None, :] < channels
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    first = split * split_steps
+    for step in range(first, min(first + split_steps, steps)):
+        start, count = tile_at(step, positions, image_stride, position_stride, BLOCK_P)
+        exists = rows[:, None] < count
+        written = rows[:, None] < tl.where(step % (sides * tiles_b) == turn, count, 0)
+        # x takes no gradient: the second side loads these rows of it where it writes g
+        used = exists if ONE_TILE else tl.where(after, written, exists)
+        grad_a = tl.load(grad + start + at_a, mask=used & inside_a, other=0.0)
+        y_a = tl.load(y + start + at_a, mask=exists & inside_a, other=0.0)
+        z = y_a.to(tl.float32) * factor + offset
+        stopped = z <= 0
+        g_a = narrow(tl.where(stopped, 0.0, grad_a.to(tl.float32) * factor), y_a.dtype)
+        x_a = narrow(tl.where(stopped, 0.0, z), y_a.dtype)
+        tl.store(g + start + at_a, g_a, mask=written & inside_a)
+        left = tl.where(after, x_a, g_a)
+        if ONE_TILE:
+            right = tl.where(after, grad_a, y_a)
+        else:
+            source = tl.where(after, grad, y)
+            right = tl.load(source + start + at_b, mask=exists & inside_b, other=0.0)
+        total = dot(tl.trans(left), right, total, PRECISION)
+
+    at = matrix.to(tl.int64) * channels * channels + row[:, None] * channels + column[None, :]
+    tl.store(partial + at, total, mask=(row[:, None] < channels) & (column[None, :] < channels))
+
+
+def activation_grams(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    before: bool,
+    after: bool,
+    *,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g = dL/dy`` of ``x = relu(y · scale + shift)``, ``Σ_p g_p y_pᵀ`` and ``Σ_p x_p grad_pᵀ``.
+
+    grad = dL/dx and y [N, C, *spatial] of one dtype, scale and shift [C] in float32 -> g
+    [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not asked
+    for has no elements. x and g are rounded to the dtype of the maps. Maps that are contiguous or
+    channels_last (which loads 16 bytes at a time) are read as they lie; grad is brought to the
+    layout of y. Bytes of DRAM: grad and y read once, g written once, partial matrices.
+
+    Raises:
+        TypeError: another dtype than float32, bfloat16 and float16.
+        ValueError: neither matrix is asked for.
+    """
+    refuse_float64("activation_grams", "y", y)
+    sides = before + after
+    if not sides:
+        raise ValueError(
+            "activation_grams: expected before or after, got neither; affine_act_backward makes "
+            "g alone"
+        )
+    channels = y.shape[1]
+    if not (y.is_contiguous() or y.movedim(1, -1).is_contiguous()):
+        y = y.contiguous()
+    if grad.stride() != y.stride():
+        grad = torch.empty_like(y).copy_(grad)
+    g = torch.empty_like(y)
+    if y.numel() == 0:
+        partial = y.new_zeros((1, sides, channels, channels), dtype=torch.float32)
+        return g, *_matrices(partial, before, after)
+    maps = sequences(grad, y, g)
+    _, positions, _ = maps[0].shape
+    problem = Problem(channels, y.shape[0] * y.shape[2:].numel(), sides, y.dtype)
+    with torch.cuda.device_of(y):
+        options = dict(config or find("activation_grams", problem.key(), problem.rule))
+        splits = Splits.of(len(maps[0]), positions, options.pop("SPLITS"), options["BLOCK_P"])
+        block_a, block_b = options["BLOCK_A"], options["BLOCK_B"]
+        tiles = triton.cdiv(channels, block_a) * triton.cdiv(channels, block_b)
+        partial = y.new_empty((splits.number, sides, channels, channels), dtype=torch.float32)
+        activation_grams_partial_kernel[(splits.number * sides * tiles,)](
+            *maps[:2],
+            scale,
+            shift,
+            maps[2],
+            partial,
+            0 if before else 1,
+            sides,
+            splits.all_steps,
+            splits.steps,
+            positions,
+            channels,
+            *maps[0].stride(),
+            ONE_TILE=channels <= min(block_a, block_b),
+            PRECISION=product_precision(y.dtype),
+            **options,
+        )
+        return g, *_matrices(partial, before, after)
+
+
+def _matrices(partial: Tensor, before: bool, after: bool) -> tuple[Tensor, Tensor]:
+    """Sums over the splits, of [splits, sides, C, C]."""
+    none = partial.new_empty(0)
+    first = partial[:, 0].sum(dim=0, keepdim=True) if before else none
+    return first, partial[:, -1].sum(dim=0, keepdim=True) if after else none
+
+
+class Problem(NamedTuple):
+    """channels; positions of all images; matrices that are asked for; dtype of the maps."""
+
+    channels: int
+    positions: int
+    sides: int
+    dtype: torch.dtype
+
+    def key(self) -> str:
+        """What a configuration is looked up by."""
+        sides = ("", "one side", "both sides")[self.sides]
+        where = f"{self.channels} channels, {bucket(self.positions)} positions"
+        return f"{where}, {sides}, {dtype_name(self.dtype)}"
+
+    def rule(self, arch: int) -> Config:
+        """The configuration where no table has one."""
+        return self.candidates(arch)[0]
+
+    def candidates(self, arch: int) -> list[Config]:
+        """The rule's configuration first."""
+        width = self.channels
+        shapes = shapes_for(width, self.dtype, arch)
+        return configurations(shapes, width, width, self.sides, arch)
+
+    def launcher(self, device: torch.device) -> Callable[[Config], object]:
+        """Fresh random maps, and a call with a configuration."""
+        grad, y = random_maps(self.positions, [self.channels] * 2, self.dtype, device)
+        scale, shift = torch.randn(2, self.channels, device=device)
+        both = self.sides == 2
+        return lambda config: activation_grams(grad, y, scale, shift, True, both, config=config)
+
+
+def problems() -> list[Problem]:
+    """y1 (its own matrix) and y2 (both sides) of the bottlenecks of layers 2-4."""
+    return [
+        Problem(channels, positions, sides, torch.bfloat16)
+        for channels in (128, 256, 512)
+        for positions in positions_of_resnet()
+        for sides in (1, 2)
+    ]
+
+
+TUNABLES = [
+    Tunable("activation_grams", Problem.key, Problem.candidates, Problem.launcher, problems)
+]

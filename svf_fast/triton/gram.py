@@ -1,0 +1,186 @@
+"""Gram matrix of two maps on tensor cores: positions split over blocks, one read of each map.
+
+Every program makes one tile of the matrix for one split of the positions. The tiles of a split are
+neighbours in launch order: what one of them reads from DRAM the others read from L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svf_fast.triton.language import affine_relu, dot
+from svf_fast.triton.splits import (
+    Splits,
+    configurations,
+    dtype_name,
+    offsets,
+    positions_of_resnet,
+    product_precision,
+    random_maps,
+    refuse_float64,
+    sequences,
+    shapes_for,
+    tile_at,
+)
+from svf_fast.triton.tuning import Config, Tunable, bucket, find
+
+
+@triton.jit(do_not_specialize=["steps", "split_steps"])
+def gram_partial_kernel(
+    a,
+    b,
+    scale,
+    shift,
+    partial,
+    steps,
+    split_steps,
+    positions,
+    groups,
+    width_a,
+    width_b,
+    a_image,
+    a_position,
+    a_channel,
+    b_image,
+    b_position,
+    b_channel,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile [BLOCK_A, BLOCK_B] of the matrix of one group, over one split of the positions."""
+    tiles_b = tl.cdiv(width_b, BLOCK_B)
+    tiles = tl.cdiv(width_a, BLOCK_A) * tiles_b
+    matrix = tl.program_id(0) // tiles  # of the partial ones: groups of a split
+    tile = tl.program_id(0) % tiles
+    split = matrix // groups
+    group = matrix % groups
+    row = tile // tiles_b * BLOCK_A + tl.arange(0, BLOCK_A)
+    column = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    channels_a = group * width_a + row
+    channels_b = group * width_b + column
+    if scale is not None:
+        factor = tl.load(scale + channels_a, mask=row < width_a, other=0.0)[None, :]
+        offset = tl.load(shift + channels_a, mask=row < width_a, other=0.0)[None, :]
+
+    rows = tl.arange(0, BLOCK_P)
+    at_a = offsets(rows, channels_a, a_position, a_channel)
+    at_b = offsets(rows, channels_b, b_position, b_channel)
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    first = split * split_steps
+    for step in range(first, min(first + split_steps, steps)):
+        start_a, count = tile_at(step, positions, a_image, a_position, BLOCK_P)
+        start_b, count = tile_at(step, positions, b_image, b_position, BLOCK_P)
+        inside_a = (rows[:, None] < count) & (row[None, :] < width_a)
+        inside_b = (rows[:, None] < count) & (column[None, :] < width_b)
+        left = tl.load(a + start_a + at_a, mask=inside_a, other=0.0)
+        right = tl.load(b + start_b + at_b, mask=inside_b, other=0.0)
+        if scale is not None:
+            left = tl.where(inside_a, affine_relu(left, factor, offset), 0.0)
+        total = dot(tl.trans(left), right, total, PRECISION)
+
+    at = matrix.to(tl.int64) * width_a * width_b + row[:, None] * width_b + column[None, :]
+    tl.store(partial + at, total, mask=(row[:, None] < width_a) & (column[None, :] < width_b))
+
+
+def gram(
+    a: Tensor,
+    b: Tensor,
+    groups: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """``M = Σ_p a'_p b_pᵀ`` per group, ``a' = relu(a · scale + shift)`` if given, else a.
+
+    a [N, Ca, *spatial] and b [N, Cb, *spatial] of one dtype, scale and shift [Ca] in float32 ->
+    [G, Ca/G, Cb/G] in float32. a' is rounded to the dtype of a. A map is read as it lies wherever
+    its positions have a common stride, channels_last maps 16 bytes at a time. Bytes of DRAM: a and
+    b once, partial matrices.
+
+    Raises:
+        TypeError: another dtype than float32, bfloat16 and float16.
+    """
+    refuse_float64("gram", "a", a)
+    width_a, width_b = a.shape[1] // groups, b.shape[1] // groups
+    if a.numel() == 0 or b.numel() == 0:
+        return a.new_zeros((groups, width_a, width_b), dtype=torch.float32)
+    maps = sequences(a, b)
+    images, positions, _ = maps[0].shape
+    problem = Problem(width_a, width_b, groups, images * positions, a.dtype, scale is not None)
+    with torch.cuda.device_of(a):
+        options = dict(config or find("gram", problem.key(), problem.rule))
+        splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
+        tiles = triton.cdiv(width_a, options["BLOCK_A"]) * triton.cdiv(width_b, options["BLOCK_B"])
+        partial = a.new_empty((splits.number, groups, width_a, width_b), dtype=torch.float32)
+        gram_partial_kernel[(splits.number * groups * tiles,)](
+            *maps,
+            scale,
+            shift,
+            partial,
+            splits.all_steps,
+            splits.steps,
+            positions,
+            groups,
+            width_a,
+            width_b,
+            *maps[0].stride(),
+            *maps[1].stride(),
+            PRECISION=product_precision(a.dtype),
+            **options,
+        )
+        return partial.sum(dim=0)
+
+
+class Problem(NamedTuple):
+    """Channels of a and of b per group; groups; positions of all images; dtype; a' or a."""
+
+    width_a: int
+    width_b: int
+    groups: int
+    positions: int
+    dtype: torch.dtype
+    rebuild: bool
+
+    def key(self) -> str:
+        """What a configuration is looked up by."""
+        where = f"{self.width_a} x {self.width_b} channels, {bucket(self.positions)} positions"
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{where}{groups}, {dtype_name(self.dtype)}{', rebuilt' if self.rebuild else ''}"
+
+    def rule(self, arch: int) -> Config:
+        """The configuration where no table has one."""
+        return self.candidates(arch)[0]
+
+    def candidates(self, arch: int) -> list[Config]:
+        """The rule's configuration first."""
+        shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, arch)
+        return configurations(shapes, self.width_a, self.width_b, self.groups, arch)
+
+    def launcher(self, device: torch.device) -> Callable[[Config], object]:
+        """Fresh random maps, and a call with a configuration."""
+        channels = [self.groups * self.width_a, self.groups * self.width_b]
+        a, b = random_maps(self.positions, channels, self.dtype, device)
+        affine = torch.randn(2, channels[0], device=device) if self.rebuild else (None, None)
+        return lambda config: gram(a, b, self.groups, *affine, config=config)
+
+
+def problems() -> list[Problem]:
+    """Widths of the convolutions of layers 2-4; rebuilt, the inputs of the third ones."""
+    return [
+        Problem(width, width, 1, positions, torch.bfloat16, rebuild)
+        for width in (128, 256, 512, 1024)
+        for positions in positions_of_resnet()
+        for rebuild in ((False, True) if width <= 512 else (False,))
+    ]
+
+
+TUNABLES = [Tunable("gram", Problem.key, Problem.candidates, Problem.launcher, problems)]

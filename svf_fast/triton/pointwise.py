@@ -1,0 +1,507 @@
+"""The 1×1 convolution of maps with what surrounds it in a residual block, in one kernel.
+
+A product [positions, K] × [K, D] whose prologue rebuilds or masks its input as it is loaded and
+whose epilogue applies the affine map, the residual sum, the ReLU and its mask to what it just
+computed: maps between a convolution and its neighbours are neither written nor read.
+
+Definition: :mod:`svf_fast.reference.pointwise`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svf_fast.reference.affine_act import mask_bytes
+from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
+from svf_fast.triton.pointwise_problem import Options, Problem, problems
+from svf_fast.triton.tuning import Config, Tunable, architecture, find
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def load_bit_rows(
+    mask, bit, row, inside_p, column, width, COLUMNS: tl.constexpr, WORD: tl.constexpr
+):
+    """Bits [rows, COLUMNS] from ``column`` on of a mask of [positions, width].
+
+    Read in words of WORD bits, which column and width are multiples of; bit: 0 .. WORD - 1. Where
+    a word is as wide as the tile no bit changes threads.
+    """
+    words = mask.to(tl.pointer_type(tl.core.get_int_dtype(WORD, True)), bitcast=True)
+    word = column // WORD + tl.arange(0, COLUMNS // WORD)
+    inside = inside_p[:, None] & (word < width // WORD)[None, :]
+    value = tl.load(words + row[:, None] * (width // WORD) + word[None, :], mask=inside, other=0)
+    left = (WORD - 1 - bit).to(value.dtype)  # moves the bit to where the sign is: cheap to test
+    if COLUMNS == WORD:
+        signed = value << left[None, :]
+    else:
+        signed = tl.reshape(value[:, :, None] << left[None, None, :], (row.shape[0], COLUMNS))
+    return signed < 0
+
+
+@triton.jit
+def columns(z, SLICES: tl.constexpr):
+    """[R, C] -> SLICES tiles [R, C / SLICES], from left to right."""
+    if SLICES == 1:
+        parts = (z,)
+    else:
+        halves = tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        parts = columns(left, SLICES // 2) + columns(right, SLICES // 2)
+    return parts
+
+
+@triton.jit
+def pointwise_kernel(
+    x,  # [positions, K]
+    weight,  # [D, K], any strides
+    in_scale,  # [K], as in_shift
+    in_shift,
+    in_mask,  # bits of [positions, K]
+    scale,  # [D], as shift and residual_scale
+    shift,
+    residual,  # [positions, D], as v, out and y
+    residual_scale,
+    residual_mask,  # bits of [positions, D], as mask
+    v,
+    out,
+    y,
+    mask,
+    dots,  # [cdiv(positions, BLOCK_P), D]
+    numbers,  # 0 .. 63
+    positions,
+    in_eighths,  # K / 8
+    out_eighths,  # D / 8
+    weight_stride_d,
+    weight_stride_k,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,  # no block reaches beyond K
+    EVEN_D: tl.constexpr,
+    IN_WORD: tl.constexpr,  # bits of in_mask that are read at once
+    OUT_WORD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,  # parts of a tile that the epilogue finishes one after the other
+):
+    WIDTH: tl.constexpr = BLOCK_D // SLICES
+    K = in_eighths * 8  # so the compiler knows that rows begin at multiples of eight elements
+    D = out_eighths * 8
+
+    # GROUP row tiles take turns with one tile of the weight: both stay in L2
+    tiles_p, tiles_d = tl.cdiv(positions, BLOCK_P), tl.cdiv(D, BLOCK_D)
+    group, within = tl.program_id(0) // (GROUP * tiles_d), tl.program_id(0) % (GROUP * tiles_d)
+    rows_of_group = tl.minimum(tiles_p - group * GROUP, GROUP)
+    tile_p, tile_d = group * GROUP + within % rows_of_group, within // rows_of_group
+
+    first = tile_p.to(tl.int64) * BLOCK_P
+    row = tl.arange(0, BLOCK_P)
+    d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside_p = row < positions - tile_p * BLOCK_P
+    x += first * K
+
+    acc = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    if in_mask is not None:  # numbers that were loaded may move to where tensor cores want them
+        bit = tl.load(numbers + tl.arange(0, IN_WORD))
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        inside_x = inside_p[:, None] if EVEN_K else inside_p[:, None] & (k < K)[None, :]
+        a = tl.load(x + row[:, None] * K + k[None, :], mask=inside_x, other=0.0)
+        at = weight + d[None, :] * weight_stride_d + k[:, None] * weight_stride_k
+        inside_weight = (d < D)[None, :] & (k < K)[:, None]
+        even = EVEN_K and EVEN_D
+        b = tl.load(at) if even else tl.load(at, mask=inside_weight, other=0.0)
+        if in_scale is not None:
+            inside_k = k < K
+            s = tl.load(in_scale + k) if EVEN_K else tl.load(in_scale + k, mask=inside_k, other=0.0)
+            t = tl.load(in_shift + k) if EVEN_K else tl.load(in_shift + k, mask=inside_k, other=0.0)
+            a = affine_relu(a, s[None, :], t[None, :])
+        if in_mask is not None:
+            start = in_mask + first * in_eighths
+            passes = load_bit_rows(start, bit, row, inside_p, k0, K, BLOCK_K, IN_WORD)
+            a = tl.where(passes, a, 0.0)
+        acc = dot(a, b, acc, PRECISION)
+
+    dtype = out.dtype.element_ty
+    parts = columns(acc, SLICES)
+    for part in tl.static_range(SLICES):  # a part at a time: what one needs fits in registers
+        z = parts[part]
+        d0 = tile_d * BLOCK_D + part * WIDTH
+        d = d0 + tl.arange(0, WIDTH)
+        inside_d = d < D
+        inside = inside_p[:, None] if EVEN_D else inside_p[:, None] & inside_d[None, :]
+        at = row[:, None] * D + d[None, :]
+        byte = d0 // 8 + tl.arange(0, WIDTH // 8)
+        inside_bits = inside_p[:, None]
+        if not EVEN_D:
+            inside_bits = inside_p[:, None] & (byte < out_eighths)[None, :]
+        at_bits = row[:, None] * out_eighths + byte[None, :]
+
+        if y is not None or v is not None:
+            rounded = narrow(z, dtype)
+            z = rounded.to(tl.float32)
+            if y is not None:
+                tl.store(y + first * D + at, rounded, mask=inside)
+        if v is not None:
+            other = tl.load(v + first * D + at, mask=inside, other=0.0).to(tl.float32)
+            partial = tl.sum(z * other, axis=0)
+            tl.store(dots + tile_p.to(tl.int64) * D + d, partial, mask=inside_d)
+        if scale is not None:
+            z *= tl.load(scale + d, mask=inside_d, other=0.0)[None, :]
+        if shift is not None:
+            z += tl.load(shift + d, mask=inside_d, other=0.0)[None, :]
+        if residual is not None:
+            added = tl.load(residual + first * D + at, mask=inside, other=0.0)
+            if residual_mask is not None:
+                start = residual_mask + first * out_eighths
+                bit = tl.arange(0, OUT_WORD)
+                passes = load_bit_rows(start, bit, row, inside_p, d0, D, WIDTH, OUT_WORD)
+                added = tl.where(passes, added, 0.0)
+            added = added.to(tl.float32)
+            if residual_scale is not None:
+                added *= tl.load(residual_scale + d, mask=inside_d, other=0.0)[None, :]
+            z += added
+        if RELU:
+            z = tl.where(z <= 0, 0.0, z)  # NaN passes
+        result = narrow(z, dtype)
+        tl.store(out + first * D + at, result, mask=inside)
+        if mask is not None:
+            passes = (result.to(tl.float32) <= 0) == 0  # as NaN does
+            bits = pack_bits(passes, BLOCK_P, WIDTH)
+            tl.store(mask + first * out_eighths + at_bits, bits, mask=inside_bits)
+    if mask is not None and tl.program_id(0) == 0:  # bytes that hold no element
+        end = positions.to(tl.int64) * out_eighths
+        pad = end + tl.arange(0, 16)
+        tl.store(mask + pad, tl.zeros((16,), tl.uint8), mask=pad < end // 8 * 8 + 16)
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    relu: bool = False,
+    keep: bool = False,
+    mask: bool = False,
+    *,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out = relu?(y·scale + shift + residual'·residual_scale)`` of ``y_p = weight x'_p``.
+
+    x [N, K, *spatial] in channels_last, weight [D, K] in any strides, both in bfloat16, float16 or
+    float32; residual [N, D, *spatial]; the vectors are float32. ``x'`` is relu(x·in_scale +
+    in_shift), or x where in_mask has a bit; residual' is residual where residual_mask has a bit.
+    -> out and y (rounded before out is computed of it; empty unless ``keep``) [N, D, *spatial] in
+    channels_last, and the bits of out (:func:`svf_fast.reference.affine_act.pack_mask`; empty
+    unless ``mask``). Reads x, residual and the bits once, apart from what L2 returns.
+
+    Raises:
+        ValueError: operands that :func:`serves` says no to; a masked residual in another layout.
+    """
+    _require(x, weight)
+    if residual is not None:
+        if residual_mask is not None and not _has_rows(residual):
+            raise ValueError(
+                "pointwise: residual: expected channels_last, as its mask counts elements, got "
+                f"strides {residual.stride()}"
+            )
+        residual = _with_rows(residual)
+    out = _maps(x, len(weight))
+    y = _maps(x, len(weight)) if keep else x.new_empty(0)
+    bits = x.new_empty(mask_bytes(out.numel()) if mask else 0, dtype=torch.uint8)
+    if x.numel() == 0:
+        return out, y, bits.zero_()
+    options = _options(in_scale, in_mask, residual, residual_mask, keep, mask)
+    _launch(
+        x,
+        weight,
+        _packed(in_scale),
+        _packed(in_shift),
+        _aligned(in_mask),
+        _packed(scale),
+        _packed(shift),
+        residual,
+        _packed(residual_scale),
+        _aligned(residual_mask),
+        None,
+        out,
+        y if keep else None,
+        bits if mask else None,
+        relu,
+        options,
+        config,
+    )
+    return out, y, bits
+
+
+def pointwise_dot(
+    x: Tensor, weight: Tensor, v: Tensor, s: Tensor, *, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """``a_p = weight x_p``; returns ``a·s`` per channel and ``dot_d = Σ_p a_pd v_pd`` in float32.
+
+    x [N, K, *spatial] in channels_last, weight [D, K] in any strides, v [N, D, *spatial], s [D] in
+    float32. Both are computed of a rounded to the dtype of x. v is read once, a is not written.
+
+    Raises:
+        ValueError: operands that :func:`serves` says no to.
+    """
+    _require(x, weight)
+    out = _maps(x, len(weight))
+    if x.numel() == 0:
+        return out, x.new_zeros(len(weight), dtype=torch.float32)
+    v, s, none = _with_rows(v), s.contiguous(), (None,) * 3
+    options = _options(*none, None, False, False, dot=True)
+    dots = _launch(x, weight, *none, s, None, *none, v, out, None, None, False, options, config)
+    assert dots is not None
+    return out, dots.sum(dim=0)
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes these operands: channels_last maps, channels in multiples of 8."""
+    return (
+        x.dtype in DTYPES
+        and weight.dtype == x.dtype
+        and weight.dim() == 2
+        and weight.shape[1] == x.shape[1] > 0
+        and len(weight) > 0
+        and weight.shape[1] % 8 == 0
+        and len(weight) % 8 == 0
+        and max(weight.numel(), x.numel() // x.shape[1]) < 2**30  # offsets in 32 bits
+        and _has_rows(x)
+    )
+
+
+def wanted(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    keep: bool = False,
+    mask: bool = False,
+    dot: bool = False,
+) -> bool:
+    """Whether one kernel is the way here: it serves, and no table says that passes are faster."""
+    if not serves(x, weight):
+        return False
+    if x.numel() == 0:
+        return True
+    options = _options(in_scale, in_mask, residual, residual_mask, keep, mask, dot)
+    with torch.cuda.device_of(x):
+        return "fused" not in _config(_problem(x, weight, options))
+
+
+def _launch(
+    x,
+    weight,
+    in_scale,
+    in_shift,
+    in_mask,
+    scale,
+    shift,
+    residual,
+    residual_scale,
+    residual_mask,
+    v,
+    out,
+    y,
+    mask,
+    relu,
+    options,
+    config=None,
+) -> Tensor | None:
+    problem = _problem(x, weight, options)
+    positions, K, D = problem[:3]
+    with torch.cuda.device_of(x):
+        config = _config(problem) if config is None else config
+        if "fused" in config:  # the table would rather not, the caller insists
+            config = problem.tiles(architecture())
+        block_d, block_k = config["BLOCK_D"], config["BLOCK_K"]
+        tiles = triton.cdiv(positions, config["BLOCK_P"])
+        dots = None if v is None else x.new_empty((tiles, D), dtype=torch.float32)
+        pointwise_kernel[(tiles * triton.cdiv(D, block_d),)](
+            x,
+            weight,
+            in_scale,
+            in_shift,
+            in_mask,
+            scale,
+            shift,
+            residual,
+            residual_scale,
+            residual_mask,
+            v,
+            out,
+            y,
+            mask,
+            dots,
+            None if in_mask is None else _numbers(x.device),
+            positions,
+            K // 8,
+            D // 8,
+            weight.stride(0),
+            weight.stride(1),
+            RELU=relu,
+            PRECISION=_precision(x.dtype),
+            EVEN_K=K % block_k == 0,
+            EVEN_D=D % block_d == 0,
+            IN_WORD=min(K & -K, 64, block_k),
+            OUT_WORD=min(D & -D, 64, block_d // config["SLICES"]),
+            **config,
+        )
+    return dots
+
+
+def _problem(x: Tensor, weight: Tensor, options: Options) -> Problem:
+    D, K = weight.shape
+    number = "16bit" if x.dtype != torch.float32 else _precision(x.dtype)
+    return Problem(x.numel() // K, K, D, number, options)
+
+
+def _config(problem: Problem) -> Config:
+    return find("pointwise", problem.key(), problem.rule)
+
+
+def _options(in_scale, in_mask, residual, residual_mask, keep, mask, dot=False) -> Options:
+    maps = in_scale, in_mask, residual, residual_mask
+    return (*[given is not None for given in maps], keep, mask, dot)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return precision(convolves=True) if dtype == torch.float32 else "ieee"
+
+
+@functools.cache
+def _numbers(device: torch.device) -> Tensor:
+    return torch.arange(64, dtype=torch.int32, device=device)
+
+
+def _maps(x: Tensor, channels: int) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether the map is [positions, channels] in memory."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0
+    return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if _has_rows(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _packed(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _aligned(mask: Tensor | None) -> Tensor | None:
+    """Masks are read in words of eight bytes."""
+    return mask if mask is None or mask.data_ptr() % 8 == 0 else mask.clone()
+
+
+def _require(x: Tensor, weight: Tensor) -> None:
+    if not serves(x, weight):
+        raise ValueError(
+            "pointwise: x, weight: expected channels_last maps [N, K, *spatial] and [D, K] of one "
+            f"dtype of {', '.join(map(str, DTYPES))}, K and D multiples of 8, got {x.dtype} "
+            f"{list(x.shape)} with strides {x.stride()} and {weight.dtype} {list(weight.shape)}"
+        )
+
+
+def passes(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    relu: bool = False,
+    keep: bool = False,
+    mask: bool = False,
+) -> Any:
+    """What :func:`pointwise` is raced against: cuBLAS between the element-wise ops."""
+    ops = torch.ops.svf_fast
+    if in_scale is not None:
+        x = ops.affine_act(x, in_scale, in_shift, None, None, True, False)[0]
+    if in_mask is not None:
+        x = ops.affine_act_backward(x, None, in_mask, None, None)
+    if residual_mask is not None:
+        residual = ops.affine_act_backward(residual, None, residual_mask, None, None)
+    rows = x.movedim(1, -1).flatten(end_dim=-2)
+    if scale is None and residual is not None:
+        return torch.addmm(residual.movedim(1, -1).flatten(end_dim=-2), rows, weight.t())
+    y = (rows @ weight.t()).reshape(*x.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
+    if scale is None:
+        return y
+    after = ops.affine_act if keep else ops.affine_act_
+    return after(y, scale, shift, residual, None, relu, mask)
+
+
+def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
+    forward = any(problem.has(name) for name in ("affine", "keep", "mask"))
+    # values matter where kernels run, not where they are only compiled
+    filled = functools.partial(torch.randn if device.type == "cuda" else torch.empty, device=device)
+
+    def maps(channels: int) -> Tensor:
+        shape = 1, problem.positions, 1, channels
+        return filled(shape, dtype=problem.dtype).movedim(-1, 1)
+
+    def bits(like: Tensor) -> Tensor:
+        shape = (mask_bytes(like.numel()),)
+        return torch.randint(256, shape, dtype=torch.uint8, device=device)
+
+    x, weight = maps(problem.K), filled(problem.D, problem.K, dtype=problem.dtype)
+    weight = weight if forward else weight.t().contiguous().t()
+    if problem.has("dot"):
+        v, s = maps(problem.D), filled(problem.D)
+
+        def dot_product(config: Config) -> Any:
+            if "fused" in config:
+                return torch.ops.svf_fast.channel_dot_scale_(passes(x, weight), v, s)
+            return pointwise_dot(x, weight, v, s, config=config)
+
+        return dot_product
+
+    given: dict[str, Any] = {"relu": forward}
+    if problem.has("affine"):
+        given["in_scale"], given["in_shift"] = filled(problem.K), filled(problem.K)
+    if problem.has("bits"):
+        given["in_mask"] = bits(x)
+    if forward:
+        given["scale"], given["shift"] = filled(problem.D), filled(problem.D)
+    if problem.has("residual"):
+        given["residual"] = maps(problem.D)
+    if problem.has("residual_bits"):
+        given["residual_mask"] = bits(given["residual"])
+    given["keep"], given["mask"] = problem.has("keep"), problem.has("mask")
+
+    def product(config: Config) -> Any:
+        if "fused" in config:
+            return passes(x, weight, **given)
+        return pointwise(x, weight, **given, config=config)
+
+    return product
+
+
+TUNABLES = [Tunable("pointwise", Problem.key, Problem.candidates, _launcher, problems)]

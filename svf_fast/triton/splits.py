@@ -1,0 +1,154 @@
+"""Sums over positions, split over programs: what kernels of Gram matrices share.
+
+Maps are seen as [images, positions, channels]. Positions are taken in tiles that do not cross from
+one image to the next, and splits of as many tiles each leave partial sums, added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svf_fast.triton.language import precision
+from svf_fast.triton.tuning import Config
+
+PROCESSORS = {0: 2, 80: 108, 90: 132}  # multiprocessors of an A100 and of an H100 or H200
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Splits(NamedTuple):
+    """``all_steps`` tiles in ``number`` splits of ``steps`` each; the last may have fewer."""
+
+    number: int
+    steps: int
+    all_steps: int
+
+    @classmethod
+    def of(cls, images: int, positions: int, wanted: int, tile: int) -> Splits:
+        """At most ``wanted`` splits of tiles of ``tile`` positions, none of them empty."""
+        all_steps = images * triton.cdiv(positions, tile)
+        steps = triton.cdiv(all_steps, max(1, wanted))
+        return cls(triton.cdiv(all_steps, steps), steps, all_steps)
+
+
+@triton.jit
+def tile_at(step, positions, image_stride, position_stride, BLOCK_P: tl.constexpr):
+    """Where the step-th tile of BLOCK_P positions begins, and how many positions of it exist."""
+    steps = tl.cdiv(positions, BLOCK_P)  # of an image
+    image = step // steps
+    first = (step - image * steps) * BLOCK_P
+    start = image.to(tl.int64) * image_stride + first.to(tl.int64) * position_stride
+    return start, positions - first
+
+
+@triton.jit
+def offsets(rows, channels, position_stride, channel_stride):
+    """Of a tile [positions, channels] from where it begins."""
+    return rows[:, None] * position_stride + channels[None, :].to(tl.int64) * channel_stride
+
+
+def sequences(*maps: Tensor) -> list[Tensor]:
+    """[N, C, *spatial] -> [N, P, C], or [1, N · P, C] where all maps' images follow each other.
+
+    Views; a map is copied only where its positions have no common stride.
+    """
+    images, positions = maps[0].shape[0], maps[0].shape[2:].numel()
+    found = [x.movedim(1, -1).reshape(images, positions, x.shape[1]) for x in maps]
+    if all(1 in x.shape[:2] or x.stride(0) == positions * x.stride(1) for x in found):
+        return [x.reshape(1, images * positions, x.shape[2]) for x in found]
+    return found
+
+
+class Shape(NamedTuple):
+    """Of a program's tiles; ``blocks``: programs that a multiprocessor holds at once."""
+
+    rows: int
+    columns: int
+    positions: int
+    warps: int
+    stages: int
+    blocks: int
+
+
+def shapes_for(width: int, dtype: torch.dtype, arch: int) -> list[Shape]:
+    """Shapes worth timing for matrices of that width, the one to take without timing first.
+
+    None of them spills registers on sm_80 or sm_90. From 256 channels on L2 is what limits: a tile
+    of 128 x 256 makes 85 FLOP of each byte of 16-bit maps that it reads.
+    """
+    if arch == 0:
+        return [Shape(32, 32, 32, 4, 2, 2)]
+    if dtype == torch.float32:
+        small, large = Shape(64, 64, 32, 4, 3, 2), Shape(128, 128, 16, 8, 4, 1)
+        return [small] if width <= 64 else [large, Shape(64, 128, 32, 8, 3, 1), small]
+    if width <= 64:
+        return [Shape(64, 64, 32, 4, 4, 3), Shape(64, 64, 64, 4, 3, 2), Shape(64, 64, 64, 8, 3, 1)]
+    square = Shape(128, 128, 32, 8, 4, 1)
+    few = [square, Shape(128, 128, 64, 8, 3, 1), Shape(64, 128, 32, 4, 3, 3)]
+    if width <= 128:
+        return few
+    stages = 4 if arch >= 90 else 3
+    return [Shape(128, 256, 32, 8, stages, 1), Shape(64, 256, 32, 8, 3, 1), *few]
+
+
+def configurations(
+    shapes: Sequence[Shape], width_a: int, width_b: int, matrices: int, arch: int
+) -> list[Config]:
+    """Of matrices [width_a, width_b]: tiles no larger than those, splits that fill the GPU."""
+    found: list[Config] = []
+    for shape in shapes:
+        a = min(shape.rows, max(16, triton.next_power_of_2(width_a)))
+        b = min(shape.columns, max(16, triton.next_power_of_2(width_b)))
+        programs = triton.cdiv(width_a, a) * triton.cdiv(width_b, b) * matrices
+        tiles = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": shape.positions}
+        splits = {"SPLITS": _splits_for(programs, shape.blocks * PROCESSORS[arch])}
+        options = {"num_warps": shape.warps, "num_stages": shape.stages}
+        found.append(tiles | splits | options)
+    return found
+
+
+def _splits_for(programs: int, places: int) -> int:
+    """Splits of so many programs each that fill the places of a GPU.
+
+    Once, and more often only where more than a tenth of it would stand idle.
+    """
+    for waves in range(1, 5):
+        splits = max(1, waves * places // programs)
+        if programs * splits >= 0.9 * places * triton.cdiv(programs * splits, places):
+            break
+    return splits
+
+
+def refuse_float64(op: str, name: str, maps: Tensor) -> None:
+    """Raises TypeError for maps that tensor cores do not multiply."""
+    if maps.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name}: expected float32, bfloat16 or float16, got {maps.dtype}")
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How maps of a dtype are multiplied: float32 as torch's switch for matmul says."""
+    return precision(convolves=False) if dtype == torch.float32 else "ieee"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype and how it is multiplied, for a configuration's key."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} {product_precision(dtype)}" if dtype == torch.float32 else name
+
+
+def random_maps(
+    positions: int, channels: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """One channels_last image of that many positions for each number of channels."""
+    shapes = [(1, positions, 1, width) for width in channels]
+    return [torch.randn(shape, device=device).to(dtype).movedim(-1, 1) for shape in shapes]
+
+
+def positions_of_resnet() -> list[int]:
+    """Of layers 2-4 at stride 8, 321, 473 and 641 px, 1 to 12 images; one of each bucket."""
+    return [1681, 3600, 6561, 13122, 21600, 39366, 78732]

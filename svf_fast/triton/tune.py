@@ -1,0 +1,282 @@
+"""Times the configurations of the kernels on this GPU and keeps the fastest.
+
+``python -m svf_fast.triton.tune`` writes a table to the user's cache folder, where the kernels find
+it (``tuning.py``). Nothing of it is needed for a right result. An interrupted search goes on where
+it was; a finished one has nothing left to do.
+
+1. Other processes compile the candidates, for at most a third of the budget.
+2. The rule's configuration of each problem is timed: what takes longest is searched first.
+3. Each candidate's result is compared with that of the rule's configuration, then timed briefly;
+   the fastest few are timed again, and the best is kept.
+
+A time is the median over launches that find nothing of theirs in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.errors import TritonError
+from triton.testing import do_bench
+
+from svf_fast.triton import check, tuning
+from svf_fast.triton.check import Case
+from svf_fast.triton.tuning import OPTIONS, SHIPPED, Config
+
+BUDGET = 300.0  # seconds
+_BRIEF, _LONG = 10.0, 60.0  # milliseconds of a timing
+_FINALISTS = 3
+_DIFFERENT_BITS = 1e-3  # of masks and indices, where rounding decides
+
+Launch = Callable[[], Any]
+Timer = Callable[[Launch, float], float]  # a launch, milliseconds to spend -> microseconds
+
+
+class Found(NamedTuple):
+    """The outcome for a problem: the best configuration, and how it compares with the rule's."""
+
+    config: Config
+    microseconds: float
+    by_rule: float
+    timed: int
+    differing: int  # candidates whose result was another
+    failed: int  # candidates that do not compile or fit
+
+
+def search(
+    cases: Sequence[Case],
+    arch: int,
+    device: torch.device,
+    table: dict[str, Any],
+    budget: float,
+    timer: Timer,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[Case, Found]]:
+    """Puts the fastest configuration of each case into a table, the longest-running first.
+
+    Each case may take an equal part of the seconds that are left; what was not reached when the
+    budget is spent stays out of the table, and so does what the table has already.
+    """
+    end = clock() + budget
+    costs = []
+    for case in missing(cases, table):
+        if clock() > end:
+            break
+        with check.allow_tf32(case.tf32):
+            launcher = case.tunable.launcher(case.problem, device)
+            costs.append((timer(_launch(launcher, case.candidates(arch)[0]), _BRIEF), case))
+    costs.sort(key=lambda pair: pair[0], reverse=True)
+    for place, (_, case) in enumerate(costs):
+        now = clock()
+        if now > end:
+            return
+        found = best(case, arch, device, now + (end - now) / (len(costs) - place), timer, clock)
+        kernel = case.tunable.name
+        table["kernels"].setdefault(kernel, {})[case.key] = found.config
+        table["microseconds"].setdefault(kernel, {})[case.key] = round(found.microseconds, 2)
+        yield case, found
+
+
+def best(
+    case: Case,
+    arch: int,
+    device: torch.device,
+    end: float,
+    timer: Timer,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """The fastest configuration of a case that has the result of the rule's.
+
+    After the time ``end`` no further candidate is begun.
+    """
+    rule, *others = case.candidates(arch)
+    random.Random(0).shuffle(others)  # a part of them is a fair sample
+    differing = failed = 0
+    with check.allow_tf32(case.tf32):
+        launcher = case.tunable.launcher(case.problem, device)
+        launch = functools.partial(_launch, launcher)
+        expected = tensors(launch(rule)())
+        brief = [(timer(launch(rule), _BRIEF), 0, rule)]
+        for number, config in enumerate(others, 1):
+            if clock() > end:
+                break
+            try:
+                result = tensors(launch(config)())
+            except TritonError:  # too much shared memory, or an assembler that gives up
+                failed += 1
+                continue
+            if agree(result, expected):
+                brief.append((timer(launch(config), _BRIEF), number, config))
+            else:
+                differing += 1
+        finalists = sorted(brief)[:_FINALISTS]
+        if all(config is not rule for *_, config in finalists):
+            finalists.append(brief[0])
+        timed = [(timer(launch(config), _LONG), number, config) for _, number, config in finalists]
+    by_rule = next(microseconds for microseconds, _, config in timed if config is rule)
+    microseconds, _, config = min(timed)
+    return Found(config, microseconds, by_rule, len(brief), differing, failed)
+
+
+def _launch(launcher: Callable[[Config], Any], config: Config) -> Launch:
+    return lambda: launcher({**config, **OPTIONS})
+
+
+def missing(cases: Sequence[Case], table: dict[str, Any]) -> list[Case]:
+    """The cases that a table says nothing about."""
+    kernels = table["kernels"]
+    return [case for case in cases if case.key not in kernels.get(case.tunable.name, {})]
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a launch's result: one, or in tuples and lists among other things."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, tuple | list):
+        return [tensor for part in result for tensor in tensors(part)]
+    return []
+
+
+def agree(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether results are equal up to rounding, which other block sizes change.
+
+    Floating point: ``|actual - expected| <= max(eps, 1e-5) |expected|`` in the L2 norm. Of other
+    results, which follow from a comparison, one in a thousand may differ.
+    """
+    return len(actual) == len(expected) and all(map(_near, actual, expected))
+
+
+def _near(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    if not actual.is_floating_point():
+        return (actual != expected).sum().item() <= _DIFFERENT_BITS * actual.numel()
+    tolerance = max(torch.finfo(actual.dtype).eps, 1e-5)
+    a, b = actual.double(), expected.double()
+    return ((a - b).norm() <= tolerance * b.norm()).item()
+
+
+def begin(path: Path, gpu: str) -> dict[str, Any]:
+    """The table at a path, to go on with, or an empty one.
+
+    Raises:
+        ValueError: a file that is no such table.
+    """
+    tuning.read_table(path)
+    head = {
+        "origin": "timed on this GPU by python -m svf_fast.triton.tune",
+        "gpu": gpu,
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+    table = json.loads(path.read_text()) if path.exists() else {}
+    return {"kernels": {}, "microseconds": {}} | table | head
+
+
+def write(path: Path, table: dict[str, Any]) -> None:
+    """Replaces the file at once: a reader finds the old table or the new one."""
+    text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        part.write_text(text)
+        part.replace(path)
+
+
+def derive(cases: Sequence[Case], arch: int) -> dict[str, Any]:
+    """A table of what the kernels' rules say for an architecture."""
+    kernels: dict[str, dict[str, Config]] = {}
+    for case in cases:
+        kernels.setdefault(case.tunable.name, {})[case.key] = case.candidates(arch)[0]
+    return {"origin": "derived from the rules, never timed", "kernels": kernels}
+
+
+def compile_ahead(cases: Sequence[Case], arch: int, seconds: float) -> None:
+    """Fills Triton's cache on disk with the candidates of the cases, as far as the time goes."""
+    rules = [(case, arch, case.candidates(arch)[0]) for case in cases]
+    others = [(case, arch, config) for case in cases for config in case.candidates(arch)[1:]]
+    random.Random(0).shuffle(others)  # a part of them is a fair sample
+    pool = check.processes()
+    try:
+        # one that fails shows when it is timed
+        wait(
+            [pool.submit(check.compile_one, x) for x in check.compilations(rules + others)], seconds
+        )
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _timer(launch: Launch, milliseconds: float) -> float:
+    return 1000 * do_bench(launch, warmup=milliseconds / 4, rep=milliseconds, return_mode="median")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m svf_fast.triton.tune", description=__doc__)
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="all of them if not given")
+    parser.add_argument("--budget-seconds", type=float, default=BUDGET, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the user's cache if not given")
+    parser.add_argument(
+        "--derive",
+        action="store_true",
+        help="time nothing: write the shipped tables from the kernels' rules",
+    )
+    options = parser.parse_args(arguments)
+    cases = check.cases(check.named(check.tunables(), options.kernels))
+    if options.derive:
+        for arch in check.ARCHITECTURES:
+            write(SHIPPED / f"sm_{arch}.json", derive(cases, arch))
+        return 0
+    if knobs.runtime.interpret or not torch.cuda.is_available():
+        why = "TRITON_INTERPRET is set" if knobs.runtime.interpret else "torch finds no GPU here"
+        print(f"{why}: there is nothing to time, the kernels use their rules.", file=sys.stderr)
+        return 1
+    return _tune(cases, options.out, options.budget_seconds)
+
+
+def _tune(cases: Sequence[Case], out: Path | None, budget: float) -> int:
+    start = time.monotonic()
+    gpu, arch = torch.cuda.get_device_name(), tuning.architecture()
+    path = out or tuning.cache_path(gpu)
+    table = begin(path, gpu)
+    todo = missing(cases, table)
+    compile_ahead(todo, arch, budget / 3)
+    print("| kernel | problem | rule, µs | best, µs | timed | differ | fail | configuration |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    done = differing = failed = 0
+    left = budget - (time.monotonic() - start)
+    device = torch.device("cuda", torch.cuda.current_device())
+    for case, found in search(todo, arch, device, table, left, _timer):
+        write(path, table)
+        done, differing, failed = done + 1, differing + found.differing, failed + found.failed
+        times = f"{found.by_rule:.1f} | {found.microseconds:.1f}"
+        counts = f"{found.timed} | {found.differing} | {found.failed}"
+        config = check.written(found.config)
+        print(f"| {case.tunable.name} | {case.key} | {times} | {counts} | {config} |", flush=True)
+    tuning.forget()
+    print(
+        f"{path}: {done} of {len(todo)} problems in {time.monotonic() - start:.0f} s; "
+        f"{differing} candidates gave another result, {failed} did not compile or fit"
+    )
+    if done < len(todo):
+        print("The budget is spent; the same command goes on with the rest.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
