@@ -14,8 +14,8 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
-.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render cuda-check \
-  gpu-sanitize clean check-machine
+.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render gpu \
+  gpu-sanitize cuda-check clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
 
@@ -52,6 +52,9 @@ bench-memory: venv ## saved bytes and peaks at the sizes of the papers
 
 render: venv ## tables, picture and README block from benchmarks/results
 	$(BIN)/python benchmarks/render.py
+
+gpu: ## everything a GPU can show, in 10 minutes, with the torch of PYTHON; ARGS="--phases tests"
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check

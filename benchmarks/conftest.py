@@ -18,6 +18,7 @@ import svf_fast
 FOLDER = Path(__file__).with_name("results")
 GIVEN = ("size", "batch", "shots", "dtype", "device", "backbone", "weights", "stride_on", "width")
 ROUNDS = {"layer": 11, "block": 11, "backbone": 9, "step": 7, "prior": 5}
+GPU_ROUNDS = 31  # milliseconds each
 
 
 def pytest_addoption(parser) -> None:
@@ -31,6 +32,7 @@ def pytest_addoption(parser) -> None:
     group.addoption("--race-rounds", type=int, help="timed steps of each peer")
     group.addoption("--race-no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--race-no-peak", action="store_true", help="measure no peaks")
+    group.addoption("--race-suffix", help="what the names of the results end with")
     group.addoption("--race-results", type=Path, default=FOLDER, help="folder of the results")
 
 
@@ -88,8 +90,10 @@ class Race:
             pytest.skip("left out by --race-peers or --race-no-compile")
         groups = self._results.setdefault(level, {})
         if group not in groups:
-            rounds = self._config.getoption("race_rounds") or ROUNDS[level]
-            contest = Contest(LEVELS[level], group, self.settings(level), names)
+            settings = self.settings(level)
+            rounds = ROUNDS[level] if settings.device == "cpu" else GPU_ROUNDS
+            rounds = self._config.getoption("race_rounds") or rounds
+            contest = Contest(LEVELS[level], group, settings, names)
             groups[group] = contest.run(rounds, not self._config.getoption("race_no_peak"))
         return next(row for row in groups[group]["rows"] if row["peer"] == name)
 
@@ -99,7 +103,9 @@ class Race:
         written = []
         for name, groups in self._results.items():
             level, settings = LEVELS[name], self.settings(name)
-            path = folder / f"{variant(level, settings)}.json"
+            suffix = self._config.getoption("race_suffix")
+            words = [variant(level, settings), *([suffix] if suffix else [])]
+            path = folder / f"{'-'.join(words)}.json"
             rows = list(groups.values())
             written.append(write_results(path, name, level.title, settings, rows, command))
         return written

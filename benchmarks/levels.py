@@ -235,7 +235,7 @@ class PriorLevel(Level):
         mask[:, positions // 4 : 3 * positions // 4] = 1  # half of it, more than most objects cover
         grad_y = torch.randn(settings.batch, positions, generator=generator)
         device = settings.device
-        dtype = _dtype(settings)
+        dtype = getattr(torch, settings.dtype)  # 16-bit maps, as layer 4 leaves them by autocast
         query, support = (_leaf(x.to(device, dtype)) for x in (query, support))
         return Inputs((query, support, mask.to(device, dtype)), grad_y.to(device, dtype))
 

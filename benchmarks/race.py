@@ -7,6 +7,7 @@ follows from S alone, such as a composed weight, is made anew within the time.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,22 @@ from levels import Inputs, Level, Settings, autocast, trained
 from torch import Tensor, nn
 
 from fss.files import write_json
-from fss.measure import saved_bytes
+from fss.measure import StepTimer, saved_bytes
 from fss.provenance import provenance
 
 PEAK = Path(__file__).with_name("peak.py")
 # The rule of the tests: twice the error of the official chain, plus what sums of products round.
 FACTOR = 2.0
 ROUNDINGS = {"float64": 64.0, "float32": 8.0, "bfloat16": 1.5, "float16": 1.5}
+TENSOR_CORE_ROUNDINGS = 32.0  # float32 on a GPU: three TF32 products stand for one
 SEEDS = range(5)  # a ReLU at rounding may flip in one of them, and spoil it for either side
 
 
 def step(level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings) -> None:
-    """Forward and backward; the gradients end in ``.grad``."""
+    """Forward and backward, queued where there is a GPU; the gradients end in ``.grad``."""
     with autocast(settings):
         y = level.forward(network, inputs, name)
     y.backward(None if inputs.grad_y is None else inputs.grad_y.to(y.dtype))
-    if y.is_cuda:
-        torch.cuda.synchronize()
 
 
 def renew(network: nn.Module, inputs: Inputs) -> None:
@@ -86,83 +86,128 @@ class Contest:
         self.level, self.group, self.settings = level, group, settings
         self.rows: dict[str, dict[str, Any]] = {name: {"peer": name} for name in names}
         self.networks: dict[str, nn.Module] = {}
+        self._cuda = torch.device(settings.device).type == "cuda"
         self._cache = tempfile.TemporaryDirectory()
-        self._plain = level.network(settings, group)
+        # converted on the CPU, which is faster at it
+        self._plain = level.network(dataclasses.replace(settings, device="cpu"), group)
         for name in names:
             reason = compiler_missing() if level.peers[name].compiled else ""
             if reason:
                 self.rows[name] |= {"reason": reason, "skipped": True}
-            else:
+                continue
+            with self._reported(name):
                 self.networks[name] = self._converted(name)
 
     def _converted(self, name: str) -> nn.Module:
-        return self.level.convert(copy.deepcopy(self._plain), name, Path(self._cache.name))
+        network = self.level.convert(copy.deepcopy(self._plain), name, Path(self._cache.name))
+        return network.to(self.settings.device)
+
+    @contextlib.contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        """A peer that cannot run says why in its row and leaves; the others go on."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+            self.rows[name]["reason"] = f"{type(error).__name__}: {reason}"
+            if isinstance(error, torch.OutOfMemoryError):  # of the machine, not of the peer
+                self.rows[name]["skipped"] = True
+            self.networks.pop(name, None)
+        if name not in self.networks and self._cuda:
+            torch.cuda.empty_cache()
 
     def run(self, rounds: int, peaks: bool) -> dict[str, Any]:
         self.check()
         inputs = self.level.inputs(self.settings, self.group)
-        for name in self._exact():
-            self.rows[name]["saved_bytes"] = self._saved(name, inputs)
-        for name, seconds in self._time(inputs, rounds).items():
-            self.rows[name]["seconds"] = seconds
-        exact = self._exact()
+        # cuDNN tries its algorithms at the first step of each shape: for all peers alike
+        with _switches(torch.backends.cudnn, benchmark=self._cuda):
+            for name in self._exact():
+                with self._reported(name):
+                    self.rows[name]["saved_bytes"] = self._saved(name, inputs)
+            for name, seconds in self._time(inputs, rounds).items():
+                self.rows[name]["seconds"] = seconds
+            exact = self._exact()
+            for name in exact if peaks and self._cuda else ():
+                with self._reported(name):
+                    self.rows[name]["peak_bytes"] = self._peak(name, inputs)
+        for name in exact if peaks and self._cuda else ():
+            if not self.level.peers[name].compiled:  # the compiler holds on to those
+                self.rows[name]["resident_bytes"] = self._resident(name)
         self.networks.clear()  # their memory is for those that are measured now
-        for name in exact if peaks else ():
+        for name in exact if peaks and not self._cuda else ():
             found = measure_peaks(self.level, name, self.settings)
             self.rows[name] |= found.get(self.group, found)
         return {"name": self.group, "rows": list(self.rows.values())}
 
     def check(self) -> None:
-        """Compares gradients with those of the official chain in float64, at a small size.
+        """Compares gradients with those of the official chain in float64.
 
-        A 16-bit row has to pass in float32 too: through many layers 16 bits alone prove little.
+        At a small size; a 16-bit row has to pass in float32 too: through many layers 16 bits alone
+        prove little. On a GPU, where kernels split large sizes otherwise than small ones, at the
+        raced size as well, and compiled rows only there: each size is compiled anew.
         """
-        own = self.settings.dtype
-        for dtype in (own,) if own in ("float32", "float64") else ("float32", own):
-            names = [name for name in self.networks if self.rows[name].get("exact", True)]
-            passed = self._passing(names, dtype)
-            for name in names:
-                self.rows[name]["exact"] = name in passed
+        own, small = self.settings.dtype, {"size": self.level.check_size, "batch": 1}
+        dtypes = (own,) if own in ("float32", "float64") else ("float32", own)
+        judged = [(dataclasses.replace(self.settings, **small, dtype=d), SEEDS) for d in dtypes]
+        with _switches(torch.backends.cudnn, allow_tf32=False):
+            for settings, seeds in judged:
+                skipped = {name for name in self.networks if self._compiled_on_gpu(name)}
+                self._judge(settings, seeds, skipped)
+            if self._cuda:
+                try:
+                    self._judge(self.settings, SEEDS[:1], set())
+                except torch.OutOfMemoryError:  # float64 needs the most: then small ones stand
+                    torch.cuda.empty_cache()
 
-    def _passing(self, names: list[str], dtype: str) -> set[str]:
+    def _compiled_on_gpu(self, name: str) -> bool:
+        return self._cuda and self.level.peers[name].compiled
+
+    def _judge(self, settings: Settings, seeds: Sequence[int], skipped: set[str]) -> None:
+        names = [name for name in self.networks if self.rows[name].get("exact", True)]
+        names = [name for name in names if name not in skipped]
+        passed = self._passing(names, settings, seeds)
+        for name in names:
+            self.rows[name]["exact"] = name in passed
+
+    def _passing(self, names: list[str], settings: Settings, seeds: Sequence[int]) -> set[str]:
         """Those whose gradients are near enough for one of the seeds; sets their errors."""
         level, group, passed = self.level, self.group, set()
-        small = dataclasses.replace(self.settings, size=level.check_size, batch=1, dtype=dtype)
-        exact = dataclasses.replace(small, dtype="float64")
+        exact = dataclasses.replace(settings, dtype="float64")
         chain = self._converted("official")
         truth_network = self._converted("official").double()
         truths, errors = [], []
-        for seed in SEEDS:
+        for seed in seeds:
             doubled = level.inputs(exact, group, seed)
             truths.append(gradients(level, truth_network, doubled, "official", exact))
-            inputs = level.inputs(small, group, seed)
-            own = gradients(level, chain, inputs, "official", small)
+            inputs = level.inputs(settings, group, seed)
+            own = gradients(level, chain, inputs, "official", settings)
             errors.append(relative_error(own, truths[-1]))
         # the least of them: where no ReLU of the chain itself has flipped
-        allowed = FACTOR * min(errors) + ROUNDINGS[dtype] * torch.finfo(getattr(torch, dtype)).eps
-        for seed, truth in zip(SEEDS, truths, strict=True):
+        allowed = FACTOR * min(errors) + self._floor(settings.dtype)
+        for seed, truth in zip(seeds, truths, strict=True):
             waiting = [name for name in names if name in self.networks and name not in passed]
             if not waiting:
                 break
-            inputs = level.inputs(small, group, seed)
+            inputs = level.inputs(settings, group, seed)
             for name in waiting:
-                try:
-                    found = gradients(level, self.networks[name], inputs, name, small)
+                with self._reported(name):
+                    found = gradients(level, self.networks[name], inputs, name, settings)
                     if level.peers[name].trains == "S" and truth.keys() - found.keys():
                         missing = ", ".join(sorted(truth.keys() - found.keys()))
                         raise RuntimeError(f"no gradient for {missing}")
-                except Exception as error:  # a row that cannot run says why, the others go on
-                    reason = str(error).strip().partition("\n")[0][:200]
-                    self.rows[name]["reason"] = f"{type(error).__name__}: {reason}"
-                    del self.networks[name]
-                    continue
-                self.rows[name]["error"] = relative_error(found, truth)
-                if self.rows[name]["error"] <= allowed:
-                    passed.add(name)
+                    self.rows[name]["error"] = relative_error(found, truth)
+                    if self.rows[name]["error"] <= allowed:
+                        passed.add(name)
         return passed
 
+    def _floor(self, dtype: str) -> float:
+        """What sums of products may round."""
+        tensor_cores = self._cuda and dtype == "float32"
+        roundings = TENSOR_CORE_ROUNDINGS if tensor_cores else ROUNDINGS[dtype]
+        return roundings * torch.finfo(getattr(torch, dtype)).eps
+
     def _exact(self) -> list[str]:
-        return [name for name in self.networks if self.rows[name]["exact"]]
+        return [name for name in self.networks if self.rows[name].get("exact")]
 
     def _saved(self, name: str, inputs: Inputs) -> int:
         network = self.networks[name]
@@ -174,23 +219,62 @@ class Contest:
         return saved.total
 
     def _time(self, inputs: Inputs, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-        names = self._exact()
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        """Seconds of each step: on a GPU between two events, on an empty queue at the first."""
+        seconds: dict[str, list[float]] = {name: [] for name in self._exact()}
+        timer = StepTimer(torch.device(self.settings.device))
         gc.disable()
         try:
             for number in range(-warmup, rounds):
                 gc.collect()
+                names = self._exact()
                 for name in names if number % 2 else reversed(names):
-                    network = self.networks[name]
-                    renew(network, inputs)
-                    start = time.perf_counter()
-                    step(self.level, network, inputs, name, self.settings)
-                    if number >= 0:
-                        seconds[name].append(time.perf_counter() - start)
-                    renew(network, inputs)
+                    with self._reported(name):
+                        network = self.networks[name]
+                        renew(network, inputs)
+                        if self._cuda:
+                            torch.cuda.synchronize()
+                        timer.start()
+                        step(self.level, network, inputs, name, self.settings)
+                        timer.stop()
+                        taken = timer.take()
+                        if number >= 0:
+                            seconds[name] += taken
+                        renew(network, inputs)
         finally:
             gc.enable()
-        return seconds
+        return {name: seconds[name] for name in self._exact()}
+
+    def _peak(self, name: str, inputs: Inputs) -> int:
+        """Most bytes of tensors on the GPU during a step, above those that were there before."""
+        renew(self.networks[name], inputs)
+        gc.collect()
+        before = torch.cuda.memory_allocated(self.settings.device)
+        torch.cuda.reset_peak_memory_stats(self.settings.device)
+        step(self.level, self.networks[name], inputs, name, self.settings)
+        peak = torch.cuda.max_memory_allocated(self.settings.device)
+        renew(self.networks[name], inputs)
+        return peak - before
+
+    def _resident(self, name: str) -> int:
+        """Bytes that leave the GPU with the network: parameters, buffers and what else it keeps."""
+        gc.collect()
+        before = torch.cuda.memory_allocated(self.settings.device)
+        del self.networks[name]
+        gc.collect()
+        return before - torch.cuda.memory_allocated(self.settings.device)
+
+
+@contextlib.contextmanager
+def _switches(backend: Any, **values: bool) -> Iterator[None]:
+    """Sets switches of a backend of torch for a while."""
+    before = {name: getattr(backend, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(backend, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(backend, name, value)
 
 
 @functools.cache
@@ -252,15 +336,21 @@ def defaults(level: Level) -> Settings:
 
 
 def write_results(
-    path: Path, level: str, title: str, settings: Settings, groups: list[dict], command: str
+    path: Path,
+    level: str,
+    title: str,
+    settings: Settings | dict[str, Any],
+    groups: list[dict],
+    command: str,
 ) -> Path:
     """Results with all that is needed to get them again; returns the path."""
+    given = settings if isinstance(settings, dict) else dataclasses.asdict(settings)
     content = {
         "level": level,
         "title": title,
-        "settings": dataclasses.asdict(settings),
+        "settings": given,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        **provenance(torch.device(settings.device)),
+        **provenance(torch.device(given["device"])),
         "command": command,
         "groups": groups,
     }

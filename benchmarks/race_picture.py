@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from fss.colors import BLUE, ORANGE
 from fss.files import atomic_write
-from fss.plots import BLUE, ORANGE
 
 MIB = 2**20
 GREY = "#6b6b6b"
@@ -34,22 +34,24 @@ def draw(results: list[dict], path: Path) -> None:
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     placed = []
     for axes, result in zip(panels, results, strict=True):
+        settings = result["settings"]
         rows = [row for row in result["groups"][0]["rows"] if row.get("seconds")]
+        unit, of_a_second = ("s", 1) if settings["device"] == "cpu" else ("ms", 1000)
         points = {
-            row["peer"]: (statistics.median(row["seconds"]), row["saved_bytes"] / MIB)
+            row["peer"]: (of_a_second * statistics.median(row["seconds"]), row["saved_bytes"] / MIB)
             for row in rows
         }
         for row in rows:
             low, _, high = statistics.quantiles(row["seconds"] * 2, n=4, method="inclusive")
             saved = points[row["peer"]][1]
+            low, high = of_a_second * low, of_a_second * high
             axes.plot([low, high], [saved, saved], color=GREY, linewidth=1, zorder=2)
             axes.scatter(*points[row["peer"]], zorder=3, **_style(row["peer"]))
-        settings = result["settings"]
         where = f"{settings['size']} px, batch {settings['batch']}, {settings['dtype']}"
         if result["level"] == "step":
             where = f"{settings['shots']}-shot, {where}"
         axes.set_title(f"{result['title']}\n{where}", fontsize=10, loc="left")
-        axes.set_xlabel("forward + backward, s")
+        axes.set_xlabel(f"forward + backward, {unit}")
         axes.set_xlim(0, 1.18 * max(x for x, _ in points.values()))
         axes.set_ylim(0, 1.12 * max(y for _, y in points.values()))
         axes.grid(alpha=0.2)

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import figures
+from gpu_tables import TABLES, Results
 from race_picture import draw
 
 from fss.files import atomic_write
@@ -20,6 +22,7 @@ MIB = 2**20
 FOLDER = Path(__file__).with_name("results")
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- race: from benchmarks/render.py -->", "<!-- end of race -->"
+FIGURES = "figures.md"
 README_RESULTS = ("backbone", "step")
 BASES = ("official", "frozen bound")
 
@@ -35,6 +38,13 @@ def main() -> int:
         if _raced(path):
             _write(path.with_suffix(".md"), markdown(path))
             print(path.with_suffix(".md"))
+    _write(options.results / FIGURES, figures.markdown(Results(options.results)))
+    print(options.results / FIGURES)
+    on_gpu = [path for path in sorted(options.results.glob("*.json")) if _on_gpu(path)]
+    if on_gpu:
+        picture = options.results / "race-gpu.png"
+        draw([json.loads(path.read_text()) for path in on_gpu], picture)
+        print(picture)
     paths = [options.results / f"{name}.json" for name in README_RESULTS]
     paths = [path for path in paths if path.is_file()]
     if not paths:
@@ -57,6 +67,9 @@ def main() -> int:
 def markdown(path: Path) -> str:
     """The table of one file of results, with where it comes from."""
     result = json.loads(path.read_text())
+    if result["level"] in TABLES:
+        table = TABLES[result["level"]](result, Results(path.parent))
+        return f"{table}\n\n{_machine(result)}\n"
     if result["level"] == "memory":
         return f"{_memory(result['groups'])}\n\n{_memory_origin(result)}\n"
     groups = result["groups"]
@@ -201,7 +214,8 @@ def _origin(result: dict) -> str:
 
 LEGEND = (
     "Saved: what autograd keeps from the forward pass, parameters left out. Peak: of the process, "
-    "above what was resident before the step. Resident: the tensors that live between steps. "
+    "on a GPU of its tensors, above what was resident before the step. Resident: the tensors that "
+    "live between steps. "
     "Error: of the gradients, relative to the official chain in float64; a row that fails there "
     "has no speed."
 )
@@ -215,6 +229,7 @@ def _block(paths: list[Path], picture: Path, readme: Path) -> str:
         parts += [_table(result["groups"][0]["rows"]), "", _origin(result), _machine(result), ""]
     tables = [path for path in sorted(picture.parent.glob("*.md")) if _raced(path)]
     tables = [path for path in tables if path.with_suffix(".json") not in paths]
+    tables.append(picture.with_name(FIGURES))
     links = ", ".join(f"[{path.stem}]({_relative(path, readme)})" for path in tables)
     return "\n".join([*parts, LEGEND + (f" More tables: {links}." if links else ""), ""])
 
@@ -222,6 +237,14 @@ def _block(paths: list[Path], picture: Path, readme: Path) -> str:
 def _raced(table: Path) -> bool:
     results = table.with_suffix(".json")
     return results.is_file() and "level" in json.loads(results.read_text())
+
+
+def _on_gpu(results: Path) -> bool:
+    """Whether they are of a race on a GPU, of the levels that are drawn, with times."""
+    result = json.loads(results.read_text())
+    if result.get("level") not in README_RESULTS or result["settings"]["device"] == "cpu":
+        return False
+    return any(row.get("seconds") for row in result["groups"][0]["rows"])
 
 
 def _relative(path: Path, readme: Path) -> str:

@@ -13,14 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fss.colors import BLUE, GREEN, ORANGE
 from fss.data import IGNORE, MEAN, STD, EpisodeDataset, collate_episodes
 from fss.evaluation import predict
 from fss.files import atomic_write
 from fss.metrics import foreground_iou
 from fss.run_log import read_log
-
-# Okabe and Ito's palette, told apart with any colour vision.
-BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 
 
 def draw_episodes(

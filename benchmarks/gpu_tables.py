@@ -1,0 +1,187 @@
+"""Tables of what a GPU showed: its ceilings, the roofline, element-wise ops, replays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from levels import Settings
+from roofline import ATTAINABLE, CEILINGS, measured_ceilings, passes, seconds
+
+Result = dict[str, Any]
+
+
+class Results:
+    """All results of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        self._results = {path: r for path, r in found.items() if "level" in r}
+
+    def of(self, level: str, cuda: bool = False, **settings: Any) -> Iterator[Result]:
+        """Those of a level with these settings, on a GPU if asked for."""
+        for result in self._results.values():
+            given = result["settings"]
+            device = str(given.get("device", "cpu")).startswith("cuda")
+            same = all(given.get(key) == value for key, value in settings.items())
+            if result["level"] == level and same and (device or not cuda):
+                yield result
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """Of the GPU, where there was one."""
+        found = [result["groups"][0]["facts"] for result in self.of("facts", cuda=True)]
+        return found[-1] if found else None
+
+
+def rows(result: Result) -> dict[str, Result]:
+    """The rows of the first group by peer."""
+    return {row["peer"]: row for row in result["groups"][0]["rows"]}
+
+
+def median(row: Result | None) -> float | None:
+    return statistics.median(row["seconds"]) if row and row.get("seconds") else None
+
+
+def facts_table(result: Result, _: Results) -> str:
+    facts = result["groups"][0]["facts"]
+    shown = {
+        **{name: value for name, value in facts.items() if not name.endswith("_per_second")},
+        "copy, bytes read and written": f"{facts['copy_bytes_per_second'] / 1e12:.2f} TB/s",
+        "bfloat16 matrix product": f"{facts['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s",
+    }
+    return table(["", ""], [[name, str(value)] for name, value in shown.items()])
+
+
+def elementwise_table(result: Result, _: Results) -> str:
+    lines = []
+    for group in result["groups"]:
+        for row in group["rows"]:
+            taken = median(row)
+            if taken is None:
+                cells = [row.get("reason", "no speed: not exact"), "–", "–"]
+            else:
+                rate = row["bytes"] / taken
+                cells = [
+                    f"{1e6 * taken:.0f}",
+                    f"{rate / 1e12:.2f}",
+                    f"{row['fraction_of_copy']:.2f}",
+                ]
+            lines.append([row["peer"], group["name"], *cells])
+    shape = "×".join(map(str, result["settings"]["shape"]))
+    head = ["", "dtype", "µs", "TB/s", "of a copy's rate"]
+    return table(head, lines) + f"\n\nMaps {shape}, channels_last; bytes as each op needs them."
+
+
+def replay_table(result: Result, results: Results) -> str:
+    lines = []
+    for group in result["groups"]:
+        by_name = {row["peer"]: row for row in group["rows"]}
+        bases = [median(by_name.get(name)) for name in ("official", "frozen bound")]
+        settings = result["settings"] | {"batch": group["batch"]}
+        for name, row in by_name.items():
+            taken = median(row)
+            if taken is None:
+                cells = [row.get("reason", "no speed: not exact"), *["–"] * 3]
+            else:
+                ratios = ["–" if base is None else f"{taken / base:.2f}" for base in bases]
+                part = of_roofline(name, taken, settings, results)
+                cells = [f"{1e3 * taken:.2f}", *ratios, _share(part)]
+            lines.append([name, group["name"], *cells])
+    head = ["replayed", "", "ms", "÷ official", "÷ frozen bound", "of the roofline"]
+    return table(head, lines)
+
+
+def roofline_table(result: Result, results: Results) -> str:
+    """Counted and predicted; measured where a GPU ran the same step."""
+    lines = []
+    pairs = [(group, row) for group in result["groups"] for row in group["rows"]]
+    for group, row in pairs:
+        settings = result["settings"] | {"batch": group["batch"]}
+        name = row["peer"]
+        predicted = [f"{1e3 * row['predicted_seconds'][gpu]:.2f}" for gpu in CEILINGS]
+        eager, replayed = measured(name, settings, results), replay(name, settings, results)
+        cells = [
+            group["name"],
+            str(row["passes"]),
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['flops'] / 1e9:.0f}",
+        ]
+        cells += predicted
+        for taken in (eager, replayed):
+            part = of_roofline(name, taken, settings, results)
+            cells.append("—" if taken is None else f"{1e3 * taken:.2f} ({_share(part)})")
+        lines.append([f"**{name}**" if name == "svf_fast" else name, *cells])
+    head = ["", "", "passes", "GB", "GFLOP", *(f"{gpu}, ms, predicted" for gpu in CEILINGS)]
+    head += ["ms, measured (of the roofline)", "replayed"]
+    rates = "; ".join(
+        f"{gpu} {c['memory'] / 1e12:g} TB/s, {c['bfloat16'] / 1e12:g} TFLOP/s"
+        for gpu, c in CEILINGS.items()
+    )
+    note = (
+        f"Predicted, not measured: datasheet ({rates}) × {ATTAINABLE['memory']:.2f} for memory and "
+        f"× {ATTAINABLE['bfloat16']:.2f} for products, pass by pass. The roofline is the same sum "
+        "at the full measured rates."
+    )
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def measured(name: str, settings: Result, results: Results) -> float | None:
+    """Median seconds of a step of layers 2-4 with these settings in the race on a GPU."""
+    for result in results.of("backbone", cuda=True, **_same(settings)):
+        taken = median(rows(result).get(name))
+        if taken is not None:
+            return taken
+    return None
+
+
+def replay(name: str, settings: Result, results: Results) -> float | None:
+    same = {key: value for key, value in _same(settings).items() if key != "batch"}
+    for result in results.of("replay", cuda=True, **same):
+        for group in result["groups"]:
+            if group["batch"] == settings["batch"]:
+                return median({row["peer"]: row for row in group["rows"]}.get(name))
+    return None
+
+
+def of_roofline(name: str, taken: float | None, settings: Result, results: Results) -> float | None:
+    """The roofline's seconds at the measured ceilings over those that were taken."""
+    if taken is None or results.facts is None:
+        return None
+    step = passes(settings_of(settings), name)
+    return seconds(step, measured_ceilings(results.facts)) / taken
+
+
+def settings_of(given: Result) -> Settings:
+    """Settings as a file of results has them."""
+    return Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
+
+
+def _same(settings: Result) -> Result:
+    keys = ("size", "batch", "dtype", "channels_last", "stride_on", "width", "backbone")
+    return {key: settings[key] for key in keys}
+
+
+def _share(part: float | None) -> str:
+    return "–" if part is None else f"{100 * part:.0f} %"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rule = "| --- |" + " ---: |" * (len(head) - 1)
+    return "\n".join([_line(head), rule, *(_line(cells) for cells in lines)])
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+TABLES: dict[str, Callable[[Result, Results], str]] = {
+    "facts": facts_table,
+    "elementwise": elementwise_table,
+    "replay": replay_table,
+    "roofline": roofline_table,
+}

@@ -1,0 +1,160 @@
+"""A step replayed from a CUDA graph, which leaves the time of launches out: results/replay.json.
+
+    python benchmarks/replay.py
+
+ResNet-50's layers 2-4, forward and backward, captured once and replayed. S is written to between
+capture and replay, and the gradients of a replay must be those of an eager step with that S: what
+is composed of S has to be made anew within the graph. One that fails there has no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from levels import LEVELS, Inputs, Level, Settings, trained
+from race import gradients, relative_error, renew, step, write_results
+from torch import nn
+
+from fss.measure import StepTimer
+
+FOLDER = Path(__file__).with_name("results")
+PEERS = ("official", "frozen bound", "svf_fast")
+ALLOWED = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}  # cuDNN may choose otherwise
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cpu: eager steps alone, to try it out")
+    parser.add_argument("--size", type=int, default=641)
+    parser.add_argument("--batches", type=int, nargs="+", default=[6, 1])
+    parser.add_argument("--dtype", default="bfloat16", choices=list(ALLOWED))
+    parser.add_argument("--weights", default="none")
+    parser.add_argument("--stride-on", default="conv2")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--peers", default=";".join(PEERS))
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    level = LEVELS["backbone"]
+    settings = Settings(
+        size=options.size,
+        batch=options.batches[0],
+        dtype=options.dtype,
+        channels_last=True,
+        device=options.device,
+        weights=options.weights,
+        stride_on=options.stride_on,
+        width=options.width,
+    )
+    path = options.results / "replay.json"
+    command = "python " + shlex.join(sys.argv)
+    groups: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as cache:
+        torch.backends.cudnn.benchmark = options.device != "cpu"
+        for batch in options.batches:
+            at_batch = dataclasses.replace(settings, batch=batch)
+            rows = race(level, options.peers.split(";"), at_batch, options.rounds, Path(cache))
+            groups.append({"name": f"batch {batch}", "batch": batch, "rows": rows})
+            print(rows, flush=True)
+            title = f"{level.title}, replayed from a CUDA graph"
+            write_results(path, "replay", title, settings, groups, command)  # what there is
+    print(path)
+    return 0
+
+
+def race(
+    level: Level, names: list[str], settings: Settings, rounds: int, cache: Path
+) -> list[dict[str, Any]]:
+    """Captures each peer, then replays them in turns."""
+    (group,) = level.groups
+    rows: dict[str, dict[str, Any]] = {name: {"peer": name} for name in names}
+    inputs = level.inputs(settings, group)
+    runs: dict[str, Callable[[], None]] = {}
+    for name in names:
+        network = level.network(dataclasses.replace(settings, device="cpu"), group)
+        network = level.convert(network, name, cache).to(settings.device)
+        try:
+            runs[name] = captured(level, network, inputs, name, settings)
+            error = replay_error(level, runs[name], network, inputs, name, settings)
+        except Exception as error_:  # the other peers go on
+            runs.pop(name, None)
+            reason = str(error_).strip().partition("\n")[0][:200]
+            rows[name]["reason"] = f"{type(error_).__name__}: {reason}"
+            continue
+        rows[name] |= {"error": error, "exact": error <= ALLOWED[settings.dtype]}
+        if not rows[name]["exact"]:
+            del runs[name]
+    timer = StepTimer(torch.device(settings.device))
+    gc.collect()
+    for number in range(-2, rounds):
+        for name in runs if number % 2 else reversed(runs):
+            if settings.device != "cpu":
+                torch.cuda.synchronize()
+            timer.start()
+            runs[name]()
+            timer.stop()
+            taken = timer.take()
+            if number >= 0:
+                rows[name].setdefault("seconds", []).extend(taken)
+    return list(rows.values())
+
+
+def captured(
+    level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
+) -> Callable[[], None]:
+    """A function that runs forward and backward anew; gradients stay in ``.grad``."""
+
+    def eager() -> None:
+        renew(network, inputs)
+        step(level, network, inputs, name, settings)
+
+    if settings.device == "cpu":
+        eager()
+        return eager
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            eager()
+    torch.cuda.current_stream().wait_stream(side)
+    renew(network, inputs)  # the gradients get memory of the graph, and W is composed in it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(level, network, inputs, name, settings)
+    return graph.replay
+
+
+def replay_error(
+    level: Level,
+    replay: Callable[[], None],
+    network: nn.Module,
+    inputs: Inputs,
+    name: str,
+    settings: Settings,
+) -> float:
+    """Of a replay's gradients after S has changed, relative to an eager step's with that S."""
+    with torch.no_grad():
+        for parameter in trained(network).values():
+            parameter.mul_(1.02)
+    replay()
+    leaves = [*trained(network).values(), *inputs.arguments]
+    grads = [leaf.grad for leaf in leaves]
+    found = {key: p.grad.double() for key, p in trained(network).items() if p.grad is not None}
+    found |= {f"argument {n}": a.grad.double() for n, a in enumerate(inputs.arguments)}
+    truth = gradients(level, network, inputs, name, settings)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.grad = grad  # a replay writes where the captured ones are
+    return relative_error(found, truth)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
