@@ -84,7 +84,7 @@ def operands(case: Any, call: set[str], dtype: torch.dtype, device: str) -> dict
         given["in_scale"], given["in_shift"] = torch.randn(2, K, device=device)
     if "in_mask" in call:
         given["in_mask"] = bits(x)
-    for name in call & {"scale", "shift", "residual_scale"}:
+    for name in sorted(call & {"scale", "shift", "residual_scale"}):
         given[name] = torch.randn(D, device=device)
     if "residual" in call:
         given["residual"] = rows(images, D, *spatial, dtype=dtype, device=device)
@@ -112,7 +112,8 @@ def check(given: dict[str, Any], call: set[str]) -> None:
     size = accumulated(truth_out, dtype)  # what the sum adds to may cancel it
     for name in given.keys() & {"residual", "shift"}:
         size = size + (given[name].double().abs().max() if out.numel() else 0)
-    assert_error_within(out, eager_out, truth_out, magnitude=size, channel_dim=1, name="out")
+    channels = None if given["relu"] else 1  # few positions: rounding may silence a channel
+    assert_error_within(out, eager_out, truth_out, magnitude=size, channel_dim=channels, name="out")
     if keep:
         assert_error_within(
             y, eager_y, truth_y, magnitude=accumulated(truth_y, dtype), channel_dim=1, name="y"
