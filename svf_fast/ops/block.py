@@ -20,7 +20,7 @@ from svf_fast.ops.affine_act import (
     affine_act_backward,
     affine_act_backward_,
 )
-from svf_fast.ops.convolution import Geometry
+from svf_fast.ops.convolution import Geometry, convolution
 from svf_fast.ops.gram import activation_grams
 from svf_fast.ops.pointwise import fuses, pointwise
 from svf_fast.ops.svf_conv2d import (
@@ -139,74 +139,71 @@ class _Maps(NamedTuple):
         return Activation(self.y, stage.scale, stage.shift)
 
 
-def _reads_activation(stage: Stage, like: Activation) -> bool:
-    """Whether one kernel rebuilds a stage's input from the y before, a map laid out as ``like``."""
-    weight = stage.factors.weight
-    return weight is not None and fuses(like.y, weight, stage.factors.geometry)
+def _ends(form: Form, stages: Sequence[Stage], index: int) -> list[str]:
+    """What follows a stage's product, as :func:`svf_fast.ops.pointwise.fuses` names it."""
+    keep = _Kept.of(form, stages, index)
+    adds = index == len(stages) - 1 and form.shortcut != ""
+    names = {"scale": True, "residual": adds, "keep": _keeps_y(keep), "mask": keep.mask}
+    return [name for name, wanted in names.items() if wanted]
+
+
+def _keeps_y(keep: _Kept) -> bool:
+    return keep.y and not keep.again
 
 
 def _forward(
-    stage: Stage,
+    form: Form,
+    stages: Sequence[Stage],
+    index: int,
     h: Activation,
-    keep: _Kept,
-    added: tuple[Tensor | None, Tensor | None],
-    relu: bool,
-    lazy: bool,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
 ) -> tuple[Activation, _Maps]:
-    """What the next stage reads, and what of this one is kept.
-
-    ``lazy`` leaves it to the next stage to rebuild its input from y, which is kept.
-    """
-    factors, scale, shift = stage
-    keeps_y = keep.y and not keep.again
-    product = _product(factors, h, ends=not lazy)
-    if product is not None:
-        read, weight, v = product
+    """What the next stage reads, and what of this one is kept; the last one adds the residual."""
+    factors, scale, shift = stages[index]
+    keep, ends = _Kept.of(form, stages, index), _ends(form, stages, index)
+    relu = form.relu or index < len(stages) - 1
+    read, weight, geometry, v = factors.last(h)
+    guards = v is None and factors.tail is not None
+    if fuses(read.y, weight, geometry, *([] if read.scale is None else ["in_scale"]), *ends):
         out, y, mask = pointwise(
             read.y,
             weight.flatten(1),
             in_scale=read.scale,
             in_shift=read.shift,
-            scale=None if lazy else scale,
-            shift=None if lazy else shift,
-            relu=relu and not lazy,
-            residual=added[0],
-            residual_scale=added[1],
-            keep=keeps_y and not lazy,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            residual_scale=residual_scale,
+            relu=relu,
+            keep=_keeps_y(keep),
             mask=keep.mask,
         )
-        y = out if lazy else y
+        v = factors.guarded(h.tensor()) if guards and not factors.samples else v
     else:
-        y, v = factors.forward(h.tensor())
-        if lazy:
-            out, mask = y, None
-        elif keeps_y:
-            out, mask = affine_act(y, scale, shift, *added, relu, keep.mask)
+        x = read.tensor()
+        y = convolution(x, weight, None, geometry)
+        v = factors.guarded(x) if guards else v
+        if _keeps_y(keep) and _rebuilds(form, stages, index + 1, y):
+            return Activation(y, scale, shift), _Maps(v, y, None)
+        if _keeps_y(keep):
+            out, mask = affine_act(y, scale, shift, residual, residual_scale, relu, keep.mask)
         else:  # y is this node's own and read by nobody else
-            mask = affine_act_(y, scale, shift, *added, relu, keep.mask)
+            mask = affine_act_(y, scale, shift, residual, residual_scale, relu, keep.mask)
             out = y
-    maps = _Maps(None if keep.again else v, y if keeps_y else None, mask if keep.mask else None)
-    return Activation(out, scale, shift) if lazy else Activation(out), maps
+    kept = y if _keeps_y(keep) else None
+    return Activation(out), _Maps(None if keep.again else v, kept, mask if keep.mask else None)
 
 
-def _product(
-    factors: Factors, h: Activation, ends: bool
-) -> tuple[Activation, Tensor, Tensor | None] | None:
-    """The 1×1 convolution that one kernel makes y with: what it reads, its weight, and v.
-
-    None where there is none, or it has nothing at either end that would be a pass of its own.
-    """
-    geometry = factors.geometry.pointwise() if factors.samples else factors.geometry
+def _rebuilds(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> bool:
+    """Whether a stage rebuilds its input from the y before as it reads it."""
+    if index == len(stages):
+        return False
+    factors = stages[index].factors
     if factors.weight is None:
-        weight = factors.U_scaled(h.y.dtype)
-        if not ends or not fuses(h.y, weight, geometry.pointwise()):
-            return None
-        v = factors.project(h.tensor())
-        return Activation(v), weight, v
-    if not (ends or h.scale is not None) or not fuses(h.y, factors.weight, geometry):
-        return None
-    guards = factors.tail is not None and not factors.samples
-    return h, factors.weight, factors.guarded(h.tensor()) if guards else None
+        return False
+    ends = _ends(form, stages, index)
+    return fuses(y, factors.weight, factors.geometry, "in_scale", *ends)
 
 
 class _Block(torch.autograd.Function):
@@ -224,22 +221,18 @@ class _Block(torch.autograd.Function):
             kept += [v, residual if shortcut.factors.keeps == "y" else None, None]
 
         h = Activation(x)
+        if shortcut is not None:
+            stages[-1] = stages[-1]._replace(shift=stages[-1].shift + shortcut.shift)
         for index, stage in enumerate(stages):
-            keep, last = _Kept.of(form, stages, index), index == len(stages) - 1
             shapes.append(h.y.shape)
             if stage.factors.samples and stage.factors.geometry.stride != (1, 1):
                 h = Activation(stage.factors.sampled(h.tensor()))
             if index == 0:
                 sources.append(h.y if stage.factors.keeps == "x" else None)
             added: tuple[Tensor | None, Tensor | None] = (None, None)
-            if last and shortcut is not None:
-                stage = stage._replace(shift=stage.shift + shortcut.shift)
-            if last:
+            if index == len(stages) - 1:
                 added = (residual, residual_scale)
-            lazy = (
-                not last and keep.y and not keep.again and _reads_activation(stages[index + 1], h)
-            )
-            h, maps = _forward(stage, h, keep, added, form.relu or not last, lazy)
+            h, maps = _forward(form, stages, index, h, *added)
             formats.append(memory_format(h.y))
             kept += maps
 

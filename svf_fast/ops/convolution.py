@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from svf_fast.ops import maps
+
 
 class Geometry(NamedTuple):
     """Stride, symmetric zero padding, dilation (height, width) and groups of a convolution."""
@@ -64,7 +66,10 @@ def convolution_input_gradient(
 
     With ``into``, a map of that shape, the gradient is added to it in place.
     """
-    if _is_product(grad_y, weight, geometry) and shape[2:] == grad_y.shape[2:]:
+    product = _is_product(grad_y, weight, geometry) or (
+        into is not None and _accumulates(grad_y, weight, geometry)
+    )
+    if product and shape[2:] == grad_y.shape[2:]:
         return _product(weight.flatten(1).mT, grad_y, into)
     stand_in = grad_y.new_empty(1).expand(shape)  # the aten operator reads its shape alone
     grad_x = torch.ops.aten.convolution_backward(
@@ -91,6 +96,21 @@ def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and geometry._replace(dilation=(1, 1)) == Geometry()
         and x.numel() > 0
         and (x.is_contiguous() or is_channels_last(x))
+    )
+
+
+def _accumulates(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a GPU's matrix product adds to a map as it writes it: 1×1, 16-bit, channels_last.
+
+    A product in float32 has another switch for TF32 than a convolution.
+    """
+    return (
+        maps.on_gpu(x)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and weight.shape[2:] == (1, 1)
+        and geometry._replace(dilation=(1, 1)) == Geometry()
+        and x.numel() > 0
+        and is_channels_last(x)
     )
 
 

@@ -29,12 +29,13 @@ class Pointwise(NamedTuple):
     mask: Tensor
 
 
-def fuses(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def fuses(x: Tensor, weight: Tensor, geometry: Geometry, *ends: str) -> bool:
     """Whether one kernel does a 1×1 convolution of x [N, C, H, W] with [D, C, 1, 1] and its ends.
 
     On a GPU: channels_last maps of float32 or 16 bits, C and D multiples of eight (16-byte reads,
     whole bytes of a mask), no stride, padding or groups; and unless the configurations of this GPU
-    say that separate passes are faster.
+    say that separate passes are faster. ``ends`` names the arguments that :func:`pointwise` will
+    get, "scale" for the affine map or the ReLU after it, or "dot" for :func:`pointwise_dot`.
     """
     return (
         maps.on_gpu(x)
@@ -43,16 +44,16 @@ def fuses(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and geometry._replace(dilation=(1, 1)) == Geometry()
         and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
         and (is_channels_last(x) or x.shape[2:] == (1, 1))
-        and _wins(x, weight)
+        and _wins(x, weight, ends)
     )
 
 
-def _wins(x: Tensor, weight: Tensor) -> bool:
+def _wins(x: Tensor, weight: Tensor, ends: tuple[str, ...]) -> bool:
     if torch.compiler.is_compiling():  # tables are not read while a graph is traced
         return True
     from svf_fast.triton.pointwise import wanted
 
-    return wanted(x, weight)
+    return wanted(x, weight.flatten(1), ends)
 
 
 def pointwise(

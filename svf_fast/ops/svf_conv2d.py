@@ -198,15 +198,15 @@ class Factors(NamedTuple):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """y, and what of v is kept: all (chain), the guarded directions (gram by y), or None."""
-        if self.weight is None:
-            v = self.project(x)
-            return convolution(v, self.U_scaled(x.dtype), bias, self.geometry.pointwise()), v
-        geometry = self.geometry.pointwise() if self.samples else self.geometry
-        return convolution(x, self.weight, bias, geometry), self.guarded(x)
+        read, weight, geometry, v = self.last(Activation(x))
+        return convolution(read.y, weight, bias, geometry), self.guarded(x) if v is None else v
 
-    def project(self, x: Tensor) -> Tensor:
-        """v = V x."""
-        return convolution(x, self.V.to(x.dtype), None, self.geometry)
+    def last(self, x: Activation) -> tuple[Activation, Tensor, Geometry, Tensor | None]:
+        """The convolution that makes y: what it reads, its weight, its geometry; and v (chain)."""
+        if self.weight is None:
+            v = convolution(x.tensor(), self.V.to(x.y.dtype), None, self.geometry)
+            return Activation(v), self.U_scaled(v.dtype), self.geometry.pointwise(), v
+        return x, self.weight, self.geometry.pointwise() if self.samples else self.geometry, None
 
     def guarded(self, x: Tensor) -> Tensor | None:
         """v of the guarded directions, where ``gram`` by y has any."""
@@ -253,7 +253,7 @@ class Factors(NamedTuple):
         assert v is not None
         factor = self.S.detach().to(torch.promote_types(grad_y.dtype, torch.float32))
         weight = _transposed(self.U.to(grad_y.dtype), self.geometry.groups)
-        if fuses(grad_y, weight, self.geometry.pointwise()):
+        if fuses(grad_y, weight, self.geometry.pointwise(), "scale", "dot"):
             grad_y, grad_S = pointwise_dot(grad_y, weight.flatten(1), v, factor)
         else:
             grad_y = convolution(grad_y, weight, None, self.geometry.pointwise())
@@ -278,9 +278,10 @@ class Factors(NamedTuple):
         if self.samples:
             geometry = geometry.pointwise()
             shape = torch.Size((*shape[:2], *grad_y.shape[2:]))
-        if (grad_y.mask is not None or into is not None) and fuses(
-            grad_y.value, weight.transpose(0, 1), geometry
-        ):
+        ends = [] if grad_y.mask is None else ["in_mask"]
+        if into is not None:
+            ends += ["residual"] if into.mask is None else ["residual", "residual_mask"]
+        if ends and fuses(grad_y.value, weight.transpose(0, 1), geometry, *ends):
             return pointwise(
                 grad_y.value,
                 weight.flatten(1).mT,

@@ -10,7 +10,7 @@ Definition: :mod:`svf_fast.reference.pointwise`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from svf_fast.reference.affine_act import mask_bytes
 from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
-from svf_fast.triton.pointwise_problem import Options, Problem, problems
+from svf_fast.triton.pointwise_problem import OPTIONS, Options, Problem, problems
 from svf_fast.triton.tuning import Config, Tunable, architecture, find
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -287,27 +287,17 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def wanted(
-    x: Tensor,
-    weight: Tensor,
-    in_scale: Tensor | None = None,
-    in_mask: Tensor | None = None,
-    scaled: bool = False,
-    residual: Tensor | None = None,
-    residual_mask: Tensor | None = None,
-    keep: bool = False,
-    mask: bool = False,
-    dot: bool = False,
-) -> bool:
+def wanted(x: Tensor, weight: Tensor, names: Sequence[str]) -> bool:
     """Whether one kernel is the way here: it serves, and no table says that passes are faster.
 
-    scaled: whether scale, shift or relu will be given; dot: whether it is :func:`pointwise_dot`.
+    names: which of :data:`svf_fast.triton.pointwise_problem.OPTIONS` the call will come with;
+    "scale" also for shift or relu, "scale" and "dot" for :func:`pointwise_dot`.
     """
     if not serves(x, weight):
         return False
     if x.numel() == 0:
         return True
-    options = _options(in_scale, in_mask, scaled or dot, residual, residual_mask, keep, mask, dot)
+    options = tuple(name in names for name in OPTIONS)
     with torch.cuda.device_of(x):
         return "fused" not in _config(_problem(x, weight, options))
 

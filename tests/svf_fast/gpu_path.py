@@ -75,7 +75,7 @@ def on_gpu(kernels: dict[str, Callable]) -> Iterator[Counter[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maps, "on_gpu", lambda x: True)
-        patch.setattr(pointwise, "_wins", lambda x, weight: True)
+        patch.setattr(pointwise, "_wins", lambda x, weight, ends: True)
         library = torch.library.Library("svf_fast", "IMPL")
         for name, kernel in kernels.items():
             library.impl(name, counted(name, kernel), "CPU", allow_override=True)

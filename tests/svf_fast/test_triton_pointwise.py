@@ -285,7 +285,7 @@ def test_what_is_served(device: str) -> None:
         (rows(2, 12, 3, 5, dtype=torch.bfloat16, device=device), weight[:, :12]),
     ]:
         assert not pointwise.serves(other_x, other_weight)
-        assert not pointwise.wanted(other_x, other_weight, keep=True)
+        assert not pointwise.wanted(other_x, other_weight, ["keep"])
         with pytest.raises(ValueError, match="channels_last"):
             pointwise.pointwise(other_x, other_weight)
 
@@ -293,14 +293,14 @@ def test_what_is_served(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_table_can_say_no(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands((2, 16, 24, (3, 5)), {"residual"}, torch.float32, device)
-    x, weight, residual = given["x"], given["weight"], given["residual"]
-    assert pointwise.wanted(x, weight, residual=residual, mask=True)
-    assert pointwise.wanted(x, weight, dot=True)
-    assert not pointwise.wanted(x, weight)  # nothing that cuBLAS would not do
-    assert not pointwise.wanted(x, weight, residual=residual)
+    x, weight = given["x"], given["weight"]
+    assert pointwise.wanted(x, weight, ["residual", "mask"])
+    assert pointwise.wanted(x, weight, ["scale", "dot"])
+    assert not pointwise.wanted(x, weight, [])  # nothing that cuBLAS would not do
+    assert not pointwise.wanted(x, weight, ["residual"])
     expected = pointwise.pointwise(**given)[0]
     monkeypatch.setattr(pointwise, "find", lambda *_: {"fused": 0, "enable_fp_fusion": True})
-    assert not pointwise.wanted(x, weight, residual=residual, mask=True)
+    assert not pointwise.wanted(x, weight, ["residual", "mask"])
     assert torch.equal(pointwise.pointwise(**given)[0], expected)
 
 
