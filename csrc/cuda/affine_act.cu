@@ -16,11 +16,10 @@ namespace svf_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kResident = 3;      // blocks that must fit on an SM: 80 registers a thread
-constexpr int kMaxBlocks = 2048;  // more only where the rows demand it: several on every SM
+constexpr int kResident = 4;  // blocks that fit on a multiprocessor: 64 registers a thread
 
 // Vectors a thread has in flight of the one operand it reads, or of each of the two.
-constexpr int kDepthOfOne = 4, kDepthOfTwo = 2;
+constexpr int kDepthOfOne = 3, kDepthOfTwo = 2;
 
 template <typename T>
 struct Forward {
@@ -346,8 +345,9 @@ struct Grid {
   Span span;
 };
 
+// As many blocks as run at once, or fewer: each thread takes its share of the vectors.
 template <int kVecSize>
-Grid grid_of(const Maps& maps, int depth) {
+Grid grid_of(const Stream& stream, const Maps& maps, int depth) {
   const int64_t elements = maps.batch * maps.channels * maps.positions;
   // with one channel a row may be cut anywhere
   const int64_t positions = maps.channels_last   ? 1
@@ -355,12 +355,12 @@ Grid grid_of(const Maps& maps, int depth) {
                                                  : maps.positions;
   STD_TORCH_CHECK(positions < int64_t(1) << 31 && maps.channels < int64_t(1) << 31,
                   "affine_act: maps of 2^31 positions or channels are not supported");
-  int64_t blocks =
-      std::min<int64_t>(divide_up(elements, int64_t(kVecSize) * kThreads * depth), kMaxBlocks);
+  int64_t blocks = std::min<int64_t>(divide_up(elements, int64_t(kVecSize) * kThreads * depth),
+                                     kResident * stream.multiprocessors());
   if (maps.channels_last) {
     const int64_t columns = maps.channels / kVecSize;
-    const int64_t rows_together = columns / std::gcd(columns, int64_t(kThreads));
-    blocks = divide_up(blocks, rows_together) * rows_together;
+    const int64_t together = columns / std::gcd(columns, int64_t(kThreads));
+    blocks = std::max<int64_t>(blocks / together, 1) * together;
     STD_TORCH_CHECK(blocks < 1 << 23, "affine_act: 2^23 channels and more are not supported");
   }
   const int64_t stride = blocks * kThreads, step = stride * kVecSize;
@@ -384,7 +384,8 @@ const T* data(const std::optional<Tensor>& tensor) {
 
 template <bool kLast, int kVecSize, typename T>
 void launch(const Stream& stream, const Forward<T>& task, const Maps& maps) {
-  const Grid grid = grid_of<kVecSize>(maps, task.residual != nullptr ? kDepthOfTwo : kDepthOfOne);
+  const Grid grid =
+      grid_of<kVecSize>(stream, maps, task.residual != nullptr ? kDepthOfTwo : kDepthOfOne);
   const auto kernel = task.residual != nullptr ? affine_act_kernel<kLast, true, kVecSize, T>
                                                : affine_act_kernel<kLast, false, kVecSize, T>;
   stream.launch(kernel, grid.blocks, kThreads, task, grid.span);
@@ -392,7 +393,8 @@ void launch(const Stream& stream, const Forward<T>& task, const Maps& maps) {
 
 template <bool kLast, int kVecSize, typename T>
 void launch(const Stream& stream, const Backward<T>& task, const Maps& maps) {
-  const Grid grid = grid_of<kVecSize>(maps, task.mask != nullptr ? kDepthOfOne : kDepthOfTwo);
+  const Grid grid =
+      grid_of<kVecSize>(stream, maps, task.mask != nullptr ? kDepthOfOne : kDepthOfTwo);
   const auto kernel = task.mask != nullptr ? affine_act_backward_kernel<kLast, true, kVecSize, T>
                                            : affine_act_backward_kernel<kLast, false, kVecSize, T>;
   stream.launch(kernel, grid.blocks, kThreads, task, grid.span);
@@ -423,10 +425,11 @@ void run_forward(const Stream& stream, const AffineAct& operands, bool relu, con
   task.shift = data<Acc>(operands.shift);
   task.residual_scale = data<Acc>(operands.residual_scale);
   task.floor = relu ? Acc(0) : -std::numeric_limits<Acc>::infinity();
-  const bool aligned = is_aligned(task.out) && is_aligned(task.y) && is_aligned(task.residual) &&
-                       is_aligned(task.scale) && is_aligned(task.shift) &&
-                       is_aligned(task.residual_scale);
-  run(stream, task, maps_of(operands.y), aligned);
+  const Maps maps = maps_of(operands.y);
+  const bool aligned =
+      are_aligned(task.out, task.y, task.residual) &&
+      (!maps.channels_last || are_aligned(task.scale, task.shift, task.residual_scale));
+  run(stream, task, maps, aligned);
 }
 
 // Into `out`, which may be y itself; returns the mask.
@@ -472,9 +475,10 @@ void run_backward(const Stream& stream, const AffineActBackward& operands, const
   task.mask = data<uint8_t>(operands.mask);
   task.scale = data<Acc>(operands.scale);
   task.shift = data<Acc>(operands.shift);
-  const bool aligned = is_aligned(task.out) && is_aligned(task.grad) && is_aligned(task.y) &&
-                       is_aligned(task.scale) && is_aligned(task.shift);
-  run(stream, task, maps_of(operands.grad), aligned);
+  const Maps maps = maps_of(operands.grad);
+  const bool aligned = are_aligned(task.out, task.grad, task.y) &&
+                       (!maps.channels_last || are_aligned(task.scale, task.shift));
+  run(stream, task, maps, aligned);
 }
 
 void affine_act_backward_into(const AffineActBackward& operands, const Tensor& out) {

@@ -57,8 +57,9 @@ __device__ void store(T* to, const Pack<T, kSize>& pack) {
   *reinterpret_cast<Pack<T, kSize>*>(to) = pack;
 }
 
-inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kAccess == 0;
+template <typename... Pointers>
+bool are_aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % kAccess == 0) && ...);
 }
 
 // The current stream of the device of a tensor, which is the current device while this lives.
@@ -68,6 +69,13 @@ class Stream {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  int multiprocessors() const {
+    int device = 0, count = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
   }
 
   template <typename... Parameters, typename... Arguments>

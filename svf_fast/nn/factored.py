@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import Geometry
+from svf_fast.ops.guard import guard_holds
 from svf_fast.ops.svf_conv2d import STRATEGIES, Frozen, reads_input
 from svf_fast.svd import (
     GUARD_LIMIT,
@@ -18,7 +19,6 @@ from svf_fast.svd import (
     decompose,
     dual,
     guarded_directions,
-    spectrum_ratio,
 )
 
 
@@ -263,13 +263,8 @@ class Factored(nn.Module):
         return plan.strategy, Frozen(weight, plan.tail, plan.dual_U, plan.dual_V)
 
     def _assert_guarded(self, plan: _Plan) -> None:
-        square = spectrum_ratio(self.S, self._geometry().groups).square()
-        kept = square.numel()
-        if plan.tail is not None:
-            square = square.scatter(1, plan.tail, 0.0)
-            kept -= plan.tail.numel()
         torch._assert_async(
-            square.sum() <= kept * (2 * GUARD_LIMIT) ** 2,
+            guard_holds(self.S, plan.tail, self._geometry().groups, 2 * GUARD_LIMIT),
             "SVF layer under torch.compile or in a CUDA graph: S has moved so far that more "
             "directions need the exact gradient; call refresh() on the converted layers and "
             "capture the graph again, or use strategy='chain'.",

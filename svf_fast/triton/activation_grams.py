@@ -20,6 +20,7 @@ from svf_fast.triton.splits import (
     Splits,
     configurations,
     dtype_name,
+    loads_vectors,
     offsets,
     positions_of_resnet,
     product_precision,
@@ -116,21 +117,20 @@ def activation_grams(
 
     grad = dL/dx and y [N, C, *spatial] of one dtype, scale and shift [C] in float32 -> g
     [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not asked
-    for has no elements. x and g are rounded to the dtype of the maps. Maps that are contiguous or
-    channels_last (which loads 16 bytes at a time) are read as they lie; grad is brought to the
-    layout of y. Bytes of DRAM: grad and y read once, g written once, partial matrices.
+    for has no elements; for neither, g is affine_act_backward's. x and g are rounded to the dtype
+    of the maps. Maps that are contiguous or channels_last (which loads 16 bytes at a time) are read
+    as they lie; grad is brought to the layout of y. Bytes of DRAM: grad and y read once, g written
+    once, partial matrices.
 
     Raises:
         TypeError: another dtype than float32, bfloat16 and float16.
-        ValueError: neither matrix is asked for.
     """
     refuse_float64("activation_grams", "y", y)
+    scale, shift = scale.contiguous(), shift.contiguous()
     sides = before + after
     if not sides:
-        raise ValueError(
-            "activation_grams: expected before or after, got neither; affine_act_backward makes "
-            "g alone"
-        )
+        g = torch.ops.svf_fast.affine_act_backward(grad, y, None, scale, shift)
+        return g, *(y.new_empty(0, dtype=torch.float32) for _ in range(2))
     channels = y.shape[1]
     if not (y.is_contiguous() or y.movedim(1, -1).is_contiguous()):
         y = y.contiguous()
@@ -141,11 +141,11 @@ def activation_grams(
         partial = y.new_zeros((1, sides, channels, channels), dtype=torch.float32)
         return g, *_matrices(partial, before, after)
     maps = sequences(grad, y, g)
-    _, positions, _ = maps[0].shape
-    problem = Problem(channels, y.shape[0] * y.shape[2:].numel(), sides, y.dtype)
+    images, positions, _ = maps[0].shape
+    problem = Problem(channels, images * positions, sides, y.dtype, loads_vectors(maps))
     with torch.cuda.device_of(y):
         options = dict(config or find("activation_grams", problem.key(), problem.rule))
-        splits = Splits.of(len(maps[0]), positions, options.pop("SPLITS"), options["BLOCK_P"])
+        splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
         block_a, block_b = options["BLOCK_A"], options["BLOCK_B"]
         tiles = triton.cdiv(channels, block_a) * triton.cdiv(channels, block_b)
         partial = y.new_empty((splits.number, sides, channels, channels), dtype=torch.float32)
@@ -177,18 +177,24 @@ def _matrices(partial: Tensor, before: bool, after: bool) -> tuple[Tensor, Tenso
 
 
 class Problem(NamedTuple):
-    """channels; positions of all images; matrices that are asked for; dtype of the maps."""
+    """What a configuration depends on.
+
+    Channels; positions of all images; matrices that are asked for; dtype; whether the maps can be
+    loaded by 16 bytes.
+    """
 
     channels: int
     positions: int
     sides: int
     dtype: torch.dtype
+    vectors: bool = True
 
     def key(self) -> str:
         """What a configuration is looked up by."""
         sides = ("", "one side", "both sides")[self.sides]
         where = f"{self.channels} channels, {bucket(self.positions)} positions"
-        return f"{where}, {sides}, {dtype_name(self.dtype)}"
+        loads = "" if self.vectors else ", loads by elements"
+        return f"{where}, {sides}, {dtype_name(self.dtype)}{loads}"
 
     def rule(self, arch: int) -> Config:
         """The configuration where no table has one."""
@@ -197,12 +203,12 @@ class Problem(NamedTuple):
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
         width = self.channels
-        shapes = shapes_for(width, self.dtype, arch)
+        shapes = shapes_for(width, self.dtype, self.vectors, arch)
         return configurations(shapes, width, width, self.sides, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         """Fresh random maps, and a call with a configuration."""
-        grad, y = random_maps(self.positions, [self.channels] * 2, self.dtype, device)
+        grad, y = random_maps(self.positions, [self.channels] * 2, self.dtype, self.vectors, device)
         scale, shift = torch.randn(2, self.channels, device=device)
         both = self.sides == 2
         return lambda config: activation_grams(grad, y, scale, shift, True, both, config=config)

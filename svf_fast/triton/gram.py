@@ -19,6 +19,7 @@ from svf_fast.triton.splits import (
     Splits,
     configurations,
     dtype_name,
+    loads_vectors,
     offsets,
     positions_of_resnet,
     product_precision,
@@ -115,7 +116,8 @@ def gram(
         return a.new_zeros((groups, width_a, width_b), dtype=torch.float32)
     maps = sequences(a, b)
     images, positions, _ = maps[0].shape
-    problem = Problem(width_a, width_b, groups, images * positions, a.dtype, scale is not None)
+    count, rebuild, vectors = images * positions, scale is not None, loads_vectors(maps)
+    problem = Problem(width_a, width_b, groups, count, a.dtype, rebuild, vectors)
     with torch.cuda.device_of(a):
         options = dict(config or find("gram", problem.key(), problem.rule))
         splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
@@ -123,8 +125,8 @@ def gram(
         partial = a.new_empty((splits.number, groups, width_a, width_b), dtype=torch.float32)
         gram_partial_kernel[(splits.number * groups * tiles,)](
             *maps,
-            scale,
-            shift,
+            None if scale is None else scale.contiguous(),
+            None if shift is None else shift.contiguous(),
             partial,
             splits.all_steps,
             splits.steps,
@@ -141,7 +143,11 @@ def gram(
 
 
 class Problem(NamedTuple):
-    """Channels of a and of b per group; groups; positions of all images; dtype; a' or a."""
+    """What a configuration depends on.
+
+    Channels of a and of b per group; groups; positions of all images; dtype; whether a is rebuilt;
+    whether the maps can be loaded by 16 bytes.
+    """
 
     width_a: int
     width_b: int
@@ -149,12 +155,15 @@ class Problem(NamedTuple):
     positions: int
     dtype: torch.dtype
     rebuild: bool
+    vectors: bool = True
 
     def key(self) -> str:
         """What a configuration is looked up by."""
         where = f"{self.width_a} x {self.width_b} channels, {bucket(self.positions)} positions"
         groups = f", {self.groups} groups" if self.groups > 1 else ""
-        return f"{where}{groups}, {dtype_name(self.dtype)}{', rebuilt' if self.rebuild else ''}"
+        rebuilt = ", rebuilt" if self.rebuild else ""
+        loads = "" if self.vectors else ", loads by elements"
+        return f"{where}{groups}, {dtype_name(self.dtype)}{rebuilt}{loads}"
 
     def rule(self, arch: int) -> Config:
         """The configuration where no table has one."""
@@ -162,13 +171,13 @@ class Problem(NamedTuple):
 
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
-        shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, arch)
+        shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, self.vectors, arch)
         return configurations(shapes, self.width_a, self.width_b, self.groups, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         """Fresh random maps, and a call with a configuration."""
         channels = [self.groups * self.width_a, self.groups * self.width_b]
-        a, b = random_maps(self.positions, channels, self.dtype, device)
+        a, b = random_maps(self.positions, channels, self.dtype, self.vectors, device)
         affine = torch.randn(2, channels[0], device=device) if self.rebuild else (None, None)
         return lambda config: gram(a, b, self.groups, *affine, config=config)
 

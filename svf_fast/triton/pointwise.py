@@ -227,7 +227,8 @@ def pointwise(
     bits = x.new_empty(mask_bytes(out.numel()) if mask else 0, dtype=torch.uint8)
     if x.numel() == 0:
         return out, y, bits.zero_()
-    options = _options(in_scale, in_mask, residual, residual_mask, keep, mask)
+    scaled = relu or scale is not None or shift is not None
+    options = _options(in_scale, in_mask, scaled, residual, residual_mask, keep, mask)
     _launch(
         x,
         weight,
@@ -266,7 +267,7 @@ def pointwise_dot(
     if x.numel() == 0:
         return out, x.new_zeros(len(weight), dtype=torch.float32)
     v, s, none = _with_rows(v), s.contiguous(), (None,) * 3
-    options = _options(*none, None, False, False, dot=True)
+    options = _options(None, None, True, None, None, False, False, dot=True)
     dots = _launch(x, weight, *none, s, None, *none, v, out, None, None, False, options, config)
     assert dots is not None
     return out, dots.sum(dim=0)
@@ -274,15 +275,14 @@ def pointwise_dot(
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes these operands: channels_last maps, channels in multiples of 8."""
+    if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.dim() != 2:
+        return False
+    D, K = weight.shape
     return (
-        x.dtype in DTYPES
-        and weight.dtype == x.dtype
-        and weight.dim() == 2
-        and weight.shape[1] == x.shape[1] > 0
-        and len(weight) > 0
-        and weight.shape[1] % 8 == 0
-        and len(weight) % 8 == 0
-        and max(weight.numel(), x.numel() // x.shape[1]) < 2**30  # offsets in 32 bits
+        x.shape[1] == K
+        and min(D, K) > 0
+        and D % 8 == K % 8 == 0
+        and max(D * K, x.numel() // K) < 2**30  # offsets in 32 bits
         and _has_rows(x)
     )
 
@@ -292,18 +292,22 @@ def wanted(
     weight: Tensor,
     in_scale: Tensor | None = None,
     in_mask: Tensor | None = None,
+    scaled: bool = False,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     keep: bool = False,
     mask: bool = False,
     dot: bool = False,
 ) -> bool:
-    """Whether one kernel is the way here: it serves, and no table says that passes are faster."""
+    """Whether one kernel is the way here: it serves, and no table says that passes are faster.
+
+    scaled: whether scale, shift or relu will be given; dot: whether it is :func:`pointwise_dot`.
+    """
     if not serves(x, weight):
         return False
     if x.numel() == 0:
         return True
-    options = _options(in_scale, in_mask, residual, residual_mask, keep, mask, dot)
+    options = _options(in_scale, in_mask, scaled or dot, residual, residual_mask, keep, mask, dot)
     with torch.cuda.device_of(x):
         return "fused" not in _config(_problem(x, weight, options))
 
@@ -379,9 +383,9 @@ def _config(problem: Problem) -> Config:
     return find("pointwise", problem.key(), problem.rule)
 
 
-def _options(in_scale, in_mask, residual, residual_mask, keep, mask, dot=False) -> Options:
-    maps = in_scale, in_mask, residual, residual_mask
-    return (*[given is not None for given in maps], keep, mask, dot)
+def _options(in_scale, in_mask, scaled, residual, residual_mask, keep, mask, dot=False) -> Options:
+    given = in_scale is not None, in_mask is not None, scaled
+    return (*given, residual is not None, residual_mask is not None, keep, mask, dot)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -394,7 +398,12 @@ def _numbers(device: torch.device) -> Tensor:
 
 
 def _maps(x: Tensor, channels: int) -> Tensor:
-    return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+    """Uninitialised, of the positions of x in channels_last."""
+    images, _, *spatial = x.shape
+    if len(spatial) == 2:
+        shape = images, channels, *spatial
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty((images, *spatial, channels)).movedim(-1, 1)
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -435,6 +444,7 @@ def passes(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
     residual_mask: Tensor | None = None,
     relu: bool = False,
     keep: bool = False,
@@ -455,11 +465,11 @@ def passes(
     if scale is None:
         return y
     after = ops.affine_act if keep else ops.affine_act_
-    return after(y, scale, shift, residual, None, relu, mask)
+    return after(y, scale, shift, residual, residual_scale, relu, mask)
 
 
 def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
-    forward = any(problem.has(name) for name in ("affine", "keep", "mask"))
+    forward = problem.has("scale") and not problem.has("dot")
     # values matter where kernels run, not where they are only compiled
     filled = functools.partial(torch.randn if device.type == "cuda" else torch.empty, device=device)
 
@@ -484,15 +494,17 @@ def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]
         return dot_product
 
     given: dict[str, Any] = {"relu": forward}
-    if problem.has("affine"):
+    if problem.has("in_scale"):
         given["in_scale"], given["in_shift"] = filled(problem.K), filled(problem.K)
-    if problem.has("bits"):
+    if problem.has("in_mask"):
         given["in_mask"] = bits(x)
     if forward:
         given["scale"], given["shift"] = filled(problem.D), filled(problem.D)
     if problem.has("residual"):
         given["residual"] = maps(problem.D)
-    if problem.has("residual_bits"):
+    if problem.has("residual") and forward:  # as of a shortcut's convolution: the most registers
+        given["residual_scale"] = filled(problem.D)
+    if problem.has("residual_mask"):
         given["residual_mask"] = bits(given["residual"])
     given["keep"], given["mask"] = problem.has("keep"), problem.has("mask")
 

@@ -75,14 +75,22 @@ class Shape(NamedTuple):
     blocks: int
 
 
-def shapes_for(width: int, dtype: torch.dtype, arch: int) -> list[Shape]:
+def loads_vectors(maps: Sequence[Tensor]) -> bool:
+    """Whether all maps [N, P, C] can be loaded by 16 bytes, as far as Triton sees."""
+    return all(x.stride(2) == 1 and x.stride(0) % 16 == x.stride(1) % 16 == 0 for x in maps)
+
+
+def shapes_for(width: int, dtype: torch.dtype, vectors: bool, arch: int) -> list[Shape]:
     """Shapes worth timing for matrices of that width, the one to take without timing first.
 
     None of them spills registers on sm_80 or sm_90. From 256 channels on L2 is what limits: a tile
-    of 128 x 256 makes 85 FLOP of each byte of 16-bit maps that it reads.
+    of 128 x 256 makes 85 FLOP of each byte of 16-bit maps that it reads. Loads by elements take
+    more registers and do not overlap with products.
     """
     if arch == 0:
         return [Shape(32, 32, 32, 4, 2, 2)]
+    if not vectors:
+        return [Shape(64, 128, 16 if dtype == torch.float32 else 32, 8, 3, 1)]
     if dtype == torch.float32:
         small, large = Shape(64, 64, 32, 4, 3, 2), Shape(128, 128, 16, 8, 4, 1)
         return [small] if width <= 64 else [large, Shape(64, 128, 32, 8, 3, 1), small]
@@ -90,7 +98,7 @@ def shapes_for(width: int, dtype: torch.dtype, arch: int) -> list[Shape]:
         return [Shape(64, 64, 32, 4, 4, 3), Shape(64, 64, 64, 4, 3, 2), Shape(64, 64, 64, 8, 3, 1)]
     square = Shape(128, 128, 32, 8, 4, 1)
     few = [square, Shape(128, 128, 64, 8, 3, 1), Shape(64, 128, 32, 4, 3, 3)]
-    if width <= 128:
+    if width <= 128 or arch not in PROCESSORS:  # others may have less shared memory
         return few
     stages = 4 if arch >= 90 else 3
     return [Shape(128, 256, 32, 8, stages, 1), Shape(64, 256, 32, 8, 3, 1), *few]
@@ -99,17 +107,24 @@ def shapes_for(width: int, dtype: torch.dtype, arch: int) -> list[Shape]:
 def configurations(
     shapes: Sequence[Shape], width_a: int, width_b: int, matrices: int, arch: int
 ) -> list[Config]:
-    """Of matrices [width_a, width_b]: tiles no larger than those, splits that fill the GPU."""
+    """Of matrices [width_a, width_b]: tiles no larger than those, splits that fill the GPU.
+
+    The first shape comes again with fewer splits: few positions make less of a partial matrix than
+    it costs to add it.
+    """
     found: list[Config] = []
     for shape in shapes:
         a = min(shape.rows, max(16, triton.next_power_of_2(width_a)))
         b = min(shape.columns, max(16, triton.next_power_of_2(width_b)))
         programs = triton.cdiv(width_a, a) * triton.cdiv(width_b, b) * matrices
         tiles = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": shape.positions}
-        splits = {"SPLITS": _splits_for(programs, shape.blocks * PROCESSORS[arch])}
+        splits = {
+            "SPLITS": _splits_for(programs, shape.blocks * PROCESSORS.get(arch, PROCESSORS[80]))
+        }
         options = {"num_warps": shape.warps, "num_stages": shape.stages}
         found.append(tiles | splits | options)
-    return found
+    fewer = [found[0]["SPLITS"] // part for part in (2, 4)]
+    return found + [found[0] | {"SPLITS": splits} for splits in fewer if splits]
 
 
 def _splits_for(programs: int, places: int) -> int:
@@ -142,11 +157,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def random_maps(
-    positions: int, channels: Sequence[int], dtype: torch.dtype, device: torch.device
+    positions: int,
+    channels: Sequence[int],
+    dtype: torch.dtype,
+    vectors: bool,
+    device: torch.device,
 ) -> list[Tensor]:
-    """One channels_last image of that many positions for each number of channels."""
-    shapes = [(1, positions, 1, width) for width in channels]
-    return [torch.randn(shape, device=device).to(dtype).movedim(-1, 1) for shape in shapes]
+    """An image of that many positions for each number of channels: channels_last or contiguous."""
+    maps = [torch.randn(1, positions, 1, n, device=device).to(dtype) for n in channels]
+    maps = [x.movedim(-1, 1) for x in maps]
+    return maps if vectors else [x.contiguous() for x in maps]
 
 
 def positions_of_resnet() -> list[int]:

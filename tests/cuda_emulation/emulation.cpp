@@ -52,6 +52,7 @@ ucontext_t scheduler;
 Block* block;
 Fiber* active;
 int current;
+int cursor;                  // how many threads have had their turn since the last release
 std::exception_ptr failure;  // of the thread that ran last
 
 void set_current(int thread) {
@@ -91,9 +92,27 @@ void fiber_main() {
   }
 }
 
+// The next thread that can go on, or -1.
+int take_ready() {
+  const int count = static_cast<int>(block->threads.size());
+  while (cursor < count) {
+    const int thread = at(cursor++);
+    if (block->threads[thread].state == State::kReady) {
+      return thread;
+    }
+  }
+  return -1;
+}
+
 void wait(State state) {
   block->threads[current].state = state;
-  swapcontext(&active->context, &scheduler);
+  Fiber* const own = active;
+  const int next = take_ready();
+  if (next >= 0) {
+    active = block->threads[next].fiber;
+    set_current(next);
+  }
+  swapcontext(&own->context, next >= 0 ? &active->context : &scheduler);
 }
 
 // Waits for all lanes of the mask; what they bring.
@@ -191,6 +210,7 @@ bool release_barrier() {
 
 void run_block() {
   const int count = static_cast<int>(block->threads.size());
+  cursor = count;
   start_threads();
   while (true) {
     bool all_done = true, released = false;
@@ -206,11 +226,9 @@ void run_block() {
     if (!released && !release_barrier()) {
       fail();
     }
-    for (int step = 0; step < count; ++step) {
-      const int thread = at(step);
-      if (block->threads[thread].state == State::kReady) {
-        resume(thread, block->threads[thread].fiber);
-      }
+    cursor = 0;
+    for (int thread = take_ready(); thread >= 0; thread = take_ready()) {
+      resume(thread, block->threads[thread].fiber);
     }
   }
 }

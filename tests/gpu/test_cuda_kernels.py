@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import accumulated, assert_error_within
 from torch import Tensor
 
 from svf_fast import _library
@@ -16,6 +17,7 @@ from svf_fast.ops.affine_act import (
 from svf_fast.ops.channel_dot import channel_dot, channel_dot_scale_
 from svf_fast.ops.gram import gram_gradient
 from svf_fast.reference import affine_act as reference
+from svf_fast.reference import gram as gram_reference
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
@@ -42,6 +44,23 @@ def every_op(y: Tensor, residual: Tensor, scale: Tensor, shift: Tensor) -> list[
         *(out, mask, in_place, again, grad, by_y, scaled, *dots),
         gram_gradient(M, factor, factor, scale.abs()[None] + 1),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1152, 128), (4, 63, 65), (3, 5, 0)])
+def test_gram_gradient_matches_definition(shape, dtype) -> None:
+    groups, channels, rank = shape
+    M = torch.randn(groups, channels, channels, dtype=dtype, device="cuda")
+    V, dual = torch.randn(2, groups, rank, channels, dtype=dtype, device="cuda")
+    S = torch.rand(groups, rank, dtype=dtype, device="cuda") + 0.1
+    exact = [x.double() for x in (M, V.mT, dual.mT, S)]
+    assert_error_within(
+        gram_gradient(M, V.mT, dual.mT, S),
+        gram_reference.gram_gradient(M, V.mT, dual.mT, S),
+        gram_reference.gram_gradient(*exact),
+        magnitude=accumulated(gram_reference.gram_gradient(*(x.abs() for x in exact)), dtype),
+        channel_dim=None,
+    )
 
 
 def test_no_synchronisation() -> None:

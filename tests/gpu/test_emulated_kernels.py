@@ -22,17 +22,17 @@ pytestmark = pytest.mark.skipif(
 # Layouts that are copied before a kernel sees them, and half of the dtypes, are left to `any_shape`
 # and `any_alignment`; the kernels are templates of the dtype.
 CHOSEN = (
-    "any or special or every or more or"
+    "any or special or every or more or guard or"
     " (definition or scale_matches or in_place or backward)"
     " and not (sliced or expanded or torch.float64 or torch.float16 or dtype0 or dtype3)"
 )
-SANITIZED = "any_alignment or any_number or (scale_matches and contiguous and dtype2)"
+SANITIZED = "any_alignment or any_number or guard or (scale_matches and contiguous and dtype2)"
 UNFIT = "not sets and not threads"  # of CPUs
 
 
 def run_tests(root: Path, library: Path, chosen: str, environment: dict[str, str]) -> int:
     """Runs the chosen tests of the ops on the library; how many passed."""
-    files = [root / f"tests/svf_fast/test_{op}.py" for op in ("affine_act", "channel_dot")]
+    files = [root / f"tests/svf_fast/test_{op}.py" for op in ("affine_act", "channel_dot", "guard")]
     options = ["-q", "-x", "-p", "emulated_cuda", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *files, "-k", f"({chosen}) and {UNFIT}"]
     paths = [str(Path(emulated_cuda.__file__).parent), str(root), os.environ.get("PYTHONPATH", "")]

@@ -42,7 +42,7 @@ def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -
 
 
 def affine(channels: int, device: str) -> tuple[Tensor, Tensor]:
-    scale, shift = torch.randn(2, channels, device=device)  # negative scales too
+    scale, shift = torch.randn(channels, 2, device=device).unbind(1)  # with gaps; negative too
     scale[1::5] = 0
     return scale, shift
 
@@ -95,9 +95,9 @@ def test_matches_definition(case, dtype, layout, device, poisoned_memory) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sides", [(True, False), (False, True)])
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_one_side(layout, sides, device, poisoned_memory) -> None:
+def test_what_is_asked_for(layout, sides, device, poisoned_memory) -> None:
     grad, y = (maps((2, 35, 13, 3), torch.bfloat16, layout, device) for _ in range(2))
     arguments = (grad, y, *affine(35, device), *sides)
     check(activation_grams(*arguments), *arguments)
@@ -164,23 +164,20 @@ def test_nan_and_the_edge_of_the_relu(device) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_refusals(device) -> None:
+def test_refuses_float64(device) -> None:
     x = torch.randn(1, 2, 3, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match="activation_grams: y: expected float32, bfloat16 or"):
         activation_grams(x, x, x[0, :, 0], x[0, :, 0], True, True)
-    x = x.float()
-    with pytest.raises(ValueError, match="activation_grams: expected before or after"):
-        activation_grams(x, x, x[0, :, 0], x[0, :, 0], False, False)
 
 
 def test_configurations() -> None:
     (tunable,) = TUNABLES
     problems = tunable.problems()
     assert len({tunable.key(problem) for problem in problems}) == len(problems)
-    for problem in [*problems, Problem(3, 9, 1, torch.float32)]:
-        for arch in (80, 90):
-            for config in tunable.candidates(problem, arch):
-                tiles = -(-problem.channels // config["BLOCK_A"])
-                tiles *= -(-problem.channels // config["BLOCK_B"])
-                assert 1 <= config["SPLITS"] <= 4 * 3 * 132
-                assert tiles * problem.sides * config["SPLITS"] >= 64  # not most of the GPU idle
+    for problem in [*problems, Problem(37, 9, 1, torch.float32, False)]:
+        for arch in (80, 89, 90):
+            first, *others = tunable.candidates(problem, arch)
+            tiles = -(-problem.channels // first["BLOCK_A"])
+            tiles *= -(-problem.channels // first["BLOCK_B"])
+            assert tiles * problem.sides * first["SPLITS"] >= 64  # not most of the GPU idle
+            assert all(1 <= config["SPLITS"] <= 4 * 3 * 132 for config in (first, *others))

@@ -13,18 +13,23 @@ from svf_fast.reference import pointwise as reference
 from svf_fast.reference.affine_act import mask_bytes, pack_mask
 from svf_fast.reference.channel_dot import channel_dot
 
-triton = pytest.importorskip("triton")
-pointwise = pytest.importorskip("svf_fast.triton.pointwise")
+pytest.importorskip("triton")
+from svf_fast.triton import pointwise
+from svf_fast.triton.pointwise_problem import OPTIONS, Problem
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]  # cpu: Triton's interpreter
+# whose tiles are tried; any where the interpreter runs them
+ARCHITECTURES = [80, 90]
+if torch.cuda.is_available():
+    ARCHITECTURES = [90 if torch.cuda.get_device_capability() >= (9, 0) else 80]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-# Images, K, D, spatial. One channel in eight that any block has; neither K nor D a multiple of a
-# block; more row tiles than a group has; words of masks of every width; no spatial dimension.
+# Images, K, D, spatial. As few channels as are served; neither K nor D a multiple of a block; more
+# row tiles than a group has; words of masks of every width; no spatial dimension; nothing at all.
 CASES = [
     (2, 8, 8, (3, 3)),
     (3, 24, 40, (5, 7)),
-    (2, 8, 32, (13, 11)),
+    (2, 8, 48, (13, 11)),
     (1, 64, 128, (9, 4)),
     (70, 40, 24, ()),
     (2, 32, 64, (2, 3, 4)),
@@ -49,6 +54,11 @@ CALLS: dict[str, set[str]] = {
     "scale": {"scale", "keep", "mask"},
     "shift": {"shift", "transposed"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _products_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def rows(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -118,8 +128,10 @@ def check(given: dict[str, Any], call: set[str]) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "dtype"),
+    [(call, dtype) for call in CALLS for dtype in DTYPES[::2]] + [("everything", torch.float16)],
+)
 def test_calls_of_a_block(call: str, dtype: torch.dtype, device: str) -> None:
     check(operands((3, 24, 40, (5, 7)), CALLS[call], dtype, device), CALLS[call])
 
@@ -165,6 +177,15 @@ def test_dot_is_of_a_as_it_is_stored(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_tf32_rounds_operands_to_eleven_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    given = operands((3, 24, 40, (5, 7)), {"transposed"}, torch.float32, device)
+    out = pointwise.pointwise(**given)[0]
+    eager, truth = (reference.pointwise(**x)[0] for x in (given, doubled(given)))
+    assert_error_within(out, eager, truth, dtype=torch.float16, channel_dim=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_out_comes_from_the_y_that_is_kept(device: str) -> None:
     given = operands((3, 24, 40, (5, 7)), {"scale", "shift"}, torch.bfloat16, device)
     given["scale"] *= 100  # the rounding of y shows
@@ -172,6 +193,23 @@ def test_out_comes_from_the_y_that_is_kept(device: str) -> None:
     scale, shift = (given[name][:, None, None] for name in ("scale", "shift"))
     exact = y.double() * scale.double() + shift.double()
     assert_error_within(out, (y.float() * scale + shift).bfloat16(), exact, channel_dim=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_of_an_architecture(arch: int, dtype: torch.dtype, device: str) -> None:
+    call = CALLS["everything"] - {"in"}
+    given = operands((2, 128, 256, (5, 7)), call, dtype, device)
+    number = "16bit" if dtype == torch.bfloat16 else "tf32x3"
+    options = tuple(name in ("in_mask", "scale", "residual", "keep", "mask") for name in OPTIONS)
+    problem = Problem(70, 128, 256, number, options)
+    expected = pointwise.pointwise(**given, keep=True, mask=True)
+    for config in problem.candidates(arch):
+        actual = pointwise.pointwise(**given, keep=True, mask=True, config=config)
+        for a, b in zip(actual[:2], expected[:2]):
+            torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.equal(actual[2], pack_mask(actual[0]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -255,10 +293,11 @@ def test_what_is_served(device: str) -> None:
 def test_a_table_can_say_no(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands((2, 16, 24, (3, 5)), {"residual"}, torch.float32, device)
     x, weight, residual = given["x"], given["weight"], given["residual"]
-    assert pointwise.wanted(x, weight, residual=residual)
+    assert pointwise.wanted(x, weight, residual=residual, mask=True)
     assert pointwise.wanted(x, weight, dot=True)
-    assert not pointwise.wanted(x, weight)  # nothing to fuse
+    assert not pointwise.wanted(x, weight)  # nothing that cuBLAS would not do
+    assert not pointwise.wanted(x, weight, residual=residual)
     expected = pointwise.pointwise(**given)[0]
     monkeypatch.setattr(pointwise, "find", lambda *_: {"fused": 0, "enable_fp_fusion": True})
-    assert not pointwise.wanted(x, weight, residual=residual)
+    assert not pointwise.wanted(x, weight, residual=residual, mask=True)
     assert torch.equal(pointwise.pointwise(**given)[0], expected)
