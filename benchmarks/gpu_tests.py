@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_tests.py --seconds 120 --out benchmarks/results
 
-The files of `tests/gpu`, and those whose cases run on a GPU where there is one; kernels first. An illegal access in one file cannot spoil another. Files
-that have not ended in time are stopped and counted as far as they came.
+The files of `tests/gpu`, and those whose cases run on a GPU where there is one; kernels first. An
+illegal access in one file cannot spoil another. Files that have not ended in time are stopped and
+counted as far as they came.
 """
 
 from __future__ import annotations
