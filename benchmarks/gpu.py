@@ -80,7 +80,8 @@ def facts(options: Options, _: int) -> list[str]:
 def tests(options: Options, seconds: int) -> list[str]:
     command = script("gpu_tests.py", "--seconds", str(seconds - 3), "--out", options.out)
     if options.dry:  # the kernels' tests run on the CPU with all others
-        names = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/gpu").glob("test_*.py"))
+        files = (ROOT / "tests/gpu").glob("test_gpu_*.py")
+        names = sorted(path.relative_to(ROOT) for path in files)
         command += ["--files", *map(str, names)]
     return command
 
@@ -223,7 +224,8 @@ def run_all(
 
 
 def row(phase: Phase, ended: Ended, limit: int, log: Path) -> dict[str, Any]:
-    last = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = log.read_text(errors="replace").splitlines()
+    last = [text for line in lines if (text := line.strip(" ="))]
     return {
         "phase": phase.name,
         "status": ended.word,
