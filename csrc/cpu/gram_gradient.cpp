@@ -55,7 +55,8 @@ struct Dots {
 template <typename Acc>
 void reduce(const Tensor& M, const Tensor& left, const Tensor& right, const Tensor& S,
             const Tensor& out) {
-  const int64_t channels = left.size(1), rank = left.size(2), block = std::min(kBlock, rank);
+  const int64_t channels = left.size(1), others = right.size(1), rank = left.size(2);
+  const int64_t block = std::min(kBlock, rank);
   std::vector<Tensor> owned;
   Acc* memory = scratch<Acc>(owned, M, channels * block);
   std::vector<double> padded(divide_up(block, kWidth) * kWidth);
@@ -71,12 +72,12 @@ void reduce(const Tensor& M, const Tensor& left, const Tensor& right, const Tens
       const Acc* factor = other + first * right.stride(2);
       if (inner) {
         multiply(matrix(memory, count, channels, channels, 1),
-                 matrix(factor, count, channels, right.stride(2), right.stride(1)),
-                 matrix(middle, channels, channels, M.stride(2), M.stride(1)));
+                 matrix(factor, count, others, right.stride(2), right.stride(1)),
+                 matrix(middle, others, channels, M.stride(2), M.stride(1)));
       } else {
         multiply(matrix(memory, channels, count, count, 1),
-                 matrix(middle, channels, channels, M.stride(1), M.stride(2)),
-                 matrix(factor, channels, count, right.stride(1), right.stride(2)));
+                 matrix(middle, channels, others, M.stride(1), M.stride(2)),
+                 matrix(factor, others, count, right.stride(1), right.stride(2)));
       }
       const auto slice = group.slice(first, count);
       torch::stable::parallel_for(
@@ -95,11 +96,12 @@ Tensor gram_gradient(const Tensor& M, const Tensor& left, const Tensor& right, c
   const auto type = M.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
                   "gram_gradient: M must be float32 or float64");
-  STD_TORCH_CHECK(M.dim() == 3 && M.size(1) == M.size(2), "gram_gradient: M must be [G, C, C]");
+  STD_TORCH_CHECK(M.dim() == 3, "gram_gradient: M must be [G, Ca, Cb]");
+  int64_t side = 0;
   for (const Tensor& x : {left, right}) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == M.size(0) && x.size(1) == M.size(1) &&
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == M.size(0) && x.size(1) == M.size(++side) &&
                         x.size(2) == left.size(2),
-                    "gram_gradient: left and right must be [G, C, R]");
+                    "gram_gradient: left must be [G, Ca, R] and right [G, Cb, R]");
   }
   STD_TORCH_CHECK(S.dim() == 2 && S.size(0) == M.size(0) && S.size(1) == left.size(2),
                   "gram_gradient: S must be [G, R]");

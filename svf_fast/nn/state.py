@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.nn.conv2d import SVFConv2d
@@ -71,6 +72,8 @@ def _look(module: nn.Module, found: list[Any]) -> None:
 
 
 def _look_at(tensor: Tensor | None, found: list[Any]) -> None:
+    if isinstance(tensor, FakeTensor):
+        raise RuntimeError("no values to look at")
     if tensor is not None:
         found += (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.dtype)
     else:

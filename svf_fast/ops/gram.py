@@ -63,8 +63,8 @@ def activation_grams(
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
     """``dS_r = left_rᵀ M right_r / S_r``: ``colsum(left ⊙ (M right)) / S``, per group.
 
-    M [G, C, C] in float32 or float64, left and right [G, C, R], S [G, R] -> [G, R] in the dtype of
-    M. The product is made 512 directions at a time. Not differentiable.
+    M [G, Ca, Cb] in float32 or float64, left [G, Ca, R], right [G, Cb, R], S [G, R] -> [G, R] in
+    the dtype of M. The product is made 512 directions at a time. Not differentiable.
     """
     with torch.no_grad():
         return torch.ops.svf_fast.gram_gradient(M, left, right, S)

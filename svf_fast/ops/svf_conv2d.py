@@ -16,6 +16,7 @@ strategy      forward                 dS                                        
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -350,8 +351,9 @@ class Factors(NamedTuple):
         groups, rank = self.geometry.groups, self.U.shape[1]
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
         grad_weight = grad_weight.reshape(groups, self.U.shape[0] // groups, -1).to(dtype)
-        projected = self.U.reshape(groups, -1, rank).to(dtype).mT @ grad_weight
-        return (projected * self.V.reshape(groups, rank, -1).to(dtype)).sum(dim=2)
+        rows = self.V.reshape(groups, rank, -1)
+        ones = grad_weight.new_ones(groups, rank)
+        return gram_gradient(grad_weight, self.U.reshape(groups, -1, rank), rows.mT, ones)
 
 
 def saved(ctx, name: str) -> tuple[Any, ...]:
@@ -372,7 +374,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Keeps a backward pass in the dtypes of its forward pass, whoever calls it."""
+    if torch.compiler.is_compiling():  # backward is traced without autocast; leaving it off there
+        return contextlib.nullcontext()  # leaves it off for the layers that are traced after
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -410,6 +410,32 @@ def test_compile(name):
         torch.testing.assert_close(mine, eager, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("strategy", ("auto", "fold"))
+@pytest.mark.parametrize("fuse", (True, False))
+def test_compile_under_autocast_is_eager_to_the_bit(fuse, strategy):
+    """Two layers after each other: what one leaves of autocast's state the next would meet."""
+    torch.manual_seed(0)
+    blocks = [frozen(Bottleneck(8, 4, 8)) for _ in range(2)]
+    model = svf_fast.convert(nn.Sequential(*blocks), None, strategy=strategy, fuse=fuse)
+    x = torch.randn(2, 8, 9, 9)
+
+    def under_autocast(call):
+        def run(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return call(x)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    pairs = zip(
+        step_of(under_autocast(compiled), model, x),
+        step_of(under_autocast(model), model, x),
+        strict=True,
+    )
+    assert all(torch.equal(mine, eager) for mine, eager in pairs)
+
+
 def step_of(call, model, x):
     x = x.detach().clone().requires_grad_()
     y = call(x)

@@ -213,8 +213,18 @@ def test_autocast_does_not_touch_it() -> None:
         torch.testing.assert_close(gram_by_images(a, b, 2, None, None), expected)
 
 
-# Groups, channels, directions: fewer than a vector, several units, several blocks, none
-FACTORS = [(3, 9, 7), (1, 65, 65), (1, 130, 1100), (2, 1, 1), (1, 5, 0), (0, 4, 3)]
+# Groups, rows and columns of M, directions: fewer than a vector, several units, several blocks, of
+# a weight's gradient, none
+FACTORS = [
+    (3, 9, 9, 7),
+    (1, 65, 65, 65),
+    (1, 130, 130, 1100),
+    (2, 9, 45, 9),
+    (1, 70, 17, 17),
+    (2, 1, 1, 1),
+    (1, 5, 5, 0),
+    (0, 4, 4, 3),
+]
 
 
 @pytest.mark.parametrize("left_layout", ["contiguous", "transposed", "sliced"])
@@ -224,16 +234,16 @@ FACTORS = [(3, 9, 7), (1, 65, 65), (1, 130, 1100), (2, 1, 1), (1, 5, 0), (0, 4, 
 def test_gradient_matches_definition(
     shape, dtype, left_layout, right_layout, poisoned_memory
 ) -> None:
-    def factor(layout: str) -> Tensor:
+    def factor(channels: int, layout: str) -> Tensor:
         x = torch.randn(groups, channels, rank, dtype=wide).to(dtype)
         if layout == "sliced":
             return x.repeat_interleave(2, dim=2)[:, :, ::2]
         return x.mT.contiguous().mT if layout == "transposed" else x
 
-    groups, channels, rank = shape
+    groups, rows, columns, rank = shape
     wide = torch.promote_types(dtype, torch.float32)
-    M = torch.randn(groups, channels, channels, dtype=wide)
-    left, right = factor(left_layout), factor(right_layout)
+    M = torch.randn(groups, rows, columns, dtype=wide)
+    left, right = factor(rows, left_layout), factor(columns, right_layout)
     S = torch.rand(groups, rank, dtype=wide) + 0.1
     exact = [x.double() for x in (M, left, right, S)]
     terms = reference.gram_gradient(*(x.abs() for x in exact))
@@ -264,10 +274,11 @@ def test_gradient_opcheck_and_memory_safety() -> None:
     torch.library.opcheck(raw.default, (M, factor, factor, S))
     with pytest.raises(RuntimeError, match="M must be float32 or float64"):
         raw(M.half(), factor, factor, S)
-    with pytest.raises(RuntimeError, match=r"M must be \[G, C, C\]"):
-        raw(M[:, :4], factor, factor, S)
-    with pytest.raises(RuntimeError, match="left and right must be"):
-        raw(M, factor, factor[:, :, :2], S)
+    with pytest.raises(RuntimeError, match=r"M must be \[G, Ca, Cb\]"):
+        raw(M[0], factor, factor, S)
+    for operands in ((M[:, :4], factor, factor), (M, factor, factor[:, :, :2])):
+        with pytest.raises(RuntimeError, match="left must be"):
+            raw(*operands, S)
     with pytest.raises(RuntimeError, match="S must be"):
         raw(M, factor, factor, S[:, :2])
 
