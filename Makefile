@@ -56,8 +56,9 @@ render: venv ## tables, picture and README block from benchmarks/results
 gpu: ## everything a GPU can show, in 10 minutes, with the torch of PYTHON; ARGS="--phases tests"
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
-cuda-check: venv ## compile the CUDA sources for sm_80 and sm_90: registers, spills; no GPU needed
+cuda-check: venv ## compile all GPU kernels for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check
+	$(BIN)/python -m svf_fast.triton.check
 
 gpu-sanitize: venv ## compute-sanitizer on the tests of the CUDA kernels; needs a GPU
 	.ci/gpu-sanitize $(BIN)/python

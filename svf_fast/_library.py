@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +43,23 @@ cuda_missing = _load_cuda()
 def register_gpu(op: str, kernel: Callable) -> None:
     """Makes `kernel` what svf_fast::`op` runs on CUDA tensors."""
     torch.library.impl(f"svf_fast::{op}", "CUDA", kernel)
+
+
+def triton_kernel(module: str, name: str) -> Callable:
+    """``svf_fast.triton.MODULE.NAME``, imported when it is first called."""
+    return lambda *arguments: _imported(module, name)(*arguments)
+
+
+@functools.cache
+def _imported(module: str, name: str) -> Callable:
+    try:
+        found = importlib.import_module(f"svf_fast.triton.{module}")
+    except ImportError as error:
+        raise RuntimeError(
+            f"{name}: on a GPU this op is a Triton kernel, which cannot be imported: {error}. "
+            "torch's CUDA builds for Linux bring Triton along; elsewhere: pip install triton."
+        ) from error
+    return getattr(found, name)
 
 
 def check_device(op: str, tensor: Tensor) -> None:

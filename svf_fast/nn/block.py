@@ -79,10 +79,14 @@ class _Reading(NamedTuple):
     stages: dict[tuple[str, torch.dtype], Stage]
 
     def stage(self, module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
-        at = names.conv, dtype
-        if at not in self.stages:
-            self.stages[at] = _stage(module, names, dtype)
-        return self.stages[at]
+        conv, found = _conv(module, names), self.stages.get((names.conv, dtype))
+        if conv._is_captured():  # what is made now is there only when the graph runs
+            if found is None:
+                return _stage(module, names, dtype)
+            return found._replace(factors=_factors(conv, dtype))
+        if found is None:
+            found = self.stages[names.conv, dtype] = _stage(module, names, dtype)
+        return found
 
 
 def _read(module: Fused) -> _Reading:
@@ -332,10 +336,13 @@ def _conv(module: nn.Module, names: Names) -> SVFConv2d:
 def _stage(module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
     """The convolution and batch norm of a stage, as the op takes them."""
     conv, bn = _conv(module, names), cast(_BatchNorm, module.get_submodule(names.bn))
-    strategy, frozen = conv._strategy_and_frozen(dtype)
-    geometry = conv._geometry()
-    factors = Factors.of(conv.U, conv.S, conv.V, geometry, strategy, frozen, dtype)
+    factors = _factors(conv, dtype)
     return Stage(factors, *_affine(bn, conv.bias, torch.promote_types(dtype, torch.float32)))
+
+
+def _factors(conv: SVFConv2d, dtype: torch.dtype) -> Factors:
+    strategy, frozen = conv._strategy_and_frozen(dtype)
+    return Factors.of(conv.U, conv.S, conv.V, conv._geometry(), strategy, frozen, dtype)
 
 
 def _affine(bn: _BatchNorm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

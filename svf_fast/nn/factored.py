@@ -168,6 +168,10 @@ class Factored(nn.Module):
     def _has_values(self) -> bool:
         return not (self.U.is_meta or isinstance(self.U, FakeTensor))
 
+    def _is_captured(self) -> bool:
+        """Whether what runs now goes into a CUDA graph."""
+        return self.S.is_cuda and torch.cuda.is_current_stream_capturing()
+
     def _choose(self, S: Tensor) -> tuple[str, Tensor | None]:
         """Strategy and guarded directions for the values S."""
         strategy = self.strategy
@@ -221,10 +225,10 @@ class Factored(nn.Module):
     def _follow_on_device(self, plan: _Plan, scale_key: tuple) -> _Plan:
         """The plan for a changed S on a GPU, without waiting for it.
 
-        The values travel to the host while the step runs, so the guarded directions follow one
-        change of S behind: an optimizer step moves S by far less than the guard's margin.
+        The values travel to the host while the step runs, so the guarded directions follow a
+        change of S or two behind: an optimizer step moves S by far less than the guard's margin.
         """
-        if torch.cuda.is_current_stream_capturing():
+        if self._is_captured():
             return plan
         arrival = plan.arrival
         if arrival is not None and arrival.here():
@@ -242,9 +246,7 @@ class Factored(nn.Module):
     def _strategy_and_frozen(self, dtype: torch.dtype) -> tuple[str, Frozen]:
         """Strategy and constants of the next forward pass in the compute dtype."""
         # a graph runs again with other values of S: it composes W and checks the guard itself
-        graph = torch.compiler.is_compiling() or (
-            self.S.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
+        graph = torch.compiler.is_compiling() or self._is_captured()
         if graph:
             plan = self._plan
             if plan is not None and plan.strategy == "gram":

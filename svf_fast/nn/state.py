@@ -32,7 +32,7 @@ def is_hooked(module: nn.Module) -> bool:
 def state(module: nn.Module) -> tuple[Any, ...] | None:
     """Of all modules inside `module`; None where it cannot be told by looking.
 
-    That is while a graph is traced or captured, and for tensors without values or version.
+    That is while torch.compile traces, and for tensors without values or version.
     """
     if torch.compiler.is_compiling():
         return None
@@ -51,7 +51,7 @@ def _look(module: nn.Module, found: list[Any]) -> None:
         own = child.__dict__
         found += (child, type(child), own["training"], is_hooked(child), "forward" in own)
         if isinstance(child, SVFConv2d):
-            if not child._has_values() or _is_captured(child.U):
+            if not child._has_values():
                 raise RuntimeError("no values to look at")
             S, bias = own["_parameters"]["S"], own["_parameters"]["bias"]
             found += (child._current_plan(), S.requires_grad, own["stride"], own["padding_mode"])
@@ -78,7 +78,3 @@ def _look_at(tensor: Tensor | None, found: list[Any]) -> None:
         found += (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.dtype)
     else:
         found.append(None)
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

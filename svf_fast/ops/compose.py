@@ -19,13 +19,7 @@ def compose(U: Tensor, S: Tensor, V: Tensor, groups: int, dtype: torch.dtype) ->
     return svd.compose(U, S.detach(), V, groups).to(dtype)
 
 
-def _triton_compose(*arguments):
-    from svf_fast.triton.compose import compose as kernel
-
-    return kernel(*arguments)
-
-
-_library.register_gpu("compose", _triton_compose)
+_library.register_gpu("compose", _library.triton_kernel("compose", "compose"))
 
 
 @torch.library.register_fake("svf_fast::compose")

@@ -124,26 +124,23 @@ def paired_cosine_max_backward(
     return grad_query.to(query.dtype), grad_support.to(support.dtype)
 
 
-def _triton_cosine_max(query, support, mask):
-    if query.dtype == torch.float64:
-        return tiled_cosine_max(query, support, mask)
-    from svf_fast.triton.cosine_max import cosine_max as kernel
-
-    return kernel(query, support, mask)
+_kernel = _library.triton_kernel("cosine_max", "cosine_max")
+_backward_kernel = _library.triton_kernel("cosine_max_backward", "cosine_max_backward")
 
 
-def _triton_cosine_max_backward(grad, query, *others):
-    if query.dtype == torch.float64:
-        return paired_cosine_max_backward(grad, query, *others)
-    from svf_fast.triton.cosine_max_backward import cosine_max_backward as kernel
+def _on_gpu(query: Tensor, *others) -> tuple[Tensor, Tensor]:
+    return (tiled_cosine_max if query.dtype == torch.float64 else _kernel)(query, *others)
 
-    return kernel(grad, query, *others)
+
+def _backward_on_gpu(grad: Tensor, query: Tensor, *others) -> tuple[Tensor, Tensor]:
+    double = query.dtype == torch.float64
+    return (paired_cosine_max_backward if double else _backward_kernel)(grad, query, *others)
 
 
 torch.library.impl("svf_fast::cosine_max", "default", tiled_cosine_max)
 torch.library.impl("svf_fast::cosine_max_backward", "default", paired_cosine_max_backward)
-_library.register_gpu("cosine_max", _triton_cosine_max)
-_library.register_gpu("cosine_max_backward", _triton_cosine_max_backward)
+_library.register_gpu("cosine_max", _on_gpu)
+_library.register_gpu("cosine_max_backward", _backward_on_gpu)
 
 
 def _result_dtype(query: Tensor) -> torch.dtype:

@@ -88,18 +88,11 @@ def gram_gradient_by_definition(M: Tensor, left: Tensor, right: Tensor, S: Tenso
         return reference.gram_gradient(M, left, right, S)
 
 
-def _triton_gram(a, b, groups, scale, shift):
-    if a.dtype == torch.float64:
-        return gram_by_images(a, b, groups, scale, shift)
-    from svf_fast.triton.gram import gram as kernel
-
-    return kernel(a, b, groups, scale, shift)
+_gram_kernel = _library.triton_kernel("gram", "gram")
 
 
-def _triton_activation_grams(*arguments):
-    from svf_fast.triton.activation_grams import activation_grams as kernel
-
-    return kernel(*arguments)
+def _gram_on_gpu(a: Tensor, *others) -> Tensor:
+    return (gram_by_images if a.dtype == torch.float64 else _gram_kernel)(a, *others)
 
 
 def gram_gradient_by_channel_dot(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
@@ -119,8 +112,10 @@ def gram_gradient_by_channel_dot(M: Tensor, left: Tensor, right: Tensor, S: Tens
 
 
 torch.library.impl("svf_fast::gram", "default", gram_by_images)
-_library.register_gpu("gram", _triton_gram)
-_library.register_gpu("activation_grams", _triton_activation_grams)
+_library.register_gpu("gram", _gram_on_gpu)
+_library.register_gpu(
+    "activation_grams", _library.triton_kernel("activation_grams", "activation_grams")
+)
 torch.library.impl("svf_fast::gram_gradient", "default", gram_gradient_by_definition)
 if not _library.cuda_missing:
     _library.register_gpu("gram_gradient", gram_gradient_by_channel_dot)

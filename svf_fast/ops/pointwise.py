@@ -18,6 +18,8 @@ from svf_fast.ops import maps
 from svf_fast.ops.convolution import Geometry, is_channels_last
 from svf_fast.reference.affine_act import mask_bytes
 
+_wanted = _library.triton_kernel("pointwise", "wanted")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,9 +53,7 @@ def fuses(x: Tensor, weight: Tensor, geometry: Geometry, *ends: str) -> bool:
 def _wins(x: Tensor, weight: Tensor, ends: tuple[str, ...]) -> bool:
     if torch.compiler.is_compiling():  # tables are not read while a graph is traced
         return True
-    from svf_fast.triton.pointwise import wanted
-
-    return wanted(x, weight.flatten(1), ends)
+    return _wanted(x, weight.flatten(1), ends)
 
 
 def pointwise(
@@ -111,20 +111,8 @@ def pointwise_dot(x: Tensor, weight: Tensor, v: Tensor, s: Tensor) -> tuple[Tens
     return torch.ops.svf_fast.pointwise_dot(x, weight, v, s)
 
 
-def _triton_pointwise(*arguments):
-    from svf_fast.triton.pointwise import pointwise as kernel
-
-    return kernel(*arguments)
-
-
-def _triton_pointwise_dot(*arguments):
-    from svf_fast.triton.pointwise import pointwise_dot as kernel
-
-    return kernel(*arguments)
-
-
-_library.register_gpu("pointwise", _triton_pointwise)
-_library.register_gpu("pointwise_dot", _triton_pointwise_dot)
+for _name in ("pointwise", "pointwise_dot"):
+    _library.register_gpu(_name, _library.triton_kernel("pointwise", _name))
 
 
 def _empty_result(x: Tensor, weight: Tensor) -> Tensor:

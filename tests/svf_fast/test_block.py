@@ -443,6 +443,29 @@ def step_of(call, model, x):
     return [y.detach(), *torch.autograd.grad(y, [x, *trained], torch.ones_like(y))]
 
 
+def test_what_a_cuda_graph_would_hold(monkeypatch):
+    """It composes W from the S of the replay, takes batch norm's constants, and keeps nothing."""
+    model = fused("bottleneck downsample")
+    x = torch.randn(2, first(model).in_channels, 9, 9)
+    step(model, x)
+    (block,) = (module for module in model.modules() if isinstance(module, Fused))
+    reading = block._reading
+    constants = {at: stage.scale for at, stage in reading.stages.items()}
+    weights = {at: stage.factors.weight.clone() for at, stage in reading.stages.items()}
+    monkeypatch.setattr(SVFConv2d, "_is_captured", lambda self: True)
+    stages = [reading.stage(block, names, torch.float32) for names in block._names.stages]
+    for names, stage in zip(block._names.stages, stages, strict=True):
+        kept = reading.stages[names.conv, torch.float32]
+        assert stage.scale is constants[names.conv, torch.float32]
+        assert stage.factors.weight is not kept.factors.weight
+        assert torch.equal(kept.factors.weight, weights[names.conv, torch.float32])
+    assert len(stages) < len(reading.stages)  # the shortcut's too
+    with torch.no_grad():
+        first(model).S[-1] = 1e-9  # no longer guarded enough
+    with pytest.raises(RuntimeError, match="capture the graph again"):
+        reading.stage(block, block._names.stages[0], torch.float32)
+
+
 @pytest.mark.parametrize("reentrant", (False, True))
 @pytest.mark.parametrize("name", ("bottleneck", "basic downsample"))
 def test_checkpoint_and_accumulation(name, reentrant):

@@ -11,6 +11,7 @@ from test_block import Basic, Bottleneck, as_reference, compare, frozen, step
 from torch import nn
 
 import svf_fast
+from svf_fast import _library
 from svf_fast.nn.factored import svf_layers
 
 KERNELS = {"definition": defined, "triton": interpreted}
@@ -97,6 +98,11 @@ def test_only_x_requires_no_gradient():
     expected = torch.autograd.grad(plain(x).sum(), list(svf_fast.svf_parameters(plain)))
     for got, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_without_triton_the_op_says_what_to_install():
+    with pytest.raises(RuntimeError, match="compose: on a GPU .* pip install triton"):
+        _library.triton_kernel("not_there", "compose")()
 
 
 @pytest.mark.parametrize("name", ("bottleneck", "bottleneck widening", "basic downsample"))
