@@ -1,4 +1,4 @@
-"""The commands `fss train` and `fss eval`."""
+"""The commands `fss train`, `fss eval` and `fss reproduce`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning_fabric import Fabric
 
 import fss
@@ -20,7 +21,12 @@ from fss.engine import train
 from fss.evaluation import evaluate_seeds, table
 from fss.files import write_json
 from fss.models import build_model
+from fss.paper import default_folder, load_table, merged, read_settings, table_names
 from fss.regimes import apply_regime
+from fss.reproduce import Options, listing, reproduce
+
+# Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
+_REPRODUCED = ("data.root", "model.weights", "accelerator", "devices", "precision")
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
@@ -92,6 +98,50 @@ def evaluate_run(
     return result
 
 
+def reproduce_table(
+    table: str | None = None,
+    list: bool = False,
+    rows: tuple[str, ...] = (),
+    folds: tuple[int, ...] = (),
+    shots: tuple[int, ...] = (),
+    out: str = "runs/paper",
+    scale_down: bool = False,
+    settings: str | None = None,
+    tables: str | None = None,
+    **overrides: dict[str, Any],
+) -> str:
+    """Makes or resumes the runs of a table of the paper and compares it with the paper's numbers.
+
+    Args:
+        table: T1 to T24; without one, all of them are listed.
+        list: only lists the runs and whether they are there.
+        rows: names of runs or numbers of rows, as `--list` shows them; by default all.
+        folds: of 0 to 3; by default all.
+        shots: of 1 and 5; by default all that the table has.
+        out: folder of the runs, which tables share, and of the results NAME.md and NAME.json.
+        scale_down: a small network on small photos for a few steps, to try a table on a CPU.
+        settings: YAML file of settings of `fss train` over those of every row.
+        tables: folder of the tables' files; by default configs/paper of the checkout.
+        overrides: settings by part, over the file's.
+
+    Returns the text to print.
+
+    Raises:
+        FileNotFoundError: no tables there.
+        ValueError: an unknown table, row, fold or setting; photos that nobody named.
+        KeyboardInterrupt: after ctrl-C; the message says how to go on.
+    """
+    folder = Path(tables) if tables else default_folder()
+    values = merged(read_settings(Path(settings)) if settings else {}, overrides)
+    options = Options(rows, folds, shots, out, values, scale_down)
+    names = [table] if table is not None else table_names(folder)
+    if list or table is None:
+        return "\n".join(
+            line for name in names for line in listing(load_table(name, folder), options)
+        )
+    return reproduce(load_table(table, folder), options, evaluate_run)["markdown"]
+
+
 def build_parser() -> ArgumentParser:
     """The parser of the whole command line; it raises ArgumentError."""
     parser = ArgumentParser(
@@ -119,9 +169,32 @@ def build_parser() -> ArgumentParser:
     )
     evaluation.add_argument("--debug", **debug)
     evaluation.add_function_arguments(evaluate_run, as_positional=True)
+    reproduction = ArgumentParser(
+        description="Make or resume the runs of a table of the paper and compare the numbers.",
+        usage="fss reproduce TABLE [--list] [options]",
+        exit_on_error=False,
+    )
+    reproduction.add_argument("--debug", **debug)
+    reproduction.add_argument("table", nargs="?", help="T1 to T24; without one, list them all")
+    reproduction.add_argument("--list", action="store_true", help="only list the runs")
+    for name, kind, text in (
+        ("rows", str, "names of runs or numbers of rows, as --list shows them"),
+        ("folds", int, "of 0 to 3"),
+        ("shots", int, "of those in the table"),
+    ):
+        reproduction.add_argument(f"--{name}", type=kind, nargs="+", default=[], help=text)
+    reproduction.add_argument("--out", default="runs/paper", help="folder of runs and results")
+    reproduction.add_argument(
+        "--scale-down", action="store_true", help="small network, small photos, few steps: a try"
+    )
+    reproduction.add_argument("--settings", help="YAML file with settings over those of every row")
+    reproduction.add_argument("--tables", help="folder of the tables' files")
+    for name in _REPRODUCED:
+        reproduction.add_argument(f"--{name}", help="as for fss train, in every run")
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", training, help="train, validate and test a model")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
+    commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
     return parser
 
 
@@ -137,11 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
         if settings.command == "train":
             flags = {name: options.pop(name) for name in ("resume", "overwrite")}
             options.pop("config")
-            result = train(TrainConfig(**options), **flags)["test"]
+            text = "\n".join(table(train(TrainConfig(**options), **flags)["test"]))
+        elif settings.command == "eval":
+            text = "\n".join(table(evaluate_run(**options)))
         else:
-            result = evaluate_run(**options)
+            text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print("\n".join(table(result)))
+            print(text)
     except KeyboardInterrupt as stop:
         print(f"fss: {stop or 'stopped'}", file=sys.stderr)
         return 130
@@ -151,6 +226,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fss: {_message(error)} (--debug shows more)", file=sys.stderr)
         return 2
     return 0
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `fss reproduce` without the settings that were not given, read as YAML is."""
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Namespace):
+            part = {key: one for key, one in vars(value).items() if one is not None}
+            given |= {name: part} if part else {}
+        elif name not in _REPRODUCED:
+            given[name] = value
+        elif value is not None:
+            given[name] = yaml.safe_load(value)
+    return given
 
 
 def _expected(error: Exception) -> bool:

@@ -1,0 +1,268 @@
+"""A table of the paper: its runs, made or resumed, next to the paper's numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fss.checkpoint import check_same
+from fss.comparison import Run, compared_rows, markdown
+from fss.config import TrainConfig
+from fss.engine import train
+from fss.files import atomic_write, write_json
+from fss.paper import FOLDS, Row, Table, merged, read_settings, run_values
+
+# What may differ between a finished run and the one that is asked for: not what was measured.
+_FREE = {"out", "log_every", "save_every", "pictures", "accelerator"}
+_FREE |= {"data.root", "data.workers", "model.weights"}
+_FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
+
+
+@dataclass
+class Options:
+    """Which runs of a table, where, and with which settings over those of the table.
+
+    Args:
+        rows: names of runs, or numbers of rows from 1; all of them by default.
+        folds: by default 0 to 3.
+        shots: by default those of the table.
+        out: folder of the runs and of the table's results.
+        settings: over those of every row, nested as in a YAML file of `fss train`.
+        scale_down: sets those of configs/paper/scale_down.yaml under `settings`: a small network on
+            small photos for a few steps.
+    """
+
+    rows: Sequence[str] = ()
+    folds: Sequence[int] = ()
+    shots: Sequence[int] = ()
+    out: str = "runs/paper"
+    settings: dict[str, Any] = field(default_factory=dict)
+    scale_down: bool = False
+
+
+def plan(table: Table, options: Options) -> list[Run]:
+    """The runs of a table in its order, those that cannot be made with their reason.
+
+    Raises:
+        ValueError: a row, fold or number of shots that the table does not have; photos that nobody
+            named.
+    """
+    rows = _chosen_rows(table, options.rows)
+    _check_within("folds", options.folds, range(FOLDS))
+    _check_within("shots", options.shots, sorted({n for row in table.rows for n in row.paper}))
+    overrides = options.settings
+    if options.scale_down:
+        overrides = merged(read_settings(table.folder / "scale_down.yaml"), overrides)
+    if overrides.get("data", {}).get("root") and "source" not in options.settings.get("data", {}):
+        source = table.data.settings.get("data", {}).get("source", "folder")
+        overrides = merged(overrides, {"data": {"source": source}})
+    return [
+        _plan_run(table, row, shots, fold, overrides, options)
+        for row in rows
+        for shots in row.paper
+        if not options.shots or shots in options.shots
+        for fold in options.folds or range(FOLDS)
+    ]
+
+
+def reproduce(
+    table: Table, options: Options, evaluate: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Makes or resumes the runs of a table one after the other, and compares it with the paper.
+
+    A finished run is kept. One that fails does not end the others: it stands in the table with its
+    error. Writes NAME.json and NAME.md in the folder `options.out`, also when it is interrupted.
+
+    Args:
+        table: of the paper.
+        options: which runs, and how.
+        evaluate: scores a run's checkpoint on other test episodes, see `fss.cli.evaluate_run`.
+
+    Returns what NAME.json holds, with the text of NAME.md as "markdown".
+
+    Raises:
+        ValueError: see `plan`; photos that nobody named; a folder with runs of other settings.
+        KeyboardInterrupt: after ctrl-C; the message says how to go on.
+    """
+    runs = plan(table, options)
+    folder = _folder(options)
+    for run in runs:
+        if run.config is not None:
+            _check_settings(run)
+    try:
+        for run in runs:
+            if run.config is not None:
+                _make(run, options, evaluate)
+    except KeyboardInterrupt as stop:
+        _write(table, options, runs, folder)
+        raise KeyboardInterrupt(
+            f"{str(stop).partition('; continue with')[0] or 'stopped'}; what is finished is in "
+            f"{folder / table.name}.md, the same command goes on"
+        ) from stop
+    return _write(table, options, runs, folder)
+
+
+def listing(table: Table, options: Options) -> Iterator[str]:
+    """Lines about the runs of a table: what they are, whether they are there, why not."""
+    runs = plan(table, _with_a_root(options))
+    yield f"{table.name}: {table.title}; {table.data.name}: {table.data.needs}"
+    for number, row in enumerate(table.rows, 1):
+        own = [run for run in runs if run.row is row]
+        for shots in dict.fromkeys(run.shots for run in own):
+            folds = [run for run in own if run.shots == shots]
+            states = {run.state for run in folds}
+            states_text = ", ".join(
+                f"{state}: {' '.join(str(r.fold) for r in folds if r.state == state)}"
+                for state in ("finished", "begun", "not begun", "cannot run")
+                if state in states
+            )
+            reason = next((f" ({run.reason})" for run in folds if run.reason), "")
+            name = row.run or "–"
+            yield f"{number:3d}  {name}, {shots}-shot: {row.label}; folds {states_text}{reason}"
+
+
+def _with_a_root(options: Options) -> Options:
+    """A list needs no photos: without a folder of them it takes any name for one."""
+    named = "root" in options.settings.get("data", {}) or options.scale_down
+    settings = options.settings if named else merged(options.settings, {"data": {"root": "photos"}})
+    return Options(
+        options.rows, options.folds, options.shots, options.out, settings, options.scale_down
+    )
+
+
+def _folder(options: Options) -> Path:
+    return Path(options.out) / "scaled-down" if options.scale_down else Path(options.out)
+
+
+def _chosen_rows(table: Table, names: Sequence[str]) -> list[Row]:
+    numbered = {str(number): row for number, row in enumerate(table.rows, 1)}
+    for name in names:
+        if name not in numbered and name not in {row.run for row in table.rows}:
+            known = ", ".join(f"{n} {row.run or row.label}" for n, row in numbered.items())
+            raise ValueError(f"rows: expected names or numbers of {known}; got {name!r}")
+    return [r for n, r in numbered.items() if not names or n in names or r.run in names]
+
+
+def _check_within(name: str, got: Sequence[int], known: Sequence[int]) -> None:
+    wrong = [value for value in got if value not in known]
+    if wrong:
+        expected = ", ".join(map(str, known))
+        raise ValueError(f"{name}: expected numbers of {expected}; got {wrong[0]}")
+
+
+def _plan_run(
+    table: Table, row: Row, shots: int, fold: int, overrides: dict[str, Any], options: Options
+) -> Run:
+    name = table.data.name.lower()
+    folder = _folder(options) / name / str(row.run) / f"{shots}shot-fold{fold}"
+    run = Run(row, shots, fold, folder)
+    if row.run is None:
+        run.reason = "quoted by the paper from another method"
+        return run
+    try:
+        values = run_values(table, row, shots, fold, overrides)
+        run.config = TrainConfig.from_dict(values | {"out": str(folder)})
+    except (ValueError, TypeError) as error:
+        if str(error).startswith("data.root:"):
+            raise ValueError(f"{error} (needed here: {table.data.needs})") from error
+        run.reason = str(error)
+    return run
+
+
+def _check_settings(run: Run) -> None:
+    """Raises ValueError where the folder holds a finished run of other settings."""
+    path = run.folder / "result.json"
+    assert run.config is not None
+    if path.is_file():
+        stored = json.loads(path.read_text())["config"]
+        check_same(_settings(stored), _settings(run.config.to_dict()), path)
+
+
+def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, dict):
+            flat |= _settings(value, f"{name}.")
+        elif name not in _FREE:
+            flat[name] = value
+    return flat
+
+
+def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -> None:
+    """Trains or resumes a run and takes its result; a failure becomes its reason."""
+    config = run.config
+    assert config is not None
+    path = run.folder / "result.json"
+    print(f"\n{run.row.label}, {run.shots}-shot, fold {run.fold}: {run.state}", file=sys.stderr)
+    try:
+        if not path.is_file():
+            begun = (run.folder / "last.pt").is_file()
+            train(config, resume=begun, overwrite=not begun)
+        result = json.loads(path.read_text())
+        run.test = result["test"]
+        run.source = {name: result[name] for name in ("machine", "versions", "commit")}
+        if run.row.episodes is not None:
+            run.test = _test_again(run, options, evaluate)
+    except _FAILURES as error:
+        run.reason = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
+        print(f"{run.row.label}: {run.reason}", file=sys.stderr)
+
+
+def _test_again(
+    run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """The score on as many episodes as the row says: of a scaled down run, in proportion."""
+    config, episodes = run.config, run.row.episodes
+    assert config is not None and episodes is not None
+    if options.scale_down:
+        episodes = episodes * config.test_episodes // TrainConfig.test_episodes
+    path = run.folder / f"test-{episodes}.json"
+    if not path.is_file():
+        score = evaluate(
+            str(run.folder),
+            episodes=episodes,
+            root=config.data.root,
+            checkpoint=config.checkpoint,
+            accelerator=config.accelerator,
+        )
+        write_json(path, score)
+    return json.loads(path.read_text())
+
+
+def _write(table: Table, options: Options, runs: list[Run], folder: Path) -> dict[str, Any]:
+    rows = list(compared_rows(table, runs))
+    made = next((run for run in runs if run.test is not None), None)
+    result: dict[str, Any] = {
+        "table": table.name,
+        "title": table.title,
+        "metric": table.metric,
+        "data": table.data.name,
+        "scaled_down": _scale(made) if options.scale_down and made else options.scale_down,
+        "rows": rows,
+        "source": made.source if made else None,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    text = "\n".join(markdown(result)) + "\n"
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{table.name}.json", result)
+        with atomic_write(folder / f"{table.name}.md") as file:
+            file.write(text.encode())
+    return {**result, "markdown": text}
+
+
+def _scale(run: Run) -> str:
+    config = run.config
+    assert config is not None
+    model, data = config.model, config.data
+    return (
+        f"{model.backbone} of width {model.width}, {data.source}, {data.size} px, {config.steps} "
+        f"steps of {config.batch_size}, {config.test_episodes} test episodes"
+    )
