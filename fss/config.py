@@ -81,7 +81,7 @@ class ModelConfig:
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution with the stride: "conv2" (torchvision), "conv1"
             (Caffe, Keras).
-        width: channels of the backbone's stem; 64 in every published ResNet.
+        width: channels of the backbone's stem; 64 in every published ResNet and VGG.
         weights: of the backbone: a file, "torchvision" (downloaded by name), "shapes" (embedded,
             fits resnet18 of width 24) or "none".
         channels: of the head.
@@ -89,7 +89,7 @@ class ModelConfig:
     """
 
     name: Literal["baseline"] = "baseline"
-    backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
+    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn"] = "resnet50"
     stem: Literal["plain", "deep"] = "plain"
     stride_on: Literal["conv1", "conv2"] = "conv2"
     width: int = 64
@@ -99,7 +99,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _choice("model.name", self.name, ("baseline",))
-        _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101"))
+        _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101", "vgg16_bn"))
         _choice("model.stem", self.stem, ("plain", "deep"))
         _choice("model.stride_on", self.stride_on, ("conv1", "conv2"))
         _at_least("model.width", self.width, 1)

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fss.models.backbone import ARCHITECTURES, BasicBlock, ResNet
+from fss.models.backbone import ARCHITECTURES, BACKBONES, Backbone, BasicBlock
+from fss.models.vgg import VGG, own_keys
 
 _SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
 
@@ -23,11 +24,11 @@ class _Description(NamedTuple):
     width: int
 
 
-def load_backbone(backbone: ResNet, weights: str) -> None:
+def load_backbone(backbone: Backbone, weights: str) -> None:
     """Loads pretrained weights into a backbone, all of them or none.
 
-    float16 tensors are cast to the backbone's dtype. `fc.*` and `num_batches_tracked` are ignored,
-    a `module.` prefix is removed.
+    float16 tensors are cast to the backbone's dtype. `fc.*`, a VGG's `classifier.*` and
+    `num_batches_tracked` are ignored, a `module.` prefix is removed.
 
     Args:
         backbone: from `build_backbone`.
@@ -61,6 +62,8 @@ def load_backbone(backbone: ResNet, weights: str) -> None:
         for key, value in state.items()
         if not _ignored(key.removeprefix("module."))
     }
+    if isinstance(backbone, VGG):
+        state = own_keys(state)
     _check(backbone, state, weights)
     if stride_on and backbone.stride_on and stride_on != backbone.stride_on:
         raise ValueError(
@@ -72,10 +75,10 @@ def load_backbone(backbone: ResNet, weights: str) -> None:
 
 
 def _ignored(key: str) -> bool:
-    return key.startswith("fc.") or key.endswith("num_batches_tracked")
+    return key.startswith(("fc.", "classifier.")) or key.endswith("num_batches_tracked")
 
 
-def _download(backbone: ResNet) -> dict[str, Tensor]:
+def _download(backbone: Backbone) -> dict[str, Tensor]:
     name = _describe(backbone.state_dict()).backbone
     try:
         from torchvision.models import get_model_weights
@@ -140,7 +143,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in state.items()}
 
 
-def _check(backbone: ResNet, state: dict[str, Any], weights: str) -> None:
+def _check(backbone: Backbone, state: dict[str, Any], weights: str) -> None:
     expected = {key: value for key, value in backbone.state_dict().items() if not _ignored(key)}
     missing = [key for key in expected if key not in state]
     unexpected = [
@@ -166,7 +169,10 @@ def _first(keys: list[str], count: int = 10) -> str:
 
 def _guess(expected: _Description, got: _Description | None) -> str:
     if got is None:
-        return "It has no keys of a ResNet (conv1, bn1, layer1.0.conv1, …): is it the right file?"
+        return (
+            "It has no keys of a ResNet (conv1, bn1, layer1.0.conv1, …) or VGG (features.0, …): is "
+            "it the right file?"
+        )
     settings = [
         f"{name}={value}"
         for name, value in got._asdict().items()
@@ -174,14 +180,17 @@ def _guess(expected: _Description, got: _Description | None) -> str:
     ]
     if not settings:
         return "Name, stem and width agree: the file seems to be incomplete or changed."
-    if got.backbone not in ARCHITECTURES:
-        return f"These are weights of {got.backbone}; supported are {', '.join(ARCHITECTURES)}."
+    if got.backbone not in BACKBONES:
+        return f"These are weights of {got.backbone}; supported are {', '.join(BACKBONES)}."
     return f"These look like {got.backbone} weights with a {got.stem} stem: set " + ", ".join(
         settings
     )
 
 
 def _describe(state: dict[str, Any]) -> _Description | None:
+    vgg = own_keys(state).get("layer0.0.weight")
+    if isinstance(vgg, Tensor) and vgg.ndim == 4:
+        return _Description("vgg16_bn", "plain", vgg.shape[0])
     first = state.get("layer1.0.conv1.weight")
     if not isinstance(first, Tensor) or first.ndim == 0:
         return None
