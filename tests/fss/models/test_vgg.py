@@ -94,7 +94,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_convert_fuses_every_unit():
-    plain = _randomise(_vgg())
+    plain = _randomise(_vgg()).requires_grad_(False)
     converted = svf_fast.convert(copy.deepcopy(plain), progress=False).eval()
     layers = [converted.layer2, converted.layer3, converted.layer4]
     assert [len(layer._names) for layer in layers] == [3, 3, 3]
