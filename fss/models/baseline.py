@@ -52,10 +52,14 @@ class Baseline(FewShotModel):
             TypeError, ValueError: inputs of another type, shape, size or device.
         """
         features = self.features(query_image, support_images, support_masks)
-        query = self.query(features)
-        prototype = self.prototypes(features).mean(dim=1).expand_as(query)
-        prior = features.priors.mean(dim=0).to(query.dtype)
-        merged = self.merge(torch.cat([query, prototype, prior], dim=1))
+        prototype = self.prototypes(features).mean(dim=1)
+        logits = self.compare(self.query(features), prototype, features.priors.mean(dim=0))
+        return Prediction(resize(logits, query_image.shape[-2:]), ())
+
+    def compare(self, query: Tensor, prototype: Tensor, prior: Tensor) -> Tensor:
+        """Query [B, C, h, w], prototype [B, C, 1, 1], prior [B, 1, h, w] to logits [B, 2, h, w]."""
+        parts = [query, prototype.expand_as(query), prior.to(query.dtype)]
+        merged = self.merge(torch.cat(parts, dim=1))
         merged = self.project(self.aspp(merged))
         merged = merged + self.residual(merged)
-        return Prediction(resize(self.classifier(merged), query_image.shape[-2:]), ())
+        return self.classifier(merged)
