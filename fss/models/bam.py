@@ -1,4 +1,4 @@
-"""BAM (Lang et al. 2022), "Learning What Not to Segment: A New Perspective on Few-Shot Segmentation".
+"""BAM: Lang et al., "Learning What Not to Segment", CVPR 2022.
 
 Equations are those of the paper; the published code is the reference where it says more.
 """
@@ -119,7 +119,6 @@ class BAM(Baseline):
             TypeError, ValueError: inputs of another type, shape, size or device.
         """
         features = self.features(query_image, support_images, support_masks)
-        shots, batch = features.priors.shape[:2]
         distances = gram_distance(features.query_low, features.support_low)
         weights = self._weigh(distances)
         distance = (weights * distances).sum(dim=1)[:, None, None, None]

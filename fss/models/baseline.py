@@ -52,8 +52,9 @@ class Baseline(FewShotModel):
             TypeError, ValueError: inputs of another type, shape, size or device.
         """
         features = self.features(query_image, support_images, support_masks)
+        query = self.query(features)
         prototype = self.prototypes(features).mean(dim=1)
-        logits = self.compare(self.query(features), prototype, features.priors.mean(dim=0))
+        logits = self.compare(query, prototype, features.priors.mean(dim=0))
         return Prediction(resize(logits, query_image.shape[-2:]), ())
 
     def compare(self, query: Tensor, prototype: Tensor, prior: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""PFENet (Tian et al. 2020), "Prior Guided Feature Enrichment Network for Few-Shot Segmentation"."""
+"""PFENet: Tian et al., "Prior Guided Feature Enrichment Network", TPAMI 2020."""
 
 from __future__ import annotations
 
