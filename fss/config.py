@@ -76,29 +76,35 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: "baseline", the paper's: PFENet with an ASPP in place of its FEM, main loss only.
+        name: "baseline", the paper's: PFENet with an ASPP in place of its FEM, main loss only;
+            "pfenet"; or "bam".
         backbone: the feature extractor.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution with the stride: "conv2" (torchvision), "conv1"
             (Caffe, Keras).
         width: channels of the backbone's stem; 64 in every published ResNet and VGG.
         weights: of the backbone: a file, "torchvision" (downloaded by name), "shapes" (embedded,
-            fits resnet18 of width 24) or "none".
+            fits resnet18 of width 24) or "none". A base learner brings its own backbone.
+        base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
+            folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
+        official: the authors' PFENet or BAM checkpoint, from which the whole network starts.
         channels: of the head.
         dropout: probability that the head drops a channel while training.
     """
 
-    name: Literal["baseline"] = "baseline"
+    name: Literal["baseline", "pfenet", "bam"] = "baseline"
     backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn"] = "resnet50"
     stem: Literal["plain", "deep"] = "plain"
     stride_on: Literal["conv1", "conv2"] = "conv2"
     width: int = 64
     weights: str = "torchvision"
+    base_weights: str | None = None
+    official: str | None = None
     channels: int = 256
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        _choice("model.name", self.name, ("baseline",))
+        _choice("model.name", self.name, ("baseline", "pfenet", "bam"))
         _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101", "vgg16_bn"))
         _choice("model.stem", self.stem, ("plain", "deep"))
         _choice("model.stride_on", self.stride_on, ("conv1", "conv2"))
@@ -106,6 +112,21 @@ class ModelConfig:
         _at_least("model.channels", self.channels, 1)
         if not self.weights:
             raise ValueError('model.weights: expected a file, "torchvision", "shapes" or "none"')
+        if self.name == "bam" and not self.base_weights and not self.official:
+            raise ValueError(
+                "model.base_weights: expected BAM's base learner, got nothing; train one with "
+                "fss train-base and give its folder, or give the authors' PSPNet checkpoint"
+            )
+        if self.name != "bam" and self.base_weights not in (None, "none"):
+            raise ValueError(
+                f"model.base_weights: expected nothing, {self.name} has no base learner; "
+                f"got {self.base_weights!r}"
+            )
+        if self.name == "baseline" and self.official:
+            raise ValueError(
+                "model.official: expected nothing, baseline has no checkpoint of its authors' that "
+                f"fits; got {self.official!r}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: expected 0 up to below 1, got {self.dropout}")
 

@@ -15,7 +15,7 @@ from fss.models.pooling import resize
 
 # Where layers 0 to 4 begin and end among the children of torchvision's `vgg16_bn().features`; each
 # of layers 0 to 3 ends with a max-pool, the last of the network is dropped.
-_CUTS = (0, 7, 14, 24, 34, 43)
+CUTS = (0, 7, 14, 24, 34, 43)
 _DEPTHS = (2, 2, 3, 3, 3)
 
 _Value = TypeVar("_Value")
@@ -54,7 +54,7 @@ class VGG(nn.Module):
                 in_channels = out_channels
             if n < 4:
                 modules.append(nn.MaxPool2d(2, stride=2, ceil_mode=True))
-            named = OrderedDict((str(_CUTS[n] + i), module) for i, module in enumerate(modules))
+            named = OrderedDict((str(CUTS[n] + i), module) for i, module in enumerate(modules))
             self.add_module(f"layer{n}", nn.Sequential(named))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -78,8 +78,8 @@ def own_keys(state: dict[str, _Value]) -> dict[str, _Value]:
     for key, value in state.items():
         first, _, rest = key.partition(".")
         index = rest.partition(".")[0]
-        if first == "features" and index.isdigit() and int(index) < _CUTS[-1]:
-            layer = sum(int(index) >= cut for cut in _CUTS) - 1
+        if first == "features" and index.isdigit() and int(index) < CUTS[-1]:
+            layer = sum(int(index) >= cut for cut in CUTS) - 1
             key = f"layer{layer}.{rest}"
         renamed[key] = value
     return renamed

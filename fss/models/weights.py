@@ -57,11 +57,7 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
                 f"got {weights!r}; looked for {path.absolute()}"
             )
         state, stride_on = _read(path)
-    state = {
-        key.removeprefix("module."): value
-        for key, value in state.items()
-        if not _ignored(key.removeprefix("module."))
-    }
+    state = {key: value for key, value in _bare(state).items() if not _ignored(key)}
     if isinstance(backbone, VGG):
         state = own_keys(state)
     _check(backbone, state, weights)
@@ -72,6 +68,39 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
         )
     # What is missing now are the counters num_batches_tracked.
     backbone.load_state_dict(state, strict=False)
+
+
+def read_state(argument: str, path: Path) -> dict[str, Any]:
+    """The state dict in a file, at the top or under `state_dict`, without `module.` prefixes.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one that cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{argument}: expected the path of an existing file, got {str(path)!r}; looked for "
+            f"{path.absolute()}"
+        )
+    return _bare(_read(path)[0])
+
+
+def differences(expected: dict[str, Tensor], state: dict[str, Any]) -> str:
+    """Lines on what is missing, unexpected or of another shape in a state dict; "" if nothing."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [
+        key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
+    ]
+    reshaped = [
+        f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
+        for key, value in expected.items()
+        if isinstance(state.get(key), Tensor) and state[key].shape != value.shape
+    ]
+    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
+
+
+def _bare(state: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _ignored(key: str) -> bool:
@@ -145,19 +174,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 def _check(backbone: Backbone, state: dict[str, Any], weights: str) -> None:
     expected = {key: value for key, value in backbone.state_dict().items() if not _ignored(key)}
-    missing = [key for key in expected if key not in state]
-    unexpected = [
-        key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
-    ]
-    reshaped = [
-        f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
-        for key, value in expected.items()
-        if isinstance(state.get(key), Tensor) and state[key].shape != value.shape
-    ]
-    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    if not any(keys for _, keys in lists):
+    report = differences(expected, state)
+    if not report:
         return
-    report = "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
     guess = _guess(_describe(expected), _describe(state))
     raise ValueError(f"weights: {weights} does not fit the backbone.{report}\n  {guess}")
 
