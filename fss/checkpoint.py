@@ -24,8 +24,7 @@ def signature(config: TrainConfig) -> dict[str, Any]:
             f"model.{name}": values["model"][name]
             for name in ("name", "backbone", "stem", "stride_on", "width", "channels")
         },
-        "regime.name": values["regime"]["name"],
-        "regime.layers": None if config.regime.name == "freeze" else values["regime"]["layers"],
+        **{f"regime.{name}": value for name, value in config.regime.signature().items()},
         "data.source": values["data"]["source"],
         "data.fold": values["data"]["fold"],
     }

@@ -133,27 +133,143 @@ class ModelConfig:
 
 @dataclass
 class RegimeConfig:
-    """What trains in the backbone; the head always does, the batch norms never do.
+    """What trains in the backbone; the head always does.
+
+    Names and what becomes of the weight W of each convolution in `layers`, folded to a matrix of
+    Co rows and Ci·kh·kw columns, with its singular value decomposition W = U S Vᵀ. S' is
+    exp(s'), s' begins at 0, so that all but "rotated_svf" begin with the pretrained network:
+
+    - "freeze": W is frozen (Table 16's baseline; with `batch_norm`, Tables 16 and 21);
+    - "full": W trains, and the bias where there is one (Tables 17 and 18);
+    - "svf": U S Vᵀ, the paper's; `factors` are the ones that train, S unless said (Tables 19, 20);
+    - "svf_scale": U S S' Vᵀ; `factors` S' (unless said), or S and S' (Table 23);
+    - "scale_output": S' W, a factor per row, that is output channel (Table 22);
+    - "scale_input": W S', a factor per column, that is weight of a filter (Table 22);
+    - "rotated_scale": R S' Rᵀ W with a random rotation R (Tables 9 and 24);
+    - "rotated_svf": U R S Rᵀ Vᵀ, another network than the pretrained one: S stays diagonal while
+      its basis turns; `factors` S (unless said), or none: frozen (Tables 9 and 24);
+    - "adapter": a bottleneck after each of `layers`, x + up(relu(down(x))), up begins at 0
+      (Table 10);
+    - "bias": every bias of convolutions and batch norms in `layers` (Table 13); in a ResNet only
+      batch norms have one.
 
     Args:
-        name: "freeze", nothing; "svf", the singular values of `layers`; "full", the convolution
-            weights of `layers` (the paper's Table 17).
-        layers: the backbone's children that "svf" and "full" act upon.
+        name: one of those above.
+        layers: the backbone's children that the regime acts upon; "all" stands for each of them.
+        kernel: only the convolutions of this size: "3x3", "1x1" or "all" (Table 18).
+        factors: what trains of a decomposed weight: any of U, S, V for "svf"; see above for the
+            other names, most of which have none.
+        batch_norm: affine parameters of the batch norms in `layers` that train too: "none",
+            "weight", "bias" or "both"; alone with "freeze", with S in "svf" (Tables 16 and 21).
+        batch_norm_statistics: "frozen", the stored ones, as the paper has it; "batch", those of the
+            batch while training, which update the stored ones.
+        adapter_reduction: channels of a stage over those inside its adapter.
         strategy: how SVF layers compute: "auto", "reference", "fold", "chain" or "gram", all exact.
     """
 
-    name: Literal["freeze", "svf", "full"] = "svf"
+    name: Literal[
+        "freeze",
+        "full",
+        "svf",
+        "svf_scale",
+        "scale_output",
+        "scale_input",
+        "rotated_scale",
+        "rotated_svf",
+        "adapter",
+        "bias",
+    ] = "svf"
     layers: tuple[str, ...] = ("layer2", "layer3", "layer4")
+    kernel: Literal["all", "3x3", "1x1"] = "all"
+    factors: tuple[str, ...] | None = None
+    batch_norm: Literal["none", "weight", "bias", "both"] = "none"
+    batch_norm_statistics: Literal["frozen", "batch"] = "frozen"
+    adapter_reduction: int = 4
     strategy: Literal["auto", "reference", "fold", "chain", "gram"] = "auto"
 
     def __post_init__(self) -> None:
         self.layers = tuple(self.layers)
-        _choice("regime.name", self.name, ("freeze", "svf", "full"))
+        if self.factors is not None:
+            self.factors = tuple(self.factors)
+        _choice("regime.name", self.name, _REGIMES)
+        _choice("regime.kernel", self.kernel, ("all", "3x3", "1x1"))
+        _choice("regime.batch_norm", self.batch_norm, ("none", "weight", "bias", "both"))
+        _choice("regime.batch_norm_statistics", self.batch_norm_statistics, ("frozen", "batch"))
         _choice("regime.strategy", self.strategy, ("auto", "reference", "fold", "chain", "gram"))
-        if self.name != "freeze" and not self.layers:
+        _at_least("regime.adapter_reduction", self.adapter_reduction, 1)
+        acts = self.name != "freeze" or self.batch_norm != "none"
+        if acts and not self.layers:
+            what = self.name if self.name != "freeze" else f"batch_norm {self.batch_norm}"
+            raise ValueError(f'regime.layers: expected at least one layer for "{what}", got none')
+        if len(set(self.layers)) != len(self.layers) or ("all" in self.layers[1:]):
             raise ValueError(
-                f'regime.layers: expected at least one layer for "{self.name}", got none'
+                f'regime.layers: expected different layers, or "all" alone; got {list(self.layers)}'
             )
+        if self.kernel != "all" and self.name in ("freeze", "adapter", "bias"):
+            raise ValueError(
+                f'regime.kernel: "{self.name}" changes no convolution, so none can be chosen by '
+                f'its size; leave kernel out, got "{self.kernel}"'
+            )
+        if self.batch_norm_statistics == "batch" and not acts:
+            raise ValueError(
+                'regime.batch_norm_statistics: "freeze" trains nothing in the backbone; set '
+                "batch_norm or another regime.name for statistics of the batch"
+            )
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        if self.factors is None:
+            return
+        sets = _FACTORS.get(self.name)
+        if sets is None:
+            raise ValueError(
+                f'regime.factors: "{self.name}" decomposes no weight; leave factors out, '
+                f"got {list(self.factors)}"
+            )
+        if frozenset(self.factors) not in sets or len(set(self.factors)) != len(self.factors):
+            listed = " or ".join(str(sorted(choice)) for choice in sets)
+            raise ValueError(
+                f'regime.factors: expected {listed} for "{self.name}", got {list(self.factors)}'
+            )
+
+    @property
+    def trained_factors(self) -> tuple[str, ...]:
+        """What trains of a decomposed weight: `factors`, or by default S, or S' of "svf_scale"."""
+        if self.factors is not None:
+            return self.factors
+        return {"svf": ("S",), "rotated_svf": ("S",), "svf_scale": ("S'",)}.get(self.name, ())
+
+    def signature(self) -> dict[str, Any]:
+        """What determines which weights there are and which of them train, as plain values."""
+        values = dataclasses.asdict(self)
+        del values["strategy"]
+        values["factors"] = sorted(self.trained_factors)
+        values["layers"] = list(self.layers)
+        if self.name != "adapter":
+            del values["adapter_reduction"]
+        if self.name == "freeze" and self.batch_norm == "none":
+            values["layers"] = None
+        return values
+
+
+_REGIMES = (
+    "freeze",
+    "full",
+    "svf",
+    "svf_scale",
+    "scale_output",
+    "scale_input",
+    "rotated_scale",
+    "rotated_svf",
+    "adapter",
+    "bias",
+)
+# What may train of a decomposed weight, by regime, in the order of the messages.
+_FACTORS: dict[str, tuple[frozenset[str], ...]] = {
+    "svf": tuple(map(frozenset, ("S", "U", "V", "SU", "SV", "UV", "SUV"))),
+    "svf_scale": (frozenset(["S'"]), frozenset(["S", "S'"])),
+    "rotated_svf": (frozenset(["S"]), frozenset()),
+}
 
 
 @dataclass

@@ -41,8 +41,40 @@ def test_dict_round_trip(tiny):
         (lambda: ModelConfig(backbone="vgg"), "model.backbone: .*vgg16_bn; got 'vgg'"),
         (lambda: ModelConfig(dropout=1.0), "model.dropout: expected 0 up to below 1, got 1.0"),
         (lambda: ModelConfig(weights=""), "model.weights: expected a file"),
-        (lambda: RegimeConfig(name="part"), "regime.name: .*freeze, svf, full; got 'part'"),
+        (lambda: RegimeConfig(name="part"), "regime.name: .*freeze, full, svf, .*got 'part'"),
         (lambda: RegimeConfig(layers=()), 'regime.layers: .*"svf", got none'),
+        (
+            lambda: RegimeConfig(name="freeze", layers=(), batch_norm="both"),
+            'regime.layers: .*"batch_norm both", got none',
+        ),
+        (
+            lambda: RegimeConfig(layers=("layer2", "layer2")),
+            r"regime.layers: expected different .*got \['layer2', 'layer2'\]",
+        ),
+        (
+            lambda: RegimeConfig(name="bias", kernel="3x3"),
+            'regime.kernel: "bias" changes no convolution, .*got "3x3"',
+        ),
+        (
+            lambda: RegimeConfig(name="full", factors=("S",)),
+            r"""regime.factors: "full" decomposes no weight; leave factors out, got \['S'\]""",
+        ),
+        (
+            lambda: RegimeConfig(factors=()),
+            r"""regime.factors: expected \['S'\] or .*\['S', 'U', 'V'\] for "svf", got \[\]""",
+        ),
+        (
+            lambda: RegimeConfig(name="svf_scale", factors=("S",)),
+            r"""regime.factors: expected \["S'"\] or \['S', "S'"\] for "svf_scale", got""",
+        ),
+        (
+            lambda: RegimeConfig(name="freeze", batch_norm_statistics="batch"),
+            'regime.batch_norm_statistics: "freeze" trains nothing',
+        ),
+        (
+            lambda: RegimeConfig(name="adapter", adapter_reduction=0),
+            "regime.adapter_reduction: .*from 1 on, got 0",
+        ),
         (lambda: OptimizerConfig(lr=float("nan")), "optimizer.lr: .*above 0, got nan"),
         (lambda: OptimizerConfig(backbone_lr=0), "optimizer.backbone_lr: .*above 0, got 0"),
         (lambda: OptimizerConfig(schedule="poly"), "optimizer.schedule: .*constant; got 'poly'"),
