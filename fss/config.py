@@ -28,6 +28,8 @@ class DataConfig:
         exclude_novel: train only on photos without any novel class (the paper's † filter).
         scale: range of the random scale of training photos (Pascal 0.9-1.1, COCO 0.8-1.25).
         rotate: largest rotation of training photos, degrees, applied to half of them.
+        skip_unreadable: replace an episode with a photo that cannot be read, with a warning that
+            names and counts; by default such a photo ends the run.
         workers: processes that load episodes; 0 loads in the training process.
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
@@ -41,6 +43,7 @@ class DataConfig:
     exclude_novel: bool = True
     scale: tuple[float, float] = (0.9, 1.1)
     rotate: float = 10.0
+    skip_unreadable: bool = False
     workers: int = 2
     seed: int = 321
 

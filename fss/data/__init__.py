@@ -73,4 +73,5 @@ def build_episodes(
         seed,
         config.min_area,
         config.exclude_novel,
+        config.skip_unreadable,
     )
