@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .lists import Pair
 from .scan import check_sizes, open_classes, read_image, scan
 from .source import Mask
 
@@ -61,6 +62,12 @@ class ListedSource:
         self._indices = {"train": train, "test": test}
         key = f"{type(self).__name__} {self.root.resolve()}"
         self._records = scan(key, self._images, self._masks, self._open_mask)
+
+    def _take_splits(self, train: Sequence[Pair], test: Sequence[Pair]) -> None:
+        """Takes the files of two lists; a file in both is one image."""
+        number = {pair: index for index, pair in enumerate(dict.fromkeys((*train, *test)))}
+        images, masks = zip(*number, strict=True)
+        self._take(images, masks, [number[pair] for pair in train], [number[pair] for pair in test])
 
     def _check_class_ids(self, hint: str = "correct the mask or the list") -> None:
         for path, record in zip(self._masks, self._records, strict=True):
