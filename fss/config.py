@@ -18,8 +18,15 @@ class DataConfig:
     """Where the photos come from and how episodes are made of them.
 
     Args:
-        source: "folder" reads a Pascal VOC layout, "shapes" renders the embedded procedural set.
-        root: the folder with JPEGImages/, SegmentationClass/ and classes.json; "folder" only.
+        source: "folder" reads a Pascal VOC layout with its own classes, "pascal" Pascal-5i, "coco"
+            COCO-20i, "shapes" renders the embedded procedural set.
+        root: the folder of the data set: with "folder" JPEGImages/, SegmentationClass/ and
+            classes.json, with "pascal" and "coco" as `fss data prepare`, PFENet, BAM or HSNet
+            lay it out; not with "shapes".
+        train_list: file with `image mask` per line for "pascal" and "coco", together with
+            `val_list`; a path prefix is left off. By default the published lists.
+        val_list: as `train_list`, of the test photos.
+        folds: of "coco": "fwb" (novel classes k + 1, k + 5, …) or "panet" (20k + 1 to 20k + 20).
         fold: which classes are novel, from 0.
         shots: support photos per episode (K).
         size: side of the network's square input, pixels; size - 1 is a multiple of 8.
@@ -28,12 +35,17 @@ class DataConfig:
         exclude_novel: train only on photos without any novel class (the paper's † filter).
         scale: range of the random scale of training photos (Pascal 0.9-1.1, COCO 0.8-1.25).
         rotate: largest rotation of training photos, degrees, applied to half of them.
+        skip_unreadable: replace an episode with a photo that cannot be read, with a warning that
+            names and counts; by default such a photo ends the run.
         workers: processes that load episodes; 0 loads in the training process.
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
 
-    source: Literal["folder", "shapes"] = "folder"
+    source: Literal["folder", "pascal", "coco", "shapes"] = "folder"
     root: str | None = None
+    train_list: str | None = None
+    val_list: str | None = None
+    folds: Literal["fwb", "panet"] = "fwb"
     fold: int = 0
     shots: int = 1
     size: int = 473
@@ -41,13 +53,21 @@ class DataConfig:
     exclude_novel: bool = True
     scale: tuple[float, float] = (0.9, 1.1)
     rotate: float = 10.0
+    skip_unreadable: bool = False
     workers: int = 2
     seed: int = 321
 
     def __post_init__(self) -> None:
         self.scale = tuple(self.scale)
-        _choice("data.source", self.source, ("folder", "shapes"))
-        if self.source == "folder" and not self.root:
+        _choice("data.source", self.source, ("folder", "pascal", "coco", "shapes"))
+        _choice("data.folds", self.folds, ("fwb", "panet"))
+        if (self.train_list is None) != (self.val_list is None):
+            raise ValueError("data.train_list, data.val_list: expected both or none, got one")
+        if self.train_list and self.source not in ("pascal", "coco"):
+            raise ValueError(
+                f'data.train_list: only "pascal" and "coco" take lists, not "{self.source}"'
+            )
+        if self.source != "shapes" and not self.root:
             raise ValueError(
                 "data.root: expected the folder of the photos, got nothing; give --data.root, or "
                 "--data.source shapes for the embedded photos"
