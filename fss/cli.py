@@ -18,7 +18,7 @@ from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_source
 from fss.engine import train
-from fss.evaluation import evaluate_seeds, table
+from fss.evaluation import episode_classes, evaluate_seeds, table
 from fss.files import write_json
 from fss.models import build_model
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
@@ -68,10 +68,11 @@ def evaluate_run(
         path = path / f"{checkpoint}.pt"
     state = load_checkpoint(path)
     values = state["config"]
+    trained_shots = values["data"]["shots"]
     overrides = {"shots": shots, "root": root, "workers": workers}
     values["data"] |= {name: value for name, value in overrides.items() if value is not None}
     # The checkpoint holds the backbone too: no other file is needed.
-    values["model"]["weights"] = "none"
+    values["model"] |= {"weights": "none", "base_weights": "none", "official": None}
     overrides = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
     values |= {name: value for name, value in overrides.items() if value is not None}
     config = TrainConfig.from_dict(values)
@@ -80,7 +81,8 @@ def evaluate_run(
         raise ValueError("accelerator: expected a GPU for cuda, found none; set accelerator to cpu")
     fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
     source = build_source(config.data)
-    network = build_model(config.model)
+    base = episode_classes(source, config.data.fold, novel=False)
+    network = build_model(config.model, len(base), trained_shots)
     apply_regime(network, config.regime)
     network.load_state_dict(state["model"])
     result = evaluate_seeds(

@@ -18,8 +18,15 @@ class DataConfig:
     """Where the photos come from and how episodes are made of them.
 
     Args:
-        source: "folder" reads a Pascal VOC layout, "shapes" renders the embedded procedural set.
-        root: the folder with JPEGImages/, SegmentationClass/ and classes.json; "folder" only.
+        source: "folder" reads a Pascal VOC layout with its own classes, "pascal" Pascal-5i, "coco"
+            COCO-20i, "shapes" renders the embedded procedural set.
+        root: the folder of the data set: with "folder" JPEGImages/, SegmentationClass/ and
+            classes.json, with "pascal" and "coco" as `fss data prepare`, PFENet, BAM or HSNet
+            lay it out; not with "shapes".
+        train_list: file with `image mask` per line for "pascal" and "coco", together with
+            `val_list`; a path prefix is left off. By default the published lists.
+        val_list: as `train_list`, of the test photos.
+        folds: of "coco": "fwb" (novel classes k + 1, k + 5, …) or "panet" (20k + 1 to 20k + 20).
         fold: which classes are novel, from 0.
         shots: support photos per episode (K).
         size: side of the network's square input, pixels; size - 1 is a multiple of 8.
@@ -28,12 +35,17 @@ class DataConfig:
         exclude_novel: train only on photos without any novel class (the paper's † filter).
         scale: range of the random scale of training photos (Pascal 0.9-1.1, COCO 0.8-1.25).
         rotate: largest rotation of training photos, degrees, applied to half of them.
+        skip_unreadable: replace an episode with a photo that cannot be read, with a warning that
+            names and counts; by default such a photo ends the run.
         workers: processes that load episodes; 0 loads in the training process.
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
 
-    source: Literal["folder", "shapes"] = "folder"
+    source: Literal["folder", "pascal", "coco", "shapes"] = "folder"
     root: str | None = None
+    train_list: str | None = None
+    val_list: str | None = None
+    folds: Literal["fwb", "panet"] = "fwb"
     fold: int = 0
     shots: int = 1
     size: int = 473
@@ -41,13 +53,21 @@ class DataConfig:
     exclude_novel: bool = True
     scale: tuple[float, float] = (0.9, 1.1)
     rotate: float = 10.0
+    skip_unreadable: bool = False
     workers: int = 2
     seed: int = 321
 
     def __post_init__(self) -> None:
         self.scale = tuple(self.scale)
-        _choice("data.source", self.source, ("folder", "shapes"))
-        if self.source == "folder" and not self.root:
+        _choice("data.source", self.source, ("folder", "pascal", "coco", "shapes"))
+        _choice("data.folds", self.folds, ("fwb", "panet"))
+        if (self.train_list is None) != (self.val_list is None):
+            raise ValueError("data.train_list, data.val_list: expected both or none, got one")
+        if self.train_list and self.source not in ("pascal", "coco"):
+            raise ValueError(
+                f'data.train_list: only "pascal" and "coco" take lists, not "{self.source}"'
+            )
+        if self.source != "shapes" and not self.root:
             raise ValueError(
                 "data.root: expected the folder of the photos, got nothing; give --data.root, or "
                 "--data.source shapes for the embedded photos"
@@ -76,36 +96,57 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: "baseline", the paper's: PFENet with an ASPP in place of its FEM, main loss only.
+        name: "baseline", the paper's: PFENet with an ASPP in place of its FEM, main loss only;
+            "pfenet"; or "bam".
         backbone: the feature extractor.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution with the stride: "conv2" (torchvision), "conv1"
             (Caffe, Keras).
-        width: channels of the backbone's stem; 64 in every published ResNet.
+        width: channels of the backbone's stem; 64 in every published ResNet and VGG.
         weights: of the backbone: a file, "torchvision" (downloaded by name), "shapes" (embedded,
-            fits resnet18 of width 24) or "none".
+            fits resnet18 of width 24) or "none". A base learner brings its own backbone.
+        base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
+            folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
+        official: the authors' PFENet or BAM checkpoint, from which the whole network starts.
         channels: of the head.
         dropout: probability that the head drops a channel while training.
     """
 
-    name: Literal["baseline"] = "baseline"
-    backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
+    name: Literal["baseline", "pfenet", "bam"] = "baseline"
+    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn"] = "resnet50"
     stem: Literal["plain", "deep"] = "plain"
     stride_on: Literal["conv1", "conv2"] = "conv2"
     width: int = 64
     weights: str = "torchvision"
+    base_weights: str | None = None
+    official: str | None = None
     channels: int = 256
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        _choice("model.name", self.name, ("baseline",))
-        _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101"))
+        _choice("model.name", self.name, ("baseline", "pfenet", "bam"))
+        _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101", "vgg16_bn"))
         _choice("model.stem", self.stem, ("plain", "deep"))
         _choice("model.stride_on", self.stride_on, ("conv1", "conv2"))
         _at_least("model.width", self.width, 1)
         _at_least("model.channels", self.channels, 1)
         if not self.weights:
             raise ValueError('model.weights: expected a file, "torchvision", "shapes" or "none"')
+        if self.name == "bam" and not self.base_weights and not self.official:
+            raise ValueError(
+                "model.base_weights: expected BAM's base learner, got nothing; train one with "
+                "fss train-base and give its folder, or give the authors' PSPNet checkpoint"
+            )
+        if self.name != "bam" and self.base_weights not in (None, "none"):
+            raise ValueError(
+                f"model.base_weights: expected nothing, {self.name} has no base learner; "
+                f"got {self.base_weights!r}"
+            )
+        if self.name == "baseline" and self.official:
+            raise ValueError(
+                "model.official: expected nothing, baseline has no checkpoint of its authors' that "
+                f"fits; got {self.official!r}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: expected 0 up to below 1, got {self.dropout}")
 

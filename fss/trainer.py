@@ -30,7 +30,8 @@ from fss.run_log import RunLog
 
 # What may differ between the two halves of a resumed run: it does not change what is trained.
 _FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
-_FREE |= {"data.root", "data.workers", "model.weights", "accelerator"}
+_FREE |= {"data.root", "data.workers", "accelerator"}
+_FREE |= {"model.weights", "model.base_weights", "model.official"}
 
 
 class Trainer:
@@ -65,7 +66,8 @@ class Trainer:
         )
 
         fabric.seed_everything(config.seed, verbose=False)
-        self.network = build_model(config.model)
+        base = episode_classes(self.source, config.data.fold, novel=False)
+        self.network = build_model(config.model, len(base), config.data.shots)
         apply_regime(self.network, config.regime)
         optimizer = build_optimizer(self.network, config.optimizer)
         self.scheduler = build_scheduler(optimizer, config.optimizer, config.steps)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .coco import CocoSource
 from .episodes import Episode, EpisodeDataset, Split, collate_episodes
 from .folder import FolderSource
+from .pascal import PascalSource
 from .shapes import ShapesSource
 from .source import IGNORE, Source
 from .transforms import MEAN, STD, EvalTransform, Sample, TrainTransform
@@ -17,10 +19,12 @@ __all__ = [
     "IGNORE",
     "MEAN",
     "STD",
+    "CocoSource",
     "Episode",
     "EpisodeDataset",
     "EvalTransform",
     "FolderSource",
+    "PascalSource",
     "Sample",
     "ShapesSource",
     "Source",
@@ -38,15 +42,19 @@ def build_source(config: DataConfig) -> Source:
     """The source that a configuration names.
 
     Raises:
-        ValueError: an unknown name, or a folder source without its folder.
+        ValueError: an unknown name, or a source without its folder.
     """
     if config.source == "shapes":
         return ShapesSource(size=config.size, seed=config.seed)
+    if not config.root:
+        raise ValueError("data.root: expected the folder of the photos, got nothing")
     if config.source == "folder":
-        if not config.root:
-            raise ValueError("data.root: expected the folder of the photos, got nothing")
         return FolderSource(config.root)
-    raise ValueError(f"data.source: expected folder or shapes, got {config.source!r}")
+    if config.source == "pascal":
+        return PascalSource(config.root, config.train_list, config.val_list)
+    if config.source == "coco":
+        return CocoSource(config.root, config.folds, config.train_list, config.val_list)
+    raise ValueError(f"data.source: expected folder, shapes, pascal or coco, got {config.source!r}")
 
 
 def train_transform(config: DataConfig) -> TrainTransform:
@@ -73,4 +81,5 @@ def build_episodes(
         seed,
         config.min_area,
         config.exclude_novel,
+        config.skip_unreadable,
     )

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from .source import IGNORE, Source
+from .source import IGNORE, Mask, Source
 from .transforms import Sample, Transform
 
 Split = Literal["train", "validation", "test"]
 
 # Streams of random numbers of one seed: the order of the queries, and all else of an episode.
 _ORDER, _EPISODE = 0, 1
+
+# Episodes drawn for one place before a data set counts as broken.
+_READ_TRIES = 10
+
+
+class UnreadableImage(ValueError):
+    """An image or a mask of an episode that cannot be read."""
 
 
 class Episode(NamedTuple):
@@ -39,9 +49,13 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
 
     An item is a dict of `query_image` float32 [3, S, S], `query_mask` int64 [S, S],
     `support_images` float32 [K, 3, S, S], `support_masks` int64 [K, S, S], `class_id`, `index` (i),
-    `query_name` and `support_names`. The evaluation transform adds `query_size` int64 [2], the
-    height and width of the pasted query, and `query_mask_original` int64 [H, W], the mask at the
-    size of the image.
+    `query_name` and `support_names`. For a model that segments the base classes too there are
+    `query_base_mask` int64 [S, S], under the transform of the query (0 background and novel
+    classes, 1 to n the fold's base classes in the order of their ids, 255 ignored), and
+    `base_class` int64 [], the place of the episode's class among them from 0, -1 when it is novel;
+    not where the fold leaves no base class or more than 254. The evaluation transform adds
+    `query_size` int64 [2], the height and width of the pasted query, and `query_mask_original`
+    int64 [H, W], the mask at the size of the image.
 
     Args:
         source: images, masks and folds.
@@ -54,9 +68,13 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: from 0.
         min_area: pixels at original size when at least 1, else a share of the image.
         exclude_novel: train only on images without any novel class, however small (the † filter).
+        skip_unreadable: draw another episode in place of one with an image that cannot be read,
+            and warn; an item then also has `unreadable`, the errors it met. Otherwise such an image
+            is an error.
 
     Attributes:
         classes: the split's class ids.
+        base_classes: the fold's base class ids, ascending.
         queries: the listed images.
         class_images: per class the listed images that it covers by at least `min_area`.
 
@@ -76,6 +94,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         min_area: float = 2048,
         exclude_novel: bool = False,
+        skip_unreadable: bool = False,
     ) -> None:
         for name, value, lowest in (
             ("fold", fold, 0),
@@ -97,15 +116,18 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         self.shots, self.transform = shots, transform
         self.episodes, self.seed = episodes, seed
         self.min_area, self.exclude_novel = min_area, exclude_novel
+        self.skip_unreadable = skip_unreadable
         novel = source.folds[fold]
-        base = tuple(c for c in source.class_names if c not in novel)
-        self.classes = novel if split == "test" else base
+        self.base_classes = tuple(sorted(c for c in source.class_names if c not in novel))
+        self.classes = novel if split == "test" else self.base_classes
+        self._base_labels = _base_labels(self.base_classes)
         self.queries, self.class_images = self._list_images(set(novel))
         self._shown = {
             index: sorted(set(source.class_areas(index)).intersection(self.classes))
             for index in self.queries
         }
         self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._unreadable = 0
 
     def __len__(self) -> int:
         return self.episodes
@@ -114,27 +136,64 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         if get_worker_info() is not None and cv2.getNumThreads() > 1:
             # Workers share the cores already, and a forked OpenCV thread pool can hang.
             cv2.setNumThreads(0)
-        episode = self.draw(index)
-        rng = self._rng(_EPISODE, index, 1)
+        errors: list[str] = []
+        while True:
+            try:
+                item = self._item(index, len(errors))
+            except UnreadableImage as error:
+                errors.append(str(error))
+                if not self.skip_unreadable:
+                    raise ValueError(
+                        f"{error}; data.skip_unreadable: true goes on with other images"
+                    ) from error
+                if len(errors) == _READ_TRIES:
+                    raise ValueError(
+                        f"{error}; so were images of the {_READ_TRIES - 1} episodes drawn in its "
+                        "place: check the data folder"
+                    ) from error
+                self._unreadable += 1
+                warnings.warn(
+                    f"{error}; another episode takes its place ({self._unreadable} unreadable so "
+                    "far in this process)",
+                    stacklevel=2,
+                )
+                continue
+            if self.skip_unreadable:
+                item["unreadable"] = errors
+            return item
+
+    def _item(self, index: int, attempt: int) -> dict[str, Any]:
+        episode = self.draw(index, attempt)
+        rng = self._rng(_EPISODE, index, 1, *([attempt] if attempt else []))
         query, original = self._load(index, episode.query, episode.class_id, rng)
         supports = [self._load(index, i, episode.class_id, rng)[0] for i in episode.supports]
         item = {
             "query_image": query.image,
-            "query_mask": query.mask,
+            "query_mask": _binary(query.mask, episode.class_id),
             "support_images": torch.stack([support.image for support in supports]),
-            "support_masks": torch.stack([support.mask for support in supports]),
+            "support_masks": torch.stack(
+                [_binary(support.mask, episode.class_id) for support in supports]
+            ),
             "class_id": episode.class_id,
             "index": index,
             "query_name": self.source.name(episode.query),
             "support_names": [self.source.name(i) for i in episode.supports],
         }
+        if self._base_labels is not None:
+            item["query_base_mask"] = self._base_labels[query.mask]
+            position = bisect_left(self.base_classes, episode.class_id)
+            item["base_class"] = torch.tensor(-1 if self.split == "test" else position)
         if query.size is not None:
             item["query_size"] = torch.tensor(query.size)
-            item["query_mask_original"] = torch.from_numpy(original.astype(np.int64))
+            original_mask = torch.from_numpy(original.astype(np.int64))
+            item["query_mask_original"] = _binary(original_mask, episode.class_id)
         return item
 
-    def draw(self, index: int) -> Episode:
-        """The images and the class of an episode, without loading anything."""
+    def draw(self, index: int, attempt: int = 0) -> Episode:
+        """The images and the class of an episode, without loading anything.
+
+        `attempt` counts the unreadable episodes that this one takes the place of.
+        """
         if not 0 <= index < self.episodes:
             raise IndexError(f"episode: expected 0 to {self.episodes - 1}, got {index}")
         round_, position = divmod(index, len(self.queries))
@@ -142,7 +201,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             order = self._rng(_ORDER, round_).permutation(len(self.queries))
             self._order = (round_, order)
         query = self.queries[self._order[1][position]]
-        rng = self._rng(_EPISODE, index, 0)
+        rng = self._rng(_EPISODE, index, 0, *([attempt] if attempt else []))
+        if attempt:
+            query = self.queries[rng.integers(len(self.queries))]
         shown = self._shown[query]
         class_id = shown[rng.integers(len(shown))]
         # One more than needed, so that the query can be left out.
@@ -208,15 +269,14 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
 
     def _load(
         self, episode: int, image_index: int, class_id: int, rng: np.random.Generator
-    ) -> tuple[Sample, NDArray[np.uint8]]:
+    ) -> tuple[Sample, Mask]:
         try:
             image, classes = self.source.load(image_index)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UnreadableImage(
                 f"episode {episode} ({self.split}, seed {self.seed}): {error}"
             ) from error
-        mask = np.where(classes == IGNORE, np.uint8(IGNORE), (classes == class_id).astype(np.uint8))
-        return self.transform(image, mask, rng), mask
+        return self.transform(image, classes, rng, class_id), classes
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
@@ -238,6 +298,21 @@ def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
         else:
             result[key] = values
     return result
+
+
+def _binary(classes: Tensor, class_id: int) -> Tensor:
+    """1 where the class is, 255 where ignored, else 0; int64 as `classes`."""
+    return (classes == class_id).long().masked_fill_(classes == IGNORE, IGNORE)
+
+
+def _base_labels(base: Sequence[int]) -> Tensor | None:
+    """A table from class ids to labels of base classes, int64; None where they do not fit."""
+    if not 0 < len(base) < IGNORE:
+        return None
+    table = torch.zeros(1 << 16, dtype=torch.int64)
+    table[list(base)] = torch.arange(1, len(base) + 1)
+    table[IGNORE] = IGNORE
+    return table
 
 
 def _check_integer(name: str, value: object, lowest: int) -> None:

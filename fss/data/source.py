@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 IGNORE = 255
 """Mask value of pixels that no loss and no metric counts."""
 
+Mask = NDArray[np.uint8] | NDArray[np.uint16]
+"""Class ids [H, W]; uint16 where a data set has more than 254 classes (none has the id 255)."""
+
 
 @runtime_checkable
 class Source(Protocol):
     """Images with dense class masks.
 
-    Class ids are 1 to 254; 0 is background and 255 is ignored. Images are numbered from 0 to
-    `len(source) - 1`, in an order that does not change from run to run.
+    Class ids begin at 1 and leave out 255; 0 is background and 255 is ignored. Images are numbered
+    from 0 to `len(source) - 1`, in an order that does not change from run to run.
 
     Attributes:
         class_names: the name of each class id.
@@ -34,7 +37,7 @@ class Source(Protocol):
         """The name of an image, for logs and pictures."""
         ...
 
-    def load(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def load(self, index: int) -> tuple[NDArray[np.uint8], Mask]:
         """The RGB image [H, W, 3] and its mask [H, W].
 
         Raises:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .source import IGNORE
+from .source import IGNORE, Mask
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 """ImageNet's mean of red, green and blue, of values from 0 to 1."""
@@ -35,10 +35,17 @@ class Sample(NamedTuple):
 
 
 class Transform(Protocol):
-    """Maps an RGB image uint8 [H, W, 3] and a mask uint8 [H, W] with values 0, 1, 255."""
+    """Maps an RGB image uint8 [H, W, 3] and its mask uint8 or uint16 [H, W] of class ids.
+
+    `foreground` is the id that the transform must not lose; 255 is ignored.
+    """
 
     def __call__(
-        self, image: NDArray[np.uint8], mask: NDArray[np.uint8], rng: np.random.Generator
+        self,
+        image: NDArray[np.uint8],
+        mask: Mask,
+        rng: np.random.Generator,
+        foreground: int = 1,
     ) -> Sample: ...
 
 
@@ -66,12 +73,16 @@ class TrainTransform:
         self.size, self.scale, self.rotate = size, scale, rotate
 
     def __call__(
-        self, image: NDArray[np.uint8], mask: NDArray[np.uint8], rng: np.random.Generator
+        self,
+        image: NDArray[np.uint8],
+        mask: Mask,
+        rng: np.random.Generator,
+        foreground: int = 1,
     ) -> Sample:
         _check_pair(image, mask)
         pixels = image.astype(np.float32)
         warped, warped_mask = self._warp(pixels, mask, rng)
-        if (mask == 1).any() and not (warped_mask == 1).any():
+        if (mask == foreground).any() and not (warped_mask == foreground).any():
             # Nearest-neighbour warping can drop an object of a few pixels.
             warped, warped_mask = pixels, mask
         if rng.random() < 0.5:
@@ -79,12 +90,12 @@ class TrainTransform:
         if rng.random() < 0.5:
             warped, warped_mask = warped[:, ::-1], warped_mask[:, ::-1]
         warped, warped_mask = _pad(warped, warped_mask, self.size)
-        rows, columns = _choose_crop(warped_mask, self.size, rng)
+        rows, columns = _choose_crop(warped_mask == foreground, self.size, rng)
         return Sample(_normalise(warped[rows, columns]), _target(warped_mask[rows, columns]), None)
 
     def _warp(
-        self, image: NDArray[np.float32], mask: NDArray[np.uint8], rng: np.random.Generator
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        self, image: NDArray[np.float32], mask: Mask, rng: np.random.Generator
+    ) -> tuple[NDArray[np.float32], Mask]:
         factor = rng.uniform(*self.scale)
         angle = rng.uniform(-self.rotate, self.rotate) if rng.random() < 0.5 else 0.0
         height, width = (max(1, round(side * factor)) for side in mask.shape)
@@ -118,30 +129,29 @@ class EvalTransform:
     def __call__(
         self,
         image: NDArray[np.uint8],
-        mask: NDArray[np.uint8],
+        mask: Mask,
         rng: np.random.Generator | None = None,
+        foreground: int = 1,
     ) -> Sample:
         _check_pair(image, mask)
         longer = max(mask.shape)
         height, width = (max(8, side * self.size // longer // 8 * 8) for side in mask.shape)
         pixels, mask = _resize(image.astype(np.float32), mask, height, width)
         canvas = np.zeros((self.size, self.size, 3), dtype=np.float32)
-        canvas_mask = np.full((self.size, self.size), IGNORE, dtype=np.uint8)
+        canvas_mask = np.full((self.size, self.size), IGNORE, dtype=mask.dtype)
         canvas[:height, :width] = pixels
         canvas_mask[:height, :width] = mask
         return Sample(_normalise(canvas), _target(canvas_mask), (height, width))
 
 
 def _resize(
-    image: NDArray[np.float32], mask: NDArray[np.uint8], height: int, width: int
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    image: NDArray[np.float32], mask: Mask, height: int, width: int
+) -> tuple[NDArray[np.float32], Mask]:
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image, cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
-def _pad(
-    image: NDArray[np.float32], mask: NDArray[np.uint8], size: int
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _pad(image: NDArray[np.float32], mask: Mask, size: int) -> tuple[NDArray[np.float32], Mask]:
     """Pads both sides to at least `size`, equally left and right, above and below."""
     height, width = (max(size - side, 0) for side in mask.shape)
     if not height and not width:
@@ -152,11 +162,10 @@ def _pad(
 
 
 def _choose_crop(
-    mask: NDArray[np.uint8], size: int, rng: np.random.Generator
+    foreground: NDArray[np.bool_], size: int, rng: np.random.Generator
 ) -> tuple[slice, slice]:
-    foreground = mask == 1
     total = np.count_nonzero(foreground)
-    highest = [side - size + 1 for side in mask.shape]
+    highest = [side - size + 1 for side in foreground.shape]
     best, most = (slice(0), slice(0)), 0
     for _ in range(_CROP_TRIES):
         top, left = (int(rng.integers(bound)) for bound in highest)
@@ -180,7 +189,7 @@ def _normalise(image: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
 
 
-def _target(mask: NDArray[np.uint8]) -> Tensor:
+def _target(mask: Mask) -> Tensor:
     return torch.from_numpy(mask.astype(np.int64))
 
 
@@ -189,11 +198,14 @@ def _check_size(size: int) -> None:
         raise ValueError(f"size: expected a multiple of 8 plus 1, such as 473; got {size}")
 
 
-def _check_pair(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
-    for name, array, ndim in (("image", image, 3), ("mask", mask, 2)):
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
-            got = getattr(array, "dtype", type(array).__name__)
-            raise TypeError(f"{name}: expected a numpy array of uint8, got {got}")
+def _check_pair(image: NDArray[np.uint8], mask: Mask) -> None:
+    for name, array, ndim, dtypes in (
+        ("image", image, 3, ("uint8",)),
+        ("mask", mask, 2, ("uint8", "uint16")),
+    ):
+        got = getattr(array, "dtype", type(array).__name__)
+        if not isinstance(array, np.ndarray) or got not in dtypes:
+            raise TypeError(f"{name}: expected a numpy array of {' or '.join(dtypes)}, got {got}")
         if array.ndim != ndim or 0 in array.shape:
             raise ValueError(
                 f"{name}: expected shape {'[H, W, 3]' if ndim == 3 else '[H, W]'}, "

@@ -1,4 +1,4 @@
-"""ResNet feature extractors with dilated last layers.
+"""Feature extractors: ResNets with dilated last layers, and VGG-16.
 
 He et al., "Deep Residual Learning for Image Recognition", 2016; dilation as in Yu et al., "Dilated
 Residual Networks", 2017. State-dict keys are torchvision's; the deep stem adds those of semseg.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from fss.models.vgg import VGG
 
 
 class Architecture(NamedTuple):
@@ -176,22 +178,29 @@ class ResNet(nn.Module):
         return self.layer4(self.features(images)[1])
 
 
+Backbone = ResNet | VGG
+"""What a few-shot model runs on: `features`, `layer4` and `channels` are all it uses."""
+
+BACKBONES = (*ARCHITECTURES, "vgg16_bn")
+
+
 def build_backbone(
     name: str,
     stem: str = "plain",
     stride_on: str = "conv2",
     width: int = 64,
     output_stride: int = 8,
-) -> ResNet:
+) -> Backbone:
     """Builds a randomly initialised backbone by name; the arguments are those of `ResNet`.
 
     `stride_on` concerns bottlenecks only (resnet50, resnet101): a basic block strides on conv1.
+    Of the arguments vgg16_bn has `width` alone, its output stride is 16.
 
     Raises:
         ValueError: an unknown name or option, or a width below 1.
         TypeError: a width that is not an integer.
     """
-    _check_choice("backbone", name, tuple(ARCHITECTURES))
+    _check_choice("backbone", name, BACKBONES)
     _check_choice("stem", stem, ("plain", "deep"))
     _check_choice("stride_on", stride_on, ("conv1", "conv2"))
     _check_choice("output_stride", output_stride, tuple(_GEOMETRY))
@@ -199,6 +208,8 @@ def build_backbone(
         raise TypeError(f"width: expected an integer, got {width!r}")
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
+    if name == "vgg16_bn":
+        return VGG(width)
     return ResNet(ARCHITECTURES[name], stem, stride_on, width, output_stride)
 
 

@@ -84,29 +84,33 @@ def check_episode(
             )
 
 
-def check_target(prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None) -> None:
-    """Raises if a query mask [B, H, W] int64 or a class weight [2] does not fit a prediction."""
+def check_target(
+    prediction: Prediction,
+    query_mask: Tensor,
+    class_weight: Tensor | None,
+    name: str = "query_mask",
+) -> None:
+    """Raises if a mask [B, H, W] int64, called `name`, or a class weight [2] does not fit."""
     logits = prediction.logits
     expected = [logits.shape[0], *logits.shape[2:]]
     if not isinstance(query_mask, Tensor) or query_mask.dtype != torch.int64:
         got = getattr(query_mask, "dtype", type(query_mask).__name__)
         raise TypeError(
-            f"query_mask: expected int64 (0 background, 1 foreground, 255 ignored), got {got}"
+            f"{name}: expected int64 (0 background, from 1 on the classes, 255 ignored), got {got}"
         )
     if list(query_mask.shape) != expected:
         raise ValueError(
-            f"query_mask: expected {expected}, the size of the prediction, "
-            f"got {list(query_mask.shape)}"
+            f"{name}: expected {expected}, the size of the prediction, got {list(query_mask.shape)}"
         )
     if class_weight is not None and class_weight.shape != (2,):
         raise ValueError(
             f"class_weight: expected [2], for background and foreground, "
             f"got {list(class_weight.shape)}"
         )
-    for name, tensor in (("query_mask", query_mask), ("class_weight", class_weight)):
+    for what, tensor in ((name, query_mask), ("class_weight", class_weight)):
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(
-                f"{name}: expected the prediction's device {logits.device}, got {tensor.device}"
+                f"{what}: expected the prediction's device {logits.device}, got {tensor.device}"
             )
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from svf_fast import cosine_max
 
 
-def prior_mask(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    """Where the query resembles the support's foreground, from 0 to 1, averaged over K shots.
+def prior_masks(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
+    """Where the query resembles the foreground of each support, from 0 to 1.
 
-    Per shot, c_i is the largest cosine of query position i to any masked support position, and
+    With c_i the largest cosine of query position i to any masked support position,
 
         prior_i = (c_i - min c) / (max c - min c + 1e-7)          (PFENet, section 3.2)
 
@@ -21,7 +21,7 @@ def prior_mask(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
         mask: foreground [B, K, 1, h', w'], floating, 0 to 1.
 
     Returns:
-        [B, 1, h, w] in float32 at least, differentiable in query and support.
+        [K, B, 1, h, w] in float32 at least, differentiable in query and support.
     """
     batch, _, height, width = query.shape
     positions = query.flatten(2)
@@ -31,4 +31,9 @@ def prior_mask(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
         low = cosine.amin(dim=1, keepdim=True)
         high = cosine.amax(dim=1, keepdim=True)
         priors.append((cosine - low) / (high - low + 1e-7))
-    return torch.stack(priors).mean(dim=0).reshape(batch, 1, height, width)
+    return torch.stack(priors).reshape(-1, batch, 1, height, width)
+
+
+def prior_mask(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
+    """The mean [B, 1, h, w] of `prior_masks` over K shots."""
+    return prior_masks(query, support, mask).mean(dim=0)

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fss.models.backbone import ARCHITECTURES, BasicBlock, ResNet
+from fss.models.backbone import ARCHITECTURES, BACKBONES, Backbone, BasicBlock
+from fss.models.vgg import VGG, own_keys
 
 _SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
 
@@ -23,11 +24,11 @@ class _Description(NamedTuple):
     width: int
 
 
-def load_backbone(backbone: ResNet, weights: str) -> None:
+def load_backbone(backbone: Backbone, weights: str) -> None:
     """Loads pretrained weights into a backbone, all of them or none.
 
-    float16 tensors are cast to the backbone's dtype. `fc.*` and `num_batches_tracked` are ignored,
-    a `module.` prefix is removed.
+    float16 tensors are cast to the backbone's dtype. `fc.*`, a VGG's `classifier.*` and
+    `num_batches_tracked` are ignored, a `module.` prefix is removed.
 
     Args:
         backbone: from `build_backbone`.
@@ -56,11 +57,9 @@ def load_backbone(backbone: ResNet, weights: str) -> None:
                 f"got {weights!r}; looked for {path.absolute()}"
             )
         state, stride_on = _read(path)
-    state = {
-        key.removeprefix("module."): value
-        for key, value in state.items()
-        if not _ignored(key.removeprefix("module."))
-    }
+    state = {key: value for key, value in _bare(state).items() if not _ignored(key)}
+    if isinstance(backbone, VGG):
+        state = own_keys(state)
     _check(backbone, state, weights)
     if stride_on and backbone.stride_on and stride_on != backbone.stride_on:
         raise ValueError(
@@ -71,11 +70,44 @@ def load_backbone(backbone: ResNet, weights: str) -> None:
     backbone.load_state_dict(state, strict=False)
 
 
+def read_state(argument: str, path: Path) -> dict[str, Any]:
+    """The state dict in a file, at the top or under `state_dict`, without `module.` prefixes.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one that cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{argument}: expected the path of an existing file, got {str(path)!r}; looked for "
+            f"{path.absolute()}"
+        )
+    return _bare(_read(path)[0])
+
+
+def differences(expected: dict[str, Tensor], state: dict[str, Any]) -> str:
+    """Lines on what is missing, unexpected or of another shape in a state dict; "" if nothing."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [
+        key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
+    ]
+    reshaped = [
+        f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
+        for key, value in expected.items()
+        if isinstance(state.get(key), Tensor) and state[key].shape != value.shape
+    ]
+    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
+
+
+def _bare(state: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
 def _ignored(key: str) -> bool:
-    return key.startswith("fc.") or key.endswith("num_batches_tracked")
+    return key.startswith(("fc.", "classifier.")) or key.endswith("num_batches_tracked")
 
 
-def _download(backbone: ResNet) -> dict[str, Tensor]:
+def _download(backbone: Backbone) -> dict[str, Tensor]:
     name = _describe(backbone.state_dict()).backbone
     try:
         from torchvision.models import get_model_weights
@@ -140,21 +172,11 @@ def _read_torch(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in state.items()}
 
 
-def _check(backbone: ResNet, state: dict[str, Any], weights: str) -> None:
+def _check(backbone: Backbone, state: dict[str, Any], weights: str) -> None:
     expected = {key: value for key, value in backbone.state_dict().items() if not _ignored(key)}
-    missing = [key for key in expected if key not in state]
-    unexpected = [
-        key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
-    ]
-    reshaped = [
-        f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
-        for key, value in expected.items()
-        if isinstance(state.get(key), Tensor) and state[key].shape != value.shape
-    ]
-    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    if not any(keys for _, keys in lists):
+    report = differences(expected, state)
+    if not report:
         return
-    report = "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
     guess = _guess(_describe(expected), _describe(state))
     raise ValueError(f"weights: {weights} does not fit the backbone.{report}\n  {guess}")
 
@@ -166,7 +188,10 @@ def _first(keys: list[str], count: int = 10) -> str:
 
 def _guess(expected: _Description, got: _Description | None) -> str:
     if got is None:
-        return "It has no keys of a ResNet (conv1, bn1, layer1.0.conv1, …): is it the right file?"
+        return (
+            "It has no keys of a ResNet (conv1, bn1, layer1.0.conv1, …) or VGG (features.0, …): is "
+            "it the right file?"
+        )
     settings = [
         f"{name}={value}"
         for name, value in got._asdict().items()
@@ -174,14 +199,17 @@ def _guess(expected: _Description, got: _Description | None) -> str:
     ]
     if not settings:
         return "Name, stem and width agree: the file seems to be incomplete or changed."
-    if got.backbone not in ARCHITECTURES:
-        return f"These are weights of {got.backbone}; supported are {', '.join(ARCHITECTURES)}."
+    if got.backbone not in BACKBONES:
+        return f"These are weights of {got.backbone}; supported are {', '.join(BACKBONES)}."
     return f"These look like {got.backbone} weights with a {got.stem} stem: set " + ", ".join(
         settings
     )
 
 
 def _describe(state: dict[str, Any]) -> _Description | None:
+    vgg = own_keys(state).get("layer0.0.weight")
+    if isinstance(vgg, Tensor) and vgg.ndim == 4:
+        return _Description("vgg16_bn", "plain", vgg.shape[0])
     first = state.get("layer1.0.conv1.weight")
     if not isinstance(first, Tensor) or first.ndim == 0:
         return None

@@ -30,7 +30,7 @@ def test_dict_round_trip(tiny):
     ("make", "message"),
     [
         (lambda: DataConfig(), "data.root: expected the folder of the photos, got nothing"),
-        (lambda: DataConfig(source="voc", root="x"), "data.source: .*folder, shapes; got 'voc'"),
+        (lambda: DataConfig(source="voc", root="x"), "data.source: .*coco, shapes; got 'voc'"),
         (lambda: DataConfig(root="x", fold=-1), "data.fold: expected a number from 0 on, got -1"),
         (lambda: DataConfig(root="x", shots=0), "data.shots: .* from 1 on, got 0"),
         (lambda: DataConfig(root="x", size=472), "data.size: .*got 472, the nearest are 465 and"),
@@ -38,7 +38,7 @@ def test_dict_round_trip(tiny):
         (lambda: DataConfig(root="x", min_area=0), "data.min_area: .*above 0, got 0"),
         (lambda: DataConfig(root="x", scale=(1.1, 0.9)), r"data.scale: .*got \[1.1, 0.9\]"),
         (lambda: DataConfig(root="x", rotate=-5), "data.rotate: expected 0 to 180 degrees, got -5"),
-        (lambda: ModelConfig(backbone="vgg"), "model.backbone: .*resnet101; got 'vgg'"),
+        (lambda: ModelConfig(backbone="vgg"), "model.backbone: .*vgg16_bn; got 'vgg'"),
         (lambda: ModelConfig(dropout=1.0), "model.dropout: expected 0 up to below 1, got 1.0"),
         (lambda: ModelConfig(weights=""), "model.weights: expected a file"),
         (lambda: RegimeConfig(name="part"), "regime.name: .*freeze, full, svf, .*got 'part'"),

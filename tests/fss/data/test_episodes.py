@@ -255,8 +255,67 @@ def test_unreadable_image_in_the_middle():
     source = Listed(MIXED)
     data = episodes(source)
     source.broken = {data.draw(7).supports[0]}
-    with pytest.raises(ValueError, match=r"episode 7 \(train, seed 5\): image\d+\.jpg cannot be"):
+    with pytest.raises(
+        ValueError, match=r"episode 7 \(train, seed 5\): image\d+\.jpg cannot be.*data.skip_unre"
+    ):
         data[7]
+
+
+@pytest.mark.parametrize(("split", "size"), [("train", 25), ("train", 57), ("test", 41)])
+def test_base_mask_moves_with_the_query_mask(split, size):
+    """Ids 2 and 4 are base here: labels 1 and 2, whatever the transform did."""
+    source = Listed([{1: 300, 2: 200, 3: 150, 4: 120}] * 8)
+    source.folds = ((1, 3), (2, 4))
+    transform = TrainTransform(size, (0.6, 1.4)) if split == "train" else EvalTransform(size)
+    data = episodes(source, split=split, transform=transform)
+    assert data.base_classes == (2, 4)
+    drawn = set()
+    for i in range(len(data)):
+        item = data[i]
+        base, mask, position = (item[k] for k in ("query_base_mask", "query_mask", "base_class"))
+        assert base.dtype == position.dtype == torch.int64
+        assert base.shape == (size, size) and position.shape == ()
+        assert torch.equal(base == 255, mask == 255)
+        assert set(base.unique().tolist()) <= {0, 1, 2, 255} and ((base > 0) & (base < 255)).any()
+        drawn.add(int(position))
+        if split == "train":
+            assert position == {2: 0, 4: 1}[item["class_id"]]
+            assert torch.equal(mask == 1, base == position + 1)
+        else:
+            assert position == -1
+            assert (base[mask == 1] == 0).all()
+    assert drawn == ({0, 1} if split == "train" else {-1})
+    batch = collate_episodes([data[i] for i in range(3)])
+    assert batch["query_base_mask"].shape == (3, size, size)
+    assert batch["base_class"].shape == (3,) and batch["base_class"].dtype == torch.int64
+
+
+def test_no_base_mask_without_base_classes():
+    source = Listed([{1: 300, 2: 200}] * 8)
+    source.class_names, source.folds = {1: "ant", 2: "bee"}, ((1, 2),)
+    item = episodes(source, split="test")[0]
+    assert "query_base_mask" not in item and "base_class" not in item
+
+
+def test_unreadable_episodes_are_replaced_when_asked():
+    source = Listed(MIXED)
+    data = episodes(source, skip_unreadable=True, episodes=20)
+    whole = [data[i] for i in range(20)]
+    assert all(item["unreadable"] == [] for item in whole)
+    source.broken = {whole_index := data.draw(7).query}
+    with pytest.warns(UserWarning, match=r"episode 7 .*cannot be decoded.*1 unreadable so far"):
+        item = data[7]
+    name = source.name(whole_index)
+    assert len(item["unreadable"]) >= 1 and name in item["unreadable"][0]
+    assert name not in {item["query_name"], *item["support_names"]} and item["index"] == 7
+    with pytest.warns(UserWarning):
+        assert equal(episodes(source, skip_unreadable=True, episodes=20)[7], item)
+    for i in range(20):  # all others are as they were
+        if not source.broken & {(episode := data.draw(i)).query, *episode.supports}:
+            assert equal(data[i], whole[i])
+    source.broken = set(range(14))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="9 episodes drawn in its pl"):
+        data[3]
 
 
 def test_unreadable_image_in_a_worker():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fss.data import FolderSource, Source
-from fss.data import folder as folder_module
+from fss.data import scan as scan_module
 
 NAMES = {"1": "cat", "2": "dog", "3": "hen", "4": "cow"}
 
@@ -115,13 +115,13 @@ def test_folds_in_the_class_file(root):
 
 def count_inspections(monkeypatch) -> list[Path]:
     seen: list[Path] = []
-    inspect = folder_module._inspect
+    inspect = scan_module.inspect
 
-    def counting(image, mask):
+    def counting(image, mask, open_mask):
         seen.append(mask)
-        return inspect(image, mask)
+        return inspect(image, mask, open_mask)
 
-    monkeypatch.setattr(folder_module, "_inspect", counting)
+    monkeypatch.setattr(scan_module, "inspect", counting)
     return seen
 
 

@@ -176,7 +176,7 @@ def test_inputs_stay_as_they_are():
     [
         (photo(9, 9).astype(np.float32), np.zeros((9, 9), np.uint8), TypeError, "uint8, got float"),
         (photo(9, 9).tolist(), np.zeros((9, 9), np.uint8), TypeError, "image: .* got list"),
-        (photo(9, 9), np.zeros((9, 9), np.int64), TypeError, "mask: .*uint8, got int64"),
+        (photo(9, 9), np.zeros((9, 9), np.int64), TypeError, "mask: .*uint16, got int64"),
         (
             photo(9, 9),
             np.zeros((9, 9, 1), np.uint8),

@@ -115,7 +115,7 @@ def test_trains_like_any_module():
         (
             {"name": "resnet34"},
             ValueError,
-            "backbone: .*resnet18, resnet50, resnet101; got 'resnet",
+            "backbone: .*resnet101, vgg16_bn; got 'resnet",
         ),
         ({"stem": "wide"}, ValueError, "stem: expected one of plain, deep; got 'wide'"),
         (

@@ -1,0 +1,158 @@
+"""Sizes and class areas of all images of a data set, found once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
+
+from fss.files import atomic_write
+
+from .source import IGNORE
+
+
+class Record(NamedTuple):
+    """What the scan knows of an image: its height and width, and the pixels of each class."""
+
+    size: tuple[int, int]
+    areas: dict[int, int]
+
+
+def scan(
+    key: str,
+    images: Sequence[Path],
+    masks: Sequence[Path],
+    open_mask: Callable[[Path], Image.Image],
+) -> list[Record]:
+    """The records of all images, from the cache or else from the files.
+
+    They are kept in `$XDG_CACHE_HOME/fss` (`~/.cache/fss`) until the name, the size or the time of
+    a file changes. Decoding runs in threads: it holds no lock of the interpreter.
+
+    Args:
+        key: names the cache: the data set and its folder.
+        images: the images.
+        masks: their masks, in the same order.
+        open_mask: reads a mask as an 8-bit picture of one channel; `open_classes` reads class ids.
+
+    Raises:
+        ValueError: a file that cannot be decoded, or a mask that has not the size of its image.
+    """
+    digest = hashlib.sha256()
+    for path in (*images, *masks):
+        status = path.stat()
+        digest.update(f"{path.name}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    fingerprint = digest.hexdigest()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(base) / "fss" / f"areas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    records = _read_cache(cache, fingerprint, len(images))
+    if records is None:
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda image, mask: inspect(image, mask, open_mask), images, masks)
+            records = list(tqdm(found, "scanning masks", len(images), delay=2, unit="image"))
+        _write_cache(cache, fingerprint, records)
+    return records
+
+
+def inspect(image_path: Path, mask_path: Path, open_mask: Callable[[Path], Image.Image]) -> Record:
+    """The record of one image; of the image itself only the header is read."""
+    try:
+        with Image.open(image_path) as file:
+            width, height = file.size
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise unreadable(image_path, error) from error
+    mask = open_mask(mask_path)
+    size = (mask.height, mask.width)
+    check_sizes(image_path, (width, height) if turned else (height, width), mask_path, size)
+    counts = mask.histogram()
+    return Record(size, {c: counts[c] for c in range(1, IGNORE) if counts[c]})
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """An RGB image [H, W, 3], turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: a file that cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise unreadable(path, error) from error
+
+
+def open_classes(path: Path) -> Image.Image:
+    """A mask of class ids, decoded.
+
+    Raises:
+        ValueError: a file that cannot be decoded, or one with colours instead of ids.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode not in ("P", "L"):
+                raise ValueError(
+                    f"{path}: expected class ids in one 8-bit channel (mode P or L), got mode "
+                    f"{file.mode}; save the mask with class ids, not colours"
+                )
+            file.load()
+            return file
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise unreadable(path, error) from error
+
+
+def check_sizes(
+    image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]
+) -> None:
+    """Raises ValueError where the height and width of an image and its mask differ."""
+    if image != mask:
+        raise ValueError(
+            f"{mask_path} is {mask[0]}×{mask[1]} pixels (height×width), its image {image_path} "
+            f"{image[0]}×{image[1]}; a mask has the size of its image"
+        )
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """The error of a file that cannot be decoded."""
+    return ValueError(
+        f"{path} cannot be decoded ({error}); replace the file, or remove it together with its "
+        "image or mask"
+    )
+
+
+def _read_cache(path: Path, fingerprint: str, length: int) -> list[Record] | None:
+    """The cached records, or None where the cache is absent, stale or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["fingerprint"] != fingerprint:
+            return None
+        records = [
+            Record((int(height), int(width)), {int(c): int(area) for c, area in areas.items()})
+            for (height, width), areas in content["records"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return records if len(records) == length else None
+
+
+def _write_cache(path: Path, fingerprint: str, records: list[Record]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps({"fingerprint": fingerprint, "records": records}).encode())
+    except OSError as error:
+        warnings.warn(
+            f"the class areas cannot be cached in {path.parent} ({error}), so the masks are "
+            "scanned at every start; set XDG_CACHE_HOME to a folder that can be written",
+            stacklevel=4,
+        )

@@ -1,0 +1,198 @@
+"""BAM: Lang et al., "Learning What Not to Segment", CVPR 2022.
+
+Equations are those of the paper; the published code is the reference where it says more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fss.models.backbone import Backbone
+from fss.models.baseline import Baseline
+from fss.models.episode import Prediction, check_target
+from fss.models.features import cross_entropy
+from fss.models.gram import gram_distance
+from fss.models.pooling import resize
+from fss.models.pspnet import BaseLearner
+
+
+class WeightedSum(nn.Module):
+    """A 1×1 convolution of two maps to one, w_1·a + w_2·b, which begins as its first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.weight[0] * first + self.weight[1] * second
+
+
+class ShotWeights(nn.Module):
+    """Weights of K supports from their distances to the query, ψ [B, K] -> [B, K], sum 1.
+
+    Two linear layers over the sorted distances, so that the order of the supports does not matter.
+    """
+
+    def __init__(self, shots: int, hidden: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(shots, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, shots, 1)
+        )
+
+    def forward(self, distances: Tensor) -> Tensor:
+        ordered, order = distances.sort(dim=1)
+        scores = self.layers(ordered[:, :, None, None])[:, :, 0, 0]
+        return scores.gather(1, order.argsort(dim=1)).softmax(dim=1)
+
+
+class BAM(Baseline):
+    """A meta learner, a base learner that says what not to segment, and their ensemble.
+
+    The meta learner is the baseline, its supports weighted by how like the query they are. The base
+    learner, trained before and frozen, segments the fold's base classes in the query. With the
+    meta learner's probabilities p^0 and p^1, the base learner's foreground p_b (the sum of its
+    classes, while training without the episode's own) and the distance ψ of query and supports,
+
+        background = F_ensemble(F_ψ(p^0, ψ), p_b)
+        foreground = F_ψ(p^1, ψ)
+
+    with two 1×1 convolutions F that begin as their first argument. As published, these maps are
+    both the prediction and the logits of the final loss.
+
+    Args:
+        backbone: a backbone of output stride 8, or a VGG.
+        base_classes: number of base classes.
+        shots: supports per query (K) that their weights are for; a single one needs no weight.
+        channels: width of the meta learner.
+        dropout: probability that a reduced channel is dropped; unless it is 0, the classifier
+            drops 0.1 of its channels too.
+    """
+
+    inputs = (*Baseline.inputs, "base_class")
+    targets = (*Baseline.targets, "query_base_mask")
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        base_classes: int,
+        shots: int = 1,
+        channels: int = 256,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__(backbone, channels, dropout)
+        self.shots = shots
+        self.distance_merge = WeightedSum()
+        self.base_merge = WeightedSum()
+        if shots > 1:
+            self.shot_weights = ShotWeights(shots)
+        self.base_learner = BaseLearner(backbone.channels[3], base_classes).requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> BAM:
+        """Sets the mode of the meta learner; backbone and base learner stay in evaluation mode."""
+        super().train(mode)
+        if hasattr(self, "base_learner"):
+            self.base_learner.eval()
+        return self
+
+    def forward(
+        self,
+        query_image: Tensor,
+        support_images: Tensor,
+        support_masks: Tensor,
+        base_class: Tensor | None = None,
+    ) -> Prediction:
+        """Segments the queries into background and what the supports show.
+
+        Args:
+            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
+            support_images: K supports per query [B, K, 3, H, W]; K is 1 or `shots`.
+            support_masks: integers or bool [B, K, H, W]; 1 is foreground, anything else is not.
+            base_class: int64 [B], index of the episode's class among the base classes, -1 for a
+                novel one; needed while training, and else not used.
+
+        Returns final logits, and as auxiliary ones those of the meta learner [B, 2, h, w] and the
+        base learner [B, 1 + n, h, w] while training.
+
+        Raises:
+            TypeError, ValueError: inputs of another type, shape, size or device.
+        """
+        features = self.features(query_image, support_images, support_masks)
+        distances = gram_distance(features.query_low, features.support_low)
+        weights = self._weigh(distances)
+        distance = (weights * distances).sum(dim=1)[:, None, None, None]
+        prototype = (weights[:, :, None, None, None] * self.prototypes(features)).sum(dim=1)
+        prior = (weights.T[:, :, None, None, None] * features.priors).sum(dim=0)
+
+        query = self.query(features)
+        meta = self.compare(query, prototype.to(query.dtype), prior)
+        base = self.base_learner(features.query_high)
+
+        background, foreground = meta.softmax(dim=1).split(1, dim=1)
+        not_this = self._base_foreground(base.softmax(dim=1), base_class)
+        background = self.base_merge(self.distance_merge(background, distance), not_this)
+        foreground = self.distance_merge(foreground, distance)
+        final = resize(torch.cat([background, foreground], dim=1), query_image.shape[-2:])
+        return Prediction(final, (meta, base) if self.training else ())
+
+    def loss(
+        self,
+        prediction: Prediction,
+        query_mask: Tensor,
+        query_base_mask: Tensor,
+        class_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of the final logits and, while training, of both learners' logits.
+
+        Args:
+            prediction: of this model.
+            query_mask: int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
+            query_base_mask: int64 [B, H, W]; 0 background, 1 to n the base classes, 255 ignored.
+            class_weight: weights of background and foreground [2], not for the base learner; each
+                mean is divided by the weights' sum.
+
+        Raises:
+            TypeError, ValueError: a mask or weights of another dtype, shape or device.
+        """
+        check_target(prediction, query_mask, class_weight)
+        check_target(prediction, query_base_mask, None, "query_base_mask")
+        loss = cross_entropy(prediction.logits, query_mask, class_weight)
+        if prediction.auxiliary:
+            meta, base = prediction.auxiliary
+            loss = loss + cross_entropy(meta, query_mask, class_weight)
+            loss = loss + cross_entropy(base, query_base_mask)
+        return loss
+
+    def _weigh(self, distances: Tensor) -> Tensor:
+        """Weights [B, K] of the supports from their distances."""
+        if distances.shape[1] == 1:
+            return torch.ones_like(distances)
+        if distances.shape[1] != self.shots:
+            raise ValueError(
+                f"support_images: expected K = {' or '.join(sorted({'1', str(self.shots)}))} "
+                "supports per query, which this model was built for, got "
+                f"K = {distances.shape[1]}; the weights of the supports are learnt for one K"
+            )
+        return self.shot_weights(distances)
+
+    def _base_foreground(self, probabilities: Tensor, base_class: Tensor | None) -> Tensor:
+        """Sum [B, 1, h, w] over the base classes, while training without the episode's own."""
+        if not self.training:
+            return probabilities[:, 1:].sum(dim=1, keepdim=True)
+        batch, classes = probabilities.shape[:2]
+        if not isinstance(base_class, Tensor) or base_class.dtype != torch.int64:
+            got = getattr(base_class, "dtype", type(base_class).__name__)
+            raise TypeError(
+                "base_class: expected int64, the index of the episode's class among the base "
+                f"classes or -1, got {got}"
+            )
+        if base_class.shape != (batch,) or base_class.device != probabilities.device:
+            raise ValueError(
+                f"base_class: expected {[batch]} on {probabilities.device}, one per query, got "
+                f"{list(base_class.shape)} on {base_class.device}"
+            )
+        # class 0 is background: base class i has channel i + 1, and -1 excludes background again
+        channel = torch.arange(classes, device=probabilities.device)
+        kept = (channel != 0) & (channel != base_class[:, None] + 1)
+        return (probabilities * kept[:, :, None, None]).sum(dim=1, keepdim=True)

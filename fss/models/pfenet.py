@@ -1,0 +1,150 @@
+"""PFENet: Tian et al., "Prior Guided Feature Enrichment Network", TPAMI 2020."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fss.models.backbone import Backbone
+from fss.models.episode import Prediction, check_target
+from fss.models.features import (
+    FewShotModel,
+    classifier,
+    cross_entropy,
+    pointwise,
+    pointwise_cat,
+    two_convolutions,
+)
+from fss.models.pooling import average_bins, resize
+
+
+class FeatureEnrichment(nn.Module):
+    """The feature enrichment module (FEM): query, prototype and prior, merged at several scales.
+
+    Per scale n, from the finest to the coarsest, with the query averaged over b_n × b_n bins,
+
+        X_n = merge([query_n, prototype, prior_n])             inter-source enrichment
+        X_n = X_n + α([X_n, X_{n-1}])                          inter-scale merging, top-down; n > 1
+        X_n = X_n + β(X_n)
+
+    and then the maps of all scales, at the size of the query, are merged by a 1×1 convolution.
+    X_{n-1} passes from scale to scale at the size of the query, as in the published code.
+
+    Args:
+        channels: of query, prototype and output.
+        bins: bins per side of each scale.
+        dropout: of the auxiliary classifiers' channels.
+    """
+
+    def __init__(self, channels: int, bins: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.bins = tuple(bins)
+        self.merge = nn.ModuleList(pointwise(2 * channels + 1, channels) for _ in bins)
+        self.alpha = nn.ModuleList(pointwise(2 * channels, channels) for _ in bins[1:])
+        self.beta = nn.ModuleList(two_convolutions(channels) for _ in bins)
+        self.classifiers = nn.ModuleList(classifier(channels, 2, dropout) for _ in bins)
+        self.project = pointwise(len(bins) * channels, channels)
+
+    def forward(
+        self, query: Tensor, prototype: Tensor, prior: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The enriched query [B, C, h, w] and, while training, logits [B, 2, b_n, b_n] per scale.
+
+        Args:
+            query: features [B, C, h, w].
+            prototype: mean support feature [B, C, 1, 1].
+            prior: prior mask [B, 1, h, w].
+        """
+        enriched: list[Tensor] = []
+        logits: list[Tensor] = []
+        for n, bins in enumerate(self.bins):
+            size = (bins, bins)
+            x = pointwise_cat(
+                self.merge[n], average_bins(query, size), prototype, resize(prior, size)
+            )
+            if n:
+                x = x + pointwise_cat(self.alpha[n - 1], x, resize(enriched[-1], size))
+            x = x + self.beta[n](x)
+            if self.training:
+                logits.append(self.classifiers[n](x))
+            enriched.append(resize(x, query.shape[-2:]))
+        return pointwise_cat(self.project, *enriched), tuple(logits)
+
+
+class PFENet(FewShotModel):
+    """Prior guided feature enrichment network.
+
+    Layers 2 and 3 of the backbone are reduced to `channels` channels, for query and support each.
+    The mean support feature under the mask and the prior mask, means of K shots each, enrich the
+    query at the scales of `bins`.
+
+    Args:
+        backbone: a backbone of output stride 8, or a VGG.
+        channels: width of the head.
+        dropout: probability that a reduced channel is dropped; unless it is 0, the classifiers
+            drop 0.1 of their channels too.
+        bins: bins per side of each scale, whatever the size of the image.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        channels: int = 256,
+        dropout: float = 0.5,
+        bins: Sequence[int] = (60, 30, 15, 8),
+    ) -> None:
+        super().__init__(backbone, channels, dropout)
+        if not bins or any(not isinstance(b, int) or b < 1 for b in bins):
+            raise ValueError(f"bins: expected integers from 1 on, got {list(bins)}")
+        dropped = 0.1 if dropout else 0.0
+        self.enrich = FeatureEnrichment(channels, bins, dropped)
+        self.residual = two_convolutions(channels)
+        self.classifier = classifier(channels, 2, dropped)
+        self.train()
+
+    def forward(
+        self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
+    ) -> Prediction:
+        """Segments the queries into background and what the supports show.
+
+        Args:
+            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
+            support_images: K supports per query [B, K, 3, H, W].
+            support_masks: integers or bool [B, K, H, W]; 1 is foreground, anything else is not.
+
+        Returns logits, and as auxiliary ones those of each scale while training.
+
+        Raises:
+            TypeError, ValueError: inputs of another type, shape, size or device.
+        """
+        features = self.features(query_image, support_images, support_masks)
+        enriched, auxiliary = self.enrich(
+            self.query(features),
+            self.prototypes(features).mean(dim=1),
+            features.priors.mean(dim=0),
+        )
+        enriched = enriched + self.residual(enriched)
+        return Prediction(resize(self.classifier(enriched), query_image.shape[-2:]), auxiliary)
+
+    def loss(
+        self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy of the prediction, plus the mean of the auxiliary ones if there are any.
+
+        Args:
+            prediction: of this model.
+            query_mask: int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
+            class_weight: weights of background and foreground [2]; each mean is divided by the
+                weights' sum.
+
+        Raises:
+            TypeError, ValueError: a mask or weights of another dtype, shape or device.
+        """
+        check_target(prediction, query_mask, class_weight)
+        loss = cross_entropy(prediction.logits, query_mask, class_weight)
+        if prediction.auxiliary:
+            auxiliary = [cross_entropy(a, query_mask, class_weight) for a in prediction.auxiliary]
+            loss = loss + torch.stack(auxiliary).mean()
+        return loss

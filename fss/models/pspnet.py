@@ -1,0 +1,90 @@
+"""PSPNet (Zhao et al. 2017), BAM's base learner: it segments the base classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fss.models.backbone import Backbone
+from fss.models.pooling import resize
+
+
+class PyramidPooling(nn.Module):
+    """Means of a map over b × b bins for each b, reduced by a 1×1 convolution, batch norm and ReLU.
+
+    [B, C, h, w] -> one map [B, C/len(bins), b, b] per b.
+    """
+
+    def __init__(self, channels: int, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
+        super().__init__()
+        self.bins = tuple(bins)
+        reduced = channels // len(bins)
+        self.reduce = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU()
+            )
+            for _ in bins
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [
+            reduce(functional.adaptive_avg_pool2d(x, bins))
+            for bins, reduce in zip(self.bins, self.reduce, strict=True)
+        ]
+
+
+class BaseLearner(nn.Module):
+    """Pyramid pooling and a classifier of background and the base classes.
+
+    [B, C, h, w] -> logits [B, 1 + classes, h, w].
+
+    Args:
+        channels: of the map, a multiple of 4.
+        classes: number of base classes.
+        width: channels of the classifier.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 512) -> None:
+        super().__init__()
+        if classes < 1:
+            raise ValueError(f"classes: expected at least one base class, got {classes}")
+        self.pool = PyramidPooling(channels)
+        self.classifier = nn.Sequential(
+            nn.Conv2d(2 * channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(width, 1 + classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [resize(part, x.shape[-2:]) for part in self.pool(x)]
+        conv, *rest = self.classifier
+        out = _convolve_cat(conv, [x, *pooled])
+        for module in rest:
+            out = module(out)
+        return out
+
+
+class PSPNet(nn.Module):
+    """A backbone and a `BaseLearner` on its layer 4, both in the mode of the model."""
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.base_learner = BaseLearner(backbone.channels[3], classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] to logits [B, 1 + classes, H, W]."""
+        return resize(self.base_learner(self.backbone(images)), images.shape[-2:])
+
+
+def _convolve_cat(conv: nn.Conv2d, parts: list[Tensor]) -> Tensor:
+    """``conv(cat(parts))`` as a sum of convolutions, without the copy."""
+    weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
+    out = functional.conv2d(parts[0], weights[0], padding=conv.padding)
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        out = out + functional.conv2d(part, weight, padding=conv.padding)
+    return out
