@@ -14,7 +14,7 @@ from fss.models.pspnet import PSPNet
 from fss.models.vgg import CUTS, VGG
 from fss.models.weights import differences, read_state
 
-# Ours to theirs, by the beginning of a name; the first that fits. {n} is a number that is kept.
+# Beginnings of our names and of theirs; the first that fits counts.
 _STEM = {
     "backbone.conv1.": "layer0.0.",
     "backbone.bn1.": "layer0.1.",
@@ -50,6 +50,7 @@ _BAM = {
     "base_merge.": "cls_merge.",
     "shot_weights.layers.": "kshot_rw.",
 }
+_WEIGHTED_SUMS = ("distance_merge.weight", "base_merge.weight")
 _BASE_LEARNER = {"pool.": "ppm.", "classifier.": "cls."}
 _BASE_LEARNER_OF_BAM = {"pool.": "learner_base.0.", "classifier.": "learner_base.1."}
 
@@ -70,7 +71,7 @@ def load_official(model: nn.Module, path: str) -> None:
     if not isinstance(model, (PFENet, BAM, PSPNet)):
         raise TypeError(f"model: expected PFENet, BAM or PSPNet, got {type(model).__name__}")
     state = read_state("model.official", Path(path).expanduser())
-    _load(model, _without_encoder(state, path), path, "")
+    _load(model, _without_encoder(state, path), path)
 
 
 def load_base_learner(model: BAM, path: str) -> None:
@@ -95,7 +96,7 @@ def load_base_learner(model: BAM, path: str) -> None:
         _raise(differences(_counted(own), _counted(state)), path)
         pspnet.load_state_dict(state, strict=False)
     else:
-        _load(pspnet, _without_encoder(state, path), path, "pspnet")
+        _load(pspnet, _without_encoder(state, path), path)
 
 
 def official_keys(model: nn.Module) -> dict[str, str]:
@@ -103,7 +104,7 @@ def official_keys(model: nn.Module) -> dict[str, str]:
     return {key: _official(key, model) for key in model.state_dict()}
 
 
-def _load(model: nn.Module, state: dict[str, Any], path: str, kind: str) -> None:
+def _load(model: nn.Module, state: dict[str, Any], path: str) -> None:
     own = model.state_dict()
     names = official_keys(model)
     expected = {names[key]: _as_theirs(key, value) for key, value in own.items()}
@@ -130,9 +131,6 @@ def _counted(state: dict[str, Any]) -> dict[str, Any]:
 def _as_theirs(key: str, value: Tensor) -> Tensor:
     """Two weights are a 1×1 convolution of theirs."""
     return value.reshape(1, 2, 1, 1) if key in _WEIGHTED_SUMS else value
-
-
-_WEIGHTED_SUMS = ("distance_merge.weight", "base_merge.weight")
 
 
 def _without_encoder(state: dict[str, Any], path: str) -> dict[str, Any]:
