@@ -26,7 +26,14 @@ from fss.regimes import apply_regime
 from fss.reproduce import Options, listing, reproduce
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
-_REPRODUCED = ("data.root", "model.weights", "accelerator", "devices", "precision")
+_REPRODUCED = (
+    "data.root",
+    "model.weights",
+    "model.base_weights",
+    "accelerator",
+    "devices",
+    "precision",
+)
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 

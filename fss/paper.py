@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fss.config import TrainConfig
+from fss.config import ModelConfig, TrainConfig
 
 FOLDS = 4
 
@@ -119,13 +119,16 @@ def run_values(
 ) -> dict[str, Any]:
     """The configuration of one run, as the values of `TrainConfig.from_dict`.
 
-    The number of steps is the paper's number of epochs, unless `overrides` gives one.
+    The number of steps is the paper's number of epochs, unless `overrides` gives one. A setting
+    model.base_weights concerns BAM alone, and `{data}`, `{backbone}` and `{fold}` in it are filled
+    in.
 
     Raises:
         ValueError: an epoch whose length is not known.
     """
     values = merged(merged(table.data.settings, row.settings), overrides)
-    values = merged(values, {"data": {"fold": fold, "shots": shots}})
+    values = merged(values, {"data": {"fold": fold, "shots": shots}, "model": {}})
+    values["model"] = _with_base_learner(values["model"], table.data, fold)
     if "steps" not in values:
         filtered = values["data"].get("exclude_novel", True)
         kind = "filtered" if filtered else "unfiltered"
@@ -138,6 +141,23 @@ def run_values(
         batch = values.get("batch_size", TrainConfig.batch_size)
         values["steps"] = table.data.epochs * (images[fold] // batch)
     return values
+
+
+def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[str, Any]:
+    path = model.get("base_weights")
+    if model.get("name") != "bam":
+        return {name: value for name, value in model.items() if name != "base_weights"}
+    if path is None:
+        return model
+    backbone = model.get("backbone", ModelConfig.backbone)
+    try:
+        path = path.format(data=data.name.lower(), backbone=backbone, fold=fold)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            "model.base_weights: expected a path, perhaps with {data}, {backbone} and {fold}; got "
+            f"{path!r}"
+        ) from error
+    return model | {"base_weights": path}
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fss.paper import FOLDS, Row, Table, merged, read_settings, run_values
 
 # What may differ between a finished run and the one that is asked for: not what was measured.
 _FREE = {"out", "log_every", "save_every", "pictures", "accelerator"}
-_FREE |= {"data.root", "data.workers", "model.weights"}
+_FREE |= {"data.root", "data.workers", "model.weights", "model.base_weights", "model.official"}
 _FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
@@ -60,7 +60,7 @@ def plan(table: Table, options: Options) -> list[Run]:
     if options.scale_down:
         overrides = merged(read_settings(table.folder / "scale_down.yaml"), overrides)
     if overrides.get("data", {}).get("root") and "source" not in options.settings.get("data", {}):
-        source = table.data.settings.get("data", {}).get("source", "folder")
+        source = table.data.settings["data"]["source"]
         overrides = merged(overrides, {"data": {"source": source}})
     return [
         _plan_run(table, row, shots, fold, overrides, options)
@@ -170,7 +170,10 @@ def _plan_run(
         run.config = TrainConfig.from_dict(values | {"out": str(folder)})
     except (ValueError, TypeError) as error:
         if str(error).startswith("data.root:"):
-            raise ValueError(f"{error} (needed here: {table.data.needs})") from error
+            raise ValueError(
+                f"data.root: expected the folder of {table.data.name}, got nothing; give "
+                f"--data.root, {table.data.needs}, or --scale-down for a try on embedded photos"
+            ) from error
         run.reason = str(error)
     return run
 
