@@ -109,6 +109,9 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
         "Percent, ours / the paper's; the mean is over the folds that ran, the difference to the "
         "paper's mean over the same ones."
     )
+    if result["settings"]:
+        changed = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+        yield f"Set in every run, whatever the table says: {changed}."
     for row in result["rows"]:
         if row["note"]:
             yield f"{row['label']}: {row['note']}."

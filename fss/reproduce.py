@@ -21,6 +21,13 @@ from fss.paper import FOLDS, Row, Table, merged, read_settings, run_values
 # What may differ between a finished run and the one that is asked for: not what was measured.
 _FREE = {"out", "log_every", "save_every", "pictures", "accelerator"}
 _FREE |= {"data.root", "data.workers", "model.weights", "model.base_weights", "model.official"}
+# What the settings of all rows must not say, and what says it.
+_OWN = {
+    "data.fold": "give --folds",
+    "data.shots": "give --shots",
+    "out": "give --out",
+    "regime": "it is what rows differ in",
+}
 _FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
@@ -57,6 +64,7 @@ def plan(table: Table, options: Options) -> list[Run]:
     _check_within("folds", options.folds, range(FOLDS))
     _check_within("shots", options.shots, sorted({n for row in table.rows for n in row.paper}))
     overrides = options.settings
+    _check_free(overrides)
     if options.scale_down:
         overrides = merged(read_settings(table.folder / "scale_down.yaml"), overrides)
     if overrides.get("data", {}).get("root") and "source" not in options.settings.get("data", {}):
@@ -156,6 +164,14 @@ def _check_within(name: str, got: Sequence[int], known: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected numbers of {expected}; got {wrong[0]}")
 
 
+def _check_free(settings: dict[str, Any]) -> None:
+    """Raises ValueError for a setting that rows and options have in hand."""
+    flat = _settings(settings)
+    for name, instead in _OWN.items():
+        if any(one == name or one.startswith(f"{name}.") for one in flat) or name in settings:
+            raise ValueError(f"settings: {name} is not for all rows to have; {instead}")
+
+
 def _plan_run(
     table: Table, row: Row, shots: int, fold: int, overrides: dict[str, Any], options: Options
 ) -> Run:
@@ -214,6 +230,8 @@ def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -
         if run.row.episodes is not None:
             run.test = _test_again(run, options, evaluate)
     except _FAILURES as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise  # the other processes may still be in the middle of this run
         run.reason = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
         print(f"{run.row.label}: {run.reason}", file=sys.stderr)
 
@@ -249,6 +267,7 @@ def _write(table: Table, options: Options, runs: list[Run], folder: Path) -> dic
         "data": table.data.name,
         "scaled_down": _scale(made) if options.scale_down and made else options.scale_down,
         "rows": rows,
+        "settings": _settings(options.settings),
         "source": made.source if made else None,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
