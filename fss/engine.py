@@ -7,9 +7,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 from fss.checkpoint import load_checkpoint
@@ -19,6 +16,7 @@ from fss.evaluation import evaluate_seeds
 from fss.files import write_json
 from fss.measure import peak_memory
 from fss.plots import draw_curves, draw_episodes
+from fss.processes import build_fabric, determinism, is_restart
 from fss.provenance import provenance
 from fss.trainer import Trainer, check_resumable
 
@@ -31,7 +29,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
 
     Args:
         config: of the run.
-        resume: goes on from last.pt; on the CPU bit for bit as if never stopped.
+        resume: goes on from last.pt; when torchrun restarts its processes they do so by themselves,
+            or begin anew where there is none yet. On the CPU bit for bit as if never stopped.
         overwrite: replaces an earlier run in the same folder.
 
     Returns what result.json holds.
@@ -45,6 +44,9 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     """
     folder = Path(config.out)
     path = folder / "last.pt"
+    if is_restart():
+        resume = path.is_file()
+        overwrite = not resume
     if resume and not path.is_file():
         raise FileNotFoundError(
             f"--resume: expected a checkpoint at {path}, found none; leave out --resume to begin "
@@ -56,41 +58,14 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     fabric = build_fabric(config)
     if state is not None:
         check_resumable(state, config, fabric)
-    trainer = Trainer(config, fabric)
-    if state is not None:
-        trainer.restore(state)
-    elif fabric.is_global_zero:
-        _clear(folder)
-    trainer.fit()
-    return conclude(trainer)
-
-
-def build_fabric(config: TrainConfig) -> Fabric:
-    """Devices, precision and processes of a run, launched.
-
-    Raises:
-        ValueError: devices that this machine does not have; a batch that cannot be shared evenly.
-    """
-    gpus = torch.cuda.device_count()
-    if config.accelerator == "cuda" and not gpus:
-        raise ValueError("accelerator: expected a GPU for cuda, found none; set accelerator to cpu")
-    on_gpu = config.accelerator != "cpu" and gpus > 0
-    if on_gpu and config.devices != "auto" and config.devices > gpus:
-        raise ValueError(f"devices: expected at most {gpus}, the GPUs here; got {config.devices}")
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        precision=config.precision,
-        # The only buffers are frozen; broadcasting them every step would cost more than S.
-        strategy="auto" if config.devices == 1 else DDPStrategy(broadcast_buffers=False),
-    )
-    fabric.launch()
-    if config.batch_size % fabric.world_size:
-        raise ValueError(
-            f"batch_size: expected a multiple of the {fabric.world_size} processes, "
-            f"got {config.batch_size}"
-        )
-    return fabric
+    with determinism(config.deterministic):
+        trainer = Trainer(config, fabric)
+        if state is not None:
+            trainer.restore(state)
+        elif fabric.is_global_zero:
+            _clear(folder)
+        trainer.fit()
+        return conclude(trainer)
 
 
 def conclude(trainer: Trainer) -> dict[str, Any]:
@@ -114,6 +89,8 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         "best_validation": trainer.best,
         "steps": trainer.step,
         "step_seconds_median": statistics.median(trainer.seconds) if trainer.seconds else None,
+        "stopped_early": trainer.has_converged,
+        "skipped_steps": trainer.skipped,
         "saved_bytes_per_step": trainer.saved_bytes,
         "peak_memory_bytes": memory,
         "parameters": _parameters(trainer.network),

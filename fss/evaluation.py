@@ -10,10 +10,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Subset
 
 from fss.config import DataConfig
-from fss.data import EpisodeDataset, Source, Split, build_episodes, collate_episodes
+from fss.data import EpisodeDataset, Source, Split, build_episodes
+from fss.loading import episode_loader
 from fss.metrics import EpisodeIoU, Score
 
 
@@ -21,23 +22,6 @@ def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, 
     """Ids and names of a fold's novel classes, or of its base classes."""
     chosen = set(source.folds[fold])
     return {c: name for c, name in source.class_names.items() if (c in chosen) == novel}
-
-
-def episode_loader(dataset: Dataset, batch_size: int, workers: int, fabric: Fabric) -> DataLoader:
-    """Batches of episodes in order, on the device of this process.
-
-    Which episodes this process gets is the dataset's choice: no sampler is put in between.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate_episodes,
-        pin_memory=fabric.device.type == "cuda",
-        # Its own generator: the loader would draw from the global one, which resuming restores.
-        generator=torch.Generator(),
-    )
-    return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
 
 def segment(logits: Tensor, region: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -56,12 +40,17 @@ def segment(logits: Tensor, region: Sequence[int], size: Sequence[int]) -> Tenso
     return resized[0].argmax(0)
 
 
+def input_names(model: nn.Module) -> tuple[str, ...]:
+    """The entries of a batch that a model takes; one that does not say so takes the usual three."""
+    return getattr(model, "inputs", ("query_image", "support_images", "support_masks"))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
     """Label maps of a batch of test episodes, each [h, w] at its photo's original size."""
     training = model.training
     model.eval()
-    logits = model(batch["query_image"], batch["support_images"], batch["support_masks"]).logits
+    logits = model(*(batch[name] for name in input_names(model))).logits
     model.train(training)
     sizes = [mask.shape for mask in batch["query_mask_original"]]
     return [

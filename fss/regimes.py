@@ -49,7 +49,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     head = [p for name, p in trained.items() if not name.startswith("backbone.")]
     backbone = [p for name, p in trained.items() if name.startswith("backbone.")]
     groups = [
-        {"name": "head", "params": head, "lr": config.lr, "weight_decay": config.weight_decay}
+        {
+            "name": "head",
+            "params": head,
+            "lr": config.lr * config.lr_factor,
+            "weight_decay": config.weight_decay,
+        }
     ]
     if backbone:
         lr, decay = config.backbone_lr, config.backbone_weight_decay
@@ -57,7 +62,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             {
                 "name": "backbone",
                 "params": backbone,
-                "lr": config.lr / 10 if lr is None else lr,
+                "lr": (config.lr / 10 if lr is None else lr) * config.lr_factor,
                 "weight_decay": config.weight_decay if decay is None else decay,
             }
         )
@@ -75,9 +80,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimize
 def build_scheduler(
     optimizer: optim.Optimizer, config: OptimizerConfig, steps: int
 ) -> optim.lr_scheduler.LRScheduler:
-    """The learning rate of step n of `steps`: lr·(1 + cos(π·n/steps))/2, or lr when constant."""
+    """The learning rate of step n of `steps`, by `config.schedule`.
+
+    cosine: lr·(1 + cos(π·n/steps))/2. poly: lr·(1 - n/steps)^0.9. constant: lr.
+    """
     if config.schedule == "cosine":
         return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "poly":
+        return optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
     return optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
 
 

@@ -19,6 +19,7 @@ TRAIN = (
     "step_seconds",
     "images_per_second",
     "peak_memory_bytes",
+    "skipped_steps",
 )
 
 

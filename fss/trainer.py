@@ -7,7 +7,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,27 @@ from tqdm import tqdm
 from fss.checkpoint import check_same, random_state, restore_random_state, save_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes, build_source
-from fss.evaluation import episode_classes, episode_loader, evaluate
+from fss.evaluation import episode_classes, evaluate
 from fss.files import atomic_write
+from fss.loading import episode_loader, explain_killed_worker
 from fss.measure import StepTimer, peak_memory, saved_bytes
 from fss.models import build_model
+from fss.processes import synchronise_batch_norms
 from fss.regimes import apply_regime, build_optimizer, build_scheduler
 from fss.run_log import RunLog
 
 # What may differ between the two halves of a resumed run: it does not change what is trained.
 _FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
-_FREE |= {"data.root", "data.workers", "accelerator"}
+_FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
 _FREE |= {"model.weights", "model.base_weights", "model.official"}
 
 
 class Trainer:
     """The state of a run and its loop.
 
-    With several processes the episodes of a step are shared evenly and gradients averaged: up to
-    rounding what one process would compute, apart from dropout and, with a foreground weight or
-    ignored pixels, the weights of the shares' mean losses.
+    With several processes, or a step in several parts, the episodes of a step are shared evenly and
+    gradients averaged: up to rounding what one process would compute at once, apart from dropout
+    and, with a foreground weight or ignored pixels, the weights of the shares' mean losses.
 
     Args:
         config: of the run.
@@ -61,14 +63,24 @@ class Trainer:
         self.train_episodes = build_episodes(
             config.data, "train", config.steps * config.batch_size, config.data.seed, self.source
         )
+        novel = config.validation_classes == "novel"
+        self.validated = (
+            self.classes if novel else episode_classes(self.source, config.data.fold, False)
+        )
         self.validation_episodes = build_episodes(
-            config.data, "test", config.validation_episodes, config.validation_seed, self.source
+            config.data,
+            "test" if novel else "validation",
+            config.validation_episodes,
+            config.validation_seed,
+            self.source,
         )
 
         fabric.seed_everything(config.seed, verbose=False)
         base = episode_classes(self.source, config.data.fold, novel=False)
         self.network = build_model(config.model, len(base), config.data.shots)
         apply_regime(self.network, config.regime)
+        if config.sync_batch_norm:
+            self.network = synchronise_batch_norms(self.network, config.regime, fabric)
         optimizer = build_optimizer(self.network, config.optimizer)
         self.scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
         self.model, self.optimizer = fabric.setup(self.network, optimizer)
@@ -77,6 +89,8 @@ class Trainer:
 
         self.step = 0
         self.best: dict[str, float] | None = None
+        self.stale = 0
+        self.skipped = 0
         self.saved_bytes: int | None = None
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -91,9 +105,8 @@ class Trainer:
         episodes = Subset(
             self.train_episodes, range(start, len(self.train_episodes), fabric.world_size)
         )
-        loader = episode_loader(
-            episodes, config.batch_size // fabric.world_size, config.data.workers, fabric
-        )
+        part = config.batch_size // fabric.world_size // config.accumulate
+        loader = episode_loader(episodes, part, config.data.workers, fabric)
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -104,9 +117,14 @@ class Trainer:
         )
         self.model.train()
         window = self.step, time.perf_counter()
-        with self._open_log(), _postponed_interrupt() as interrupted, bar:
-            for batch in loader:
-                self._train_step(batch)
+        with (
+            self._open_log(),
+            _postponed_interrupt() as interrupted,
+            bar,
+            explain_killed_worker(self._last_good),
+        ):
+            for parts in self._steps(loader):
+                self._train_step(parts)
                 bar.update()
                 ends = self.step == config.steps
                 if self._due(config.log_every) or ends:
@@ -116,6 +134,9 @@ class Trainer:
                     bar.write(self._validate(), file=sys.stderr)
                     self._save("last.pt")
                     window = self.step, time.perf_counter()
+                    if self.has_converged:
+                        bar.write(self._stop_line(), file=sys.stderr)
+                        break
                 elif self._due(config.save_every):
                     self._save("last.pt")
                 if self._agreed(bool(interrupted)):
@@ -132,6 +153,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step, self.best = state["step"], state["best"]
+        self.stale, self.skipped = state["stale"], state["skipped"]
         self.saved_bytes = state["saved_bytes"]
         self.seconds = state["seconds"].tolist()
         self.losses = state["losses"]
@@ -146,34 +168,59 @@ class Trainer:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
         with atomic_write(self.folder / "config.yaml") as file:
             file.write(text.encode())
-        self.log = RunLog(self.folder, self.classes, self.step)
+        self.log = RunLog(self.folder, self.validated, self.step)
         try:
             yield
         finally:
             self.log.close()
 
-    def _train_step(self, batch: dict[str, Any]) -> None:
+    def _steps(self, loader: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """The parts of each step; what the loader fails with finds the steps before saved."""
+        batches = iter(loader)
+        while self.step < self.config.steps and not self.has_converged:
+            try:
+                parts = [next(batches) for _ in range(self.config.accumulate)]
+            except Exception:
+                # with several processes the others would have to take part in saving
+                if self.step and self.fabric.world_size == 1:
+                    self._save("last.pt")
+                raise
+            yield parts
+
+    def _train_step(self, parts: list[dict[str, Any]]) -> None:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self._timer.start()
         self.optimizer.zero_grad()
-        if self.saved_bytes is None:
-            with saved_bytes(self.network) as saved:
-                loss = self._loss(batch)
-            self.saved_bytes = saved.total
-        else:
-            loss = self._loss(batch)
-        self.fabric.backward(loss)
-        self.optimizer.step()
+        losses = [self._backward(part, part is parts[-1]) for part in parts]
+        self._step_optimizer()
         self._timer.stop()
         self.scheduler.step()
         self.step += 1
-        self._pending.append((self.step, learning_rate, loss.detach()))
+        self._pending.append((self.step, learning_rate, torch.stack(losses).mean()))
+
+    def _backward(self, part: dict[str, Any], last: bool) -> torch.Tensor:
+        """Adds the gradients of a part of a step; only the last waits for other processes."""
+        with self.fabric.no_backward_sync(self.model, enabled=not last):
+            if self.saved_bytes is None:
+                with saved_bytes(self.network) as saved:
+                    loss = self._loss(part)
+                self.saved_bytes = saved.total
+            else:
+                loss = self._loss(part)
+            self.fabric.backward(loss / self.config.accumulate)
+        return loss.detach()
+
+    def _step_optimizer(self) -> None:
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        scale = scaler.get_scale() if scaler else 0.0
+        self.optimizer.step()
+        # a scaler halves its scale exactly when it has left a step out
+        self.skipped += int(scaler is not None and scaler.get_scale() < scale)
 
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        prediction = self.model(
-            batch["query_image"], batch["support_images"], batch["support_masks"]
-        )
-        return self.network.loss(prediction, batch["query_mask"], self.class_weight)
+        prediction = self.model(*(batch[name] for name in self.network.inputs))
+        targets = (batch[name] for name in self.network.targets)
+        return self.network.loss(prediction, *targets, class_weight=self.class_weight)
 
     def _settle(self) -> None:
         """Takes the losses and times of the steps since the last call; waits for the device."""
@@ -195,7 +242,11 @@ class Trainer:
 
     def _last_good(self) -> str:
         path = self.folder / "last.pt"
-        return f"{path} is from before." if path.exists() else "No checkpoint was written yet."
+        return (
+            f"{path} is from before; --resume goes on."
+            if path.exists()
+            else "No checkpoint was written yet."
+        )
 
     def _log_training(self, first: int, since: float) -> dict[str, str]:
         """Adds a row on the steps after `first`, begun at time `since`, to the log.
@@ -214,6 +265,7 @@ class Trainer:
             "step_seconds": statistics.median(self.seconds[-len(self.losses) :]),
             "images_per_second": images_per_second,
             "peak_memory_bytes": peak_memory(self.fabric.device),
+            "skipped_steps": self.skipped,
         }
         self.losses = []
         if self.log is not None:
@@ -226,21 +278,24 @@ class Trainer:
         }
 
     def _validate(self) -> str:
-        """Scores the novel classes, keeps the best checkpoint; returns a line of the outcome."""
+        """Scores the validated classes, keeps the best checkpoint; returns the outcome."""
         self._settle()
         score = evaluate(
             self.model,
             self.validation_episodes,
-            list(self.classes),
+            list(self.validated),
             self.fabric,
-            max(1, self.config.batch_size // self.fabric.world_size),
+            max(1, self.config.batch_size // self.fabric.world_size // self.config.accumulate),
             self.config.data.workers,
         )
         if self.log is not None:
             self.log.validation(self.step, score)
         if self.best is None or score.miou > self.best["miou"]:
             self.best = {"miou": score.miou, "fb_iou": score.fb_iou, "step": self.step}
+            self.stale = 0
             self._save("best.pt")
+        else:
+            self.stale += 1
         unsampled = f", {len(score.unsampled)} classes unsampled" if score.unsampled else ""
         return (
             f"step {self.step}: validation mIoU {100 * score.miou:.2f} %, "
@@ -258,6 +313,8 @@ class Trainer:
         state: dict[str, Any] = {
             "step": self.step,
             "best": self.best,
+            "stale": self.stale,
+            "skipped": self.skipped,
             "model": self.network.state_dict(),
         }
         if name == "last.pt":
@@ -280,6 +337,18 @@ class Trainer:
         if self.fabric.world_size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
+
+    @property
+    def has_converged(self) -> bool:
+        """Whether the last validations ended the run early, see `TrainConfig.early_stop`."""
+        return 0 < self.config.early_stop <= self.stale
+
+    def _stop_line(self) -> str:
+        best = self.best or {}
+        return (
+            f"stopped early after step {self.step}: {self.stale} validations without more than "
+            f"{100 * best['miou']:.2f} % mIoU, of step {best['step']}"
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -1,0 +1,53 @@
+"""Batches of episodes, and what the processes that load them fail with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning_fabric import Fabric
+from torch.utils.data import DataLoader, Dataset
+
+from fss.data import collate_episodes
+
+_KILLED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+|exited unexpectedly)")
+
+
+def episode_loader(dataset: Dataset, batch_size: int, workers: int, fabric: Fabric) -> DataLoader:
+    """Batches of episodes in order, on the device of this process.
+
+    Which episodes this process gets is the dataset's choice: no sampler is put in between.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate_episodes,
+        pin_memory=fabric.device.type == "cuda",
+        # Its own generator: the loader would draw from the global one, which resuming restores.
+        generator=torch.Generator(),
+    )
+    return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+
+
+@contextmanager
+def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
+    """Says in the user's words that a loading process was killed, and what became of the run.
+
+    torch notices it by a signal, wherever this process is then, not only where it loads.
+
+    Raises:
+        RuntimeError: in the place of torch's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        killed = _KILLED.search(str(error))
+        if killed is None:
+            raise
+        raise RuntimeError(
+            f"data.workers: a process that loads episodes {killed[1]}; if memory ran out, take "
+            f"fewer data.workers. {outcome()}"
+        ) from error

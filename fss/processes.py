@@ -1,0 +1,139 @@
+"""The processes of a run: devices, precision, torchrun, determinism."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.strategies import DDPStrategy
+from torch import nn
+
+from fss.config import RegimeConfig, TrainConfig
+
+
+def build_fabric(config: TrainConfig) -> Fabric:
+    """Devices, precision and processes of a run, launched; under torchrun it takes its processes.
+
+    Raises:
+        ValueError: devices that this machine does not have; a batch that cannot be shared evenly.
+    """
+    devices, nodes = _layout(config)
+    fabric = launch(config.accelerator, devices, nodes, config.precision)
+    shares = fabric.world_size * config.accumulate
+    if config.batch_size % shares:
+        parts = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
+        raise ValueError(
+            f"batch_size: expected a multiple of the {fabric.world_size} processes{parts}, "
+            f"got {config.batch_size}"
+        )
+    return fabric
+
+
+def launch(accelerator: str, devices: int | str, nodes: int, precision: Any) -> Fabric:
+    """Launches the processes.
+
+    Raises:
+        ValueError: devices that this machine does not have.
+    """
+    gpus = torch.cuda.device_count()
+    if accelerator == "cuda" and not gpus:
+        raise ValueError("accelerator: expected a GPU for cuda, found none; set accelerator to cpu")
+    on_gpu = accelerator != "cpu" and gpus > 0
+    if on_gpu and isinstance(devices, int) and devices > gpus:
+        raise ValueError(f"devices: expected at most {gpus}, the GPUs here; got {devices}")
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed" and not on_gpu:
+        # Fabric would take bfloat16 instead.
+        options = {"plugins": MixedPrecision("16-mixed", "cpu")}
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        # The only buffers are frozen; broadcasting them every step would cost more than S.
+        strategy="auto" if devices == nodes == 1 else DDPStrategy(broadcast_buffers=False),
+        **options,
+    )
+    fabric.launch()
+    return fabric
+
+
+def torchrun_layout() -> tuple[int, int] | None:
+    """Processes per machine and number of machines of torchrun, None without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if world % local:
+        raise ValueError(
+            f"torchrun: expected as many processes on each machine, got {world} in all and {local} "
+            "on this one; give --nproc-per-node the same number everywhere"
+        )
+    return local, world // local
+
+
+def is_restart() -> bool:
+    """Whether torchrun's elastic agent started these processes after others had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _layout(config: TrainConfig) -> tuple[int | str, int]:
+    layout = torchrun_layout()
+    if layout is None:
+        return config.devices, 1
+    if config.devices not in ("auto", 1, layout[0]):
+        raise ValueError(
+            f"devices: torchrun started {layout[0]} processes on this machine, devices is "
+            f"{config.devices}; leave it out"
+        )
+    return layout
+
+
+def synchronise_batch_norms(model: nn.Module, regime: RegimeConfig, fabric: Fabric) -> nn.Module:
+    """Makes batch norms take the statistics of the batches of all processes.
+
+    Raises:
+        ValueError: where no batch norm takes statistics of a batch, on the CPU, which has no
+            synchronised batch norm, or in a single process.
+    """
+    if regime.batch_norm_statistics != "batch":
+        raise ValueError(
+            "sync_batch_norm: every batch norm uses its stored statistics, which are the same in "
+            "all processes; leave it out, or set regime.batch_norm_statistics to batch"
+        )
+    if fabric.device.type != "cuda" or fabric.world_size == 1:
+        kind = "GPU" if fabric.device.type == "cuda" else fabric.device.type.upper()
+        raise ValueError(
+            "sync_batch_norm: expected several processes on GPUs, torch synchronises batch norms "
+            f"only there; got {fabric.world_size} on {kind}. Leave it out"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Lets torch choose algorithms that give the same bits each time, or raise; undone at the end.
+
+    cuBLAS needs its workspace fixed before its first use in the process.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn = torch.backends.cudnn
+    former = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+    )
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+        cudnn.deterministic, cudnn.benchmark = former[2:]
