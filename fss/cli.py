@@ -1,4 +1,4 @@
-"""The commands `fss train` and `fss eval`."""
+"""The commands `fss train`, `fss train-base` and `fss eval`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning_fabric import Fabric
 
 import fss
+from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_source
@@ -76,7 +77,7 @@ def evaluate_run(
     fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
     source = build_source(config.data)
     base = episode_classes(source, config.data.fold, novel=False)
-    network = build_model(config.model, len(base), trained_shots)
+    network = build_model(config.model, base, trained_shots)
     apply_regime(network, config.regime)
     network.load_state_dict(state["model"])
     result = evaluate_seeds(
@@ -114,6 +115,16 @@ def build_parser() -> ArgumentParser:
     training.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     training.add_argument("--debug", **debug)
     training.add_class_arguments(TrainConfig)
+    base = ArgumentParser(
+        description="Train BAM's base learner, a PSPNet that segments the base classes of a fold.",
+        usage="fss train-base [--config FILE.yaml] [--resume | --overwrite] [options]",
+        exit_on_error=False,
+    )
+    base.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    base.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    base.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    base.add_argument("--debug", **debug)
+    base.add_class_arguments(BaseLearnerConfig)
     evaluation = ArgumentParser(
         description="Score a trained model on test episodes, print a table and write eval.json.",
         usage="fss eval RUN [options]",
@@ -123,6 +134,7 @@ def build_parser() -> ArgumentParser:
     evaluation.add_function_arguments(evaluate_run, as_positional=True)
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", training, help="train, validate and test a model")
+    commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     return parser
 
@@ -140,10 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
             flags = {name: options.pop(name) for name in ("resume", "overwrite")}
             options.pop("config")
             result = train(TrainConfig(**options), **flags)["test"]
+        elif settings.command == "train-base":
+            flags = {name: options.pop(name) for name in ("resume", "overwrite")}
+            options.pop("config")
+            result = train_base(BaseLearnerConfig(**options), **flags)
         else:
             result = evaluate_run(**options)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print("\n".join(table(result)))
+            print("\n".join(table(result) if "seeds" in result else base_table(result)))
     except KeyboardInterrupt as stop:
         print(f"fss: {stop or 'stopped'}", file=sys.stderr)
         return 130

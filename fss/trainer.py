@@ -67,7 +67,7 @@ class Trainer:
 
         fabric.seed_everything(config.seed, verbose=False)
         base = episode_classes(self.source, config.data.fold, novel=False)
-        self.network = build_model(config.model, len(base), config.data.shots)
+        self.network = build_model(config.model, base, config.data.shots)
         apply_regime(self.network, config.regime)
         optimizer = build_optimizer(self.network, config.optimizer)
         self.scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
