@@ -1,4 +1,4 @@
-"""The commands `fss train`, `fss eval` and `fss reproduce`."""
+"""The commands `fss train`, `fss train-base`, `fss eval` and `fss reproduce`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from lightning_fabric import Fabric
 
 import fss
+from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_source
@@ -89,7 +90,7 @@ def evaluate_run(
     fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
     source = build_source(config.data)
     base = episode_classes(source, config.data.fold, novel=False)
-    network = build_model(config.model, len(base), trained_shots)
+    network = build_model(config.model, base, trained_shots)
     apply_regime(network, config.regime)
     network.load_state_dict(state["model"])
     result = evaluate_seeds(
@@ -171,6 +172,16 @@ def build_parser() -> ArgumentParser:
     training.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     training.add_argument("--debug", **debug)
     training.add_class_arguments(TrainConfig)
+    base = ArgumentParser(
+        description="Train BAM's base learner, a PSPNet that segments the base classes of a fold.",
+        usage="fss train-base [--config FILE.yaml] [--resume | --overwrite] [options]",
+        exit_on_error=False,
+    )
+    base.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    base.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    base.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    base.add_argument("--debug", **debug)
+    base.add_class_arguments(BaseLearnerConfig)
     evaluation = ArgumentParser(
         description="Score a trained model on test episodes, print a table and write eval.json.",
         usage="fss eval RUN [options]",
@@ -202,6 +213,7 @@ def build_parser() -> ArgumentParser:
         reproduction.add_argument(f"--{name}", help="as for fss train, in every run")
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", training, help="train, validate and test a model")
+    commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
     return parser
@@ -220,6 +232,10 @@ def main(arguments: list[str] | None = None) -> int:
             flags = {name: options.pop(name) for name in ("resume", "overwrite")}
             options.pop("config")
             text = "\n".join(table(train(TrainConfig(**options), **flags)["test"]))
+        elif settings.command == "train-base":
+            flags = {name: options.pop(name) for name in ("resume", "overwrite")}
+            options.pop("config")
+            text = "\n".join(base_table(train_base(BaseLearnerConfig(**options), **flags)))
         elif settings.command == "eval":
             text = "\n".join(table(evaluate_run(**options)))
         else:

@@ -77,7 +77,7 @@ class Trainer:
 
         fabric.seed_everything(config.seed, verbose=False)
         base = episode_classes(self.source, config.data.fold, novel=False)
-        self.network = build_model(config.model, len(base), config.data.shots)
+        self.network = build_model(config.model, base, config.data.shots)
         apply_regime(self.network, config.regime)
         if config.sync_batch_norm:
             self.network = synchronise_batch_norms(self.network, config.regime, fabric)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fss.config import ModelConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
@@ -32,13 +34,13 @@ __all__ = [
 
 
 def build_model(
-    config: ModelConfig, base_classes: int | None = None, shots: int = 1
+    config: ModelConfig, base_classes: Mapping[int, str] | None = None, shots: int = 1
 ) -> FewShotModel:
     """Builds the configured model with its pretrained backbone and a random head.
 
     Args:
         config: the network and its files.
-        base_classes: number of the fold's base classes, which BAM needs.
+        base_classes: names of the fold's base classes by id, which BAM needs.
         shots: supports per query (K) that BAM learns to weigh.
 
     Raises:
@@ -59,10 +61,10 @@ def build_model(
         model = PFENet(backbone, config.channels, config.dropout)
     else:
         if base_classes is None:
-            raise ValueError("base_classes: expected the number of base classes for bam, got None")
-        model = BAM(backbone, base_classes, shots, config.channels, config.dropout)
+            raise ValueError("base_classes: expected the names of base classes for bam, got None")
+        model = BAM(backbone, len(base_classes), shots, config.channels, config.dropout)
     if config.official:
         load_official(model, config.official)
-    elif brought:
-        load_base_learner(model, str(config.base_weights))
+    elif isinstance(model, BAM) and brought:
+        load_base_learner(model, str(config.base_weights), base_classes)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fss.models.bam import BAM
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
 from fss.models.vgg import CUTS, VGG
-from fss.models.weights import differences, read_state
+from fss.models.weights import differences, read_state, read_torch
 
 # Beginnings of our names and of theirs; the first that fits counts.
 _STEM = {
@@ -74,16 +75,19 @@ def load_official(model: nn.Module, path: str) -> None:
     _load(model, _without_encoder(state, path), path)
 
 
-def load_base_learner(model: BAM, path: str) -> None:
+def load_base_learner(model: BAM, path: str, base_classes: Mapping[int, str] | None = None) -> None:
     """Loads backbone and base learner of BAM from `fss train-base`, or the authors' PSPNet.
 
     Args:
         model: a BAM of the same backbone and fold.
         path: the folder of a `fss train-base` run, or a checkpoint file.
+        base_classes: names of the fold's base classes by id, with which those of a `fss
+            train-base` run must agree; the authors' files do not tell theirs.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read or does not fit; the message lists what does not.
+        ValueError: a file that cannot be read or does not fit; the message lists what does not. A
+            base learner of another fold.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -92,6 +96,7 @@ def load_base_learner(model: BAM, path: str) -> None:
     pspnet = nn.Module()
     pspnet.backbone, pspnet.base_learner = model.backbone, model.base_learner
     if any(key.startswith("base_learner.") for key in state):
+        _check_classes(read_torch(file).get("classes"), base_classes, path)
         own = pspnet.state_dict()
         _raise(differences(_counted(own), _counted(state)), path)
         pspnet.load_state_dict(state, strict=False)
@@ -113,6 +118,20 @@ def _load(model: nn.Module, state: dict[str, Any], path: str) -> None:
         key: state[name].reshape(own[key].shape) for key, name in names.items() if name in state
     }
     model.load_state_dict(loaded, strict=False)
+
+
+def _check_classes(
+    stored: Mapping[int, str] | None, wanted: Mapping[int, str] | None, path: str
+) -> None:
+    if stored is None or wanted is None or dict(stored) == dict(wanted):
+        return
+    unlike = [f"{name} ({c})" for c, name in stored.items() if wanted.get(c) != name]
+    lacking = [f"{name} ({c})" for c, name in wanted.items() if stored.get(c) != name]
+    raise ValueError(
+        f"model.base_weights: {path} is of another fold or data set: it learnt "
+        f"{', '.join(unlike) or 'nothing more'}, which are no base classes here, and not "
+        f"{', '.join(lacking) or 'less'}; train a base learner for this fold"
+    )
 
 
 def _raise(report: str, path: str) -> None:

@@ -149,9 +149,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     return state, word if word in ("conv1", "conv2") else None
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote into a file, if it is tensors and plain values only.
+
+    Raises:
+        ValueError: a file that cannot be read, or would run code.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"weights: {path} holds more than tensors, or is damaged, and is not loaded, because "
@@ -162,6 +167,10 @@ def _read_torch(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"weights: {path} is no complete torch file ({error}); fetch it again"
         ) from error
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    state = read_torch(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):

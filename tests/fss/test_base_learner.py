@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fss.base_learner
+from fss.base_learner import BaseImages, BaseLearnerConfig, confusion, train_base
+from fss.cli import main
+from fss.config import DataConfig, ModelConfig
+from fss.data import EvalTransform, build_source
+from fss.evaluation import episode_classes
+from fss.models import build_model
+
+DATA = {"source": "shapes", "size": 33, "min_area": 0.01, "workers": 0}
+MODEL = {"backbone": "resnet18", "width": 4, "weights": "none"}
+
+
+@pytest.fixture(scope="module")
+def source():
+    return build_source(DataConfig(**DATA))
+
+
+@pytest.fixture(autouse=True)
+def shapes_once(monkeypatch, source):
+    monkeypatch.setattr(fss.base_learner, "build_source", lambda config: source)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    def make(**overrides):
+        values = {
+            "steps": 4,
+            "batch_size": 4,
+            "validation_images": 6,
+            "validation_every": 2,
+            "log_every": 1,
+            "accelerator": "cpu",
+            "out": str(tmp_path / "base"),
+        }
+        data = DataConfig(**(DATA | overrides.pop("data", {})))
+        model = ModelConfig(**(MODEL | overrides.pop("model", {})))
+        return BaseLearnerConfig(data, model, **(values | overrides))
+
+    return make
+
+
+def test_masks_number_the_base_classes_and_know_no_novel_one(source):
+    classes = list(episode_classes(source, 1, novel=False))
+    novel = set(source.folds[1])
+    seen = set()
+    for image in source.indices("test")[:60]:
+        photos = BaseImages(source, classes[::-1], [image], EvalTransform(33))
+        mask = photos[0]["mask"]
+        original = EvalTransform(33)(*source.load(image)).mask
+        for label in original.unique().tolist():
+            expected = 255 if label == 255 else 0 if label in {0, *novel} else None
+            expected = sorted(classes).index(label) + 1 if expected is None else expected
+            assert mask[original == label].unique().tolist() == [expected]
+            seen.add(expected)
+    assert {0, 255} < seen and max(seen - {255}) <= 15
+
+
+def test_each_pass_shows_each_photo_once_in_a_fresh_order(source):
+    images = source.indices("train")[:7]
+    shown: list[int] = []
+
+    class Named:
+        def load(self, index):
+            shown.append(index)
+            return source.load(index)
+
+    photos = BaseImages(Named(), [1, 2], images, EvalTransform(33), length=14, seed=5)
+    for i in range(14):
+        photos[i]
+    assert sorted(shown[:7]) == sorted(shown[7:]) == sorted(images)
+    assert shown[:7] != shown[7:]
+    with pytest.raises(IndexError, match="photo: expected 0 to 13, got 14"):
+        photos[14]
+
+
+def test_confusion():
+    target = torch.tensor([[0, 1, 2], [2, 255, 255]])
+    prediction = torch.tensor([[0, 2, 2], [1, 0, 2]])
+    assert confusion(prediction, target, 3).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 1]]
+
+
+def test_learns_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+    whole = train_base(tiny(steps=6, lr=0.05))
+    config = tiny(steps=6, lr=0.05, out=str(tmp_path / "cut"), save_every=1)
+    save = fss.base_learner.BaseTrainer._save
+
+    def killed(self, name):
+        save(self, name)
+        if self.step == 3:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(fss.base_learner.BaseTrainer, "_save", killed)
+        train_base(config)
+    result = train_base(config, resume=True)
+    assert result["iou"] == whole["iou"] and result["step"] == whole["step"]
+    one, other = (torch.load(tmp_path / d / "last.pt") for d in ("base", "cut"))
+    assert one["history"] == other["history"]
+    assert all(torch.equal(v, other["state_dict"][k]) for k, v in one["state_dict"].items())
+    losses = [row["loss"] for row in one["history"] if "loss" in row]
+    assert losses[-1] < losses[0]
+    logs = [(tmp_path / d / "log.csv").read_text() for d in ("base", "cut")]
+    assert logs[0] == logs[1] and logs[0].startswith("step,loss,lr,miou")
+
+
+def test_bam_takes_the_result(tiny, source, tmp_path):
+    train_base(tiny(steps=2))
+    state = torch.load(tmp_path / "base" / "base.pt")["state_dict"]
+    config = ModelConfig(**MODEL, name="bam", base_weights=str(tmp_path / "base"), channels=8)
+    bam = build_model(config, episode_classes(source, 0, novel=False))
+    own = bam.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state.items())
+    with pytest.raises(ValueError, match="of another fold or data set: it learnt .*base classes"):
+        build_model(config, episode_classes(source, 1, novel=False))
+    with pytest.raises(ValueError, match="of another shape: backbone.conv1.weight"):
+        build_model(dataclasses.replace(config, width=6), episode_classes(source, 0, novel=False))
+
+
+def test_a_run_is_not_overwritten_nor_mixed_up(tiny):
+    with pytest.raises(FileNotFoundError, match="--resume: expected a checkpoint"):
+        train_base(tiny(), resume=True)
+    train_base(tiny(steps=1))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_base(tiny(steps=1))
+    with pytest.raises(ValueError, match="lr: expected 0.1, the checkpoint has 0.00025"):
+        train_base(tiny(steps=1, lr=0.1), resume=True)
+    train_base(tiny(steps=1, lr=0.1), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"batch_size": 1}, "batch_size: expected a number from 2 on, got 1"),
+        ({"steps": 0}, "steps: expected a number from 1 on, got 0"),
+        ({"lr": float("nan")}, "lr: expected a number above 0, got nan"),
+        ({"momentum": 1.0}, "momentum: .*got 1.0"),
+        ({"out": ""}, "out: expected a folder"),
+    ],
+)
+def test_bad_settings(tiny, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**overrides)
+
+
+def test_a_fold_that_is_not_there(tiny):
+    with pytest.raises(ValueError, match="data.fold: expected 0 to 3"):
+        train_base(tiny(data={"fold": 9}))
+
+
+def test_a_loss_that_is_not_finite_stops(tiny):
+    with pytest.raises(FloatingPointError, match="loss: expected a finite number"):
+        train_base(tiny(steps=6, lr=1e30, log_every=6, validation_every=0))
+
+
+def test_command(tmp_path, capsys):
+    options = [f"--data.{name}={value}" for name, value in DATA.items()]
+    options += [f"--model.{name}={value}" for name, value in MODEL.items()]
+    options += ["--steps=1", "--batch_size=2", "--validation_images=2", "--accelerator=cpu"]
+    out = tmp_path / "run"
+    assert main(["train-base", *options, f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "mIoU" in printed and "base classes on test photos, step 1" in printed
+    assert json.loads((out / "result.json").read_text())["config"]["steps"] == 1
+    assert main(["train-base", *options, f"--out={out}"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
