@@ -240,10 +240,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         class_images: dict[int, list[int]] = {class_id: [] for class_id in self.classes}
         listed = []
         for i in kept:
-            areas = source.class_areas(i)
-            height, width = source.size(i)
-            smallest = self.min_area if self.min_area >= 1 else self.min_area * height * width
-            counting = [c for c in self.classes if areas.get(c, 0) >= smallest]
+            counting = counting_classes(source, i, self.classes, self.min_area)
             if counting:
                 listed.append(i)
             for class_id in counting:
@@ -280,6 +277,16 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+def counting_classes(
+    source: Source, index: int, classes: Iterable[int], min_area: float
+) -> list[int]:
+    """Those of `classes` that cover `min_area` of an image: pixels, or a share when below 1."""
+    areas = source.class_areas(index)
+    height, width = source.size(index)
+    smallest = min_area if min_area >= 1 else min_area * height * width
+    return [c for c in classes if areas.get(c, 0) >= smallest]
 
 
 def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
