@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -120,7 +120,8 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         novel = source.folds[fold]
         self.base_classes = tuple(sorted(c for c in source.class_names if c not in novel))
         self.classes = novel if split == "test" else self.base_classes
-        self._base_labels = _base_labels(self.base_classes)
+        labels = {class_id: label for label, class_id in enumerate(self.base_classes, start=1)}
+        self._base_table = _table(labels) if 0 < len(labels) < IGNORE else None
         self.queries, self.class_images = self._list_images(set(novel))
         self._shown = {
             index: sorted(set(source.class_areas(index)).intersection(self.classes))
@@ -169,24 +170,23 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         supports = [self._load(index, i, episode.class_id, rng)[0] for i in episode.supports]
         item = {
             "query_image": query.image,
-            "query_mask": _binary(query.mask, episode.class_id),
+            "query_mask": _binary(query.mask.numpy(), episode.class_id),
             "support_images": torch.stack([support.image for support in supports]),
             "support_masks": torch.stack(
-                [_binary(support.mask, episode.class_id) for support in supports]
+                [_binary(support.mask.numpy(), episode.class_id) for support in supports]
             ),
             "class_id": episode.class_id,
             "index": index,
             "query_name": self.source.name(episode.query),
             "support_names": [self.source.name(i) for i in episode.supports],
         }
-        if self._base_labels is not None:
-            item["query_base_mask"] = self._base_labels[query.mask]
+        if self._base_table is not None:
+            item["query_base_mask"] = _labels(query.mask.numpy(), self._base_table)
             position = bisect_left(self.base_classes, episode.class_id)
             item["base_class"] = torch.tensor(-1 if self.split == "test" else position)
         if query.size is not None:
             item["query_size"] = torch.tensor(query.size)
-            original_mask = torch.from_numpy(original.astype(np.int64))
-            item["query_mask_original"] = _binary(original_mask, episode.class_id)
+            item["query_mask_original"] = _binary(original, episode.class_id)
         return item
 
     def draw(self, index: int, attempt: int = 0) -> Episode:
@@ -307,19 +307,26 @@ def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _binary(classes: Tensor, class_id: int) -> Tensor:
-    """1 where the class is, 255 where ignored, else 0; int64 as `classes`."""
-    return (classes == class_id).long().masked_fill_(classes == IGNORE, IGNORE)
+def _binary(classes: Mask, class_id: int) -> Tensor:
+    """1 where the class is, 255 where ignored, else 0; int64."""
+    return _labels(classes, _table({class_id: 1}))
 
 
-def _base_labels(base: Sequence[int]) -> Tensor | None:
-    """A table from class ids to labels of base classes, int64; None where they do not fit."""
-    if not 0 < len(base) < IGNORE:
-        return None
-    table = torch.zeros(1 << 16, dtype=torch.int64)
-    table[list(base)] = torch.arange(1, len(base) + 1)
+def _table(labels: Mapping[int, int]) -> NDArray[np.uint8]:
+    """The label of each class id: of those not given 0, of ignored pixels 255."""
+    table = np.zeros(max(IGNORE, *labels) + 1, dtype=np.uint8)
+    table[list(labels)] = list(labels.values())
     table[IGNORE] = IGNORE
     return table
+
+
+def _labels(classes: Mask, table: NDArray[np.uint8]) -> Tensor:
+    """The label of each pixel, int64."""
+    if classes.dtype == np.uint8:
+        labels = cv2.LUT(classes, table[: IGNORE + 1])
+    else:
+        labels = np.where(classes < len(table), table[np.minimum(classes, len(table) - 1)], 0)
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _check_integer(name: str, value: object, lowest: int) -> None:
