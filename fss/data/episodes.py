@@ -68,6 +68,8 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: from 0.
         min_area: pixels at original size when at least 1, else a share of the image.
         exclude_novel: train only on images without any novel class, however small (the † filter).
+        drop_small_classes: leave out, with a warning, the classes of the split that have no more
+            than K images, which are an error otherwise.
         skip_unreadable: draw another episode in place of one with an image that cannot be read,
             and warn; an item then also has `unreadable`, the errors it met. Otherwise such an image
             is an error.
@@ -94,6 +96,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         min_area: float = 2048,
         exclude_novel: bool = False,
+        drop_small_classes: bool = False,
         skip_unreadable: bool = False,
     ) -> None:
         for name, value, lowest in (
@@ -116,7 +119,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         self.shots, self.transform = shots, transform
         self.episodes, self.seed = episodes, seed
         self.min_area, self.exclude_novel = min_area, exclude_novel
-        self.skip_unreadable = skip_unreadable
+        self.drop_small_classes, self.skip_unreadable = drop_small_classes, skip_unreadable
         novel = source.folds[fold]
         self.base_classes = tuple(sorted(c for c in source.class_names if c not in novel))
         self.classes = novel if split == "test" else self.base_classes
@@ -251,17 +254,35 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
                 f"min_area leaves no {self.split} image in fold {self.fold}: no {kind} class "
                 f"covers {self.min_area} {unit} in any of the {len(kept)}; lower min_area"
             )
-        for class_id, members in class_images.items():
-            if len(members) <= self.shots:
-                filters = f"min_area {self.min_area}"
-                if kept is not images:
-                    filters += " and exclude_novel"
+        filters = f"min_area {self.min_area}"
+        if kept is not images:
+            filters += " and exclude_novel"
+        small = [c for c, members in class_images.items() if len(members) <= self.shots]
+        if small and self.drop_small_classes:
+            names = ", ".join(f"{source.class_names[c]} {len(class_images[c])}" for c in small)
+            self.classes = tuple(c for c in self.classes if c not in small)
+            if not self.classes:
                 raise ValueError(
-                    f"class {source.class_names[class_id]!r} ({class_id}) has {len(members)} "
-                    f"{self.split} images in fold {self.fold} after {filters}; {self.shots} shots "
-                    f"need {self.shots + 1} (query and supports): take fewer shots, loosen the "
-                    "filters, or leave the class out"
+                    f"drop_small_classes leaves no {kind} class in fold {self.fold}: none has "
+                    f"{self.shots + 1} {self.split} images after {filters} ({names})"
                 )
+            warnings.warn(
+                f"{self.split}, fold {self.fold}: {len(small)} classes with fewer than "
+                f"{self.shots + 1} images after {filters} are left out: {names}",
+                stacklevel=3,
+            )
+            class_images = {c: class_images[c] for c in self.classes}
+            remaining = set().union(*class_images.values())
+            listed = [i for i in listed if i in remaining]
+        elif small:
+            class_id = small[0]
+            raise ValueError(
+                f"class {source.class_names[class_id]!r} ({class_id}) has "
+                f"{len(class_images[class_id])} {self.split} images in fold {self.fold} after "
+                f"{filters}; {self.shots} shots need {self.shots + 1} (query and supports): take "
+                "fewer shots, loosen the filters, or leave out such classes "
+                f"(data.drop_small_classes: true; {len(small)} here)"
+            )
         return listed, class_images
 
     def _load(
