@@ -1,4 +1,4 @@
-"""The commands `fss train`, `fss train-base`, `fss eval` and `fss reproduce`."""
+"""The commands `fss train`, `train-base`, `eval`, `data` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_source
+from fss.data.prepare import prepare, verify_data
 from fss.engine import train
 from fss.evaluation import episode_classes, evaluate_seeds, table
 from fss.files import write_json
@@ -216,11 +217,26 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
+    data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
+    data.add_argument("--debug", **debug)
+    commands.add_subcommand("data", data, help="make or verify a data set")
+    actions = data.add_subcommands(required=True, dest="action")
+    for name, function, text in (
+        ("prepare", prepare, "download and convert Pascal-5i or COCO-20i; go on if cut"),
+        ("verify", verify_data, "compare a data set with the published numbers"),
+    ):
+        command = ArgumentParser(description=f"{text.capitalize()}.", exit_on_error=False)
+        command.add_argument("--debug", **debug)
+        command.add_function_arguments(function, as_positional=True)
+        actions.add_subcommand(name, command, help=text)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 2 after a user's error, 130 after ctrl-C."""
+    """Runs a command; returns the exit status.
+
+    0, 1 where data are not the published ones, 2 after a user's error, 130 after ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or os.environ.get("FSS_DEBUG", "") not in ("", "0")
     try:
@@ -228,6 +244,13 @@ def main(arguments: list[str] | None = None) -> int:
         settings = parser.instantiate(parser.parse_args(arguments))
         options = vars(settings[settings.command])
         options.pop("debug")
+        if settings.command == "data":
+            action = options["action"]
+            options = vars(options[action])
+            options.pop("debug")
+            lines, passed = (prepare if action == "prepare" else verify_data)(**options)
+            print("\n".join(lines))
+            return 0 if passed else 1
         if settings.command == "train":
             flags = {name: options.pop(name) for name in ("resume", "overwrite")}
             options.pop("config")

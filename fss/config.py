@@ -19,13 +19,14 @@ class DataConfig:
 
     Args:
         source: "folder" reads a Pascal VOC layout with its own classes, "pascal" Pascal-5i, "coco"
-            COCO-20i, "shapes" renders the embedded procedural set.
+            COCO-20i, "fss1000" folders of classes, "shapes" renders the embedded procedural set.
         root: the folder of the data set: with "folder" JPEGImages/, SegmentationClass/ and
             classes.json, with "pascal" and "coco" as `fss data prepare`, PFENet, BAM or HSNet
-            lay it out; not with "shapes".
+            lay it out, with "fss1000" a folder per class; not with "shapes".
         train_list: file with `image mask` per line for "pascal" and "coco", together with
-            `val_list`; a path prefix is left off. By default the published lists.
-        val_list: as `train_list`, of the test photos.
+            `val_list`; a path prefix is left off. By default the published lists. For "fss1000"
+            the base classes, a name per line.
+        val_list: as `train_list`, of the test photos; for "fss1000" the novel classes.
         folds: of "coco": "fwb" (novel classes k + 1, k + 5, …) or "panet" (20k + 1 to 20k + 20).
         fold: which classes are novel, from 0.
         shots: support photos per episode (K).
@@ -35,13 +36,15 @@ class DataConfig:
         exclude_novel: train only on photos without any novel class (the paper's † filter).
         scale: range of the random scale of training photos (Pascal 0.9-1.1, COCO 0.8-1.25).
         rotate: largest rotation of training photos, degrees, applied to half of them.
+        drop_small_classes: leave out the classes that have no more than K photos in a split, with
+            a warning; by default they are an error.
         skip_unreadable: replace an episode with a photo that cannot be read, with a warning that
             names and counts; by default such a photo ends the run.
         workers: processes that load episodes; 0 loads in the training process.
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
 
-    source: Literal["folder", "pascal", "coco", "shapes"] = "folder"
+    source: Literal["folder", "pascal", "coco", "fss1000", "shapes"] = "folder"
     root: str | None = None
     train_list: str | None = None
     val_list: str | None = None
@@ -53,19 +56,26 @@ class DataConfig:
     exclude_novel: bool = True
     scale: tuple[float, float] = (0.9, 1.1)
     rotate: float = 10.0
+    drop_small_classes: bool = False
     skip_unreadable: bool = False
     workers: int = 2
     seed: int = 321
 
     def __post_init__(self) -> None:
         self.scale = tuple(self.scale)
-        _choice("data.source", self.source, ("folder", "pascal", "coco", "shapes"))
+        _choice("data.source", self.source, ("folder", "pascal", "coco", "fss1000", "shapes"))
         _choice("data.folds", self.folds, ("fwb", "panet"))
         if (self.train_list is None) != (self.val_list is None):
             raise ValueError("data.train_list, data.val_list: expected both or none, got one")
-        if self.train_list and self.source not in ("pascal", "coco"):
+        if self.train_list and self.source not in ("pascal", "coco", "fss1000"):
             raise ValueError(
-                f'data.train_list: only "pascal" and "coco" take lists, not "{self.source}"'
+                'data.train_list: only "pascal", "coco" and "fss1000" take lists, not '
+                f'"{self.source}"'
+            )
+        if self.source == "fss1000" and not self.train_list:
+            raise ValueError(
+                'data.train_list: "fss1000" needs the names of its base classes here and of its '
+                "novel classes in data.val_list, got nothing"
             )
         if self.source != "shapes" and not self.root:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .coco import CocoSource
 from .episodes import Episode, EpisodeDataset, Split, collate_episodes
 from .folder import FolderSource
+from .fss1000 import Fss1000Source
 from .pascal import PascalSource
 from .shapes import ShapesSource
 from .source import IGNORE, Source
@@ -24,6 +25,7 @@ __all__ = [
     "EpisodeDataset",
     "EvalTransform",
     "FolderSource",
+    "Fss1000Source",
     "PascalSource",
     "Sample",
     "ShapesSource",
@@ -54,7 +56,12 @@ def build_source(config: DataConfig) -> Source:
         return PascalSource(config.root, config.train_list, config.val_list)
     if config.source == "coco":
         return CocoSource(config.root, config.folds, config.train_list, config.val_list)
-    raise ValueError(f"data.source: expected folder, shapes, pascal or coco, got {config.source!r}")
+    if config.source == "fss1000" and config.train_list and config.val_list:
+        return Fss1000Source(config.root, config.train_list, config.val_list)
+    raise ValueError(
+        "data.source: expected folder, pascal, coco, shapes or fss1000 with its lists, got "
+        f"{config.source!r}"
+    )
 
 
 def train_transform(config: DataConfig) -> TrainTransform:
@@ -81,5 +88,6 @@ def build_episodes(
         seed,
         config.min_area,
         config.exclude_novel,
+        config.drop_small_classes,
         config.skip_unreadable,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -68,6 +68,8 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: from 0.
         min_area: pixels at original size when at least 1, else a share of the image.
         exclude_novel: train only on images without any novel class, however small (the † filter).
+        drop_small_classes: leave out, with a warning, the classes of the split that have no more
+            than K images, which are an error otherwise.
         skip_unreadable: draw another episode in place of one with an image that cannot be read,
             and warn; an item then also has `unreadable`, the errors it met. Otherwise such an image
             is an error.
@@ -94,6 +96,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         min_area: float = 2048,
         exclude_novel: bool = False,
+        drop_small_classes: bool = False,
         skip_unreadable: bool = False,
     ) -> None:
         for name, value, lowest in (
@@ -116,11 +119,12 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         self.shots, self.transform = shots, transform
         self.episodes, self.seed = episodes, seed
         self.min_area, self.exclude_novel = min_area, exclude_novel
-        self.skip_unreadable = skip_unreadable
+        self.drop_small_classes, self.skip_unreadable = drop_small_classes, skip_unreadable
         novel = source.folds[fold]
         self.base_classes = tuple(sorted(c for c in source.class_names if c not in novel))
         self.classes = novel if split == "test" else self.base_classes
-        self._base_labels = _base_labels(self.base_classes)
+        labels = {class_id: label for label, class_id in enumerate(self.base_classes, start=1)}
+        self._base_table = _table(labels) if 0 < len(labels) < IGNORE else None
         self.queries, self.class_images = self._list_images(set(novel))
         self._shown = {
             index: sorted(set(source.class_areas(index)).intersection(self.classes))
@@ -169,24 +173,23 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         supports = [self._load(index, i, episode.class_id, rng)[0] for i in episode.supports]
         item = {
             "query_image": query.image,
-            "query_mask": _binary(query.mask, episode.class_id),
+            "query_mask": _binary(query.mask.numpy(), episode.class_id),
             "support_images": torch.stack([support.image for support in supports]),
             "support_masks": torch.stack(
-                [_binary(support.mask, episode.class_id) for support in supports]
+                [_binary(support.mask.numpy(), episode.class_id) for support in supports]
             ),
             "class_id": episode.class_id,
             "index": index,
             "query_name": self.source.name(episode.query),
             "support_names": [self.source.name(i) for i in episode.supports],
         }
-        if self._base_labels is not None:
-            item["query_base_mask"] = self._base_labels[query.mask]
+        if self._base_table is not None:
+            item["query_base_mask"] = _labels(query.mask.numpy(), self._base_table)
             position = bisect_left(self.base_classes, episode.class_id)
             item["base_class"] = torch.tensor(-1 if self.split == "test" else position)
         if query.size is not None:
             item["query_size"] = torch.tensor(query.size)
-            original_mask = torch.from_numpy(original.astype(np.int64))
-            item["query_mask_original"] = _binary(original_mask, episode.class_id)
+            item["query_mask_original"] = _binary(original, episode.class_id)
         return item
 
     def draw(self, index: int, attempt: int = 0) -> Episode:
@@ -240,10 +243,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         class_images: dict[int, list[int]] = {class_id: [] for class_id in self.classes}
         listed = []
         for i in kept:
-            areas = source.class_areas(i)
-            height, width = source.size(i)
-            smallest = self.min_area if self.min_area >= 1 else self.min_area * height * width
-            counting = [c for c in self.classes if areas.get(c, 0) >= smallest]
+            counting = counting_classes(source, i, self.classes, self.min_area)
             if counting:
                 listed.append(i)
             for class_id in counting:
@@ -254,17 +254,35 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
                 f"min_area leaves no {self.split} image in fold {self.fold}: no {kind} class "
                 f"covers {self.min_area} {unit} in any of the {len(kept)}; lower min_area"
             )
-        for class_id, members in class_images.items():
-            if len(members) <= self.shots:
-                filters = f"min_area {self.min_area}"
-                if kept is not images:
-                    filters += " and exclude_novel"
+        filters = f"min_area {self.min_area}"
+        if kept is not images:
+            filters += " and exclude_novel"
+        small = [c for c, members in class_images.items() if len(members) <= self.shots]
+        if small and self.drop_small_classes:
+            names = ", ".join(f"{source.class_names[c]} {len(class_images[c])}" for c in small)
+            self.classes = tuple(c for c in self.classes if c not in small)
+            if not self.classes:
                 raise ValueError(
-                    f"class {source.class_names[class_id]!r} ({class_id}) has {len(members)} "
-                    f"{self.split} images in fold {self.fold} after {filters}; {self.shots} shots "
-                    f"need {self.shots + 1} (query and supports): take fewer shots, loosen the "
-                    "filters, or leave the class out"
+                    f"drop_small_classes leaves no {kind} class in fold {self.fold}: none has "
+                    f"{self.shots + 1} {self.split} images after {filters} ({names})"
                 )
+            warnings.warn(
+                f"{self.split}, fold {self.fold}: {len(small)} classes with fewer than "
+                f"{self.shots + 1} images after {filters} are left out: {names}",
+                stacklevel=3,
+            )
+            class_images = {c: class_images[c] for c in self.classes}
+            remaining = set().union(*class_images.values())
+            listed = [i for i in listed if i in remaining]
+        elif small:
+            class_id = small[0]
+            raise ValueError(
+                f"class {source.class_names[class_id]!r} ({class_id}) has "
+                f"{len(class_images[class_id])} {self.split} images in fold {self.fold} after "
+                f"{filters}; {self.shots} shots need {self.shots + 1} (query and supports): take "
+                "fewer shots, loosen the filters, or leave out such classes "
+                f"(data.drop_small_classes: true; {len(small)} here)"
+            )
         return listed, class_images
 
     def _load(
@@ -280,6 +298,16 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+def counting_classes(
+    source: Source, index: int, classes: Iterable[int], min_area: float
+) -> list[int]:
+    """Those of `classes` that cover `min_area` of an image: pixels, or a share when below 1."""
+    areas = source.class_areas(index)
+    height, width = source.size(index)
+    smallest = min_area if min_area >= 1 else min_area * height * width
+    return [c for c in classes if areas.get(c, 0) >= smallest]
 
 
 def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -300,19 +328,26 @@ def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _binary(classes: Tensor, class_id: int) -> Tensor:
-    """1 where the class is, 255 where ignored, else 0; int64 as `classes`."""
-    return (classes == class_id).long().masked_fill_(classes == IGNORE, IGNORE)
+def _binary(classes: Mask, class_id: int) -> Tensor:
+    """1 where the class is, 255 where ignored, else 0; int64."""
+    return _labels(classes, _table({class_id: 1}))
 
 
-def _base_labels(base: Sequence[int]) -> Tensor | None:
-    """A table from class ids to labels of base classes, int64; None where they do not fit."""
-    if not 0 < len(base) < IGNORE:
-        return None
-    table = torch.zeros(1 << 16, dtype=torch.int64)
-    table[list(base)] = torch.arange(1, len(base) + 1)
+def _table(labels: Mapping[int, int]) -> NDArray[np.uint8]:
+    """The label of each class id: of those not given 0, of ignored pixels 255."""
+    table = np.zeros(max(IGNORE, *labels) + 1, dtype=np.uint8)
+    table[list(labels)] = list(labels.values())
     table[IGNORE] = IGNORE
     return table
+
+
+def _labels(classes: Mask, table: NDArray[np.uint8]) -> Tensor:
+    """The label of each pixel, int64."""
+    if classes.dtype == np.uint8:
+        labels = cv2.LUT(classes, table[: IGNORE + 1])
+    else:
+        labels = np.where(classes < len(table), table[np.minimum(classes, len(table) - 1)], 0)
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _check_integer(name: str, value: object, lowest: int) -> None:

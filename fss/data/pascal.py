@@ -61,7 +61,7 @@ class PascalSource(ListedSource):
             class ids above 20.
     """
 
-    published = Counts(
+    published: Counts | None = Counts(
         files=(5953, 1449),
         train=(4760, 4588, 4097, 5108),
         train_excluding_novel=(4208, 3726, 2752, 4510),

@@ -6,6 +6,7 @@ ImageNet mean (0 once normalised) and the mask value 255.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -27,7 +28,11 @@ _CROP_TRIES = 30
 
 
 class Sample(NamedTuple):
-    """A transformed image [3, S, S], its mask [S, S] and, of an evaluation, the pasted size."""
+    """A transformed image and its mask.
+
+    `image` is float32 [3, S, S], normalised; `mask` [S, S] has the type and the values of the
+    original; `size` is, of an evaluation, the pasted height and width.
+    """
 
     image: Tensor
     mask: Tensor
@@ -89,9 +94,12 @@ class TrainTransform:
             warped = cv2.GaussianBlur(warped, (5, 5), 0)
         if rng.random() < 0.5:
             warped, warped_mask = warped[:, ::-1], warped_mask[:, ::-1]
-        warped, warped_mask = _pad(warped, warped_mask, self.size)
-        rows, columns = _choose_crop(warped_mask == foreground, self.size, rng)
-        return Sample(_normalise(warped[rows, columns]), _target(warped_mask[rows, columns]), None)
+        top, left = (max(self.size - side, 0) // 2 for side in warped_mask.shape)
+        padded = _pad(warped_mask, self.size)
+        rows, columns = _choose_crop(padded == foreground, self.size, rng)
+        # The image is not padded: what the crop adds to it is the mean, 0 once normalised.
+        pixels = _normalise(warped, self.size, top - rows.start, left - columns.start)
+        return Sample(pixels, torch.from_numpy(np.ascontiguousarray(padded[rows, columns])), None)
 
     def _warp(
         self, image: NDArray[np.float32], mask: Mask, rng: np.random.Generator
@@ -137,11 +145,10 @@ class EvalTransform:
         longer = max(mask.shape)
         height, width = (max(8, side * self.size // longer // 8 * 8) for side in mask.shape)
         pixels, mask = _resize(image.astype(np.float32), mask, height, width)
-        canvas = np.zeros((self.size, self.size, 3), dtype=np.float32)
-        canvas_mask = np.full((self.size, self.size), IGNORE, dtype=mask.dtype)
-        canvas[:height, :width] = pixels
-        canvas_mask[:height, :width] = mask
-        return Sample(_normalise(canvas), _target(canvas_mask), (height, width))
+        canvas = np.full((self.size, self.size), IGNORE, dtype=mask.dtype)
+        canvas[:height, :width] = mask
+        normalised = _normalise(pixels, self.size, 0, 0, fill=-MEAN / STD)
+        return Sample(normalised, torch.from_numpy(canvas), (height, width))
 
 
 def _resize(
@@ -151,14 +158,13 @@ def _resize(
     return image, cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
-def _pad(image: NDArray[np.float32], mask: Mask, size: int) -> tuple[NDArray[np.float32], Mask]:
+def _pad(mask: Mask, size: int) -> Mask:
     """Pads both sides to at least `size`, equally left and right, above and below."""
     height, width = (max(size - side, 0) for side in mask.shape)
     if not height and not width:
-        return image, mask
+        return mask
     border = (height // 2, height - height // 2, width // 2, width - width // 2)
-    image = cv2.copyMakeBorder(image, *border, cv2.BORDER_CONSTANT, value=_FILL)
-    return image, cv2.copyMakeBorder(mask, *border, cv2.BORDER_CONSTANT, value=IGNORE)
+    return cv2.copyMakeBorder(mask, *border, cv2.BORDER_CONSTANT, value=IGNORE)
 
 
 def _choose_crop(
@@ -184,13 +190,29 @@ def _choose_crop(
     return slice(top, top + size), slice(left, left + size)
 
 
-def _normalise(image: NDArray[np.float32]) -> Tensor:
-    normalised = (image - 255 * MEAN) / (255 * STD)
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+def _normalise(
+    image: NDArray[np.float32],
+    size: int,
+    top: int,
+    left: int,
+    fill: Sequence[float] | NDArray[np.float32] = (0.0, 0.0, 0.0),
+) -> Tensor:
+    """The normalised image [3, size, size] of which `image` begins at (top, left).
 
-
-def _target(mask: Mask) -> Tensor:
-    return torch.from_numpy(mask.astype(np.int64))
+    What lies outside of `image` is `fill`; what of it lies outside is cut off.
+    """
+    rows, columns = (slice(max(at, 0), max(at, 0) + size) for at in (-top, -left))
+    seen = image[rows, columns]
+    top, left = max(top, 0), max(left, 0)
+    seen = seen[: size - top, : size - left]
+    result = np.empty((3, size, size), dtype=np.float32)
+    for channel, plane in enumerate(result):
+        inside = plane[top : top + seen.shape[0], left : left + seen.shape[1]]
+        if inside.shape != plane.shape:
+            plane[:] = fill[channel]
+        np.subtract(seen[..., channel], 255 * MEAN[channel], out=inside)
+        inside /= 255 * STD[channel]
+    return torch.from_numpy(result)
 
 
 def _check_size(size: int) -> None:

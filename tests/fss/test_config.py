@@ -30,7 +30,7 @@ def test_dict_round_trip(tiny):
     ("make", "message"),
     [
         (lambda: DataConfig(), "data.root: expected the folder of the photos, got nothing"),
-        (lambda: DataConfig(source="voc", root="x"), "data.source: .*coco, shapes; got 'voc'"),
+        (lambda: DataConfig(source="voc", root="x"), "data.source: .*shapes; got 'voc'"),
         (lambda: DataConfig(root="x", fold=-1), "data.fold: expected a number from 0 on, got -1"),
         (lambda: DataConfig(root="x", shots=0), "data.shots: .* from 1 on, got 0"),
         (lambda: DataConfig(root="x", size=472), "data.size: .*got 472, the nearest are 465 and"),

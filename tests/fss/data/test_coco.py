@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fss.config import DataConfig
-from fss.data import CocoSource, EpisodeDataset, Source, TrainTransform, build_source
+from fss.data import CocoSource, Source, build_episodes
 from fss.data.coco import CLASSES, JSON_IDS
 from fss.data.counts import verify
 
@@ -50,18 +50,23 @@ def test_real_images(shared):
     assert verify(panet).lines[-1] == "no numbers are published for this variant"
 
 
-def test_episodes_of_real_images(shared):
-    """Few images: only fold 0's person and a few others have two, so the rest is left out."""
-    source = build_source(DataConfig("coco", str(shared / "data/coco200"), size=65))
-    areas = [source.class_areas(i) for i in source.indices("train")]
-    frequent = [c for c in range(1, 81) if sum(a.get(c, 0) >= 2048 for a in areas) > 2]
-    source.class_names = {c: source.class_names[c] for c in frequent}
-    source.folds = ((frequent[0],),)
-    data = EpisodeDataset(source, 0, "train", 2, TrainTransform(65), 6)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_episodes_of_real_images(shared, split):
+    """A hundred images per split: many of the 80 classes have too few of them."""
+    config = DataConfig(
+        "coco", str(shared / "data/coco200"), size=65, exclude_novel=False, drop_small_classes=True
+    )
+    with pytest.warns(UserWarning, match="are left out: "):
+        data = build_episodes(config, split, 6, 0)
+    assert data.classes == tuple(c for c in data.classes if (c % 4 == 1) == (split == "test"))
+    assert len(data.classes) >= 4 and len(data.base_classes) == 60
     for item in (data[i] for i in range(6)):
-        base, position = item["query_base_mask"], int(item["base_class"])
-        assert ((base == position + 1) == (item["query_mask"] == 1)).all()
-        assert data.base_classes[position] == item["class_id"]
+        label = item["base_class"] + 1
+        if split == "train":
+            assert ((item["query_base_mask"] == label) == (item["query_mask"] == 1)).all()
+            assert data.base_classes[label - 1] == item["class_id"]
+        else:
+            assert label == 0 and (item["query_base_mask"][item["query_mask"] == 1] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["val2014", "annotations/train2014", "annotations/val2014"])

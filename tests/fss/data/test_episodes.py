@@ -380,6 +380,21 @@ def test_class_without_images():
         episodes(Listed([{1: 300}] * 5), split="test")
 
 
+def test_small_classes_are_dropped_when_asked():
+    """Four images of dog, eight of cat (two of them with the † filter)."""
+    with pytest.warns(UserWarning, match="1 classes with fewer than 5 .* left out: dog 4"):
+        data = episodes(shots=4, drop_small_classes=True, episodes=300)
+    assert data.classes == (3,) and data.base_classes == (3, 4)
+    assert data.queries == [0, 3, 4, 7, 10, 11]
+    assert data.sampled_classes() == {3: 300}
+    item = data[0]
+    assert item["support_masks"].shape[0] == 4 and item["base_class"] == 0
+    with pytest.raises(ValueError, match=r"no base class in fold 0: .*\(cat 6, dog 4\)"):
+        episodes(shots=7, drop_small_classes=True)
+    whole = episodes(drop_small_classes=True)
+    assert [whole.draw(i) for i in range(20)] == [episodes().draw(i) for i in range(20)]
+
+
 def test_build_from_a_configuration(tmp_path):
     config = DataConfig(source="shapes", size=65, shots=2, min_area=0.01, exclude_novel=True)
     source = build_source(config)

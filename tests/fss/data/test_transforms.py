@@ -38,7 +38,7 @@ def test_eval_size(shape, expected):
     assert sample.image.shape == (3, 473, 473)
     assert sample.mask.shape == (473, 473)
     assert sample.image.dtype == torch.float32
-    assert sample.mask.dtype == torch.int64
+    assert sample.mask.dtype == torch.uint8
 
 
 def test_eval_pastes_top_left_on_black():
@@ -64,7 +64,7 @@ def test_train_output_and_fill():
     sample = still(41)(image, mask, np.random.default_rng(0))
     assert sample.size is None
     assert sample.image.shape == (3, 41, 41) and sample.image.dtype == torch.float32
-    assert sample.mask.dtype == torch.int64
+    assert sample.mask.dtype == torch.uint8
     padding = sample.mask == 255
     assert padding.sum() == 41 * 41 - 20 * 24
     # The mean, which is 0 once normalised; one pixel inwards the blur mixes.
