@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     The backbone's learning rate is `backbone_lr`, by default a tenth of the head's, as the
     published SVF code has it for S; its weight decay is `backbone_weight_decay`, by default the
-    head's.
+    head's. The paper names no other settings for any regime, so all regimes share these.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if not name.startswith("backbone.")]

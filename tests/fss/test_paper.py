@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import shutil
 import statistics
 from pathlib import Path
@@ -135,6 +136,36 @@ def test_regimes_on_other_backbones(key, backbone):
     assert backbone_names
     if key == "bias":
         assert all(name.endswith("bias") for name in backbone_names)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vgg16_bn"])
+def test_batch_norms_next_to_singular_values_have_their_own_gradients(backbone):
+    """The fused layers of SVF compute them too: as the plain network does."""
+    torch.manual_seed(0)
+    config = ModelConfig(backbone=backbone, width=2, weights="none", channels=4, dropout=0.0)
+    plain = build_model(config).double()
+    both = copy.deepcopy(plain)
+    apply_regime(plain, RegimeConfig(name="freeze", batch_norm="both"))
+    apply_regime(both, RegimeConfig(name="svf", batch_norm="both"))
+    images = torch.randn(2, 2, 3, 33, 33, dtype=torch.float64)
+    masks = (torch.rand(2, 2, 33, 33) < 0.5).long()
+    for model in (plain, both):
+        prediction = model(images[:, 0], images[:, 1:], masks[:, 1:])
+        model.loss(prediction, masks[:, 0]).backward()
+    found = dict(both.named_parameters())
+    norms = [(n, p) for n, p in plain.named_parameters() if p.grad is not None]
+    assert any(name.startswith("backbone.layer2") for name, _ in norms)
+    for name, parameter in norms:
+        torch.testing.assert_close(
+            found[name].grad, parameter.grad, rtol=1e-8, atol=1e-11, msg=name
+        )
+
+
+def test_a_path_of_base_learners_with_another_name_in_braces():
+    table = TABLES["T11"]
+    row = next(row for row in table.rows if "bam" in str(row.run))
+    with pytest.raises(ValueError, match="model.base_weights: .*got 'base/{split}'"):
+        run_values(table, row, 1, 0, {"model": {"base_weights": "base/{split}"}})
 
 
 @pytest.fixture

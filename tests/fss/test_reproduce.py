@@ -167,6 +167,27 @@ def test_more_test_episodes_need_no_other_training(command, trained, tmp_path):
     assert [list(row["folds"]) for row in result(tmp_path, "T14")["rows"]] == [["1"]] * 3
 
 
+@pytest.mark.parametrize("row", ["r50-pfenet-svf", "vgg16-bam-svf"])
+def test_the_other_models(command, tmp_path, row):
+    """BAM with 5 shots has weights of its own for them; scaled down its base learner is random."""
+    assert command("T1", "--rows", row, "--folds", "3") == 0
+    one, five = result(tmp_path, "T1")["rows"]
+    assert (one["not_run"], five["not_run"]) == ({}, {})
+    assert (one["shots"], five["shots"]) == (1, 5)
+
+
+def test_with_several_processes_a_failure_ends_all(command, monkeypatch, capsys):
+    """One that goes on to the next run would wait for the others for ever."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(fss.reproduce, "train", lambda *_, **__: _refuse())
+    assert command("T16", "--rows", "4", "--folds", "0") == 2
+    assert "photo 17 is truncated" in capsys.readouterr().err
+
+
+def _refuse():
+    raise OSError("photo 17 is truncated")
+
+
 def test_metric_of_table_3(command, tmp_path):
     assert command("T3", "--rows", "2", "--folds", "0", "--shots", "1") == 0
     (row,) = result(tmp_path, "T3")["rows"]
