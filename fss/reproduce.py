@@ -19,7 +19,7 @@ from fss.files import atomic_write, write_json
 from fss.paper import FOLDS, Row, Table, merged, read_settings, run_values
 
 # What may differ between a finished run and the one that is asked for: not what was measured.
-_FREE = {"out", "log_every", "save_every", "pictures", "accelerator"}
+_FREE = {"out", "log_every", "save_every", "pictures", "accelerator", "devices"}
 _FREE |= {"data.root", "data.workers", "model.weights", "model.base_weights", "model.official"}
 # What the settings of all rows must not say, and what says it.
 _OWN = {
