@@ -28,14 +28,14 @@ from fss.regimes import apply_regime
 from fss.reproduce import Options, listing, reproduce
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
-_REPRODUCED = (
-    "data.root",
-    "model.weights",
-    "model.base_weights",
-    "accelerator",
-    "devices",
-    "precision",
-)
+_REPRODUCED = {
+    "data.root": "folder of the data set",
+    "model.weights": "of the backbone",
+    "model.base_weights": "BAM's base learners, a path with {data}, {backbone} and {fold} in it",
+    "accelerator": "as for fss train",
+    "devices": "as for fss train",
+    "precision": "as for fss train",
+}
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
@@ -210,8 +210,8 @@ def build_parser() -> ArgumentParser:
     )
     reproduction.add_argument("--settings", help="YAML file with settings over those of every row")
     reproduction.add_argument("--tables", help="folder of the tables' files")
-    for name in _REPRODUCED:
-        reproduction.add_argument(f"--{name}", help="as for fss train, in every run")
+    for name, text in _REPRODUCED.items():
+        reproduction.add_argument(f"--{name}", help=f"{text}, in every run")
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", training, help="train, validate and test a model")
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
