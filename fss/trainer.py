@@ -131,11 +131,11 @@ class Trainer:
                     bar.set_postfix(self._log_training(*window), refresh=False)
                     window = self.step, time.perf_counter()
                 if self._due(config.validation_every) or ends:
-                    bar.write(self._validate(), file=sys.stderr)
+                    self._tell(self._validate())
                     self._save("last.pt")
                     window = self.step, time.perf_counter()
                     if self.has_converged:
-                        bar.write(self._stop_line(), file=sys.stderr)
+                        self._tell(self._stop_line())
                         break
                 elif self._due(config.save_every):
                     self._save("last.pt")
@@ -337,6 +337,10 @@ class Trainer:
         if self.fabric.world_size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
+
+    def _tell(self, line: str) -> None:
+        if self.fabric.is_global_zero:
+            tqdm.write(line, file=sys.stderr)
 
     @property
     def has_converged(self) -> bool:
