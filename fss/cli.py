@@ -24,6 +24,7 @@ from fss.evaluation import episode_classes, evaluate_seeds, table
 from fss.files import write_json
 from fss.models import build_model
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
+from fss.processes import launch, torchrun_layout
 from fss.regimes import apply_regime
 from fss.reproduce import Options, listing, reproduce
 
@@ -50,6 +51,8 @@ def evaluate_run(
     checkpoint: Literal["best", "last"] = "best",
     batch_size: int | None = None,
     workers: int | None = None,
+    resize: Literal["photo", "canvas"] | None = None,
+    feature_cache: float | None = None,
     accelerator: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> dict:
     """Scores a checkpoint on test episodes and writes eval.json next to it.
@@ -64,6 +67,8 @@ def evaluate_run(
         checkpoint: of the folder, "best" or "last".
         batch_size: episodes at a time; does not change the score.
         workers: processes that load episodes.
+        resize: of predictions, see `TrainConfig`; by default as the run was tested.
+        feature_cache: GiB of features kept of photos that return; does not change the score.
         accelerator: "auto", "cpu" or "cuda".
 
     Returns what eval.json holds.
@@ -83,12 +88,12 @@ def evaluate_run(
     # The checkpoint holds the backbone too: no other file is needed.
     values["model"] |= {"weights": "none", "base_weights": "none", "official": None}
     overrides = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
+    overrides |= {"resize": resize, "feature_cache": feature_cache, "devices": 1, "accumulate": 1}
     values |= {name: value for name, value in overrides.items() if value is not None}
     config = TrainConfig.from_dict(values)
 
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator: expected a GPU for cuda, found none; set accelerator to cpu")
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
+    devices, nodes = torchrun_layout() or (1, 1)
+    fabric = launch(accelerator, devices, nodes, config.precision)
     source = build_source(config.data)
     base = episode_classes(source, config.data.fold, novel=False)
     network = build_model(config.model, base, trained_shots)
@@ -103,9 +108,12 @@ def evaluate_run(
         config.test_episodes,
         config.batch_size,
         classes == "novel",
+        config.resize,
+        config.feature_cache,
     )
     result = {"checkpoint": path.name, "step": state["step"], **result}
-    write_json(path.with_name("eval.json"), result)
+    if fabric.is_global_zero:
+        write_json(path.with_name("eval.json"), result)
     return result
 
 

@@ -82,7 +82,9 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         fabric,
         config.test_seeds,
         config.test_episodes,
-        max(1, config.batch_size // fabric.world_size),
+        max(1, config.batch_size // fabric.world_size // config.accumulate),
+        resize=config.resize,
+        feature_cache=config.feature_cache,
     )
     result = {
         "test": {"checkpoint": path.name, "step": tested["step"], **test},

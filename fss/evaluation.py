@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch.utils.data import Subset
 
 from fss.config import DataConfig
 from fss.data import EpisodeDataset, Source, Split, build_episodes
+from fss.feature_cache import FeatureCache
+from fss.intervals import bootstrap_miou, over_seeds
 from fss.loading import episode_loader
 from fss.metrics import EpisodeIoU, Score
 
@@ -24,20 +28,31 @@ def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, 
     return {c: name for c, name in source.class_names.items() if (c in chosen) == novel}
 
 
-def segment(logits: Tensor, region: Sequence[int], size: Sequence[int]) -> Tensor:
+def segment(
+    logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
+) -> Tensor:
     """Label map of one photo at its original size.
+
+    The published code resizes the whole canvas to a square of the photo's longer side and takes the
+    photo's part of that, although the photo covers only up to 472 of 473 pixels of the canvas.
 
     Args:
         logits: background and foreground [2, H, W] at the network's size.
         region: height and width that the photo covers of it, from the top left.
         size: original height and width.
+        resize: "photo", only what the photo covers, or "canvas", as published.
 
     Returns int64 [*size], 1 foreground.
     """
-    height, width = (int(side) for side in region)
-    logits = logits[None, :, :height, :width].float()
-    resized = functional.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
-    return resized[0].argmax(0)
+    height, width = (int(side) for side in size)
+    target = (height, width)
+    logits = logits[None].float()
+    if resize == "canvas":
+        target = (max(target), max(target))
+    else:
+        logits = logits[..., : int(region[0]), : int(region[1])]
+    resized = functional.interpolate(logits, size=target, mode="bilinear", align_corners=True)
+    return resized[0, :, :height, :width].argmax(0)
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:
@@ -46,15 +61,21 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+def predict(
+    model: nn.Module,
+    batch: dict[str, Any],
+    resize: str = "photo",
+    cache: FeatureCache | None = None,
+) -> list[Tensor]:
     """Label maps of a batch of test episodes, each [h, w] at its photo's original size."""
     training = model.training
     model.eval()
-    logits = model(*(batch[name] for name in input_names(model))).logits
+    with cache.serve(batch) if cache else nullcontext():
+        logits = model(*(batch[name] for name in input_names(model))).logits
     model.train(training)
     sizes = [mask.shape for mask in batch["query_mask_original"]]
     return [
-        segment(one, region, size)
+        segment(one, region, size, resize)
         for one, region, size in zip(logits, batch["query_size"].tolist(), sizes, strict=True)
     ]
 
@@ -66,8 +87,12 @@ def evaluate(
     fabric: Fabric,
     batch_size: int = 1,
     workers: int = 0,
+    resize: str = "photo",
+    cache: FeatureCache | None = None,
 ) -> Score:
     """Score of a model on test episodes, each process taking its share of them.
+
+    Every process adds integers, so the sums and the score are the same for any number of them.
 
     Args:
         model: maps query images, support images and support masks to a `Prediction`.
@@ -76,20 +101,30 @@ def evaluate(
         fabric: device, precision and processes.
         batch_size: episodes at a time and process; the score does not depend on it.
         workers: processes that load episodes.
+        resize: see `segment`.
+        cache: keeps features between episodes, and calls if it is given again.
     """
-    metric = EpisodeIoU(classes)
+    # Of each episode the place of its class, then its counts; each process fills its rows.
+    rows = torch.zeros(len(dataset), 6, dtype=torch.int64)
     share = Subset(dataset, range(fabric.global_rank, len(dataset), fabric.world_size))
     for batch in episode_loader(share, batch_size, workers, fabric):
         labels = zip(
-            predict(model, batch),
+            batch["index"].tolist(),
+            predict(model, batch, resize, cache),
             batch["query_mask_original"],
             batch["class_id"].tolist(),
             strict=True,
         )
-        for prediction, mask, class_id in labels:
-            metric.update(prediction, mask, class_id)
-    metric.counts = fabric.all_reduce(metric.counts.to(fabric.device), reduce_op="sum").cpu()
-    return metric.result()
+        for index, prediction, mask, class_id in labels:
+            one = EpisodeIoU(classes)
+            one.update(prediction, mask, class_id)
+            rows[index, 0] = place = one.classes.index(class_id)
+            rows[index, 1:] = one.counts[place]
+    rows = fabric.all_reduce(rows.to(fabric.device), reduce_op="sum").cpu()
+    metric = EpisodeIoU(classes)
+    metric.counts.index_add_(0, rows[:, 0], rows[:, 1:])
+    interval = bootstrap_miou(rows[:, [0, 3, 4]], len(classes))
+    return replace(metric.result(), interval=interval)
 
 
 def evaluate_seeds(
@@ -101,15 +136,20 @@ def evaluate_seeds(
     episodes: int,
     batch_size: int = 1,
     novel: bool = True,
+    resize: str = "photo",
+    feature_cache: float = 0.0,
 ) -> dict[str, Any]:
     """Scores over several episode seeds, as plain values for JSON.
 
-    Mean and sample standard deviation ("std", null for one seed) of mIoU, FB-IoU and of each
-    class's IoU, all fractions; the values in the order of the seeds; the number of episodes of
-    each class; and, per seed, the classes that no episode showed.
+    Mean, sample standard deviation ("std") and half the 95 % interval of the mean ("ci95", both
+    null for one seed) of mIoU, FB-IoU and of each class's IoU, all fractions; the values in the
+    order of the seeds; "miou_sampled", without the classes that no episode showed, where "miou"
+    counts 0; "bootstrap", a seed's 95 % interval of mIoU over its episodes; the number of episodes
+    of each class; and, per seed, the classes that no episode showed. `feature_cache` is in GiB.
     """
     names = episode_classes(source, config.fold, novel)
     split: Split = "test" if novel else "validation"
+    cache = FeatureCache(model, feature_cache)
     scores = [
         evaluate(
             model,
@@ -118,6 +158,8 @@ def evaluate_seeds(
             fabric,
             batch_size,
             config.workers,
+            resize,
+            cache,
         )
         for seed in seeds
     ]
@@ -128,6 +170,9 @@ def evaluate_seeds(
         "episodes_per_seed": episodes,
         "seeds": list(seeds),
         "miou": _spread([score.miou for score in scores]),
+        "miou_sampled": _spread([score.sampled_miou for score in scores]),
+        "bootstrap": [score.interval for score in scores],
+        "resize": resize,
         "fb_iou": _spread([score.fb_iou for score in scores]),
         "iou": {name: _spread([score.iou[c] for score in scores]) for c, name in names.items()},
         "episodes": {name: sum(score.episodes[c] for score in scores) for c, name in names.items()},
@@ -149,11 +194,21 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     yield f"{'':{width}}   IoU %  ± std  episodes"
     for name, spread in result["iou"].items():
         yield f"{name:{width}}  {_percent(spread)}  {result['episodes'][name]:8d}"
-    yield f"{'mIoU':{width}}  {_percent(result['miou'])}"
+    yield f"{'mIoU':{width}}  {_percent(result['miou'])}{_interval(result)}"
     yield f"{'FB-IoU':{width}}  {_percent(result['fb_iou'])}"
     for seed, names in result["unsampled"].items():
         if names:
             yield f"seed {seed} sampled no {', '.join(names)}: counted as 0, as published"
+    if any(result["unsampled"].values()):
+        yield f"{'mIoU':{width}}  {_percent(result['miou_sampled'])}  over sampled classes only"
+
+
+def _interval(result: dict[str, Any]) -> str:
+    half = result["miou"]["ci95"]
+    if half is not None:
+        return f"  95 %: ± {100 * half:.2f} over seeds"
+    low, high = result["bootstrap"][0]
+    return f"  95 %: {100 * low:.2f} to {100 * high:.2f} over episodes"
 
 
 def _percent(spread: dict[str, Any]) -> str:
@@ -165,5 +220,6 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
+        "ci95": over_seeds(values),
         "values": values,
     }

@@ -19,12 +19,20 @@ class Score:
         fb_iou: mean of the background's and the foreground's IoU, each over all episodes.
         iou: foreground IoU of each class.
         episodes: number of episodes of each class.
+        interval: 95 % interval of `miou` over the draw of the episodes (bootstrap), if computed.
     """
 
     miou: float
     fb_iou: float
     iou: dict[int, float]
     episodes: dict[int, int]
+    interval: tuple[float, float] | None = None
+
+    @property
+    def sampled_miou(self) -> float:
+        """Mean foreground IoU over the classes that have an episode; 0 without any."""
+        sampled = [iou for class_id, iou in self.iou.items() if self.episodes[class_id]]
+        return sum(sampled) / max(1, len(sampled))
 
     @property
     def unsampled(self) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
-from torch import nn
+from torch import distributed, nn
 
 from fss.config import RegimeConfig, TrainConfig
 
@@ -58,6 +58,8 @@ def launch(accelerator: str, devices: int | str, nodes: int, precision: Any) -> 
         strategy="auto" if devices == nodes == 1 else DDPStrategy(broadcast_buffers=False),
         **options,
     )
+    if is_restart():
+        _connect_anew("nccl" if on_gpu else "gloo")
     fabric.launch()
     return fabric
 
@@ -78,6 +80,24 @@ def torchrun_layout() -> tuple[int, int] | None:
 def is_restart() -> bool:
     """Whether torchrun's elastic agent started these processes after others had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _connect_anew(backend: str) -> None:
+    """Connects restarted processes; Fabric finds them connected.
+
+    torchrun's agent serves the same key-value store in every life of the processes, with the
+    addresses of the dead in it: each life has to have keys of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    life = f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    distributed.init_process_group(
+        backend,
+        store=distributed.PrefixStore(life, distributed.TCPStore(address, port)),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def _layout(config: TrainConfig) -> tuple[int | str, int]:

@@ -22,6 +22,7 @@ from fss.checkpoint import check_same, random_state, restore_random_state, save_
 from fss.config import TrainConfig
 from fss.data import build_episodes, build_source
 from fss.evaluation import episode_classes, evaluate
+from fss.feature_cache import FeatureCache
 from fss.files import atomic_write
 from fss.loading import episode_loader, explain_killed_worker
 from fss.measure import StepTimer, peak_memory, saved_bytes
@@ -131,11 +132,11 @@ class Trainer:
                     bar.set_postfix(self._log_training(*window), refresh=False)
                     window = self.step, time.perf_counter()
                 if self._due(config.validation_every) or ends:
-                    bar.write(self._validate(), file=sys.stderr)
+                    self._tell(self._validate())
                     self._save("last.pt")
                     window = self.step, time.perf_counter()
                     if self.has_converged:
-                        bar.write(self._stop_line(), file=sys.stderr)
+                        self._tell(self._stop_line())
                         break
                 elif self._due(config.save_every):
                     self._save("last.pt")
@@ -287,6 +288,8 @@ class Trainer:
             self.fabric,
             max(1, self.config.batch_size // self.fabric.world_size // self.config.accumulate),
             self.config.data.workers,
+            self.config.resize,
+            FeatureCache(self.model, self.config.feature_cache),
         )
         if self.log is not None:
             self.log.validation(self.step, score)
@@ -337,6 +340,10 @@ class Trainer:
         if self.fabric.world_size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
+
+    def _tell(self, line: str) -> None:
+        if self.fabric.is_global_zero:
+            tqdm.write(line, file=sys.stderr)
 
     @property
     def has_converged(self) -> bool:
