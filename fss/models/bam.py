@@ -42,7 +42,8 @@ class ShotWeights(nn.Module):
 
     def forward(self, distances: Tensor) -> Tensor:
         ordered, order = distances.sort(dim=1)
-        scores = self.layers(ordered[:, :, None, None])[:, :, 0, 0]
+        maps = ordered[:, :, None, None].to(self.layers[0].weight.dtype)
+        scores = self.layers(maps)[:, :, 0, 0].to(distances.dtype)
         return scores.gather(1, order.argsort(dim=1)).softmax(dim=1)
 
 

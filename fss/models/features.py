@@ -178,6 +178,8 @@ def cross_entropy(logits: Tensor, mask: Tensor, class_weight: Tensor | None = No
     """Mean cross-entropy of logits [B, C, h, w], resized to the mask [B, H, W], without 255."""
     if logits.shape[2:] != mask.shape[1:]:
         logits = resize(logits, mask.shape[1:])
+    if class_weight is not None:
+        class_weight = class_weight.to(logits.dtype)
     return functional.cross_entropy(logits, mask, weight=class_weight, ignore_index=255)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fss.models.backbone import Backbone
+from fss.models.frozen import frozen_conv2d
 from fss.models.pooling import resize
 
 
@@ -82,9 +83,10 @@ class PSPNet(nn.Module):
 
 
 def _convolve_cat(conv: nn.Conv2d, parts: list[Tensor]) -> Tensor:
-    """``conv(cat(parts))`` as a sum of convolutions, without the copy."""
+    """``conv(cat(parts))`` as a sum of convolutions, without the copy; frozen it keeps no part."""
+    convolve = functional.conv2d if conv.weight.requires_grad else frozen_conv2d
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
-    out = functional.conv2d(parts[0], weights[0], padding=conv.padding)
+    out = convolve(parts[0], weights[0], padding=conv.padding)
     for part, weight in zip(parts[1:], weights[1:], strict=True):
-        out = out + functional.conv2d(part, weight, padding=conv.padding)
+        out = out + convolve(part, weight, padding=conv.padding)
     return out

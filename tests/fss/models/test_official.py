@@ -286,7 +286,7 @@ def _gram(x):
     return torch.einsum("bin,bjn->bij", x, x) / (norm[:, :, None] * norm[:, None] + 1e-7)
 
 
-def _episodes(shots, size=41):
+def _episodes(shots, size=33):
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(2, 3, size, size, generator=generator)
     supports = torch.randn(2, shots, 3, size, size, generator=generator)
@@ -314,7 +314,7 @@ def vgg(request):
     return request.param
 
 
-@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("vgg, shots", [(False, 1), (True, 5)], ids=["resnet50", "vgg16_bn"])
 @torch.no_grad()
 def test_pfenet(tmp_path, vgg, shots):
     state = _state(_pfenet_shapes(vgg))
@@ -331,7 +331,7 @@ def test_pfenet(tmp_path, vgg, shots):
     assert model.loss(prediction, target).item() == pytest.approx(loss.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("vgg, shots", [(False, 1), (True, 5)], ids=["resnet50", "vgg16_bn"])
 @torch.no_grad()
 def test_bam(tmp_path, vgg, shots):
     state = _state(_bam_shapes(vgg, shots))

@@ -1,0 +1,301 @@
+"""What holds for every model: seams, regimes, memory, precisions."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import svf_fast
+from fss.config import ModelConfig, RegimeConfig
+from fss.measure import saved_bytes
+from fss.models import BAM, Prediction, build_backbone, build_model
+from fss.models.pfenet import PFENet
+from fss.regimes import apply_regime
+
+MODELS = ("baseline", "pfenet", "bam")
+BACKBONES = ("resnet18", "resnet50", "vgg16_bn")
+BASE = {c: f"class {c}" for c in range(1, 6)}
+
+
+def _model(name, backbone="resnet18", shots=1, **options):
+    torch.manual_seed(0)
+    values = {"width": 4, "weights": "none", "channels": 16, "dropout": 0.0, **options}
+    if name == "bam":
+        values["base_weights"] = "none"
+    return build_model(ModelConfig(name=name, backbone=backbone, **values), BASE, shots)
+
+
+def _batch(batch=2, shots=1, height=41, width=49):
+    generator = torch.Generator().manual_seed(0)
+    random = functools.partial(torch.rand, generator=generator)
+    masks = (random(batch, 1 + shots, height, width) > 0.4).long()
+    masks[:, :, :5] = 255
+    return {
+        "query_image": 2 * random(batch, 3, height, width) - 1,
+        "support_images": 2 * random(batch, shots, 3, height, width) - 1,
+        "support_masks": masks[:, 1:],
+        "query_mask": masks[:, 0],
+        "query_base_mask": torch.where(masks[:, 0] == 1, 4, masks[:, 0]),
+        "base_class": torch.arange(batch) - 1,
+    }
+
+
+def _predict(model, batch):
+    return model(*(batch[name] for name in model.inputs))
+
+
+def _loss(model, batch, call=None):
+    prediction = (
+        _predict(call or model, batch)
+        if call is None
+        else call(*(batch[name] for name in model.inputs))
+    )
+    weight = torch.tensor([1.0, 2.0])
+    return model.loss(prediction, *(batch[name] for name in model.targets), class_weight=weight)
+
+
+def _grow(model):
+    """BAM's ensemble begins blind to the base learner and the distance, and its weights of the
+    shots perhaps with dead units: let it see."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("_merge.weight"):
+            parameter.data += torch.tensor([0.1, 0.3])
+        elif name == "shot_weights.layers.0.bias":
+            parameter.data.fill_(1)
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_have_the_size_of_the_query(name, backbone, shots):
+    model, batch = _model(name, backbone, shots), _batch(shots=shots)
+    for mode in (True, False):
+        prediction = _predict(model.train(mode), batch)
+        assert isinstance(prediction, Prediction)
+        assert prediction.logits.shape == (2, 2, 41, 49)
+        assert prediction.logits.isfinite().all()
+        assert bool(prediction.auxiliary) == (mode and name != "baseline")
+
+
+@pytest.mark.parametrize("regime", ["freeze", "svf", "full"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_each_regime(name, backbone, regime):
+    """What the regime trains gets a gradient and moves, the rest stays as it was."""
+    shots = 1 if backbone == "resnet50" else 2
+    model, batch = _model(name, backbone, shots), _batch(shots=shots)
+    _grow(model)
+    apply_regime(model, RegimeConfig(name=regime))
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert any(key.startswith("backbone.") for key in trained) == (regime != "freeze")
+    assert not any(key.startswith("base_learner.") for key in trained)
+    loss = _loss(model, batch)
+    loss.backward()
+    without = [key for key, p in trained.items() if p.grad is None or not p.grad.any()]
+    assert not without
+    torch.optim.SGD(trained.values(), lr=0.1).step()
+    moved = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert moved == trained.keys()
+    assert _loss(model, batch) != loss
+
+
+def _saved(name, backbone, regime, strategy="auto", shots=1):
+    model = _model(name, backbone, shots, width=8)
+    apply_regime(model, RegimeConfig(name=regime, strategy=strategy))
+    model.train()
+    with saved_bytes(model) as saved:
+        _loss(model, _batch(batch=1, shots=shots, height=81, width=81))
+    return saved.total
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "vgg16_bn"])
+@pytest.mark.parametrize("name", MODELS)
+def test_svf_saves_less_than_the_papers_layers(name, backbone):
+    """And what it adds to a frozen backbone is at most half of what they add."""
+    frozen = _saved(name, backbone, "freeze")
+    fast, paper = (_saved(name, backbone, "svf", strategy) for strategy in ("auto", "reference"))
+    assert frozen < fast < paper
+    assert fast - frozen < 0.5 * (paper - frozen)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_autocast(name):
+    model, batch = _model(name, shots=2), _batch(shots=2)
+    apply_regime(model, RegimeConfig())
+    _grow(model)
+    model.train()
+    expected = _loss(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = _loss(model, batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_other_precisions(name, dtype):
+    model, batch = _model(name, shots=2), _batch(shots=2)
+    expected = _loss(model, batch).item()
+    images = {k: v.to(dtype) for k, v in batch.items() if v.is_floating_point()}
+    loss = _loss(model.to(dtype), batch | images)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles_as_one_graph(name):
+    model, batch = _model(name), _batch()
+    apply_regime(model, RegimeConfig())
+    model.train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(_loss(model, batch, compiled), _loss(model, batch))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_deep_stem_and_resnet101(name):
+    model = _model(name, "resnet101", stem="deep", width=2)
+    _loss(model, _batch(batch=1, height=33, width=33)).backward()
+    assert model.backbone.conv3.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_supports_and_episodes_are_not_mixed_up(name):
+    """Each query sees its own supports, whose order does not matter."""
+    model, batch = _model(name, shots=3).eval(), _batch(batch=3, shots=3)
+    _grow(model)
+    together = _predict(model, batch).logits
+    for b in range(3):
+        alone = _predict(model, {key: value[b : b + 1] for key, value in batch.items()}).logits
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-4, atol=1e-5)
+    swapped = {k: batch[k].flip(1) for k in ("support_images", "support_masks")}
+    torch.testing.assert_close(
+        _predict(model, batch | swapped).logits, together, atol=1e-5, rtol=1e-4
+    )
+    other = batch | {"support_images": batch["support_images"].roll(1, 0)}
+    assert (_predict(model, other).logits - together).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modes_of_what_is_frozen(name):
+    model = _model(name)
+    for mode in (True, False, True):
+        assert model.train(mode).training is mode
+        frozen = [model.backbone] + ([model.base_learner] if name == "bam" else [])
+        assert not any(m.training for part in frozen for m in part.modules())
+        assert model.classifier.training is mode
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_empty_support_mask_is_no_accident(name):
+    model, batch = _model(name), _batch()
+    loss = _loss(model, batch | {"support_masks": torch.zeros_like(batch["support_masks"])})
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_learns_two_episodes(name):
+    model, batch = _model(name), _batch()
+    apply_regime(model, RegimeConfig(name="freeze"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    batch["query_mask"][:] = 0
+    batch["query_mask"][:, 5:25, 5:25] = 1
+    scores = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        prediction = _predict(model, batch)
+        scores.append(nn.functional.cross_entropy(prediction.logits, batch["query_mask"]).item())
+        model.loss(prediction, *(batch[name] for name in model.targets)).backward()
+        optimizer.step()
+    assert scores[-1] < (0.8 if name == "bam" else 0.5) * scores[0]
+
+
+def test_singular_values_of_vgg_run_fused():
+    model = _model("bam", "vgg16_bn")
+    apply_regime(model, RegimeConfig())
+    layers = [model.backbone.layer2, model.backbone.layer3, model.backbone.layer4]
+    assert all(layer.unfused_reason() == "" for layer in layers)
+    assert len(list(svf_fast.svf_parameters(model))) == 9
+
+
+def test_build_model_wants_what_bam_needs():
+    with pytest.raises(ValueError, match="model.base_weights: expected BAM's base learner, got no"):
+        ModelConfig(name="bam")
+    with pytest.raises(ValueError, match="model.base_weights: .*pfenet has no base learner"):
+        ModelConfig(name="pfenet", base_weights="runs/base")
+    with pytest.raises(ValueError, match="model.official: .*baseline has no checkpoint"):
+        ModelConfig(official="x.pth")
+    with pytest.raises(ValueError, match="base_classes: expected the names"):
+        build_model(ModelConfig(name="bam", base_weights="none", weights="none"))
+
+
+def test_pfenet_wants_bins():
+    for bins in ((), (60, 0), (0.5,)):
+        with pytest.raises(ValueError, match="bins: expected integers from 1 on, got"):
+            PFENet(build_backbone("resnet18", width=4), channels=8, bins=bins)
+
+
+def test_pfenet_averages_its_auxiliary_losses():
+    model, batch = _model("pfenet"), _batch()
+    prediction, mask = _predict(model, batch), batch["query_mask"]
+    main = model.loss(Prediction(prediction.logits, ()), mask)
+    single = [model.loss(Prediction(prediction.logits, (a,)), mask) for a in prediction.auxiliary]
+    assert len(single) == 4
+    torch.testing.assert_close(model.loss(prediction, mask), sum(single) / 4)
+    assert all(loss > main for loss in single)
+
+
+def test_bam_does_not_hold_the_episodes_class_against_it():
+    """While training its own class is no background; in evaluation and of novel ones all are."""
+    model, batch = _model("bam"), _batch()
+    _grow(model)
+    with torch.no_grad():
+        novel, own, other = (
+            _predict(model, batch | {"base_class": torch.tensor([c, -1])}).logits
+            for c in (-1, 2, 3)
+        )
+        evaluated = _predict(model.eval(), batch).logits
+    torch.testing.assert_close(novel, evaluated)
+    assert torch.equal(own[1], novel[1]) and torch.equal(own[:, 1], novel[:, 1])
+    assert (own[0, 0] < novel[0, 0]).all() and not torch.equal(own, other)
+
+
+def test_bam_begins_as_its_meta_learner():
+    model, batch = _model("bam"), _batch()
+    prediction = _predict(model, batch)
+    meta = prediction.auxiliary[0].softmax(dim=1)
+    expected = nn.functional.interpolate(meta, (41, 49), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(prediction.logits, expected)
+
+
+def test_bam_segments_without_a_base_class_but_does_not_train():
+    model, batch = _model("bam"), _batch()
+    three = [batch[name] for name in model.inputs[:3]]
+    assert torch.equal(model.eval()(*three).logits, _predict(model, batch).logits)
+    with pytest.raises(TypeError, match="base_class: expected int64, .* got NoneType"):
+        model.train()(*three)
+    with pytest.raises(TypeError, match="base_class: expected int64, .* got torch.int32"):
+        model(*three, torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"base_class: expected \[2\] on cpu, .*got \[3\] on cpu"):
+        model(*three, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"query_base_mask: expected \[2, 41, 49\]"):
+        model.loss(_predict(model, batch), batch["query_mask"], batch["query_base_mask"][:1])
+
+
+def test_bam_weighs_the_shots_it_was_built_for():
+    model = _model("bam", shots=5)
+    assert _predict(model, _batch(shots=1)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="support_images: expected K = 1 or 5 .*got K = 3"):
+        _predict(model, _batch(shots=3))
+    with pytest.raises(ValueError, match="support_images: expected K = 1 supports"):
+        _predict(_model("bam"), _batch(shots=2))
+    with pytest.raises(ValueError, match="classes: expected at least one base class, got 0"):
+        BAM(build_backbone("resnet18", width=4), 0, channels=8)
