@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from .source import IGNORE, Mask, Source
 from .transforms import Sample, Transform
@@ -320,7 +320,7 @@ def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for key, first in items[0].items():
         values = [item[key] for item in items]
         if isinstance(first, torch.Tensor) and key != "query_mask_original":
-            result[key] = torch.stack(values)
+            result[key] = default_collate(values)  # a loader's process stacks in shared memory
         elif isinstance(first, int):
             result[key] = torch.tensor(values)
         else:
