@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from lightning_fabric import Fabric
 
 import fss
 from fss.base_learner import BaseLearnerConfig, base_table, train_base

@@ -36,6 +36,11 @@ class DataConfig:
         exclude_novel: train only on photos without any novel class (the paper's † filter).
         scale: range of the random scale of training photos (Pascal 0.9-1.1, COCO 0.8-1.25).
         rotate: largest rotation of training photos, degrees, applied to half of them.
+        protocol: "pfenet" (PFENet, BAM and the paper): augmented training photos, test photos
+            scaled to the longer side, K different supports; "hsnet": every photo resized to a
+            square without augmentation, each support drawn independently of the others.
+        shuffle_test: test queries in a fresh order each pass; false takes the list's order, as the
+            published BAM test does, whose 1000 episodes ask for the first 1000 photos only.
         drop_small_classes: leave out the classes that have no more than K photos in a split, with
             a warning; by default they are an error.
         skip_unreadable: replace an episode with a photo that cannot be read, with a warning that
@@ -56,6 +61,8 @@ class DataConfig:
     exclude_novel: bool = True
     scale: tuple[float, float] = (0.9, 1.1)
     rotate: float = 10.0
+    protocol: Literal["pfenet", "hsnet"] = "pfenet"
+    shuffle_test: bool = True
     drop_small_classes: bool = False
     skip_unreadable: bool = False
     workers: int = 2
@@ -64,6 +71,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.scale = tuple(self.scale)
         _choice("data.source", self.source, ("folder", "pascal", "coco", "fss1000", "shapes"))
+        _choice("data.protocol", self.protocol, ("pfenet", "hsnet"))
         _choice("data.folds", self.folds, ("fwb", "panet"))
         if (self.train_list is None) != (self.val_list is None):
             raise ValueError("data.train_list, data.val_list: expected both or none, got one")

@@ -11,7 +11,7 @@ from .fss1000 import Fss1000Source
 from .pascal import PascalSource
 from .shapes import ShapesSource
 from .source import IGNORE, Source
-from .transforms import MEAN, STD, EvalTransform, Sample, TrainTransform
+from .transforms import MEAN, STD, EvalTransform, Sample, SquareTransform, TrainTransform, Transform
 
 if TYPE_CHECKING:
     from fss.config import DataConfig
@@ -31,7 +31,9 @@ __all__ = [
     "ShapesSource",
     "Source",
     "Split",
+    "SquareTransform",
     "TrainTransform",
+    "Transform",
     "build_episodes",
     "build_source",
     "collate_episodes",
@@ -64,14 +66,18 @@ def build_source(config: DataConfig) -> Source:
     )
 
 
-def train_transform(config: DataConfig) -> TrainTransform:
+def train_transform(config: DataConfig) -> Transform:
     """The training transform of a configuration."""
+    if config.protocol == "hsnet":
+        return SquareTransform(config.size)
     return TrainTransform(config.size, config.scale, config.rotate)
 
 
-def test_transform(config: DataConfig) -> EvalTransform:
+def test_transform(config: DataConfig) -> Transform:
     """The evaluation transform of a configuration."""
-    return EvalTransform(config.size)
+    return (
+        SquareTransform(config.size) if config.protocol == "hsnet" else EvalTransform(config.size)
+    )
 
 
 def build_episodes(
@@ -86,8 +92,10 @@ def build_episodes(
         train_transform(config) if split == "train" else test_transform(config),
         episodes,
         seed,
-        config.min_area,
-        config.exclude_novel,
-        config.drop_small_classes,
-        config.skip_unreadable,
+        min_area=config.min_area,
+        exclude_novel=config.exclude_novel,
+        shuffle=split == "train" or config.shuffle_test,
+        repeat_supports=config.protocol == "hsnet",
+        drop_small_classes=config.drop_small_classes,
+        skip_unreadable=config.skip_unreadable,
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from .source import IGNORE, Mask, Source
 from .transforms import Sample, Transform
@@ -68,6 +68,10 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: from 0.
         min_area: pixels at original size when at least 1, else a share of the image.
         exclude_novel: train only on images without any novel class, however small (the † filter).
+        shuffle: a fresh order of the queries each pass; otherwise that of the list, as in the
+            published BAM tests, where 1000 episodes then ask for the first 1000 images only.
+        repeat_supports: draw each support independently among the images other than the query, so
+            that one may come twice (HSNet); otherwise they are K different images.
         drop_small_classes: leave out, with a warning, the classes of the split that have no more
             than K images, which are an error otherwise.
         skip_unreadable: draw another episode in place of one with an image that cannot be read,
@@ -96,6 +100,8 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         min_area: float = 2048,
         exclude_novel: bool = False,
+        shuffle: bool = True,
+        repeat_supports: bool = False,
         drop_small_classes: bool = False,
         skip_unreadable: bool = False,
     ) -> None:
@@ -119,6 +125,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         self.shots, self.transform = shots, transform
         self.episodes, self.seed = episodes, seed
         self.min_area, self.exclude_novel = min_area, exclude_novel
+        self.shuffle, self.repeat_supports = shuffle, repeat_supports
         self.drop_small_classes, self.skip_unreadable = drop_small_classes, skip_unreadable
         novel = source.folds[fold]
         self.base_classes = tuple(sorted(c for c in source.class_names if c not in novel))
@@ -201,7 +208,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"episode: expected 0 to {self.episodes - 1}, got {index}")
         round_, position = divmod(index, len(self.queries))
         if self._order is None or self._order[0] != round_:
-            order = self._rng(_ORDER, round_).permutation(len(self.queries))
+            order = np.arange(len(self.queries))
+            if self.shuffle:
+                order = self._rng(_ORDER, round_).permutation(order)
             self._order = (round_, order)
         query = self.queries[self._order[1][position]]
         rng = self._rng(_EPISODE, index, 0, *([attempt] if attempt else []))
@@ -209,9 +218,14 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             query = self.queries[rng.integers(len(self.queries))]
         shown = self._shown[query]
         class_id = shown[rng.integers(len(shown))]
-        # One more than needed, so that the query can be left out.
-        drawn = rng.choice(self.class_images[class_id], self.shots + 1, replace=False)
-        supports = [int(i) for i in drawn if i != query][: self.shots]
+        images = self.class_images[class_id]
+        if self.repeat_supports:
+            others = [i for i in images if i != query]
+            supports = [int(i) for i in rng.choice(others, self.shots)]
+        else:
+            # One more than needed, so that the query can be left out.
+            drawn = rng.choice(images, self.shots + 1, replace=False)
+            supports = [int(i) for i in drawn if i != query][: self.shots]
         return Episode(query, class_id, tuple(supports))
 
     def sampled_classes(self) -> dict[int, int]:
@@ -320,7 +334,7 @@ def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for key, first in items[0].items():
         values = [item[key] for item in items]
         if isinstance(first, torch.Tensor) and key != "query_mask_original":
-            result[key] = torch.stack(values)
+            result[key] = default_collate(values)  # a loader's process stacks in shared memory
         elif isinstance(first, int):
             result[key] = torch.tensor(values)
         else:

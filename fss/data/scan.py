@@ -46,20 +46,30 @@ def scan(
         open_mask: reads a mask as an 8-bit picture of one channel; `open_classes` reads class ids.
 
     Raises:
-        ValueError: a file that cannot be decoded, or a mask that has not the size of its image.
+        ValueError: files that cannot be decoded, or masks that have not the size of their image;
+            all are counted, the first ten named.
     """
     digest = hashlib.sha256()
     for path in (*images, *masks):
         status = path.stat()
-        digest.update(f"{path.name}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+        digest.update(f"{path.parent.name}/{path.name}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     fingerprint = digest.hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(base) / "fss" / f"areas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     records = _read_cache(cache, fingerprint, len(images))
     if records is None:
+
+        def attempt(image: Path, mask: Path) -> Record | ValueError:
+            try:
+                return inspect(image, mask, open_mask)
+            except ValueError as error:
+                return error
+
         with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda image, mask: inspect(image, mask, open_mask), images, masks)
-            records = list(tqdm(found, "scanning masks", len(images), delay=2, unit="image"))
+            found = pool.map(attempt, images, masks)
+            done = list(tqdm(found, "scanning masks", len(images), delay=2, unit="image"))
+        records = [result for result in done if isinstance(result, Record)]
+        _raise_all([result for result in done if isinstance(result, ValueError)])
         _write_cache(cache, fingerprint, records)
     return records
 
@@ -128,6 +138,15 @@ def unreadable(path: Path, error: Exception) -> ValueError:
         f"{path} cannot be decoded ({error}); replace the file, or remove it together with its "
         "image or mask"
     )
+
+
+def _raise_all(errors: list[ValueError]) -> None:
+    """Raises an error that has the texts of the first ten errors, and how many there are."""
+    if len(errors) > 1:
+        texts = "\n  ".join(str(error) for error in errors[:10])
+        raise ValueError(f"{len(errors)} images cannot be used:\n  {texts}")
+    if errors:
+        raise errors[0]
 
 
 def _read_cache(path: Path, fingerprint: str, length: int) -> list[Record] | None:

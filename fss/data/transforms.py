@@ -151,6 +151,32 @@ class EvalTransform:
         return Sample(normalised, torch.from_numpy(canvas), (height, width))
 
 
+class SquareTransform:
+    """Resizes image and mask to a square whatever their shape, and normalises: HSNet's choice.
+
+    `Sample.size` is the whole square: resize a prediction to the original size.
+
+    Args:
+        size: side of the square output, pixels (HSNet takes 400, which is no multiple of 8 plus 1).
+    """
+
+    def __init__(self, size: int) -> None:
+        _check_size(size)
+        self.size = size
+
+    def __call__(
+        self,
+        image: NDArray[np.uint8],
+        mask: Mask,
+        rng: np.random.Generator | None = None,
+        foreground: int = 1,
+    ) -> Sample:
+        _check_pair(image, mask)
+        pixels, mask = _resize(image.astype(np.float32), mask, self.size, self.size)
+        normalised = _normalise(pixels, self.size, 0, 0)
+        return Sample(normalised, torch.from_numpy(mask), (self.size, self.size))
+
+
 def _resize(
     image: NDArray[np.float32], mask: Mask, height: int, width: int
 ) -> tuple[NDArray[np.float32], Mask]:

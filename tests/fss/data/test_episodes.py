@@ -14,6 +14,7 @@ from fss.data import (
     EvalTransform,
     FolderSource,
     ShapesSource,
+    SquareTransform,
     TrainTransform,
     build_episodes,
     build_source,
@@ -393,6 +394,30 @@ def test_small_classes_are_dropped_when_asked():
         episodes(shots=7, drop_small_classes=True)
     whole = episodes(drop_small_classes=True)
     assert [whole.draw(i) for i in range(20)] == [episodes().draw(i) for i in range(20)]
+
+
+def test_queries_in_the_order_of_the_list():
+    data = episodes(split="test", shuffle=False, episodes=20)
+    assert [data.draw(i).query for i in range(12)] == data.queries * 2
+    config = DataConfig(source="shapes", size=65, min_area=0.01, shuffle_test=False)
+    assert not build_episodes(config, "test", 4, 1).shuffle
+    assert build_episodes(config, "train", 4, 1).shuffle
+
+
+def test_supports_may_repeat_when_asked():
+    data = episodes(shots=3, repeat_supports=True, episodes=600)
+    drawn = [data.draw(i) for i in range(600)]
+    assert all(e.query not in e.supports and len(e.supports) == 3 for e in drawn)
+    assert all(set(e.supports) <= set(data.class_images[e.class_id]) for e in drawn)
+    assert any(len(set(e.supports)) < 3 for e in drawn)
+
+
+def test_hsnet_protocol():
+    config = DataConfig(source="shapes", size=65, min_area=0.01, shots=2, protocol="hsnet")
+    for split in ("train", "test"):
+        data = build_episodes(config, split, 4, 1)
+        assert isinstance(data.transform, SquareTransform) and data.repeat_supports
+        assert data[0]["query_size"].tolist() == [65, 65]
 
 
 def test_build_from_a_configuration(tmp_path):

@@ -271,6 +271,13 @@ def test_unreadable_file(root, file, content):
         FolderSource(root)
 
 
+def test_all_damaged_files_are_counted(root):
+    for name in ("p1", "p4", "p6"):
+        (root / f"SegmentationClass/{name}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"(?s)3 images cannot be used:.*p1\.png.*p4.*p6\.png"):
+        FolderSource(root)
+
+
 def test_truncated_mask(root):
     path = root / "SegmentationClass/p4.png"
     path.write_bytes(path.read_bytes()[:-30])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fss.data import MEAN, STD, EvalTransform, TrainTransform
+from fss.data import MEAN, STD, EvalTransform, SquareTransform, TrainTransform
 from fss.data import transforms as transforms_module
 
 
@@ -57,6 +57,16 @@ def test_eval_pastes_top_left_on_black():
     small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
     assert np.array_equal(sample.mask[:height, :width], small)
     assert (sample.mask[height:] == 255).all() and (sample.mask[:, width:] == 255).all()
+
+
+def test_square_is_a_plain_resize():
+    image, mask = photo(40, 30), disc_mask(40, 30, 8)
+    sample = SquareTransform(81)(image, mask)
+    pixels = cv2.resize(image.astype(np.float32), (81, 81))
+    expected = torch.from_numpy(((pixels / 255 - MEAN) / STD).transpose(2, 0, 1))
+    torch.testing.assert_close(sample.image, expected, rtol=1e-4, atol=1e-4)
+    small = cv2.resize(mask, (81, 81), interpolation=cv2.INTER_NEAREST)
+    assert np.array_equal(sample.mask, small) and sample.size == (81, 81)
 
 
 def test_train_output_and_fill():
