@@ -88,8 +88,8 @@ def _connect_anew(backend: str) -> None:
     torchrun's agent serves the same key-value store in every life of the processes, with the
     addresses of the dead in it: each life has to have keys of its own.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or distributed.is_initialized():
+        return  # or a process that has made another run of a table before
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     life = f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}"
     distributed.init_process_group(
