@@ -209,6 +209,8 @@ def build_backbone(
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
     if name == "vgg16_bn":
+        if stem != "plain":
+            raise ValueError(f"stem: expected plain, vgg16_bn has no other; got {stem!r}")
         return VGG(width)
     return ResNet(ARCHITECTURES[name], stem, stride_on, width, output_stride)
 

@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -91,6 +92,30 @@ def test_what_is_missing_is_named(tmp_path):
         load_backbone(_vgg(), str(tmp_path / "vgg.pth"))
     assert "1 missing: layer2.17.weight" in str(error.value)
     assert "1 unexpected: features.44.weight" in str(error.value)
+
+
+def test_torchvision_by_name(monkeypatch):
+    source, target = _randomise(_vgg()), _vgg()
+    asked = []
+
+    class FakeTorchvision:
+        def get_model_weights(self, name):
+            asked.append(name)
+            return {"IMAGENET1K_V1": self}
+
+        def get_state_dict(self, **_):
+            return _torchvision_state(source) | {"classifier.6.bias": torch.zeros(2)}
+
+    monkeypatch.setitem(sys.modules, "torchvision", FakeTorchvision())
+    monkeypatch.setitem(sys.modules, "torchvision.models", FakeTorchvision())
+    load_backbone(target, "torchvision")
+    assert asked == ["vgg16_bn"]
+    assert torch.equal(source.layer4.get_submodule("40").weight, target.layer4[6].weight)
+
+
+def test_a_deep_stem_is_refused():
+    with pytest.raises(ValueError, match="stem: expected plain, vgg16_bn has no other; got 'deep'"):
+        build_backbone("vgg16_bn", stem="deep", width=4)
 
 
 def test_convert_fuses_every_unit():
