@@ -52,7 +52,9 @@ def scan(
     digest = hashlib.sha256()
     for path in (*images, *masks):
         status = path.stat()
-        digest.update(f"{path.parent.name}/{path.name}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+        digest.update(
+            f"{path.parent.name}/{path.name}|{status.st_size}|{status.st_mtime_ns}\n".encode()
+        )
     fingerprint = digest.hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(base) / "fss" / f"areas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
