@@ -37,6 +37,20 @@ def test_segment_leaves_the_padding_out_and_aligns_corners():
     assert torch.equal(labels, (torch.arange(40) >= 20).long().expand(30, 40))
 
 
+def test_the_published_resize_takes_the_whole_canvas():
+    """A photo of 600×480 lies on 472×376 of 473×473; the canvas becomes 600×600, off by 473/472."""
+    logits = torch.zeros(2, 473, 473)
+    logits[1] = torch.linspace(-1, 1, 473)
+    published = segment(logits, (472, 376), (600, 480), "canvas")
+    exact = segment(logits, (472, 376), (600, 480))
+    assert published.shape == exact.shape == (600, 480)
+    resized = functional.interpolate(
+        logits[None], size=(600, 600), mode="bilinear", align_corners=True
+    )
+    assert torch.equal(published, resized[0, :, :600, :480].argmax(0))
+    assert not torch.equal(published, exact)
+
+
 def test_predict_is_at_the_original_size_and_keeps_the_mode():
     model = Brightness().train()
     image = torch.rand(2, 3, 17, 17)
@@ -98,3 +112,22 @@ def test_one_seed_has_no_spread(tiny, fabric):
     assert result["fb_iou"]["std"] is None
     assert result["classes_are"] == "base" and len(result["iou"]) == 15
     assert "–" in "\n".join(table(result))
+
+
+def test_both_means_and_intervals_are_given(tiny, fabric):
+    """Three episodes leave classes unsampled."""
+    config = tiny().data
+    source = build_source(config)
+    result = evaluate_seeds(Brightness(), source, config, fabric, (1, 2), 3)
+    assert result["miou"]["mean"] > 0
+    for mean, sampled, names in zip(
+        result["miou"]["values"], result["miou_sampled"]["values"], result["unsampled"].values()
+    ):
+        assert len(names) >= 2
+        assert sampled == pytest.approx(mean * 5 / (5 - len(names)))
+    lines = "\n".join(table(result))
+    assert "over sampled classes only" in lines and "over seeds" in lines
+    one = evaluate_seeds(Brightness(), source, config, fabric, (3,), 30)
+    low, high = one["bootstrap"][0]
+    assert low < one["miou"]["mean"] < high
+    assert f"{100 * low:.2f} to {100 * high:.2f} over episodes" in "\n".join(table(one))
