@@ -178,7 +178,7 @@ def evaluate_seeds(
         "seeds": list(seeds),
         "miou": _spread([score.miou for score in scores]),
         "miou_sampled": _spread([score.sampled_miou for score in scores]),
-        "bootstrap": [score.interval for score in scores],
+        "bootstrap": [list(score.interval or ()) for score in scores],
         "resize": resize,
         "fb_iou": _spread([score.fb_iou for score in scores]),
         "iou": {name: _spread([score.iou[c] for score in scores]) for c, name in names.items()},
