@@ -40,6 +40,9 @@ def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> N
         path: the file.
         config: of the run.
         state: tensors and plain values; "model" is the state dict.
+
+    Raises:
+        OSError: a disk that is full or fails.
     """
     content = {
         **state,
@@ -47,8 +50,19 @@ def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> N
         "signature": signature(config),
         "config": config.to_dict(),
     }
-    with atomic_write(path) as file:
-        torch.save(content, file)
+    try:
+        with atomic_write(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # torch's writer hides the error of the file behind one of its own
+        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        if cause is None and "PytorchStreamWriter" not in str(error):
+            raise
+        kept = "the one written before is whole" if path.is_file() else "none was written before"
+        raise OSError(
+            f"checkpoint: {path} cannot be written ({cause.strerror if cause else 'disk full?'}), "
+            f"{kept}; make room on the disk, then go on with --resume"
+        ) from error
 
 
 def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, Any]:

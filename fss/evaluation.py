@@ -106,7 +106,8 @@ def evaluate(
     """
     # Of each episode the place of its class, then its counts; each process fills its rows.
     rows = torch.zeros(len(dataset), 6, dtype=torch.int64)
-    share = Subset(dataset, range(fabric.global_rank, len(dataset), fabric.world_size))
+    order = _by_class(dataset) if cache else list(range(len(dataset)))
+    share = Subset(dataset, order[fabric.global_rank :: fabric.world_size])
     for batch in episode_loader(share, batch_size, workers, fabric):
         labels = zip(
             batch["index"].tolist(),
@@ -125,6 +126,12 @@ def evaluate(
     metric.counts.index_add_(0, rows[:, 0], rows[:, 1:])
     interval = bootstrap_miou(rows[:, [0, 3, 4]], len(classes))
     return replace(metric.result(), interval=interval)
+
+
+def _by_class(dataset: EpisodeDataset) -> list[int]:
+    """Numbers of all episodes, those of a class together, so that their photos return soon."""
+    drawn = [dataset.draw(index) for index in range(len(dataset))]
+    return sorted(range(len(dataset)), key=lambda i: (drawn[i].class_id, drawn[i].query, i))
 
 
 def evaluate_seeds(
@@ -171,7 +178,7 @@ def evaluate_seeds(
         "seeds": list(seeds),
         "miou": _spread([score.miou for score in scores]),
         "miou_sampled": _spread([score.sampled_miou for score in scores]),
-        "bootstrap": [score.interval for score in scores],
+        "bootstrap": [list(score.interval or ()) for score in scores],
         "resize": resize,
         "fb_iou": _spread([score.fb_iou for score in scores]),
         "iou": {name: _spread([score.iou[c] for score in scores]) for c, name in names.items()},

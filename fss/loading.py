@@ -39,7 +39,7 @@ def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
     torch notices it by a signal, wherever this process is then, not only where it loads.
 
     Raises:
-        RuntimeError: in the place of torch's.
+        ChildProcessError: in the place of torch's RuntimeError.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
         killed = _KILLED.search(str(error))
         if killed is None:
             raise
-        raise RuntimeError(
+        raise ChildProcessError(
             f"data.workers: a process that loads episodes {killed[1]}; if memory ran out, take "
             f"fewer data.workers. {outcome()}"
         ) from error

@@ -18,6 +18,7 @@ def row(step: int) -> dict:
         "step_seconds": 0.5,
         "images_per_second": 4.0,
         "peak_memory_bytes": 1000,
+        "skipped_steps": 0,
     }
 
 

@@ -1,0 +1,101 @@
+"""What breaks in the middle of a run: a full disk, a killed loader, an unreadable photo."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fss.checkpoint import load_checkpoint, save_checkpoint
+from fss.data import EpisodeDataset
+from fss.engine import train
+
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+
+
+def fill_disk(path: Path) -> None:
+    """The next write of `path` by this process goes to a disk without space."""
+    path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+
+
+@full
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, tiny, size):
+    path = tmp_path / "last.pt"
+    fill_disk(path)
+    message = r"checkpoint: .*last.pt cannot be written \(No space left on device\), {}; make room"
+    with pytest.raises(OSError, match=message.format("none was written before")):
+        save_checkpoint(path, tiny(), {"step": 1, "model": {"w": torch.ones(size)}})
+    assert list(tmp_path.iterdir()) == []
+    save_checkpoint(path, tiny(), {"step": 1, "model": {}})
+    fill_disk(path)
+    with pytest.raises(OSError, match=message.format("the one written before is whole")):
+        save_checkpoint(path, tiny(), {"step": 2, "model": {"w": torch.ones(size)}})
+    assert load_checkpoint(path)["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+@full
+def test_a_run_goes_on_after_a_full_disk(tiny, tmp_path):
+    config = tiny(save_every=1, steps=3)
+    whole = tiny(save_every=1, steps=3, out=str(tmp_path / "whole"))
+    train(whole)
+    from fss.trainer import Trainer
+
+    original, full_once = Trainer._save, []
+
+    def save(self, name: str) -> None:
+        if self.step == 2 and not full_once:
+            full_once.append(name)
+            fill_disk(self.folder / name)
+        original(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save", save)
+        with pytest.raises(OSError, match="cannot be written"):
+            train(config)
+    assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 1
+    train(config, resume=True)
+    a, b = (load_checkpoint(Path(c.out) / "last.pt")["model"] for c in (config, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_killed_loader_says_so_and_the_run_goes_on(tiny, monkeypatch):
+    original = EpisodeDataset.__getitem__
+
+    def killed(self, index: int):
+        if self.split == "train" and index == 9 and not resumed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, index)
+
+    resumed: list[bool] = []
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", killed)
+    config = tiny(data={"workers": 1}, steps=6, save_every=1)
+    message = (
+        "data.workers: a process that loads episodes (is killed by signal: Killed|exited .*); if "
+        "memory ran out, take fewer data.workers. .*last.pt is from before; --resume goes on"
+    )
+    with pytest.raises(ChildProcessError, match=message):
+        train(config)
+    assert 1 <= load_checkpoint(Path(config.out) / "last.pt")["step"] <= 4
+    resumed.append(True)
+    assert train(config, resume=True)["steps"] == 6
+
+
+def test_an_unreadable_photo_ends_the_run_with_every_step_saved(tiny, monkeypatch):
+    original = EpisodeDataset.__getitem__
+
+    def unreadable(self, index: int):
+        if self.split == "train" and index == 5:
+            raise ValueError("episode 5 (train, seed 321): photo.jpg cannot be decoded")
+        return original(self, index)
+
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", unreadable)
+    config = tiny(steps=6, save_every=0)
+    with pytest.raises(ValueError, match=re.escape("photo.jpg cannot be decoded")):
+        train(config)
+    assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 2
