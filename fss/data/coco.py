@@ -194,17 +194,15 @@ class CocoSource(ListedSource):
         self._check_class_map()
 
     def _masked(self, split: str) -> list[Pair]:
-        names = sorted(path.stem for path in (self.root / MASKS / split).glob("*.png"))
+        images, masks = self.root / split, self.root / MASKS / split
+        names = sorted(path.name[:-4] for path in masks.iterdir() if path.name.endswith(".png"))
         if not names:
             raise FileNotFoundError(
-                f"{self.root / MASKS / split} has no .png mask; `fss data prepare coco` makes them "
-                "from the json"
+                f"{masks} has no .png mask; `fss data prepare coco` makes them from the json"
             )
-        pairs = [
-            Pair(self.root / split / f"{name}.jpg", self.root / MASKS / split / f"{name}.png")
-            for name in names
-        ]
-        check_files(pairs, str(self.root / MASKS / split))
+        pairs = [Pair(images / f"{name}.jpg", masks / f"{name}.png") for name in names]
+        if not {f"{name}.jpg" for name in names} <= {path.name for path in images.iterdir()}:
+            check_files(pairs, str(masks))
         return pairs
 
     def _check_class_map(self) -> None:
