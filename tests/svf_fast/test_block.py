@@ -399,6 +399,35 @@ def test_copies_and_pickles(name):
         assert any(isinstance(m, Fused) and not m.unfused_reason() for m in other.modules())
 
 
+@pytest.mark.parametrize("name", ("bottleneck", "unit"))
+def test_follows_what_is_written_to_its_modules(name):
+    """A block is read once; whatever is written since, however, counts."""
+    model = fused(name)
+    x = torch.randn(2, first(model).in_channels, 9, 9)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+    def new(tensor):
+        return nn.Parameter(tensor + 0.1, requires_grad=False)
+
+    changes = {
+        "in place": lambda: norm.running_mean.add_(0.1),
+        "through data": lambda: norm.running_var.data.mul_(1.1),
+        "another tensor": lambda: setattr(norm, "weight", new(norm.weight)),
+        "eps": lambda: setattr(norm, "eps", 0.1),
+        "S": lambda: first(model).S.data.mul_(1.1),
+        "cast and back": lambda: model.double().float(),
+    }
+    before = model(x)
+    assert torch.equal(model(x), before)
+    for what, change in changes.items():
+        with torch.no_grad():
+            change()
+        y = model(x)
+        assert not torch.allclose(y, before) or what == "cast and back", what
+        torch.testing.assert_close(y, as_reference(model)(x), rtol=1e-4, atol=1e-4, msg=what)
+        before = y
+
+
 @pytest.mark.parametrize("reentrant", (False, True))
 @pytest.mark.parametrize("name", ("bottleneck", "basic downsample"))
 def test_checkpoint_and_accumulation(name, reentrant):
