@@ -149,7 +149,7 @@ class Contest:
         own, small = self.settings.dtype, {"size": self.level.check_size, "batch": 1}
         dtypes = (own,) if own in ("float32", "float64") else ("float32", own)
         judged = [(dataclasses.replace(self.settings, **small, dtype=d), SEEDS) for d in dtypes]
-        with _switches(torch.backends.cudnn, allow_tf32=False):
+        with _switches(torch.backends.cudnn.conv, fp32_precision="ieee"):
             for settings, seeds in judged:
                 skipped = {name for name in self.networks if self._compiled_on_gpu(name)}
                 self._judge(settings, seeds, skipped)
@@ -265,7 +265,7 @@ class Contest:
 
 
 @contextlib.contextmanager
-def _switches(backend: Any, **values: bool) -> Iterator[None]:
+def _switches(backend: Any, **values: bool | str) -> Iterator[None]:
     """Sets switches of a backend of torch for a while."""
     before = {name: getattr(backend, name) for name in values}
     try:

@@ -141,8 +141,8 @@ def gram_gradient(channels: int) -> Pass:
     return Pass("dS", FACTOR * 2 * channels**2, 2 * channels**3, "float32")
 
 
-def fused(block: Block, compose_on: str = "tf32x3") -> Iterator[Pass]:
-    """Ours, strategy `gram`, no guarded directions; W composed by three TF32 products for one.
+def fused(block: Block) -> Iterator[Pass]:
+    """Ours, strategy `gram`, no guarded directions; W composed in TF32, as for bfloat16.
 
     Forward, beside the convolutions: conv1 writes y1 and relu(bn(y1)), conv3 reads y2 and rebuilds
     its input, adds the shortcut and writes bits. Backward: one pass over a gradient and y for both
@@ -154,7 +154,7 @@ def fused(block: Block, compose_on: str = "tf32x3") -> Iterator[Pass]:
     first = conv1.outputs * conv1.target
     bits = wide * BIT / MAP
     for conv in block.all:
-        yield compose(conv, compose_on)
+        yield compose(conv, "tf32")
     yield product("conv1", conv1, conv1.inputs * conv1.source, 2 * first)
     yield product("conv2", conv2, first, one)
     total, short = wide + bits, block.shortcut
@@ -270,7 +270,6 @@ ROWS = {
     "frozen bound": frozen,
     "frozen bound, all fused": frozen_fused,
     "svf_fast": fused,
-    "svf_fast, W composed in TF32": lambda block: fused(block, "tf32"),
 }
 
 

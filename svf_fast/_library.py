@@ -83,15 +83,19 @@ def build_info() -> dict[str, str | bool | int]:
     `cuda_decision` is what the build decided and why; `cuda_ops` says whether the CUDA ops are
     loaded now, and why not.
     """
-    try:
-        package = version("svf-fast")
-    except PackageNotFoundError:
-        package = "not installed"
     return {
-        "svf_fast": package,
+        "svf_fast": _version("svf-fast"),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         **_C.build_facts(),
         "cuda_ops": f"no, {cuda_missing}" if cuda_missing else "loaded",
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.nn.conv2d import SVFConv2d
-from svf_fast.nn.state import is_hooked, state
+from svf_fast.nn.state import host_values, is_hooked, state
 from svf_fast.ops.block import Stage, block
 from svf_fast.ops.svf_conv2d import Factors
 from svf_fast.structure import ResidualBlock, Unit, examine
@@ -75,8 +75,14 @@ class _Reading(NamedTuple):
     """What was found of a fused module in a state: why its parts are not fused, and the stages."""
 
     state: tuple[Any, ...] | None
+    values: list[tuple[Tensor, Tensor]]
     reasons: list[str]
     stages: dict[tuple[str, torch.dtype], Stage]
+
+    def holds(self, now: tuple[Any, ...] | None) -> bool:
+        if now is None or self.state != now:
+            return False
+        return all(torch.equal(tensor, before) for tensor, before in self.values)
 
     def stage(self, module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
         conv, found = _conv(module, names), self.stages.get((names.conv, dtype))
@@ -93,9 +99,10 @@ def _read(module: Fused) -> _Reading:
     """The reading of the module as it is now, kept until something in it changes."""
     now = state(module)
     known = module.__dict__.get("_reading")
-    if known is not None and now is not None and known.state == now:
+    if known is not None and known.holds(now):
         return known
-    reading = _Reading(now, module._reasons(), {})
+    values = [] if now is None else host_values(module)
+    reading = _Reading(now, values, module._reasons(), {})
     if now is not None:
         module.__dict__["_reading"] = reading
     return reading

@@ -58,17 +58,28 @@ def _look(module: nn.Module, found: list[Any]) -> None:
             found += (own["dilation"], own["_explicit_padding"])
             _look_at(bias, found)
         elif isinstance(child, _BatchNorm):
-            tensors, buffers = own["_parameters"], own["_buffers"]
             found.append(own["eps"])
-            for tensor in (
-                tensors["weight"],
-                tensors["bias"],
-                buffers["running_mean"],
-                buffers["running_var"],
-            ):
+            for tensor in _constants(child):
                 _look_at(tensor, found)
         else:
             _look(child, found)
+
+
+def host_values(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The constants of the batch norms inside `module`, on the CPU, each with a copy.
+
+    Writes through ``tensor.data`` pass the version counter by; there the values decide. On a GPU
+    looking would mean waiting.
+    """
+    norms = (inner for inner in module.modules() if isinstance(inner, _BatchNorm))
+    tensors = (tensor for norm in norms for tensor in _constants(norm))
+    return [(t, t.detach().clone()) for t in tensors if t is not None and t.device.type == "cpu"]
+
+
+def _constants(norm: _BatchNorm) -> tuple[Tensor | None, ...]:
+    parameters, buffers = norm._parameters, norm._buffers
+    affine = parameters["weight"], parameters["bias"]
+    return *affine, buffers["running_mean"], buffers["running_var"]
 
 
 def _look_at(tensor: Tensor | None, found: list[Any]) -> None:

@@ -146,15 +146,16 @@ def cases(kernels: Sequence[Tunable]) -> list[Case]:
 @contextlib.contextmanager
 def allow_tf32(allowed: bool) -> Iterator[None]:
     """Sets torch's switches for products in TF32, and puts them back."""
-    backends: tuple[Any, Any] = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
+    cudnn: Any = torch.backends.cudnn
+    switches = cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
     try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
+        for switch in switches:
+            switch.fp32_precision = "tf32" if allowed else "ieee"
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def chosen(case: Case, arch: int) -> Config:

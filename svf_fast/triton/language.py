@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -56,5 +58,7 @@ def precision(convolves: bool) -> str:
     Without TF32 three TF32 products stand for one (``tf32x3``): the error of float32, on tensor
     cores.
     """
-    backend = torch.backends.cudnn if convolves else torch.backends.cuda.matmul
-    return "tf32" if backend.allow_tf32 else "tf32x3"
+    # not `allow_tf32`, which raises once anyone has set `fp32_precision`
+    cudnn: Any = torch.backends.cudnn
+    switch = cudnn.conv if convolves else torch.backends.cuda.matmul
+    return "tf32" if switch.fp32_precision == "tf32" else "tf32x3"

@@ -33,10 +33,10 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
     """float32 products with the error of float32, by cuDNN as by our kernels."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,8 +58,12 @@ CALLS: dict[str, set[str]] = {
 
 
 @pytest.fixture(autouse=True)
-def _products_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _products_of_float32() -> Iterator[None]:
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    yield
+    switch.fp32_precision = before
 
 
 def rows(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -178,8 +183,8 @@ def test_dot_is_of_a_as_it_is_stored(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tf32_rounds_operands_to_eleven_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+def test_tf32_rounds_operands_to_eleven_bits(device: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     given = operands((3, 24, 40, (5, 7)), {"transposed"}, torch.float32, device)
     out = pointwise.pointwise(**given)[0]
     eager, truth = (reference.pointwise(**x)[0] for x in (given, doubled(given)))

@@ -222,13 +222,13 @@ def test_a_kernel_that_does_not_exist():
 def test_products_in_float32_are_searched_with_tf32_and_without():
     float32 = Tunable(
         "fake",
-        lambda problem: str(torch.backends.cuda.matmul.allow_tf32),
+        lambda problem: str(torch.backends.cuda.matmul.fp32_precision),
         lambda problem, arch: [{"BLOCK": 16}],
         lambda problem, device: lambda config: None,
         lambda: [1],
     )
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.fp32_precision
     found = check.cases([float32])
-    assert [(case.key, case.tf32) for case in found] == [("False", False), ("True", True)]
-    assert torch.backends.cuda.matmul.allow_tf32 is before
+    assert [(case.key, case.tf32) for case in found] == [("ieee", False), ("tf32", True)]
+    assert torch.backends.cuda.matmul.fp32_precision == before
     assert found == [Case(float32, 1, False), Case(float32, 1, True)]
