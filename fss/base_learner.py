@@ -25,10 +25,10 @@ from fss.config import DataConfig, ModelConfig
 from fss.data import IGNORE, Source, TrainTransform, build_episodes, build_source
 from fss.data import test_transform as validation_transform
 from fss.data.transforms import Transform
-from fss.engine import build_fabric
 from fss.evaluation import episode_classes, episode_loader
 from fss.files import atomic_write, write_json
 from fss.models import PSPNet, build_backbone, load_backbone
+from fss.processes import build_fabric
 
 # What may differ between the two halves of a resumed run.
 _FREE = {"out", "log_every", "save_every", "accelerator", "data.root", "data.workers"}

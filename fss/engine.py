@@ -55,7 +55,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     state = load_checkpoint(path, config) if resume else None
     if not resume and not overwrite:
         _refuse_overwriting(folder)
-    fabric = build_fabric(config)
+    fabric = build_fabric(config, config.accumulate)
     if state is not None:
         check_resumable(state, config, fabric)
     with determinism(config.deterministic):

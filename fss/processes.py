@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning_fabric import Fabric
@@ -13,20 +13,32 @@ from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 from torch import distributed, nn
 
-from fss.config import RegimeConfig, TrainConfig
+from fss.config import RegimeConfig
 
 
-def build_fabric(config: TrainConfig) -> Fabric:
+class Launched(Protocol):
+    """What a configuration says of the processes of its run."""
+
+    accelerator: str
+    devices: int | str
+    precision: str
+    batch_size: int
+
+
+def build_fabric(config: Launched, accumulate: int = 1) -> Fabric:
     """Devices, precision and processes of a run, launched; under torchrun it takes its processes.
+
+    Args:
+        config: of the run.
+        accumulate: parts of a step in each process.
 
     Raises:
         ValueError: devices that this machine does not have; a batch that cannot be shared evenly.
     """
     devices, nodes = _layout(config)
     fabric = launch(config.accelerator, devices, nodes, config.precision)
-    shares = fabric.world_size * config.accumulate
-    if config.batch_size % shares:
-        parts = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
+    if config.batch_size % (fabric.world_size * accumulate):
+        parts = f" in {accumulate} parts (accumulate)" if accumulate > 1 else ""
         raise ValueError(
             f"batch_size: expected a multiple of the {fabric.world_size} processes{parts}, "
             f"got {config.batch_size}"
@@ -100,7 +112,7 @@ def _connect_anew(backend: str) -> None:
     )
 
 
-def _layout(config: TrainConfig) -> tuple[int | str, int]:
+def _layout(config: Launched) -> tuple[int | str, int]:
     layout = torchrun_layout()
     if layout is None:
         return config.devices, 1
