@@ -98,6 +98,9 @@ class BaseLearnerConfig:
             raise ValueError("out: expected a folder for the run, got nothing")
 
 
+_NO_CLASS = -1
+
+
 class BaseImages(Dataset[dict[str, Tensor]]):
     """Photos with masks of a fold's base classes; item i depends on (seed, i) alone.
 
@@ -140,8 +143,9 @@ class BaseImages(Dataset[dict[str, Tensor]]):
             round_, position = divmod(index, len(self.images))
             image = self.images[self._rng(0, round_).permutation(len(self.images))[position]]
         pixels, mask = self.source.load(image)
-        sample = self.transform(pixels, self.label[mask], self._rng(1, index))
-        return {"image": sample.image, "mask": sample.mask}
+        # any crop will do: no class of the mask is the one to keep in sight
+        sample = self.transform(pixels, self.label[mask], self._rng(1, index), foreground=_NO_CLASS)
+        return {"image": sample.image, "mask": sample.mask.long()}
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))

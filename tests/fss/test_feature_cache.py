@@ -17,7 +17,8 @@ def fabric():
 
 def model_of(config, base_classes: int = 15):
     torch.manual_seed(0)
-    return build_model(config.model, base_classes, config.data.shots)
+    names = {class_id: f"class {class_id}" for class_id in range(1, base_classes + 1)}
+    return build_model(config.model, names, config.data.shots)
 
 
 @torch.no_grad()
