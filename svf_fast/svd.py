@@ -76,22 +76,12 @@ def compose(U: Tensor, S: Tensor, V: Tensor, groups: int = 1) -> Tensor:
         return reference_compose(U, S, V, groups)
 
 
-def spectrum_ratio(S: Tensor, groups: int = 1) -> Tensor:
-    """``S_rms / |S_r|``, root mean square over the group of r: ``[G, R]``, Inf where S_r = 0.
-
-    The factor by which a rounding error of the layer's output weighs more in dS_r than the same
-    error of ``v_r = Vᵀ_r x`` does.
-    """
-    magnitude = S.detach().double().abs().reshape(groups, -1)
-    rms = magnitude.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.where(magnitude > 0, rms / magnitude, torch.inf)
-
-
 def guarded_directions(S: Tensor, groups: int = 1) -> Tensor:
     """Indices ``[G, T]`` of the smallest |S_r| per group, whose gradient must not divide by S_r.
 
     They ascend; T is the smallest number, the same in every group, that leaves the root mean
-    square of :func:`spectrum_ratio` over the other directions at most 2.
+    square of ``S_rms / |S_r|`` over the other directions at most 2: by this factor a rounding error
+    of the layer's output weighs more in dS_r than the same error of ``v_r = Vᵀ_r x`` does.
     """
     # on the host in numpy: this runs after every change of S
     square = np.square(S.detach().cpu().double().numpy().reshape(groups, -1))
