@@ -8,8 +8,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from svf_fast import _library
+from svf_fast.ops.maps import DTYPES
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILON = 1e-7
 _TILE = 1024  # query positions compared at once where there is no kernel
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from svf_fast import _library
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = DTYPES[1:]  # float64 is left to the definitions
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -20,8 +20,6 @@ from svf_fast.reference.affine_act import mask_bytes
 
 _wanted = _library.triton_kernel("pointwise", "wanted")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class Pointwise(NamedTuple):
     """out, and as far as they were asked for y and the mask of out (else without elements)."""
@@ -41,7 +39,7 @@ def fuses(x: Tensor, weight: Tensor, geometry: Geometry, *ends: str) -> bool:
     """
     return (
         maps.on_gpu(x)
-        and x.dtype in DTYPES
+        and x.dtype in maps.TRITON_DTYPES
         and weight.shape[2:] == (1, 1)
         and geometry._replace(dilation=(1, 1)) == Geometry()
         and weight.shape[0] % 8 == weight.shape[1] % 8 == 0

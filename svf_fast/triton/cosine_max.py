@@ -21,9 +21,6 @@ from svf_fast.triton import tuning
 from svf_fast.triton.language import dot, precision
 from svf_fast.triton.tuning import Config, Tunable
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left to the definition
-
-_PROCESSORS = {0: 1, 80: 108, 90: 132}  # an interpreter, an A100, an H100 or H200
 _MOST_SPLITS = 32
 _OPTIONS = {"num_warps": 4, **tuning.OPTIONS}
 READING = {"ROWS": 16, "CHANNELS": 256, **_OPTIONS}  # of the passes that compare nothing
@@ -358,7 +355,7 @@ def _splits(problem: Problem, tile: Config, arch: int) -> int:
     Of all supports and of half of them; a program costs the half of a tile beside its tiles.
     """
     programs = problem.batch * triton.cdiv(problem.queries, tile["QUERIES"])
-    processors = _PROCESSORS.get(arch, _PROCESSORS[90])
+    processors = tuning.PROCESSORS.get(arch, tuning.PROCESSORS[90])
     most = triton.cdiv(problem.supports, tile["SUPPORTS"])
 
     def time(splits: int) -> float:

@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svf_fast.ops.maps import TRITON_DTYPES
 from svf_fast.reference.affine_act import mask_bytes
 from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
 from svf_fast.triton.pointwise_problem import OPTIONS, Options, Problem, problems
 from svf_fast.triton.tuning import Config, Tunable, architecture, find
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -275,7 +274,7 @@ def pointwise_dot(
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes these operands: channels_last maps, channels in multiples of 8."""
-    if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.dim() != 2:
+    if x.dtype not in TRITON_DTYPES or weight.dtype != x.dtype or weight.dim() != 2:
         return False
     D, K = weight.shape
     return (
@@ -420,7 +419,7 @@ def _require(x: Tensor, weight: Tensor) -> None:
     if not serves(x, weight):
         raise ValueError(
             "pointwise: x, weight: expected channels_last maps [N, K, *spatial] and [D, K] of one "
-            f"dtype of {', '.join(map(str, DTYPES))}, K and D multiples of 8, got {x.dtype} "
+            f"dtype of {', '.join(map(str, TRITON_DTYPES))}, K and D multiples of 8, got {x.dtype} "
             f"{list(x.shape)} with strides {x.stride()} and {weight.dtype} {list(weight.shape)}"
         )
 

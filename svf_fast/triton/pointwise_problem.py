@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 import triton
 
-from svf_fast.triton.tuning import Config, bucket
+from svf_fast.triton.tuning import PROCESSORS, Config, bucket
 
 Options = tuple[bool, ...]
 OPTIONS = ("in_scale", "in_mask", "scale", "residual", "residual_mask", "keep", "mask", "dot")
-MULTIPROCESSORS = {80: 108, 90: 132}  # of an A100, an H200
 
 
 class Problem(NamedTuple):
@@ -51,13 +50,13 @@ class Problem(NamedTuple):
         if uneven or self.number != "16bit" or (self.has("in_scale") and self.has("in_mask")):
             return _config(64, 64 if self.D > 32 else 32, 32, slices=1, warps=4, stages=3)
         blocks = triton.cdiv(self.positions, 128) * (self.D // 128)
-        block_p = 64 if blocks < MULTIPROCESSORS[90 if arch >= 90 else 80] else 128
+        block_p = 64 if blocks < PROCESSORS[90 if arch >= 90 else 80] else 128
         if arch < 90:
             slices = 4 if self.has("in_scale") else 2
             return _config(block_p, 128, 32, slices, warps=4, stages=4)
         if block_p == 64:
             return _config(64, 128, 64, slices=2, warps=4, stages=4)
-        if self.K >= 1024 and self.D % 256 == 0 and blocks >= 2 * MULTIPROCESSORS[90]:
+        if self.K >= 1024 and self.D % 256 == 0 and blocks >= 2 * PROCESSORS[90]:
             # L2 delivers 64 FLOP a byte to the other tiles, 85 to these
             return _config(128, 256, 64, slices=4, warps=8, stages=4)
         if self.has("in_scale") or self.has(

@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svf_fast.ops.maps import TRITON_DTYPES
 from svf_fast.triton.language import precision
-from svf_fast.triton.tuning import Config
-
-PROCESSORS = {0: 2, 80: 108, 90: 132}  # multiprocessors of an A100 and of an H100 or H200
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from svf_fast.triton.tuning import PROCESSORS, Config
 
 
 class Splits(NamedTuple):
@@ -141,7 +139,7 @@ def _splits_for(programs: int, places: int) -> int:
 
 def refuse_float64(op: str, name: str, maps: Tensor) -> None:
     """Raises TypeError for maps that tensor cores do not multiply."""
-    if maps.dtype not in DTYPES:
+    if maps.dtype not in TRITON_DTYPES:
         raise TypeError(f"{op}: {name}: expected float32, bfloat16 or float16, got {maps.dtype}")
 
 

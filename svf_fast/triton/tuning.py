@@ -26,6 +26,8 @@ from triton import knobs
 from triton.runtime import driver
 
 Config = dict[str, int]
+# multiprocessors of an A100 and of an H100 or H200; for the interpreter a few
+PROCESSORS = {0: 2, 80: 108, 90: 132}
 # products may join sums: named because Triton's default changes between versions
 OPTIONS: Config = {"enable_fp_fusion": True}
 SHIPPED = Path(__file__).with_name("configs")
