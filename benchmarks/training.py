@@ -1,0 +1,67 @@
+"""Runs of `fss train` as processes of their own: a finished one is kept, an interrupted resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fss.data import FolderSource
+
+
+def make_run(
+    config: str, folder: Path, settings: Mapping[str, str], extra: Sequence[str] = ()
+) -> dict:
+    """The result of one run, made now unless it is there already.
+
+    Args:
+        config: YAML file of `fss train`.
+        folder: of the run.
+        settings: of this run by dotted name.
+        extra: further arguments of `fss train`, before the settings.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    result = folder / "result.json"
+    if not result.is_file():
+        command = [sys.executable, "-m", "fss.cli", "train", "--config", config, *extra]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        command.append(f"--out={folder}")
+        if (folder / "last.pt").is_file():
+            command.append("--resume")
+        print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
+        status = subprocess.run(command).returncode
+        if status:
+            raise SystemExit(f"{folder}: the run ended with {status}; run again to go on")
+    return json.loads(result.read_text())
+
+
+def held_out(root: str, fold: int, view: Path) -> Path:
+    """A view of a folder of photos in which base classes are validated on photos never trained on.
+
+    Without lists a photo may be in training and in validation. Here the training list has the
+    photos without any of the fold's novel classes, which are all that the † filter leaves, and the
+    other list has the rest, which are all that can be tested on: training and test stay as they
+    were.
+    """
+    source = FolderSource(root)
+    novel = set(source.folds[fold])
+    view.mkdir(parents=True, exist_ok=True)
+    for name in ("JPEGImages", "SegmentationClass", "classes.json"):
+        target = Path(os.path.relpath(source.root / name, view))
+        if not (view / name).exists():
+            (view / name).symlink_to(target)
+    lists = view / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True, exist_ok=True)
+    names: dict[str, list[str]] = {"train": [], "val": []}
+    for index in range(len(source)):
+        shown = novel & source.class_areas(index).keys()
+        names["val" if shown else "train"].append(Path(source.name(index)).stem)
+    for name, stems in names.items():
+        (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+    return view
