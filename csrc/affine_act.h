@@ -9,6 +9,8 @@
 #include <tuple>
 #include <utility>
 
+#include <torch/csrc/stable/library.h>
+
 #include "maps.h"
 
 namespace svf_fast {
@@ -83,5 +85,83 @@ inline AffineActBackward affine_act_backward_operands(const Tensor& grad,
                   op, ": mask must be the one affine_act returned for this shape");
   return {grad, y, mask, scale, shift};
 }
+
+template <typename T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// The four ops of a device, from its two passes over elements:
+//   Passes::forward(operands, relu, out, mask)  fills out, which may be y, and mask, unless null
+//   Passes::backward(operands, out)             fills out, which may be grad
+template <typename Passes>
+struct AffineActOps {
+  static Tensor forward_into(const AffineAct& operands, bool relu, bool mask, const Tensor& out) {
+    const int64_t bytes = mask ? mask_bytes(out.numel()) : 0;
+    Tensor bits = torch::stable::new_empty(out, {&bytes, 1}, ScalarType::Byte);
+    if (out.numel() == 0) {
+      return torch::stable::zero_(bits);
+    }
+    auto* packed = mask ? static_cast<uint8_t*>(bits.mutable_data_ptr()) : nullptr;
+    Passes::forward(operands, relu, out, packed);
+    return bits;
+  }
+
+  static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& scale,
+                                            const Tensor& shift,
+                                            const std::optional<Tensor>& residual,
+                                            const std::optional<Tensor>& residual_scale, bool relu,
+                                            bool mask) {
+    const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
+    Tensor out = empty_strided_like(operands.y);
+    Tensor bits = forward_into(operands, relu, mask, out);
+    return {std::move(out), std::move(bits)};
+  }
+
+  static Tensor forward_in_place(const Tensor& y, const Tensor& scale, const Tensor& shift,
+                                 const std::optional<Tensor>& residual,
+                                 const std::optional<Tensor>& residual_scale, bool relu,
+                                 bool mask) {
+    STD_TORCH_CHECK(is_dense(y), "affine_act_: y must be contiguous or channels_last");
+    const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
+    return forward_into(operands, relu, mask, y);
+  }
+
+  static void backward_into(const AffineActBackward& operands, const Tensor& out) {
+    if (out.numel() > 0) {
+      Passes::backward(operands, out);
+    }
+  }
+
+  static Tensor backward(const Tensor& grad, const std::optional<Tensor>& y,
+                         const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
+                         const std::optional<Tensor>& shift) {
+    const auto operands = affine_act_backward_operands(grad, y, mask, scale, shift);
+    Tensor out = empty_strided_like(operands.grad);
+    backward_into(operands, out);
+    return out;
+  }
+
+  static void backward_in_place(const Tensor& grad, const std::optional<Tensor>& y,
+                                const std::optional<Tensor>& mask,
+                                const std::optional<Tensor>& scale,
+                                const std::optional<Tensor>& shift) {
+    STD_TORCH_CHECK(is_dense(grad),
+                    "affine_act_backward_: grad must be contiguous or channels_last");
+    std::optional<Tensor> like = y;
+    if (y) {
+      like = with_strides_of(*y, grad);
+    }
+    backward_into(affine_act_backward_operands(grad, like, mask, scale, shift), grad);
+  }
+
+  template <typename Library>
+  static void enter(Library& library) {
+    library.impl("affine_act", TORCH_BOX(&AffineActOps::forward));
+    library.impl("affine_act_", TORCH_BOX(&AffineActOps::forward_in_place));
+    library.impl("affine_act_backward", TORCH_BOX(&AffineActOps::backward));
+    library.impl("affine_act_backward_", TORCH_BOX(&AffineActOps::backward_in_place));
+  }
+};
 
 }  // namespace svf_fast

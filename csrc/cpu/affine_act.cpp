@@ -286,11 +286,6 @@ void run(const Task& task, bool option) {
 }
 
 template <typename T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-template <typename T>
 void run_forward(const AffineAct& operands, bool relu, const Tensor& out, uint8_t* mask) {
   using Acc = accumulator_t<T>;
   const std::vector<Acc> ones(operands.residual_scale ? 0 : operands.y.size(1), Acc(1));
@@ -305,40 +300,6 @@ void run_forward(const AffineAct& operands, bool relu, const Tensor& out, uint8_
   task.floor = relu ? Acc(0) : -std::numeric_limits<Acc>::infinity();
   task.maps = maps_of(operands.y);
   run(task, operands.residual.has_value());
-}
-
-// Into `out`, which may be y itself; returns the mask.
-Tensor affine_act_into(const AffineAct& operands, bool relu, bool mask, const Tensor& out) {
-  const Tensor& y = operands.y;
-  const int64_t bytes = mask ? mask_bytes(y.numel()) : 0;
-  Tensor bits = torch::stable::new_empty(y, {&bytes, 1}, ScalarType::Byte);
-  auto* packed = mask ? static_cast<uint8_t*>(bits.mutable_data_ptr()) : nullptr;
-  if (mask) {
-    std::fill(packed + divide_up(y.numel(), 8), packed + bytes, uint8_t(0));
-  }
-  if (y.numel() == 0) {
-    return bits;
-  }
-  with_type(y.scalar_type(), [&]<typename T>(T) { run_forward<T>(operands, relu, out, packed); });
-  return bits;
-}
-
-std::tuple<Tensor, Tensor> affine_act(const Tensor& y, const Tensor& scale, const Tensor& shift,
-                                      const std::optional<Tensor>& residual,
-                                      const std::optional<Tensor>& residual_scale, bool relu,
-                                      bool mask) {
-  const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
-  Tensor out = empty_strided_like(operands.y);
-  Tensor bits = affine_act_into(operands, relu, mask, out);
-  return {std::move(out), std::move(bits)};
-}
-
-Tensor affine_act_(const Tensor& y, const Tensor& scale, const Tensor& shift,
-                   const std::optional<Tensor>& residual,
-                   const std::optional<Tensor>& residual_scale, bool relu, bool mask) {
-  STD_TORCH_CHECK(is_dense(y), "affine_act_: y must be contiguous or channels_last");
-  const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
-  return affine_act_into(operands, relu, mask, y);
 }
 
 template <typename T>
@@ -356,38 +317,22 @@ void run_backward(const AffineActBackward& operands, const Tensor& out) {
   run(task, operands.mask.has_value());
 }
 
-void affine_act_backward_into(const AffineActBackward& operands, const Tensor& out) {
-  if (out.numel() > 0) {
+struct Passes {
+  static void forward(const AffineAct& operands, bool relu, const Tensor& out, uint8_t* mask) {
+    if (mask) {
+      std::fill(mask + divide_up(out.numel(), 8), mask + mask_bytes(out.numel()), uint8_t(0));
+    }
+    with_type(out.scalar_type(), [&]<typename T>(T) { run_forward<T>(operands, relu, out, mask); });
+  }
+
+  static void backward(const AffineActBackward& operands, const Tensor& out) {
     with_type(out.scalar_type(), [&]<typename T>(T) { run_backward<T>(operands, out); });
   }
-}
-
-Tensor affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
-                           const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
-                           const std::optional<Tensor>& shift) {
-  const auto operands = affine_act_backward_operands(grad, y, mask, scale, shift);
-  Tensor out = empty_strided_like(operands.grad);
-  affine_act_backward_into(operands, out);
-  return out;
-}
-
-void affine_act_backward_(const Tensor& grad, const std::optional<Tensor>& y,
-                          const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
-                          const std::optional<Tensor>& shift) {
-  STD_TORCH_CHECK(is_dense(grad), "affine_act_backward_: grad must be contiguous or channels_last");
-  std::optional<Tensor> like = y;
-  if (y) {
-    like = with_strides_of(*y, grad);
-  }
-  affine_act_backward_into(affine_act_backward_operands(grad, like, mask, scale, shift), grad);
-}
+};
 
 }  // namespace
 }  // namespace svf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CPU, library) {
-  library.impl("affine_act", TORCH_BOX(&svf_fast::affine_act));
-  library.impl("affine_act_", TORCH_BOX(&svf_fast::affine_act_));
-  library.impl("affine_act_backward", TORCH_BOX(&svf_fast::affine_act_backward));
-  library.impl("affine_act_backward_", TORCH_BOX(&svf_fast::affine_act_backward_));
+  svf_fast::AffineActOps<svf_fast::Passes>::enter(library);
 }

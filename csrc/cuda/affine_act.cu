@@ -377,11 +377,6 @@ bool fits(const Maps& maps) {
   return maps.channels_last ? maps.channels % kVecSize == 0 : maps.positions >= kVecSize;
 }
 
-template <typename T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
 template <bool kLast, int kVecSize, typename T>
 void launch(const Stream& stream, const Forward<T>& task, const Maps& maps) {
   const Grid grid =
@@ -432,39 +427,6 @@ void run_forward(const Stream& stream, const AffineAct& operands, bool relu, con
   run(stream, task, maps, aligned);
 }
 
-// Into `out`, which may be y itself; returns the mask.
-Tensor affine_act_into(const AffineAct& operands, bool relu, bool mask, const Tensor& out) {
-  const Tensor& y = operands.y;
-  const int64_t bytes = mask ? mask_bytes(y.numel()) : 0;
-  Tensor bits = torch::stable::new_empty(y, {&bytes, 1}, ScalarType::Byte);
-  if (y.numel() == 0) {
-    return torch::stable::zero_(bits);
-  }
-  auto* packed = mask ? static_cast<uint8_t*>(bits.mutable_data_ptr()) : nullptr;
-  const Stream stream(y);
-  with_type(y.scalar_type(),
-            [&]<typename T>(T) { run_forward<T>(stream, operands, relu, out, packed); });
-  return bits;
-}
-
-std::tuple<Tensor, Tensor> affine_act(const Tensor& y, const Tensor& scale, const Tensor& shift,
-                                      const std::optional<Tensor>& residual,
-                                      const std::optional<Tensor>& residual_scale, bool relu,
-                                      bool mask) {
-  const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
-  Tensor out = empty_strided_like(operands.y);
-  Tensor bits = affine_act_into(operands, relu, mask, out);
-  return {std::move(out), std::move(bits)};
-}
-
-Tensor affine_act_(const Tensor& y, const Tensor& scale, const Tensor& shift,
-                   const std::optional<Tensor>& residual,
-                   const std::optional<Tensor>& residual_scale, bool relu, bool mask) {
-  STD_TORCH_CHECK(is_dense(y), "affine_act_: y must be contiguous or channels_last");
-  const auto operands = affine_act_operands(y, scale, shift, residual, residual_scale);
-  return affine_act_into(operands, relu, mask, y);
-}
-
 template <typename T>
 void run_backward(const Stream& stream, const AffineActBackward& operands, const Tensor& out) {
   using Acc = accumulator_t<T>;
@@ -481,39 +443,22 @@ void run_backward(const Stream& stream, const AffineActBackward& operands, const
   run(stream, task, maps, aligned);
 }
 
-void affine_act_backward_into(const AffineActBackward& operands, const Tensor& out) {
-  if (out.numel() > 0) {
+struct Passes {
+  static void forward(const AffineAct& operands, bool relu, const Tensor& out, uint8_t* mask) {
+    const Stream stream(out);
+    with_type(out.scalar_type(),
+              [&]<typename T>(T) { run_forward<T>(stream, operands, relu, out, mask); });
+  }
+
+  static void backward(const AffineActBackward& operands, const Tensor& out) {
     const Stream stream(out);
     with_type(out.scalar_type(), [&]<typename T>(T) { run_backward<T>(stream, operands, out); });
   }
-}
-
-Tensor affine_act_backward(const Tensor& grad, const std::optional<Tensor>& y,
-                           const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
-                           const std::optional<Tensor>& shift) {
-  const auto operands = affine_act_backward_operands(grad, y, mask, scale, shift);
-  Tensor out = empty_strided_like(operands.grad);
-  affine_act_backward_into(operands, out);
-  return out;
-}
-
-void affine_act_backward_(const Tensor& grad, const std::optional<Tensor>& y,
-                          const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
-                          const std::optional<Tensor>& shift) {
-  STD_TORCH_CHECK(is_dense(grad), "affine_act_backward_: grad must be contiguous or channels_last");
-  std::optional<Tensor> like = y;
-  if (y) {
-    like = with_strides_of(*y, grad);
-  }
-  affine_act_backward_into(affine_act_backward_operands(grad, like, mask, scale, shift), grad);
-}
+};
 
 }  // namespace
 }  // namespace svf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CUDA, library) {
-  library.impl("affine_act", TORCH_BOX(&svf_fast::affine_act));
-  library.impl("affine_act_", TORCH_BOX(&svf_fast::affine_act_));
-  library.impl("affine_act_backward", TORCH_BOX(&svf_fast::affine_act_backward));
-  library.impl("affine_act_backward_", TORCH_BOX(&svf_fast::affine_act_backward_));
+  svf_fast::AffineActOps<svf_fast::Passes>::enter(library);
 }
