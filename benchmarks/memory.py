@@ -6,8 +6,8 @@
 ResNet-50's layers 2-4 for one image, whose input needs no gradient, for layer 1 is frozen; the
 baseline model for one 5-shot episode; the prior mask of one shot. With --models instead a 5-shot
 episode of each model in each regime. Peers that keep gigabytes are counted on shapes, with tensors
-that have no values; svf_fast, which plans by values, and the prior mask are counted on a real
-forward pass. Peaks are measured, in a process of their own each, of those peers only that fit into
+that have no values; svf_fast and the prior mask, unless all models are counted, on a real forward
+pass. Peaks are measured, in a process of their own each, of those peers only that fit into
 the memory that is free.
 """
 
@@ -29,6 +29,7 @@ from race import measure_peaks, write_results
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import svf_fast
 from fss.measure import SavedBytes
 
 GIB = 2**30
@@ -91,7 +92,9 @@ def figure(level_name: str, group: str, settings: Settings, largest: float) -> d
         if peer.compiled:
             continue
         network = level.convert(copy.deepcopy(plain), name, None)
-        shapes = not name.startswith("svf_fast") and level_name != "prior"
+        shapes = level_name == "models" or not (
+            name.startswith("svf_fast") or level_name == "prior"
+        )
         count = saved_on_shapes if shapes else saved_measured
         inputs = level.inputs(settings, group)
         if level_name == "backbone" and peer.trains != "nothing":
@@ -120,7 +123,10 @@ def saved_on_shapes(
     level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
 ) -> int:
     """The same, with no arithmetic and no memory; `network` is of no use afterwards."""
-    with FakeTensorMode() as mode:
+    for module in network.modules():
+        if isinstance(module, svf_fast.SVFConv2d):
+            module.strategy_in_use  # noqa: B018  plans from the present values, which fakes have not
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in network.modules():
             for tensors in (module._parameters, module._buffers):
                 for key, tensor in tensors.items():
