@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import cv2
+import gpu_tables
 import numpy as np
 import torch
-from gpu_tables import table
 from levels import Settings
 from lightning_fabric import Fabric
 from PIL import Image
@@ -77,7 +77,7 @@ PHOTOS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5])
-    parser.add_argument("--photos", type=int, default=60, help="how many of each kind are made")
+    parser.add_argument("--photos", type=int, default=120, help="how many of each kind are made")
     parser.add_argument("--images", type=int, default=48, help="loaded for each row")
     parser.add_argument("--passes", type=int, default=5, help="over them; the fastest counts")
     parser.add_argument("--batch", type=int, default=8, help="episodes of a step")
@@ -146,10 +146,13 @@ def _encode(image: np.ndarray, size: int) -> bytes:
     return encoded.tobytes()
 
 
-def dataset(root: Path, photos: Photos, shots: int, count: int) -> EpisodeDataset:
+def dataset(
+    root: Path, photos: Photos, shots: int, count: int, min_area: float = 2048
+) -> EpisodeDataset:
     """Training episodes of fold 0, as the recipes of Pascal and COCO transform them."""
     transform = TrainTransform(photos.size, photos.scale)
-    return EpisodeDataset(FolderSource(root), 0, "train", shots, transform, count)
+    source = FolderSource(root)
+    return EpisodeDataset(source, 0, "train", shots, transform, count, min_area=min_area)
 
 
 class Stages:
@@ -246,7 +249,7 @@ def needed(size: int, shots: int, batch: int) -> dict[str, float]:
     return {gpu: batch / seconds(step, attainable(GPUS[gpu])) for gpu in GPUS}
 
 
-def loading_table(result: dict[str, Any], _: Any = None) -> str:
+def table(result: dict[str, Any]) -> str:
     """The table of results/loading.json."""
     cores, batch = result["settings"]["cores"], result["settings"]["batch"]
     lines = []
@@ -254,7 +257,10 @@ def loading_table(result: dict[str, Any], _: Any = None) -> str:
         rate, stages = row["episodes_per_core_second"], row["seconds_per_image"]
         cells = [row["peer"], *(f"{1e3 * stages[stage]:.2f}" for stage in STAGES)]
         cells += [f"{1e3 * sum(stages.values()):.2f}", f"{rate:.1f}"]
-        cells += [f"{need:.0f} ({cores * rate / need:.1f})" for need in row["needed"].values()]
+        for need in row["needed"].values():
+            times = cores * rate / need
+            short = "**" if times < WANTED else ""
+            cells.append(f"{need:.0f} ({short}{times:.1f}{short})")
         lines.append(cells)
     head = ["ms of CPU time an image", *STAGES, "together", "episodes/s and core"]
     head += [f"{gpu} consumes ({cores} cores give, ×)" for gpu in GPUS]
@@ -262,9 +268,10 @@ def loading_table(result: dict[str, Any], _: Any = None) -> str:
         "Training episodes from JPEG photos of Pascal's and COCO's size; one process. Consumes: "
         f"episodes/s of layers 2-4 alone in a step of {batch} episodes of svf_fast, **predicted**, "
         "an upper bound of what the whole step consumes. Assumed: "
-        f"{cores} cores for each GPU, as fast as this one."
+        f"{cores} cores for each GPU, as fast as this one. Bold: "
+        f"less than {WANTED:.0f} times what is consumed."
     )
-    return f"{table(head, lines)}\n\n{note}"
+    return f"{gpu_tables.table(head, lines)}\n\n{note}"
 
 
 if __name__ == "__main__":
