@@ -14,7 +14,7 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
-.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory render gpu \
+.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory bench-loading render gpu \
   gpu-sanitize cuda-check clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
@@ -42,13 +42,17 @@ format: venv ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-bench: $(LEVELS:%=bench-%) bench-memory render ## the race; alone: bench-layer, -block, -backbone, -step, -prior
+bench: $(LEVELS:%=bench-%) bench-memory bench-loading render ## the race; alone: bench-layer, -block, -backbone, -step, -prior
 
 $(LEVELS:%=bench-%): bench-%: venv
 	$(BENCH) benchmarks/bench_$*.py $(ARGS)
 
 bench-memory: venv ## saved bytes and peaks at the sizes of the papers
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --models
+
+bench-loading: venv ## episodes a core loads, against what a step consumes
+	$(BIN)/python benchmarks/loading.py --workers 2
 
 render: venv ## tables, picture and README block from benchmarks/results
 	$(BIN)/python benchmarks/render.py

@@ -1,4 +1,4 @@
-"""What is raced: a layer, a block, the backbone, the prior mask, and a whole training step.
+"""What is raced: a layer, a block, the backbone, the prior mask, whole training steps.
 
 A level makes networks and inputs from a `Settings` alone, so that another process can make the same
 ones. Networks are frozen and in evaluation mode; a peer converts `Level.target` of one.
@@ -13,15 +13,16 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from peers import LAYER_PEERS, PEERS, Layers, Peer
+from peers import LAYER_PEERS, PEERS, REGIMES, Layers, Peer
 from torch import Tensor, nn
 
 import fss.models.prior
-from fss.models import Baseline, build_backbone, load_backbone
+from fss.models import BAM, Baseline, PFENet, build_backbone, load_backbone
 from svf_fast import cosine_max
 from svf_fast.reference.cosine_max import cosine_max as dense_cosine_max
 
 SVF_LAYERS = ("layer2", "layer3", "layer4")
+BASE_CLASSES = 60  # of a fold of COCO-20i
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +202,50 @@ class StepLevel(Level):
         return network
 
     def forward(self, network, inputs, name):
+        taken = len(network.inputs)
+        episode, targets = inputs.arguments[:taken], inputs.arguments[taken:]
+        prior = dense_cosine_max if self.dense_prior(name) else cosine_max
+        with mock.patch.object(fss.models.prior, "cosine_max", prior):
+            return network.loss(network(*episode), *targets)
+
+    def dense_prior(self, name: str) -> bool:
+        return not name.startswith("svf_fast") and self.peers[name].trains != "nothing"
+
+
+class ModelsLevel(StepLevel):
+    """A training step of each few-shot model, in training mode with dropout, in four regimes.
+
+    Freeze and full are what `fss train` makes of them, with `svf_fast.cosine_max`; the paper's
+    layers have the dense prior mask. BAM has the 60 base classes of COCO-20i.
+    """
+
+    name = "models"
+    title = "A training step of each model"
+    groups = ("baseline", "pfenet", "bam")
+    peers = REGIMES
+
+    def network(self, settings, group):
+        backbone = _backbone(settings)
+        if group == "bam":
+            model = BAM(backbone, BASE_CLASSES, settings.shots)
+        else:
+            model = {"baseline": Baseline, "pfenet": PFENet}[group](backbone)
+        return _placed(model, settings)
+
+    def inputs(self, settings, group, seed=0):
+        inputs = super().inputs(settings, group, seed)
+        if group != "bam":
+            return inputs
         *episode, target = inputs.arguments
-        lean = name.startswith("svf_fast") or self.peers[name].trains == "nothing"
-        with mock.patch.object(
-            fss.models.prior, "cosine_max", cosine_max if lean else dense_cosine_max
-        ):
-            return network.loss(network(*episode), target)
+        base_class = torch.zeros(settings.batch, dtype=torch.int64, device=settings.device)
+        return Inputs((*episode, base_class, target, target.clone()))
+
+    def convert(self, network, name, cache):
+        self.peers[name].convert(network.backbone, self.layers, cache)
+        return network
+
+    def dense_prior(self, name):
+        return name == "official"
 
 
 # Both convert nothing: they differ in the function that `PriorLevel.forward` takes.
@@ -252,7 +291,14 @@ class PriorLevel(Level):
 
 LEVELS = {
     level.name: level
-    for level in (LayerLevel(), BlockLevel(), BackboneLevel(), StepLevel(), PriorLevel())
+    for level in (
+        LayerLevel(),
+        BlockLevel(),
+        BackboneLevel(),
+        StepLevel(),
+        ModelsLevel(),
+        PriorLevel(),
+    )
 }
 
 

@@ -1,10 +1,10 @@
 """Most memory that one step of one peer holds, measured in this process, which does nothing else.
 
-Reads the task as JSON from standard input and writes bytes of each group as JSON to standard
-output: ``peak_bytes``, of the process's resident set above what it was before the step, and
-``resident_bytes``, the tensors that live between steps: parameters, buffers and whatever else the
-converted network keeps. A first step comes before: what happens once is not counted. For the CPU:
-on a GPU the allocator of torch counts, in the process of the race.
+Reads the task as JSON from standard input and writes bytes of each group, or of the one that the
+task names, as JSON to standard output: ``peak_bytes``, of the process's resident set above what it
+was before the step, and ``resident_bytes``, the tensors that live between steps: parameters,
+buffers and whatever else the converted network keeps. A first step comes before: what happens once
+is not counted. For the CPU: on a GPU the allocator of torch counts, in the process of the race.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def main() -> None:
     torch.set_num_threads(task["threads"])
     settings = Settings(**task["settings"])
     level = LEVELS[task["level"]]
-    found = {group: measure(level, group, task["peer"], settings) for group in level.groups}
+    groups = level.groups if task["group"] is None else (task["group"],)
+    found = {group: measure(level, group, task["peer"], settings) for group in groups}
     print(json.dumps(found))
 
 

@@ -34,7 +34,8 @@ Convert = Callable[[nn.Module, Layers, Path | None], nn.Module]
 class Peer(NamedTuple):
     """A conversion and what to expect of it.
 
-    trains: "S", "weights", or "nothing", where only the gradient of the input is asked for.
+    trains: "S", "weights", "the head alone", or "nothing", where only the gradient of the input is
+        asked for.
     compiled: it needs a C++ compiler when first called, and much time then.
     """
 
@@ -137,6 +138,13 @@ PEERS = {
     "torch.compile of recomposed": Peer(compiled(recomposed), compiled=True),
     "svf_fast, unfused": Peer(ours(fuse=False)),
     "svf_fast": Peer(ours()),
+}
+# What `fss train` makes of a backbone: the head trains in each of them.
+REGIMES = {
+    "freeze": Peer(lambda model, *_: model, "the head alone"),
+    "official": PEERS["official"],
+    "full": PEERS["full"],
+    "svf_fast": PEERS["svf_fast"],
 }
 # One layer alone: no block to checkpoint, no batch norm to fold, but every strategy.
 LAYER_PEERS = {

@@ -278,9 +278,15 @@ def _switches(backend: Any, **values: bool | str) -> Iterator[None]:
 
 
 @functools.cache
-def measure_peaks(level: Level, name: str, settings: Settings) -> dict[str, Any]:
-    """What `peak.measure` finds of each group in a process of its own, or why there is nothing."""
+def measure_peaks(
+    level: Level, name: str, settings: Settings, group: str | None = None
+) -> dict[str, Any]:
+    """What `peak.measure` finds in a process of its own, or why there is nothing.
+
+    Of each group, or only of the one that is named.
+    """
     task = {"level": level.name, "peer": name, "settings": dataclasses.asdict(settings)}
+    task["group"] = group
     done = subprocess.run(
         [sys.executable, str(PEAK)],
         input=json.dumps(task | {"threads": torch.get_num_threads()}),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import loading
 from gpu_tables import TABLES, Results
 from race_picture import draw
 
@@ -70,6 +71,8 @@ def markdown(path: Path) -> str:
     if result["level"] in TABLES:
         table = TABLES[result["level"]](result, Results(path.parent))
         return f"{table}\n\n{_machine(result)}\n"
+    if result["level"] == "loading":
+        return f"{loading.table(result)}\n\n{_machine(result)}\n"
     if result["level"] == "memory":
         return f"{_memory(result['groups'])}\n\n{_memory_origin(result)}\n"
     groups = result["groups"]
@@ -171,11 +174,20 @@ def _memory(groups: list[dict]) -> str:
 
 
 def _memory_origin(result: dict) -> str:
+    counted = {
+        row["peer"]: row["counted_on"] for group in result["groups"] for row in group["rows"]
+    }
+    if set(counted.values()) == {"shapes"}:
+        how = (
+            "All counted on shapes. A training step with dropout; BAM with 60 base classes. Freeze "
+            "and full as `fss train` runs them; official: the paper's layers and the dense prior. "
+        )
+    else:
+        how = "svf_fast and the prior mask are counted on a forward pass, the others on shapes. "
     return (
         "One image or episode. Saved: what autograd keeps from the forward pass, parameters left "
         "out; bfloat16 by autocast, its casts of weights counted where autograd keeps them. "
-        "svf_fast and the prior mask are counted on a forward pass, the others on shapes. Peak: "
-        "of a step, above what was resident before. "
+        f"{how}Peak: of a step, above what was resident before. "
         f"Weights: {_weights(result['settings'])}.\n{_machine(result)}"
     )
 

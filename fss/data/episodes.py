@@ -47,10 +47,10 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
     classes that the query shows at any size, the supports among the images that list the class,
     without the query. The class becomes 1, ignored pixels stay 255, all else becomes 0.
 
-    An item is a dict of `query_image` float32 [3, S, S], `query_mask` int64 [S, S],
-    `support_images` float32 [K, 3, S, S], `support_masks` int64 [K, S, S], `class_id`, `index` (i),
+    An item is a dict of `query_image` float32 [3, S, S], `query_mask` uint8 [S, S],
+    `support_images` float32 [K, 3, S, S], `support_masks` uint8 [K, S, S], `class_id`, `index` (i),
     `query_name` and `support_names`. For a model that segments the base classes too there are
-    `query_base_mask` int64 [S, S], under the transform of the query (0 background and novel
+    `query_base_mask` uint8 [S, S], under the transform of the query (0 background and novel
     classes, 1 to n the fold's base classes in the order of their ids, 255 ignored), and
     `base_class` int64 [], the place of the episode's class among them from 0, -1 when it is novel;
     not where the fold leaves no base class or more than 254. The evaluation transform adds
@@ -196,7 +196,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             item["base_class"] = torch.tensor(-1 if self.split == "test" else position)
         if query.size is not None:
             item["query_size"] = torch.tensor(query.size)
-            item["query_mask_original"] = _binary(original, episode.class_id)
+            item["query_mask_original"] = _binary(original, episode.class_id).long()
         return item
 
     def draw(self, index: int, attempt: int = 0) -> Episode:
@@ -343,7 +343,7 @@ def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _binary(classes: Mask, class_id: int) -> Tensor:
-    """1 where the class is, 255 where ignored, else 0; int64."""
+    """1 where the class is, 255 where ignored, else 0; uint8."""
     return _labels(classes, _table({class_id: 1}))
 
 
@@ -356,12 +356,11 @@ def _table(labels: Mapping[int, int]) -> NDArray[np.uint8]:
 
 
 def _labels(classes: Mask, table: NDArray[np.uint8]) -> Tensor:
-    """The label of each pixel, int64."""
+    """The label of each pixel, uint8: an eighth of what a loss takes has to be stacked and sent."""
     if classes.dtype == np.uint8:
-        labels = cv2.LUT(classes, table[: IGNORE + 1])
-    else:
-        labels = np.where(classes < len(table), table[np.minimum(classes, len(table) - 1)], 0)
-    return torch.from_numpy(labels.astype(np.int64))
+        return torch.from_numpy(cv2.LUT(classes, table[: IGNORE + 1]))
+    labels = np.where(classes < len(table), table[np.minimum(classes, len(table) - 1)], 0)
+    return torch.from_numpy(labels.astype(np.uint8))
 
 
 def _check_integer(name: str, value: object, lowest: int) -> None:

@@ -99,7 +99,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(path) as file:
-            return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+            ImageOps.exif_transpose(file, in_place=True)  # without, it copies
+            return np.array(file if file.mode == "RGB" else file.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise unreadable(path, error) from error
 

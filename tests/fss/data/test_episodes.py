@@ -163,7 +163,7 @@ def test_items():
         assert item["query_image"].shape == (3, 41, 41)
         assert item["support_images"].shape == (2, 3, 41, 41)
         assert item["support_masks"].shape == (2, 41, 41)
-        assert item["query_mask"].dtype == item["support_masks"].dtype == torch.int64
+        assert item["query_mask"].dtype == item["support_masks"].dtype == torch.uint8
         assert item["query_size"].tolist() == [32, 40] and item["query_size"].dtype == torch.int64
         original = item["query_mask_original"]
         assert original.shape == (40, 50) and original.dtype == torch.int64
@@ -274,7 +274,7 @@ def test_base_mask_moves_with_the_query_mask(split, size):
     for i in range(len(data)):
         item = data[i]
         base, mask, position = (item[k] for k in ("query_base_mask", "query_mask", "base_class"))
-        assert base.dtype == position.dtype == torch.int64
+        assert base.dtype == torch.uint8 and position.dtype == torch.int64
         assert base.shape == (size, size) and position.shape == ()
         assert torch.equal(base == 255, mask == 255)
         assert set(base.unique().tolist()) <= {0, 1, 2, 255} and ((base > 0) & (base < 255)).any()
