@@ -221,6 +221,10 @@ def evaluate_seeds(
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Lines of a table of what `evaluate_seeds` returns, IoU in percent."""
     width = max(len(name) for name in ("FB-IoU", *result["iou"]))
+    if result.get("seen_in_training"):
+        yield f"left out, because training saw them: {', '.join(result['seen_in_training'])}"
+    elif "seen_in_training" in result and result["seen_in_training"] is None:
+        yield "which of these classes training saw is not known: its data are not at hand"
     seeds = ", ".join(str(seed) for seed in result["seeds"])
     yield (
         f"fold {result['fold']}, {result['classes_are']} classes, {result['shots']}-shot, "

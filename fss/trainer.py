@@ -318,6 +318,7 @@ class Trainer:
             "stale": self.stale,
             "skipped": self.skipped,
             "model": self.network.state_dict(),
+            "base_classes": episode_classes(self.source, self.config.data.fold, novel=False),
         }
         if name == "last.pt":
             state |= {
