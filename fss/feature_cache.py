@@ -110,27 +110,22 @@ class FeatureCache:
         missing = [needed[n] for n in _places([_photo(photos[n]) for n in needed], found)]
         if missing:
             self.photos += len(missing)
-            maps = zip(*backbone.features(images[missing]), strict=True)
-            self._add(found, [_photo(photos[n]) for n in missing], maps)
-
+            seen = zip(*backbone.features(images[missing]), strict=True)
+            self._add(found, [_photo(photos[n]) for n in missing], seen)
         missing = _places(queries, found)
         if missing:
             self.layer4 += len(missing)
-            high = backbone.layer4(torch.stack([found[_photo(photos[n])][1] for n in missing]))
-            self._add(found, [queries[n] for n in missing], zip(high, strict=True))
-
+            _, middle = _stacked([found[_photo(photos[n])] for n in missing])
+            self._add(found, [queries[n] for n in missing], zip(backbone.layer4(middle)))
         if unseen:
             self.layer4 += len(unseen)
-            maps = zip(*(found[_photo(photos[batch + n])] for n in unseen), strict=True)
-            low, middle = map(torch.stack, maps)
+            low, middle = _stacked([found[_photo(photos[batch + n])] for n in unseen])
             made = self._supports(low, middle, masks[unseen])
             self._add(found, [supports[n] for n in unseen], made)
 
+        low, middle = _stacked([found[_photo(name)] for name in photos[:batch]])
+        (high,) = _stacked([found[key] for key in queries])
         weights, positions, *summaries = zip(*(found[key] for key in supports), strict=True)
-        low, middle = map(
-            torch.stack, zip(*(found[_photo(e.query)] for e in episodes), strict=True)
-        )
-        high = torch.stack([found[key][0] for key in queries])
         priors = prior_masks(
             high,
             _padded(positions).unflatten(0, (batch, shots)),
@@ -195,6 +190,11 @@ def _support(name: str, class_id: int) -> Hashable:
 def _places(keys: Sequence[Hashable], found: Mapping[Hashable, Any]) -> list[int]:
     """The place of each key that is not found, of equal ones the last."""
     return list({key: place for place, key in enumerate(keys) if key not in found}.values())
+
+
+def _stacked(entries: Sequence[_Maps]) -> list[Tensor]:
+    """The maps of several entries, one batch for each kind."""
+    return [torch.stack(kind) for kind in zip(*entries, strict=True)]
 
 
 def _padded(maps: Sequence[Tensor]) -> Tensor:
