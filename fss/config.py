@@ -128,6 +128,8 @@ class ModelConfig:
         official: the authors' PFENet or BAM checkpoint, from which the whole network starts.
         channels: of the head.
         dropout: probability that the head drops a channel while training.
+        bins: of "pfenet", bins per side of each scale, or up to 1 their share of the map's side;
+            published are (60, 30, 15, 8) for Pascal and (1, 0.5, 0.25, 0.125) for COCO.
     """
 
     name: Literal["baseline", "pfenet", "bam"] = "baseline"
@@ -140,8 +142,10 @@ class ModelConfig:
     official: str | None = None
     channels: int = 256
     dropout: float = 0.5
+    bins: tuple[float, ...] = (60, 30, 15, 8)
 
     def __post_init__(self) -> None:
+        self.bins = tuple(self.bins)
         _choice("model.name", self.name, ("baseline", "pfenet", "bam"))
         _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101", "vgg16_bn"))
         _choice("model.stem", self.stem, ("plain", "deep"))

@@ -370,7 +370,9 @@ class Trainer:
 def check_resumable(state: dict[str, Any], config: TrainConfig, fabric: Fabric) -> None:
     """Raises ValueError unless a run of `config` would go on as the checkpoint's run would have."""
     path = Path(config.out) / "last.pt"
-    check_same(_trained_settings(state["config"]), _trained_settings(config.to_dict()), path)
+    # a setting that is newer than the checkpoint has its default there
+    stored = TrainConfig.from_dict(state["config"]).to_dict()
+    check_same(_trained_settings(stored), _trained_settings(config.to_dict()), path)
     if len(state["random"]) != fabric.world_size:
         raise ValueError(
             f"devices: the checkpoint was written by {len(state['random'])} processes, these are "

@@ -59,7 +59,10 @@ class BAM(Baseline):
         foreground = F_ψ(p^1, ψ)
 
     with two 1×1 convolutions F that begin as their first argument. As published, these maps are
-    both the prediction and the logits of the final loss.
+    both the prediction and the logits of the final loss. Tests on novel classes count every base
+    class in p_b, as published. The authors write 15 and 60 base classes and 473 or 641 pixels into
+    their code; here any number and size will do: pyramid pooling averages over a number of bins,
+    and all maps meet at the query's size.
 
     Args:
         backbone: a backbone of output stride 8, or a VGG.
