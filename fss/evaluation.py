@@ -40,10 +40,13 @@ def segment(
         logits: background and foreground [2, H, W] at the network's size.
         region: height and width that the photo covers of it, from the top left.
         size: original height and width.
-        resize: "photo", only what the photo covers, or "canvas", as published.
+        resize: "photo", only what the photo covers; "canvas", as published; or "network", none at
+            all, as HSNet's test.
 
-    Returns int64 [*size], 1 foreground.
+    Returns int64 [*size], or [H, W] without a resize; 1 foreground.
     """
+    if resize == "network":
+        return logits.argmax(0)
     height, width = (int(side) for side in size)
     target = (height, width)
     logits = logits[None].float()
@@ -67,7 +70,7 @@ def predict(
     resize: str = "photo",
     cache: FeatureCache | None = None,
 ) -> list[Tensor]:
-    """Label maps of a batch of test episodes, each [h, w] at its photo's original size."""
+    """Label maps of a batch of test episodes, each at its photo's original size; see `segment`."""
     training = model.training
     model.eval()
     with cache.serve(batch) if cache else nullcontext():
@@ -137,7 +140,7 @@ def evaluate_all(
     for batch in episode_loader(episodes, batch_size, workers, fabric):
         labels = zip(
             predict(model, batch, resize, cache),
-            batch["query_mask_original"],
+            batch["query_mask" if resize == "network" else "query_mask_original"],
             batch["class_id"].tolist(),
             strict=True,
         )

@@ -39,7 +39,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "hsnet": {
         "protocol": "hsnet",
         "shuffle_test": True,
-        "resize": "photo",
+        "resize": "network",
         "test_seeds": (0,),
         "test_episodes": 1000,
     },
@@ -76,7 +76,7 @@ def evaluate_run(
     checkpoint: Literal["best", "last"] = "best",
     batch_size: int | None = None,
     workers: int | None = None,
-    resize: Literal["photo", "canvas"] | None = None,
+    resize: Literal["photo", "canvas", "network"] | None = None,
     feature_cache: float | None = None,
     accelerator: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> dict:
@@ -104,9 +104,8 @@ def evaluate_run(
         drop_small_classes: leave out classes that have no more than K photos.
         classes: "novel", those of the fold; "base", those that training saw.
         protocol: seeds, episodes, the order of queries, transform and resize as the published tests
-            of "bam", "pfenet" or "hsnet" have them; options given beside it come first. Of HSNet's
-            there remain: sides of a multiple of 8 plus 1 for its 400, and IoU at the size of the
-            photo, not at the network's.
+            of "bam", "pfenet" or "hsnet" have them; options given beside it come first. The side
+            stays that of training; HSNet's 400 is no multiple of 8 plus 1.
         checkpoint: of the folder, "best" or "last".
         batch_size: episodes at a time; does not change the score.
         workers: processes that load episodes.
