@@ -128,6 +128,8 @@ class ModelConfig:
         official: the authors' PFENet or BAM checkpoint, from which the whole network starts.
         channels: of the head.
         dropout: probability that the head drops a channel while training.
+        bins: of "pfenet", bins per side of each scale, or up to 1 their share of the map's side;
+            published are (60, 30, 15, 8) for Pascal and (1, 0.5, 0.25, 0.125) for COCO.
     """
 
     name: Literal["baseline", "pfenet", "bam"] = "baseline"
@@ -140,8 +142,10 @@ class ModelConfig:
     official: str | None = None
     channels: int = 256
     dropout: float = 0.5
+    bins: tuple[float, ...] = (60, 30, 15, 8)
 
     def __post_init__(self) -> None:
+        self.bins = tuple(self.bins)
         _choice("model.name", self.name, ("baseline", "pfenet", "bam"))
         _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101", "vgg16_bn"))
         _choice("model.stem", self.stem, ("plain", "deep"))
@@ -377,7 +381,8 @@ class TrainConfig:
         checkpoint: which one the run ends with testing: "best" has the highest validation mIoU,
             see `validation_classes`; "last" selects nothing.
         resize: how a prediction becomes as large as its photo: "photo" takes the part that the
-            photo covers, "canvas" all of it, as the published code, which is off by about 1 %.
+            photo covers, "canvas" all of it, as the published code, which is off by about 1 %;
+            "network" leaves it, and counts on the mask at the network's size (HSNet).
         feature_cache: GiB of backbone features that an evaluation keeps of photos which return in
             later episodes; 0 computes them anew. The score does not depend on it.
         save_every: steps between two writes of the last checkpoint; 0 writes it only at
@@ -413,7 +418,7 @@ class TrainConfig:
     test_episodes: int = 1000
     test_seeds: tuple[int, ...] = (510, 365, 382, 322, 988)
     checkpoint: Literal["best", "last"] = "best"
-    resize: Literal["photo", "canvas"] = "photo"
+    resize: Literal["photo", "canvas", "network"] = "photo"
     feature_cache: float = 2.0
     save_every: int = 500
     log_every: int = 10
@@ -450,7 +455,7 @@ class TrainConfig:
         for seed in self.test_seeds:
             _at_least("test_seeds", seed, 0)
         _choice("checkpoint", self.checkpoint, ("best", "last"))
-        _choice("resize", self.resize, ("photo", "canvas"))
+        _choice("resize", self.resize, ("photo", "canvas", "network"))
         _choice("validation_classes", self.validation_classes, ("novel", "base"))
         _choice(
             "precision",

@@ -58,7 +58,7 @@ def build_model(
     if config.name == "baseline":
         model = Baseline(backbone, config.channels, config.dropout)
     elif config.name == "pfenet":
-        model = PFENet(backbone, config.channels, config.dropout)
+        model = PFENet(backbone, config.channels, config.dropout, config.bins)
     else:
         if base_classes is None:
             raise ValueError("base_classes: expected the names of base classes for bam, got None")

@@ -34,11 +34,11 @@ class FeatureEnrichment(nn.Module):
 
     Args:
         channels: of query, prototype and output.
-        bins: bins per side of each scale.
+        bins: bins per side of each scale, see `PFENet`.
         dropout: of the auxiliary classifiers' channels.
     """
 
-    def __init__(self, channels: int, bins: Sequence[int], dropout: float) -> None:
+    def __init__(self, channels: int, bins: Sequence[float], dropout: float) -> None:
         super().__init__()
         self.bins = tuple(bins)
         self.merge = nn.ModuleList(pointwise(2 * channels + 1, channels) for _ in bins)
@@ -60,7 +60,8 @@ class FeatureEnrichment(nn.Module):
         enriched: list[Tensor] = []
         logits: list[Tensor] = []
         for n, bins in enumerate(self.bins):
-            size = (bins, bins)
+            side = int(bins * query.shape[2]) if bins <= 1 else int(bins)
+            size = (side, side)
             x = pointwise_cat(
                 self.merge[n], average_bins(query, size), prototype, resize(prior, size)
             )
@@ -85,7 +86,8 @@ class PFENet(FewShotModel):
         channels: width of the head.
         dropout: probability that a reduced channel is dropped; unless it is 0, the classifiers
             drop 0.1 of their channels too.
-        bins: bins per side of each scale, whatever the size of the image.
+        bins: bins per side of each scale, whatever the size of the image; up to 1 their share of
+            the map's side. Published are those here for Pascal, and 1, 1/2, 1/4, 1/8 for COCO.
     """
 
     def __init__(
@@ -93,11 +95,13 @@ class PFENet(FewShotModel):
         backbone: Backbone,
         channels: int = 256,
         dropout: float = 0.5,
-        bins: Sequence[int] = (60, 30, 15, 8),
+        bins: Sequence[float] = (60, 30, 15, 8),
     ) -> None:
         super().__init__(backbone, channels, dropout)
-        if not bins or any(not isinstance(b, int) or b < 1 for b in bins):
-            raise ValueError(f"bins: expected integers from 1 on, got {list(bins)}")
+        if not bins or any(not (0 < b <= 1 or b == int(b) > 1) for b in bins):
+            raise ValueError(
+                f"bins: expected integers above 1, or shares of the map above 0; got {list(bins)}"
+            )
         dropped = 0.1 if dropout else 0.0
         self.enrich = FeatureEnrichment(channels, bins, dropped)
         self.residual = two_convolutions(channels)
@@ -122,7 +126,7 @@ class PFENet(FewShotModel):
         features = self.features(query_image, support_images, support_masks)
         enriched, auxiliary = self.enrich(
             self.query(features),
-            self.prototypes(features).mean(dim=1),
+            features.supports[0].mean(dim=1),
             features.priors.mean(dim=0),
         )
         enriched = enriched + self.residual(enriched)

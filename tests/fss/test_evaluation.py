@@ -8,8 +8,9 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.nn import functional
 
-from fss.data import build_episodes, build_source
+from fss.data import build_episodes, build_source, collate_episodes
 from fss.evaluation import episode_classes, evaluate, evaluate_seeds, predict, segment, table
+from fss.metrics import EpisodeIoU
 from fss.models import Prediction
 
 
@@ -49,6 +50,20 @@ def test_the_published_resize_takes_the_whole_canvas():
     )
     assert torch.equal(published, resized[0, :, :600, :480].argmax(0))
     assert not torch.equal(published, exact)
+
+
+def test_without_a_resize_the_networks_own_mask_counts(tiny, fabric):
+    config = tiny(data={"protocol": "hsnet"}).data
+    episodes = build_episodes(config, "test", 5, 0)
+    classes = list(episode_classes(episodes.source, config.fold))
+    score = evaluate(Brightness(), episodes, classes, fabric, 2, resize="network")
+    metric = EpisodeIoU(classes)
+    for item in map(episodes.__getitem__, range(5)):
+        batch = collate_episodes([item])
+        (labels,) = predict(Brightness(), batch, "network")
+        assert labels.shape == (33, 33)
+        metric.update(labels, item["query_mask"], item["class_id"])
+    assert metric.result().iou == score.iou and score.miou > 0
 
 
 def test_predict_is_at_the_original_size_and_keeps_the_mode():

@@ -237,9 +237,20 @@ def test_build_model_wants_what_bam_needs():
         build_model(ModelConfig(name="bam", base_weights="none", weights="none"))
 
 
+def test_pfenets_bins_may_be_shares_of_the_map():
+    """As published for COCO: 65 px have maps of 9, so shares of 1 and a half are 9 and 4 bins."""
+    backbone = build_backbone("resnet18", width=4)
+    shares = PFENet(backbone, channels=8, dropout=0, bins=(1.0, 0.5)).eval()
+    numbers = PFENet(backbone, channels=8, dropout=0, bins=(9, 4)).eval()
+    numbers.load_state_dict(shares.state_dict())
+    images, masks = torch.randn(2, 3, 65, 65), torch.ones(1, 1, 65, 65).long()
+    episode = images[:1], images[None, 1:], masks
+    assert torch.equal(shares(*episode).logits, numbers(*episode).logits)
+
+
 def test_pfenet_wants_bins():
-    for bins in ((), (60, 0), (0.5,)):
-        with pytest.raises(ValueError, match="bins: expected integers from 1 on, got"):
+    for bins in ((), (60, 0), (2.5,), (-1,)):
+        with pytest.raises(ValueError, match="bins: expected integers above 1, or shares"):
             PFENet(build_backbone("resnet18", width=4), channels=8, bins=bins)
 
 
