@@ -1,10 +1,10 @@
 """Every code block of README.md and docs/ runs, or is checked without running and says why.
 
-Python blocks of a page run in order in one namespace, in a folder of their own; a page may begin
-with hidden ones, in a comment ``<!-- setup … -->``. Lines of bash blocks go through the real parser of
+Python blocks of a page run in order in one namespace, in a folder of their own; a page may have
+hidden ones, in a comment ``<!-- setup … -->``. Lines of bash blocks go through the real parser of
 their command. A bash block is marked with ``<!-- run -->`` or ``<!-- run with: OPTIONS -->``, which
-runs its `fss` lines with further options, or ``<!-- not run: REASON -->``, as is a python block that
-cannot run.
+runs `fss` lines with further options, or with ``<!-- not run: REASON -->``, as is a python block
+that cannot run.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def test_what_does_not_run_says_why(record_property: pytest.RecordProperty) -> N
 def test_bad_blocks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "<!-- setup\nx = 1\n-->\ntext\n\n<!-- not run: downloads -->\n```bash\nfss train --nonsense 1\n"
-        "```\n\n    ```python\n    assert x == 2\n    ```\n"
+        "<!-- setup\nx = 1\n-->\ntext\n\n<!-- not run: downloads -->\n```bash\n"
+        "fss train --nonsense 1\n```\n\n    ```python\n    assert x == 2\n    ```\n"
     )
     setup, bash, python = blocks(page)
     assert setup.code == "x = 1\n" and bash.mark == "not run: downloads"
