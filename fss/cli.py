@@ -16,6 +16,7 @@ import fss
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
+from fss.config_files import config_file, config_names
 from fss.data import build_source
 from fss.data.prepare import prepare, verify_data
 from fss.engine import train
@@ -139,7 +140,7 @@ def reproduce_table(
         out: folder of the runs, which tables share, and of the results NAME.md and NAME.json.
         scale_down: a small network on small photos for a few steps, to try a table on a CPU.
         settings: YAML file of settings of `fss train` over those of every row.
-        tables: folder of the tables' files; by default configs/paper of the checkout.
+        tables: folder of the tables' files; by default those of the package.
         overrides: settings by part, over the file's.
 
     Returns the text to print.
@@ -160,6 +161,22 @@ def reproduce_table(
     return reproduce(load_table(table, folder), options, evaluate_run)["markdown"]
 
 
+class SettingsFile(ActionConfigFile):
+    """`--config`: a YAML file, or the name of one that comes with the package."""
+
+    text = (
+        "YAML file with settings, or the name of one that comes with fss: "
+        f"{', '.join(config_names() + config_names('regimes'))}."
+    )
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        try:
+            path = str(config_file(value))
+        except FileNotFoundError as error:
+            raise TypeError(str(error)) from error  # what jsonargparse takes for a user's error
+        super().__call__(parser, namespace, path, option)
+
+
 def build_parser() -> ArgumentParser:
     """The parser of the whole command line; it raises ArgumentError."""
     parser = ArgumentParser(
@@ -172,20 +189,20 @@ def build_parser() -> ArgumentParser:
     training = ArgumentParser(
         description="Train, validate and test a model as configured; a YAML file and options "
         "override the defaults, the last one wins.",
-        usage="fss train [--config FILE.yaml] [--resume | --overwrite] [options]",
+        usage="fss train [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
         exit_on_error=False,
     )
-    training.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    training.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
     training.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     training.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     training.add_argument("--debug", **debug)
     training.add_class_arguments(TrainConfig)
     base = ArgumentParser(
         description="Train BAM's base learner, a PSPNet that segments the base classes of a fold.",
-        usage="fss train-base [--config FILE.yaml] [--resume | --overwrite] [options]",
+        usage="fss train-base [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
         exit_on_error=False,
     )
-    base.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    base.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
     base.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     base.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     base.add_argument("--debug", **debug)

@@ -1,4 +1,4 @@
-"""The experiments of the paper's tables: files in configs/paper, and the runs they stand for.
+"""The experiments of the paper's tables: files in fss/configs/paper, and the runs they stand for.
 
 A table is a YAML file `T16.yaml`: a `title`, the `data` file of its data set (pascal, coco), the
 `metric` (miou, the default, or fb_iou) and `rows`. A row has
@@ -6,7 +6,7 @@ A table is a YAML file `T16.yaml`: a `title`, the `data` file of its data set (p
     label       as the table calls it
     run         the name of its runs; rows of any table with the same name share them. A row without
                 one quotes a method that is not here.
-    regime      a file of configs/regimes
+    regime      a file of fss/configs/regimes
     recipe      one of the data file's recipes; by default the paper's own
     settings    what else differs from the defaults of `fss train`
     episodes    test episodes, where others than the runs' own
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fss.config import ModelConfig, TrainConfig
+from fss.config_files import FOLDER
 
 FOLDS = 4
 
@@ -40,7 +41,7 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the tables of a data set share: see configs/paper/pascal.yaml."""
+    """What the tables of a data set share: see fss/configs/paper/pascal.yaml."""
 
     name: str
     needs: str
@@ -75,8 +76,8 @@ class Table:
 
 
 def default_folder() -> Path:
-    """configs/paper of the checkout that this package runs from."""
-    return Path(__file__).resolve().parents[1] / "configs" / "paper"
+    """The tables that come with the package."""
+    return FOLDER / "paper"
 
 
 def table_names(folder: Path) -> list[str]:
@@ -88,8 +89,8 @@ def table_names(folder: Path) -> list[str]:
     names = [path.stem for path in folder.glob("T*.yaml")]
     if not names:
         raise FileNotFoundError(
-            f"tables: expected files like T16.yaml in {folder}, found none; give --tables, the "
-            "folder configs/paper of a checkout"
+            f"tables: expected files like T16.yaml in {folder}, found none; leave out --tables for "
+            "those of the paper"
         )
     return sorted(names, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))
 

@@ -41,8 +41,8 @@ class Options:
         shots: by default those of the table.
         out: folder of the runs and of the table's results.
         settings: over those of every row, nested as in a YAML file of `fss train`.
-        scale_down: sets those of configs/paper/scale_down.yaml under `settings`: a small network on
-            small photos for a few steps.
+        scale_down: sets those of scale_down.yaml, next to the tables, under `settings`: a small
+            network on small photos for a few steps.
     """
 
     rows: Sequence[str] = ()
