@@ -27,12 +27,14 @@ from fss.paper import default_folder, load_table, merged, read_settings, table_n
 from fss.processes import launch, torchrun_layout
 from fss.regimes import apply_regime
 from fss.reproduce import Options, listing, reproduce
+from fss.run_state import INTERRUPTED
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
 _REPRODUCED = {
     "data.root": "folder of the data set",
     "model.weights": "of the backbone",
-    "model.base_weights": "BAM's base learners, a path with {data}, {backbone} and {fold} in it",
+    "model.base_weights": "BAM's base learners, a path with {data}, {backbone} and {fold} in it; "
+    "by default they are trained first",
     "accelerator": "as for fss train",
     "devices": "as for fss train",
     "precision": "as for fss train",
@@ -161,6 +163,12 @@ def reproduce_table(
     return reproduce(load_table(table, folder), options, evaluate_run)["markdown"]
 
 
+_EXITS = (
+    "Exit status: 0; 2 after an error; 130 after ctrl-C and 143 after SIGTERM, both once the step "
+    "is finished and saved: --resume goes on. A second signal stops at once."
+)
+
+
 class SettingsFile(ActionConfigFile):
     """`--config`: a YAML file, or the name of one that comes with the package."""
 
@@ -190,6 +198,7 @@ def build_parser() -> ArgumentParser:
         description="Train, validate and test a model as configured; a YAML file and options "
         "override the defaults, the last one wins.",
         usage="fss train [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        epilog=_EXITS,
         exit_on_error=False,
     )
     training.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
@@ -200,6 +209,7 @@ def build_parser() -> ArgumentParser:
     base = ArgumentParser(
         description="Train BAM's base learner, a PSPNet that segments the base classes of a fold.",
         usage="fss train-base [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        epilog=_EXITS,
         exit_on_error=False,
     )
     base.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
@@ -259,7 +269,9 @@ def build_parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status.
 
-    0, 1 where data are not the published ones, 2 after a user's error, 130 after ctrl-C.
+    0, 1 where data are not the published ones, 2 after a user's error, 130 after ctrl-C, 143 after
+    SIGTERM; these two let a training run finish and save its step, the second signal ends it at
+    once.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or os.environ.get("FSS_DEBUG", "") not in ("", "0")
@@ -291,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(text)
     except KeyboardInterrupt as stop:
         print(f"fss: {stop or 'stopped'}", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", INTERRUPTED)
     except (ArgumentError, *_USER_ERRORS) as error:
         if debug or not _expected(error):
             raise

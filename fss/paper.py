@@ -26,10 +26,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fss.config import ModelConfig, TrainConfig
+from fss.base_learner import BaseLearnerConfig
+from fss.config import DataConfig, ModelConfig, TrainConfig
 from fss.config_files import FOLDER
 
 FOLDS = 4
+# The settings of a model that are those of its base learner too.
+_BACKBONE = ("backbone", "stem", "stride_on", "width", "weights")
 
 
 class Published(NamedTuple):
@@ -46,6 +49,7 @@ class DataSet:
     name: str
     needs: str
     epochs: int
+    base_epochs: int
     images: dict[str, list[int]]
     settings: dict[str, Any]
     recipes: dict[str, dict[str, Any]]
@@ -142,6 +146,25 @@ def run_values(
         batch = values.get("batch_size", TrainConfig.batch_size)
         values["steps"] = table.data.epochs * (images[fold] // batch)
     return values
+
+
+def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the base learner of a row of BAM, as arguments of `BaseLearnerConfig`.
+
+    All rows with a backbone share it: of the table only the data set and the backbone count, of
+    `overrides` what `fss train-base` has a setting for. The number of steps is BAM's number of
+    epochs, unless `overrides` gives one.
+    """
+    names = {field.name for field in dataclasses.fields(BaseLearnerConfig)} - {"data", "model"}
+    values = {name: value for name, value in overrides.items() if name in names}
+    source = table.data.settings["data"]["source"]
+    data = {"source": source} | overrides.get("data", {}) | {"fold": fold, "shots": 1}
+    model = merged(row.settings, overrides).get("model", {})
+    model = {name: model[name] for name in _BACKBONE if name in model}
+    batch = values.get("batch_size", BaseLearnerConfig.batch_size)
+    steps = table.data.base_epochs * (table.data.images["filtered"][fold] // batch)
+    parts = {"data": DataConfig(**data), "model": ModelConfig(**model)}
+    return {"steps": steps, **values, **parts}
 
 
 def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[str, Any]:
