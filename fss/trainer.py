@@ -173,7 +173,7 @@ class Trainer:
         self.seconds = state["seconds"].tolist()
         self.losses = state["losses"]
         if self.fabric.is_global_zero:
-            self.unreadable = Counter(state["unreadable"])
+            self.unreadable = Counter(state.get("unreadable", {}))
 
     @contextmanager
     def _open_log(self) -> Iterator[None]:
