@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+import svf_fast
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes
@@ -25,7 +26,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     """Trains, validates and tests; the folder `config.out` keeps everything.
 
     config.yaml; last.pt and best.pt (the highest validation mIoU, see `TrainConfig.checkpoint`);
-    train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png.
+    train.csv, validation.csv and tensorboard/; where S trains, pretrained.safetensors with its
+    values before; at the end result.json, episodes.png, curves.png.
 
     Args:
         config: of the run.
@@ -64,6 +66,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
             trainer.restore(state)
         elif fabric.is_global_zero:
             _clear(folder)
+            _keep_pretrained(folder, trainer.network)
         trainer.fit()
         return conclude(trainer)
 
@@ -132,7 +135,14 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("last.pt", "best.pt", "result.json", "eval.json", "episodes.png", "curves.png"):
         (folder / name).unlink(missing_ok=True)
+    (folder / "pretrained.safetensors").unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def _keep_pretrained(folder: Path, network: nn.Module) -> None:
+    """Writes the singular values before training, which no checkpoint holds, as an adapter."""
+    if any(True for _ in svf_fast.svf_parameters(network)):
+        svf_fast.save_adapter(network, folder / "pretrained.safetensors")
 
 
 def _parameters(network: nn.Module) -> dict[str, int]:
