@@ -1,0 +1,286 @@
+"""The report: pictures, tables and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from PIL import Image
+
+import fss
+from fss.files import atomic_write
+from fss.report.classes import draw_classes
+from fss.report.components import default_layers, draw_components, example_photo
+from fss.report.cost import MIB, draw_counted, draw_measured, measured, readable
+from fss.report.curves import draw_curves
+from fss.report.network import load_network, step_memory
+from fss.report.picture import Picture, series_style
+from fss.report.run import Run, read_runs
+from fss.report.spectrum import Spectrum, change_rows, draw_all, draw_largest, read_spectra
+
+_EPISODES_WIDTH = 1200  # pixels
+# What XML, and so a page that is to be well-formed, has no place for.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    photo: str | Path | None = None,
+    layers: Sequence[str] = (),
+) -> Path:
+    """Writes a page about runs, and its pictures as PNG and SVG.
+
+    What is not there is left out, and the page says so: the test of a run in progress, the singular
+    values of a run that does not train S, heat maps where neither its photos nor `photo` are there.
+
+    Args:
+        runs: folders that `fss train` wrote.
+        out: folder for report.html and pictures/; by default report/ in the first run's folder.
+        photo: picture for the heat maps; by default the first one of the test.
+        layers: convolutions for the heat maps, as the backbone names them (layer3.5.conv2); by
+            default the last 3×3 and the last 1×1 of layer 3.
+
+    Returns the path of the page.
+
+    Raises:
+        FileNotFoundError: a run, or a file that every run has, that is not there.
+        ValueError: a damaged file, named; a layer that no run trains.
+    """
+    read = read_runs(runs)
+    folder = Path(out) if out is not None else read[0].folder / "report"
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    learned = _learned(read, pictures, None if photo is None else str(photo), layers)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fss.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": readable, "percent": _percent}
+    page = environment.get_template("page.html").render(
+        title=_title(read),
+        facts=_facts(read),
+        rows=[_row(run, number) for number, run in enumerate(read)],
+        differences=_differences(read),
+        curves=draw_curves(read, pictures),
+        classes=draw_classes(read, pictures),
+        episodes=[_episodes(run, pictures) for run in read],
+        measured=draw_measured(read, pictures),
+        runs=[_details(run) for run in read],
+        version=fss.__version__,
+        pictures=pictures.name,
+        mib=MIB,
+        **learned,
+    )
+    with atomic_write(path) as file:
+        file.write(_CONTROL.sub("\ufffd", page).encode())
+    return path
+
+
+def _learned(
+    runs: Sequence[Run], folder: Path, photo: str | None, layers: Sequence[str]
+) -> dict[str, Any]:
+    """What the page shows of the singular values, and why of some runs it shows nothing."""
+    spectra: dict[int, list[Spectrum]] = {}
+    heat: list[Picture] = []
+    reports: dict[str, Any] = {}
+    notes: list[str] = []
+    for number, run in enumerate(runs):
+        if not run.trains_singular_values:
+            notes.append(
+                f"{run.name}: the regime {run.config.regime.name} does not train singular values "
+                "alone; nothing to show."
+            )
+            continue
+        checkpoint = run.checkpoint()
+        if checkpoint is None:
+            notes.append(f"{run.name}: in progress, no checkpoint yet.")
+            continue
+        state = checkpoint["model"]
+        network = load_network(run, state)
+        reports[_setting(run)] = step_memory(run, network)
+        try:
+            own = read_spectra(run, state)
+        except FileNotFoundError as error:
+            notes.append(f"{run.name}: {error}.")
+            continue
+        spectra[number] = own
+        try:
+            example = example_photo(run, photo)
+        except (OSError, ValueError) as error:
+            if photo is not None:
+                raise
+            notes.append(f"{run.name}: no heat maps, {error}; name a picture with --photo.")
+            continue
+        chosen = list(layers) or default_layers(own)
+        name = f"components-{number + 1}"
+        heat.append(draw_components(run, network, own, example, chosen, folder, name))
+    if layers and not spectra:
+        raise ValueError(f"--layers: no run here has trained singular values, got {layers[0]}")
+    names = [run.name for run in runs]
+    return {
+        "largest": draw_largest(spectra, names, folder) if spectra else None,
+        "all_values": draw_all(spectra, names, folder) if spectra else None,
+        "changes": {names[number]: change_rows(own) for number, own in spectra.items()},
+        "heat": heat,
+        "notes": notes,
+        "reports": reports,
+        "counted": draw_counted(reports, folder) if reports else None,
+    }
+
+
+def _setting(run: Run) -> str:
+    """What the memory of a step depends on, in words."""
+    config = run.config
+    words = [config.model.name, config.model.backbone, f"{config.data.size} px"]
+    words += [f"{config.data.shots}-shot", f"batch {config.batch_size}", config.precision]
+    if config.regime.strategy != "auto":
+        words.append(config.regime.strategy)
+    return ", ".join([*words, "+".join(config.regime.layers)])
+
+
+def _title(runs: Sequence[Run]) -> str:
+    names = [run.name for run in runs]
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"fss report: {shown}"
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What was run, a line each; values that differ between the runs side by side."""
+
+    def each(value: Any) -> str:
+        return " · ".join(dict.fromkeys(str(value(run)) for run in runs))
+
+    def machine(run: Run) -> str:
+        if run.result is None:
+            return "not known before the end"
+        machine = run.result["machine"]
+        device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+        return f"{device}, torch {run.result['versions']['torch']}"
+
+    return [
+        ("Data", each(lambda run: run.config.data.source)),
+        ("Fold", each(lambda run: run.config.data.fold)),
+        ("Episodes", each(lambda run: f"{run.config.data.shots}-shot, {run.config.data.size} px")),
+        ("Model", each(lambda run: f"{run.config.model.name}, {run.config.model.backbone}")),
+        ("Regime", each(_regime)),
+        ("Steps", each(lambda run: f"{run.config.steps:,} of {run.config.batch_size} episodes")),
+        ("Seed", each(lambda run: run.config.seed)),
+        ("Test", each(_test)),
+        ("Commit", each(lambda run: (run.result or {}).get("commit") or "not known")),
+        ("Machine", each(machine)),
+    ]
+
+
+def _regime(run: Run) -> str:
+    regime = run.config.regime
+    if regime.name == "freeze" and regime.batch_norm == "none":
+        return regime.name
+    parts = [regime.name, "/".join(regime.layers)]
+    if regime.kernel != "all":
+        parts.append(regime.kernel)
+    if regime.factors is not None:
+        parts.append("factors " + ("".join(regime.factors) or "none"))
+    if regime.batch_norm != "none":
+        parts.append(f"batch norm {regime.batch_norm}")
+    return ", ".join(parts)
+
+
+def _test(run: Run) -> str:
+    seeds = ", ".join(map(str, run.config.test_seeds))
+    return f"{run.config.test_episodes:,} episodes for each of the seeds {seeds}"
+
+
+def _row(run: Run, number: int) -> dict[str, Any]:
+    """A row of the table of results; None where a run in progress has no number yet."""
+    result = run.result or {}
+    test = result.get("test", {})
+    parameters = result.get("parameters", {})
+    return {
+        "name": run.name,
+        "colour": series_style(number)["color"],
+        "regime": _regime(run),
+        "running": run.result is None,
+        "step": test.get("step", run.step),
+        "steps": run.config.steps,
+        "best": run.best,
+        "miou": test.get("miou"),
+        "fb_iou": test.get("fb_iou"),
+        "interval": _interval(test),
+        "backbone": parameters.get("trained_backbone"),
+        "head": parameters.get("trained_head"),
+        **measured(run),
+    }
+
+
+def _interval(test: dict[str, Any]) -> str:
+    """The 95 % interval of mIoU, over seeds or, of a single one, over episodes; in percent."""
+    if not test:
+        return ""
+    mean, half = test["miou"]["mean"], test["miou"].get("ci95")
+    if half is not None:
+        return f"{100 * (mean - half):.1f} to {100 * (mean + half):.1f} (seeds)"
+    bounds = (test.get("bootstrap") or [[]])[0]
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} (episodes)" if bounds else ""
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The settings that are not the same in all runs, with the value of each."""
+    flat = [_flat(run.config.to_dict()) for run in runs]
+    names = dict.fromkeys(name for values in flat for name in values if name != "out")
+    rows = [(name, [str(values.get(name, "–")) for values in flat]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _episodes(run: Run, folder: Path) -> dict[str, Any]:
+    """The picture of test episodes as a data URI, a tenth of the PNG's size; "" without one."""
+    if run.episodes is None:
+        why = "the run is in progress" if run.result is None else "the run drew none"
+        return {"name": run.name, "uri": "", "why": why}
+    safe = re.sub(r"[^\w.-]+", "_", run.name)
+    with atomic_write(folder / f"episodes-{safe}.png") as file:
+        file.write(run.episodes)
+    picture = Image.open(io.BytesIO(run.episodes)).convert("RGBA")
+    if picture.width > _EPISODES_WIDTH:
+        height = round(picture.height * _EPISODES_WIDTH / picture.width)
+        picture = picture.resize((_EPISODES_WIDTH, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=82)
+    uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"name": run.name, "uri": uri, "why": "", "size": picture.size}
+
+
+def _details(run: Run) -> dict[str, str]:
+    result = run.result or {}
+    return {
+        "name": run.name,
+        "command": result.get("command", ""),
+        "settings": yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _percent(spread: dict[str, Any] | None) -> str:
+    """Mean and standard deviation of fractions, in percent; "–" for None."""
+    if spread is None:
+        return "–"
+    std = spread.get("std")
+    return f"{100 * spread['mean']:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
