@@ -144,8 +144,8 @@ def draw_components(
             bar.set_ticks([0, 1], labels=["0", "max"])
             bar.set_label("|v_r|, each map", fontsize=8)
     text = (
-        f"Response to a photo of the components whose singular values rose and fell most, "
-        f"{', '.join(layers)} of {run.name}"
+        f"{run.name}: where in a photo the components respond whose singular values rose and fell "
+        f"most, {' and '.join(layers)}"
     )
     return save_picture(figure, folder, name, text)
 
@@ -165,9 +165,9 @@ def _draw_layer(
                 continue
             _show_response(ax, response, photo)
             before, after = float(spectrum.before[place]), float(spectrum.after[place])
-            percent = f" ({100 * (after / before - 1):+.1f} %)" if before else ""
+            percent = f" ({100 * (after / before - 1):+.2g} %)" if before else ""
             ax.set_title(
-                f"r = {place + 1} {word}\n{before:.3g} → {after:.3g}{percent}",
+                f"r = {place + 1} {word}\n{before:.4g} → {after:.4g}{percent}".replace("-", "−"),
                 fontsize=8,
                 fontweight="normal",
                 loc="center",
@@ -224,4 +224,3 @@ def _show_response(axes: Any, response: Tensor, photo: Photo) -> None:
     colour = mpl.colormaps[_COLOURS](heat)[..., :3]
     grey = photo.pixels.mean(axis=2, keepdims=True)
     axes.imshow(np.clip(0.35 * grey + 0.65 * colour, 0, 1), interpolation="none")
-

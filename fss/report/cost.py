@@ -65,7 +65,11 @@ def draw_measured(runs: Sequence[Run], folder: Path) -> Picture:
                 shown = 0.0 if value is None or not math.isfinite(value) else value
                 axes.barh(number, shown, 0.62, color=series_style(number)["color"])
                 axes.annotate(
-                    readable(value), (shown, number), xytext=(4, 0), textcoords="offset points", va="center"
+                    readable(value),
+                    (shown, number),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
                 )
             axes.set_xlabel(label)
             axes.margins(x=0.22)
@@ -158,6 +162,4 @@ def _draw_stack(
             label=row["stage"] if label else None,
         )
         left += value
-    axes.annotate(
-        readable(left), (left, y), xytext=(4, 0), textcoords="offset points", va="center"
-    )
+    axes.annotate(readable(left), (left, y), xytext=(4, 0), textcoords="offset points", va="center")

@@ -18,12 +18,12 @@ _WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def load_network(run: Run, state: Mapping[str, Any]) -> FewShotModel:
-    """The network with the weights of a checkpoint; it needs no other file.
+def build_network(run: Run, state: Mapping[str, Any]) -> FewShotModel:
+    """The network that a checkpoint fits, with random weights; it needs no other file.
 
     Args:
         run: with the configuration.
-        state: the model's part of the checkpoint.
+        state: the model's part of the checkpoint, for the number of BAM's base classes.
     """
     bam = run.config.model.name == "bam"
     config = replace(
@@ -33,7 +33,6 @@ def load_network(run: Run, state: Mapping[str, Any]) -> FewShotModel:
     names = {number: str(number) for number in range(base)}
     network = build_model(config, names, run.config.data.shots)
     apply_regime(network, run.config.regime)
-    network.load_state_dict(state)
     return network
 
 

@@ -15,11 +15,12 @@ from PIL import Image
 
 import fss
 from fss.files import atomic_write
+from fss.models import FewShotModel
 from fss.report.classes import draw_classes
 from fss.report.components import default_layers, draw_components, example_photo
 from fss.report.cost import MIB, draw_counted, draw_measured, measured, readable
 from fss.report.curves import draw_curves
-from fss.report.network import load_network, step_memory
+from fss.report.network import build_network, step_memory
 from fss.report.picture import Picture, series_style
 from fss.report.run import Run, read_runs
 from fss.report.spectrum import Spectrum, change_rows, draw_all, draw_largest, read_spectra
@@ -94,21 +95,22 @@ def _learned(
     spectra: dict[int, list[Spectrum]] = {}
     heat: list[Picture] = []
     reports: dict[str, Any] = {}
-    notes: list[str] = []
+    networks: dict[str, FewShotModel] = {}
+    others = [run.name for run in runs if not run.trains_singular_values]
+    notes = [f"{', '.join(others)}: no regime that trains S alone, nothing to show."] * any(others)
     for number, run in enumerate(runs):
         if not run.trains_singular_values:
-            notes.append(
-                f"{run.name}: the regime {run.config.regime.name} does not train singular values "
-                "alone; nothing to show."
-            )
             continue
         checkpoint = run.checkpoint()
         if checkpoint is None:
             notes.append(f"{run.name}: in progress, no checkpoint yet.")
             continue
         state = checkpoint["model"]
-        network = load_network(run, state)
-        reports[_setting(run)] = step_memory(run, network)
+        setting = _setting(run)
+        network = networks[setting] = networks.get(setting) or build_network(run, state)
+        network.load_state_dict(state)
+        if setting not in reports:
+            reports[setting] = step_memory(run, network)
         try:
             own = read_spectra(run, state)
         except FileNotFoundError as error:
@@ -144,9 +146,11 @@ def _setting(run: Run) -> str:
     config = run.config
     words = [config.model.name, config.model.backbone, f"{config.data.size} px"]
     words += [f"{config.data.shots}-shot", f"batch {config.batch_size}", config.precision]
+    if config.accumulate > 1:
+        words.append(f"in {config.accumulate} parts")
     if config.regime.strategy != "auto":
         words.append(config.regime.strategy)
-    return ", ".join([*words, "+".join(config.regime.layers)])
+    return ", ".join([*words, _regime(run)])
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -165,7 +169,8 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         if run.result is None:
             return "not known before the end"
         machine = run.result["machine"]
-        device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+        threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+        device = machine.get("gpu") or f"{machine['cpu']}, {threads}"
         return f"{device}, torch {run.result['versions']['torch']}"
 
     return [
@@ -173,7 +178,6 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Fold", each(lambda run: run.config.data.fold)),
         ("Episodes", each(lambda run: f"{run.config.data.shots}-shot, {run.config.data.size} px")),
         ("Model", each(lambda run: f"{run.config.model.name}, {run.config.model.backbone}")),
-        ("Regime", each(_regime)),
         ("Steps", each(lambda run: f"{run.config.steps:,} of {run.config.batch_size} episodes")),
         ("Seed", each(lambda run: run.config.seed)),
         ("Test", each(_test)),

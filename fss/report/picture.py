@@ -112,7 +112,7 @@ def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     root = _cleaned(ElementTree.fromstring(buffer.getvalue()), name, text)
-    page = Markup(_without_namespaces(root))  # noqa: S704  markup of our own plot, text escaped
+    page = Markup(_without_namespaces(root))
     style = ElementTree.Element(f"{_SVG}style")
     style.text = _THEMES
     root.insert(0, style)

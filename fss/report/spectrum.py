@@ -71,10 +71,7 @@ def read_spectra(run: Run, state: Mapping[str, Any]) -> list[Spectrum]:
     """
     path = run.folder / "pretrained.safetensors"
     names = [key.removesuffix(".S") for key in state if key.endswith(".S")]
-    if path.is_file():
-        before = _kept(path, names)
-    else:
-        before = _from_weights(run, state, names, path)
+    before = _kept(path, names) if path.is_file() else _from_weights(run, state, names, path)
     spectra = []
     for name in names:
         if before[name].shape != state[f"{name}.S"].shape:
@@ -151,7 +148,7 @@ def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folde
             style = series_style(number)
             for spectrum in spectra:
                 axes = panels[spectrum.layer]
-                axes.set_title(_title(spectrum), fontsize=8, fontweight="normal")
+                axes.set_title(_title(spectrum), fontsize=7.5, fontweight="normal")
                 change = spectrum.change[:LARGEST]
                 ranks = range(1, len(change) + 1)
                 axes.vlines(ranks, 0, change, color=style["color"], alpha=0.35, linewidth=1)
@@ -164,11 +161,13 @@ def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folde
                     marker=style["marker"],
                     label=names[number],
                 )
-        for axes in grid.flat:
+        for place, axes in enumerate(grid.flat):
             axes.axhline(0, color=INK, linewidth=0.7)
             axes.grid(True, axis="y")
-        figure.supxlabel(f"rank r of the singular value, 1 the largest of the first {LARGEST}")
-        figure.supylabel("change of S_r (%)")
+            axes.set_xticks([1, 10, 20, LARGEST])
+            axes.tick_params(labelbottom=place + columns >= len(layers), labelsize=8)
+        figure.supxlabel("rank r of the pretrained singular value, 1 the largest", fontsize=9)
+        figure.supylabel("change of S_r (%)", fontsize=9)
         if len(runs) > 1:
             legend_above(figure, grid[0, 0])
     text = f"Change of the {LARGEST} largest singular values of each convolution, in percent"
@@ -229,4 +228,6 @@ def change_rows(spectra: Sequence[Spectrum]) -> list[dict[str, Any]]:
 
 
 def _title(spectrum: Spectrum) -> str:
-    return f"{spectrum.layer} {'×'.join(map(str, spectrum.kernel))}"
+    """As short as panels are narrow."""
+    layer = spectrum.layer.replace(".downsample.0", ".downsample")
+    return f"{layer} {'×'.join(map(str, spectrum.kernel))}"
