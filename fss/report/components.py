@@ -144,8 +144,8 @@ def draw_components(
             bar.set_ticks([0, 1], labels=["0", "max"])
             bar.set_label("|v_r|, each map", fontsize=8)
     text = (
-        f"{run.name}: where in a photo the components respond whose singular values rose and fell "
-        f"most, {' and '.join(layers)}"
+        f"Response to the photo of the components whose singular values changed most in "
+        f"{' and '.join(layers)}, {run.name}"
     )
     return save_picture(figure, folder, name, text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from fss.report.components import default_layers, draw_components, example_photo
 from fss.report.cost import MIB, draw_counted, draw_measured, measured, readable
 from fss.report.curves import draw_curves
 from fss.report.network import build_network, step_memory
-from fss.report.picture import Picture, series_style
+from fss.report.picture import CONTROL, Picture, series_style
 from fss.report.run import Run, read_runs
 from fss.report.spectrum import Spectrum, change_rows, draw_all, draw_largest, read_spectra
 
 _EPISODES_WIDTH = 1200  # pixels
-# What XML, and so a page that is to be well-formed, has no place for.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 
 
 def write_report(
@@ -84,7 +82,7 @@ def write_report(
         **learned,
     )
     with atomic_write(path) as file:
-        file.write(_CONTROL.sub("\ufffd", page).encode())
+        file.write(CONTROL.sub("\ufffd", page).encode())
     return path
 
 
@@ -93,7 +91,7 @@ def _learned(
 ) -> dict[str, Any]:
     """What the page shows of the singular values, and why of some runs it shows nothing."""
     spectra: dict[int, list[Spectrum]] = {}
-    heat: list[Picture] = []
+    heat: list[tuple[int, Picture]] = []
     reports: dict[str, Any] = {}
     networks: dict[str, FewShotModel] = {}
     others = [run.name for run in runs if not run.trains_singular_values]
@@ -126,7 +124,7 @@ def _learned(
             continue
         chosen = list(layers) or default_layers(own)
         name = f"components-{number + 1}"
-        heat.append(draw_components(run, network, own, example, chosen, folder, name))
+        heat.append((number, draw_components(run, network, own, example, chosen, folder, name)))
     if layers and not spectra:
         raise ValueError(f"--layers: no run here has trained singular values, got {layers[0]}")
     names = [run.name for run in runs]
@@ -160,30 +158,31 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What was run, a line each; values that differ between the runs side by side."""
+    """What was run, in pairs; values that differ between the runs side by side."""
 
-    def each(value: Any) -> str:
-        return " · ".join(dict.fromkeys(str(value(run)) for run in runs))
-
-    def machine(run: Run) -> str:
-        if run.result is None:
-            return "not known before the end"
-        machine = run.result["machine"]
-        threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
-        device = machine.get("gpu") or f"{machine['cpu']}, {threads}"
-        return f"{device}, torch {run.result['versions']['torch']}"
+    def each(value: Callable[[Run], object]) -> str:
+        known = dict.fromkeys(str(found) for run in runs if (found := value(run)) is not None)
+        return " · ".join(known) or "not known before the end of a run"
 
     return [
-        ("Data", each(lambda run: run.config.data.source)),
-        ("Fold", each(lambda run: run.config.data.fold)),
+        ("Data", each(lambda run: f"{run.config.data.source}, fold {run.config.data.fold}")),
+        ("Machine", each(_machine)),
         ("Episodes", each(lambda run: f"{run.config.data.shots}-shot, {run.config.data.size} px")),
+        ("Commit", each(lambda run: run.result and run.result["commit"])),
         ("Model", each(lambda run: f"{run.config.model.name}, {run.config.model.backbone}")),
+        ("Test", each(_test)),
         ("Steps", each(lambda run: f"{run.config.steps:,} of {run.config.batch_size} episodes")),
         ("Seed", each(lambda run: run.config.seed)),
-        ("Test", each(_test)),
-        ("Commit", each(lambda run: (run.result or {}).get("commit") or "not known")),
-        ("Machine", each(machine)),
     ]
+
+
+def _machine(run: Run) -> str | None:
+    if run.result is None:
+        return None
+    machine = run.result["machine"]
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+    device = machine.get("gpu") or f"{machine['cpu']}, {threads}"
+    return f"{device}, torch {run.result['versions']['torch']}"
 
 
 def _regime(run: Run) -> str:

@@ -22,6 +22,9 @@ from fss.files import atomic_write
 INK = "#24292f"
 """Text and axes: this colour in PNG files; in SVG that of the text around or, alone, by theme."""
 
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+"""Characters that have no place in XML, and so none in a page that is to be well-formed."""
+
 MARKERS = "osD^vP"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -111,7 +114,8 @@ def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    root = _cleaned(ElementTree.fromstring(buffer.getvalue()), name, text)
+    source = CONTROL.sub("\ufffd", buffer.getvalue().decode())
+    root = _cleaned(ElementTree.fromstring(source), name, text)
     page = Markup(_without_namespaces(root))
     style = ElementTree.Element(f"{_SVG}style")
     style.text = _THEMES

@@ -113,7 +113,8 @@ def _names(paths: list[Path]) -> list[str]:
             other.parts[-parts:] == path.parts[-parts:] for other in paths if other != path
         ):
             parts += 1
-        names.append("/".join(path.parts[-parts:]))
+        name = "/".join(path.parts[-parts:])
+        names.append("".join(c if c.isprintable() else "\ufffd" for c in name))
     return names
 
 
