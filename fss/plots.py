@@ -21,7 +21,7 @@ from fss.metrics import foreground_iou
 from fss.run_log import read_log
 
 # Legible on a white page and on a dark one: the picture has no background of its own.
-_GREY = "#7d7d7d"
+_GREY = "#808080"
 
 
 def draw_episodes(
@@ -144,7 +144,7 @@ def photo_pixels(image: Tensor, region: list[int], size: tuple[int, ...]) -> np.
 
 def _show(ax: Axes, pixels: np.ndarray, title: str) -> None:
     ax.imshow(pixels, interpolation="bilinear")
-    ax.set_title(title, fontsize=10, color=_GREY)
+    ax.set_title(title, fontsize=12, color=_GREY)
     ax.set_axis_off()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fss.colors import ORANGE
+from fss.colors import SKY
 from fss.data import build_episodes, build_source, test_transform
 from fss.data.scan import read_image
 from fss.models import FewShotModel
@@ -208,7 +208,7 @@ def _show_photo(axes: Any, photo: Photo) -> None:
     axes.imshow(photo.pixels, interpolation="none")
     axes.set_title(photo.name, fontsize=8, fontweight="normal", loc="center")
     if photo.mask is not None:
-        outline(axes, photo.mask, ORANGE)
+        outline(axes, photo.mask, SKY)
 
 
 def _show_response(axes: Any, response: Tensor, photo: Photo) -> None:
@@ -223,4 +223,6 @@ def _show_response(axes: Any, response: Tensor, photo: Photo) -> None:
     heat = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)
     colour = mpl.colormaps[_COLOURS](heat)[..., :3]
     grey = photo.pixels.mean(axis=2, keepdims=True)
-    axes.imshow(np.clip(0.35 * grey + 0.65 * colour, 0, 1), interpolation="none")
+    axes.imshow(np.clip(0.4 * grey + 0.6 * colour, 0, 1), interpolation="none")
+    if photo.mask is not None:
+        outline(axes, photo.mask, SKY)

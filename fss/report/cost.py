@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fss.colors import SERIES
+import matplotlib as mpl
+
 from fss.report.picture import (
     INK,
     Picture,
@@ -149,14 +150,15 @@ def _draw_stack(
     left = 0.0
     for row in rows:
         value = row[key] / unit
-        number = stages.index(row["stage"])
+        # shades of their own: the colours of series stand for runs
+        number, last = stages.index(row["stage"]), max(1, len(stages) - 2)
         other = row["stage"] == "all other layers"
         axes.barh(
             y,
             value,
             0.36,
             left=left,
-            color=INK if other else SERIES[number % len(SERIES)],
+            color=INK if other else mpl.colormaps["viridis"](0.25 + 0.5 * number / last),
             alpha=0.35 if other else 1,
             linewidth=0,
             label=row["stage"] if label else None,

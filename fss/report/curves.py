@@ -58,6 +58,8 @@ def _draw_loss(axes, run: Run, style: dict) -> None:
         ends = np.arange(1, len(values) + 1)
         begins = np.maximum(0, ends - window)
         values = (sums[ends] - sums[begins]) / (ends - begins)
+    if len(values) < 3:
+        line["marker"] = style["marker"]
     axes.plot(steps, values, linewidth=1.8, **line)
 
 

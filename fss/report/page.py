@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,18 @@ from fss.files import atomic_write
 from fss.models import FewShotModel
 from fss.report.classes import draw_classes
 from fss.report.components import default_layers, draw_components, example_photo
-from fss.report.cost import MIB, draw_counted, draw_measured, measured, readable
+from fss.report.cost import MIB, draw_counted, draw_measured, readable
 from fss.report.curves import draw_curves
 from fss.report.network import build_network, step_memory
-from fss.report.picture import CONTROL, Picture, series_style
+from fss.report.picture import CONTROL, Picture
+from fss.report.results import (
+    differences,
+    facts,
+    mean_rows,
+    percent,
+    result_row,
+    setting_in_words,
+)
 from fss.report.run import Run, read_runs
 from fss.report.spectrum import Spectrum, change_rows, draw_all, draw_largest, read_spectra
 
@@ -65,12 +73,13 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": readable, "percent": _percent}
+    environment.filters |= {"number": readable, "percent": percent}
     page = environment.get_template("page.html").render(
         title=_title(read),
-        facts=_facts(read),
-        rows=[_row(run, number) for number, run in enumerate(read)],
-        differences=_differences(read),
+        facts=facts(read),
+        rows=[result_row(run, number) for number, run in enumerate(read)],
+        means=mean_rows(read),
+        differences=differences(read),
         curves=draw_curves(read, pictures),
         classes=draw_classes(read, pictures),
         episodes=[_episodes(run, pictures) for run in read],
@@ -104,7 +113,7 @@ def _learned(
             notes.append(f"{run.name}: in progress, no checkpoint yet.")
             continue
         state = checkpoint["model"]
-        setting = _setting(run)
+        setting = setting_in_words(run)
         network = networks[setting] = networks.get(setting) or build_network(run, state)
         network.load_state_dict(state)
         if setting not in reports:
@@ -139,119 +148,10 @@ def _learned(
     }
 
 
-def _setting(run: Run) -> str:
-    """What the memory of a step depends on, in words."""
-    config = run.config
-    words = [config.model.name, config.model.backbone, f"{config.data.size} px"]
-    words += [f"{config.data.shots}-shot", f"batch {config.batch_size}", config.precision]
-    if config.accumulate > 1:
-        words.append(f"in {config.accumulate} parts")
-    if config.regime.strategy != "auto":
-        words.append(config.regime.strategy)
-    return ", ".join([*words, _regime(run)])
-
-
 def _title(runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return f"fss report: {shown}"
-
-
-def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What was run, in pairs; values that differ between the runs side by side."""
-
-    def each(value: Callable[[Run], object]) -> str:
-        known = dict.fromkeys(str(found) for run in runs if (found := value(run)) is not None)
-        return " · ".join(known) or "not known before the end of a run"
-
-    return [
-        ("Data", each(lambda run: f"{run.config.data.source}, fold {run.config.data.fold}")),
-        ("Machine", each(_machine)),
-        ("Episodes", each(lambda run: f"{run.config.data.shots}-shot, {run.config.data.size} px")),
-        ("Commit", each(lambda run: run.result and run.result["commit"])),
-        ("Model", each(lambda run: f"{run.config.model.name}, {run.config.model.backbone}")),
-        ("Test", each(_test)),
-        ("Steps", each(lambda run: f"{run.config.steps:,} of {run.config.batch_size} episodes")),
-        ("Seed", each(lambda run: run.config.seed)),
-    ]
-
-
-def _machine(run: Run) -> str | None:
-    if run.result is None:
-        return None
-    machine = run.result["machine"]
-    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
-    device = machine.get("gpu") or f"{machine['cpu']}, {threads}"
-    return f"{device}, torch {run.result['versions']['torch']}"
-
-
-def _regime(run: Run) -> str:
-    regime = run.config.regime
-    if regime.name == "freeze" and regime.batch_norm == "none":
-        return regime.name
-    parts = [regime.name, "/".join(regime.layers)]
-    if regime.kernel != "all":
-        parts.append(regime.kernel)
-    if regime.factors is not None:
-        parts.append("factors " + ("".join(regime.factors) or "none"))
-    if regime.batch_norm != "none":
-        parts.append(f"batch norm {regime.batch_norm}")
-    return ", ".join(parts)
-
-
-def _test(run: Run) -> str:
-    seeds = ", ".join(map(str, run.config.test_seeds))
-    return f"{run.config.test_episodes:,} episodes for each of the seeds {seeds}"
-
-
-def _row(run: Run, number: int) -> dict[str, Any]:
-    """A row of the table of results; None where a run in progress has no number yet."""
-    result = run.result or {}
-    test = result.get("test", {})
-    parameters = result.get("parameters", {})
-    return {
-        "name": run.name,
-        "colour": series_style(number)["color"],
-        "regime": _regime(run),
-        "running": run.result is None,
-        "step": test.get("step", run.step),
-        "steps": run.config.steps,
-        "best": run.best,
-        "miou": test.get("miou"),
-        "fb_iou": test.get("fb_iou"),
-        "interval": _interval(test),
-        "backbone": parameters.get("trained_backbone"),
-        "head": parameters.get("trained_head"),
-        **measured(run),
-    }
-
-
-def _interval(test: dict[str, Any]) -> str:
-    """The 95 % interval of mIoU, over seeds or, of a single one, over episodes; in percent."""
-    if not test:
-        return ""
-    mean, half = test["miou"]["mean"], test["miou"].get("ci95")
-    if half is not None:
-        return f"{100 * (mean - half):.1f} to {100 * (mean + half):.1f} (seeds)"
-    bounds = (test.get("bootstrap") or [[]])[0]
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} (episodes)" if bounds else ""
-
-
-def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, with the value of each."""
-    flat = [_flat(run.config.to_dict()) for run in runs]
-    names = dict.fromkeys(name for values in flat for name in values if name != "out")
-    rows = [(name, [str(values.get(name, "–")) for values in flat]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
 
 
 def _episodes(run: Run, folder: Path) -> dict[str, Any]:
@@ -279,11 +179,3 @@ def _details(run: Run) -> dict[str, str]:
         "command": result.get("command", ""),
         "settings": yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True),
     }
-
-
-def _percent(spread: dict[str, Any] | None) -> str:
-    """Mean and standard deviation of fractions, in percent; "–" for None."""
-    if spread is None:
-        return "–"
-    std = spread.get("std")
-    return f"{100 * spread['mean']:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")

@@ -14,6 +14,8 @@ import pytest
 from fss.cli import main
 from fss.engine import train
 from fss.report import write_report
+from fss.report.results import mean_rows
+from fss.report.run import read_runs
 
 SECTIONS = ["results", "curves", "classes", "episodes", "singular-values", "components", "cost"]
 PLOTS = {
@@ -217,6 +219,22 @@ def test_runs_of_one_name_and_of_other_classes(runs, tmp_path):
     assert f"{tmp_path.name}/freeze" in page and "other/freeze" in page
     shown = words(section(page, "classes"))
     assert "cat" in shown and "star" in shown and shown.count("fold 0") == 2
+
+
+def test_the_mean_of_runs_that_differ_in_seed_or_fold_alone(runs, tmp_path):
+    assert not mean_rows(read_runs(runs))
+    other = tmp_path / "other"
+    shutil.copytree(runs[1], other)
+    config = (other / "config.yaml").read_text().replace("fold: 0", "fold: 2")
+    (other / "config.yaml").write_text(config)
+    result = json.loads((other / "result.json").read_text())
+    first = result["test"]["miou"]["mean"]
+    result["test"]["miou"]["mean"] = first + 0.1
+    (other / "result.json").write_text(json.dumps(result))
+    (row,) = mean_rows(read_runs([*runs, other]))
+    assert row["name"] == "mean of freeze, other" and row["of"] == "2 runs, fold 0, 2"
+    assert row["miou"]["mean"] == pytest.approx(first + 0.05)
+    assert row["miou"]["std"] == pytest.approx(0.1 / 2**0.5)
 
 
 def test_photos_that_are_not_there(runs, tmp_path):
