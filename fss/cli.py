@@ -1,4 +1,4 @@
-"""The commands `fss train`, `train-base`, `eval`, `data` and `reproduce`."""
+"""The commands `fss train`, `train-base`, `eval`, `report`, `data` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from fss.data.prepare import prepare, verify_data
 from fss.engine import train
 from fss.evaluation import table
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
+from fss.report import write_report
 from fss.reproduce import Options, listing, reproduce
-from fss.scoring import evaluate_run
 from fss.run_state import INTERRUPTED
+from fss.scoring import evaluate_run
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
 _REPRODUCED = {
@@ -165,11 +166,28 @@ def build_parser() -> ArgumentParser:
     reproduction.add_argument("--tables", help="folder of the tables' files")
     for name, text in _REPRODUCED.items():
         reproduction.add_argument(f"--{name}", help=f"{text}, in every run")
+    report = ArgumentParser(
+        description="Write one self-contained page about runs: results, curves, classes, episodes, "
+        "what happened to the singular values, memory and time; the plots also as PNG and SVG.",
+        usage="fss report RUN... [--out FOLDER] [--photo FILE] [--layers NAME...]",
+        exit_on_error=False,
+    )
+    report.add_argument("--debug", **debug)
+    report.add_argument("runs", nargs="+", help="folders that fss train wrote")
+    report.add_argument("--out", help="folder of the page; by default RUN/report of the first run")
+    report.add_argument("--photo", help="picture for the heat maps; by default one of the test")
+    report.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        help="convolutions for the heat maps; by default the last 3x3 and the last 1x1 of layer3",
+    )
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", training, help="train, validate and test a model")
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
+    commands.add_subcommand("report", report, help="write a page about runs")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -216,6 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
             text = "\n".join(base_table(train_base(BaseLearnerConfig(**options), **flags)))
         elif settings.command == "eval":
             text = "\n".join(table(evaluate_run(**options)))
+        elif settings.command == "report":
+            text = str(write_report(**options))
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:

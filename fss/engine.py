@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+import svf_fast
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes
@@ -23,13 +24,15 @@ from fss.trainer import FREE, Trainer
 
 # What a new run removes of an earlier one.
 _FILES = ("last.pt", "best.pt", "result.json", "eval.json", "episodes.png", "curves.png")
+_FILES += ("pretrained.safetensors",)
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Trains, validates and tests; the folder `config.out` keeps everything.
 
     config.yaml; last.pt and best.pt (the highest validation mIoU, see `TrainConfig.checkpoint`);
-    train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png.
+    train.csv, validation.csv and tensorboard/; where S trains, pretrained.safetensors with its
+    values before; at the end result.json, episodes.png, curves.png.
 
     Args:
         config: of the run.
@@ -67,6 +70,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
             elif fabric.is_global_zero:
                 clear_folder(folder, _FILES)
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+                _keep_pretrained(folder, trainer.network)
             trainer.fit()
             return conclude(trainer)
 
@@ -120,6 +124,12 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         write_json(folder / "result.json", result)
     fabric.barrier()
     return result
+
+
+def _keep_pretrained(folder: Path, network: nn.Module) -> None:
+    """Writes the singular values before training, which no checkpoint holds, as an adapter."""
+    if any(True for _ in svf_fast.svf_parameters(network)):
+        svf_fast.save_adapter(network, folder / "pretrained.safetensors")
 
 
 def _parameters(network: nn.Module) -> dict[str, int]:
