@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fss.adapter import save_run_adapter
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes
@@ -26,6 +27,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
 
     config.yaml; last.pt and best.pt (the highest validation mIoU, see `TrainConfig.checkpoint`);
     train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png.
+    Where S alone trains in the backbone: adapter.safetensors, its S in the tested checkpoint, and
+    pretrained.safetensors, S at the first step (`svf_fast.Adapter`).
 
     Args:
         config: of the run.
@@ -64,6 +67,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
             trainer.restore(state)
         elif fabric.is_global_zero:
             _clear(folder)
+            save_run_adapter(folder / "pretrained.safetensors", trainer.network, config)
         trainer.fit()
         return conclude(trainer)
 
@@ -113,6 +117,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
                 fabric.device,
             )
         draw_curves(folder / "curves.png", folder)
+        save_run_adapter(folder / "adapter.safetensors", trainer.network, config, result["test"])
         write_json(folder / "result.json", result)
     fabric.barrier()
     return result
@@ -131,6 +136,8 @@ def _clear(folder: Path) -> None:
     """Makes the folder of a new run, without what an earlier one left there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("last.pt", "best.pt", "result.json", "eval.json", "episodes.png", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("adapter.safetensors", "pretrained.safetensors"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 

@@ -165,6 +165,32 @@ class Factored(nn.Module):
                 plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
         self._plan = plan
 
+    @torch.no_grad()
+    def assign(self, S: Tensor) -> None:
+        """Sets S to values on the host and plans for them at once.
+
+        What follows from U and V alone is kept, W is composed when next needed, and a GPU is not
+        waited for. Values far from the present ones are as good as near ones.
+        """
+        self.S.copy_(S)
+        if not self._has_values():
+            return
+        factors_key, scale_key = self._keys()
+        if self._plan is None or self._plan.factors_key != factors_key:
+            self.refresh()
+            return
+        strategy, tail = self._choose(S.to(self.S.dtype))
+        self._plan = dataclasses.replace(
+            self._plan,
+            scale_key=scale_key,
+            S=self.S.detach().clone(),
+            strategy=strategy,
+            tail=_sent(tail, self.S.device) if tail is not None and self.S.is_cuda else tail,
+            weights={},
+            host_tail=tail,
+            arrival=None,
+        )
+
     def _has_values(self) -> bool:
         return not (self.U.is_meta or isinstance(self.U, FakeTensor))
 

@@ -62,7 +62,7 @@ def test_bad_files(tmp_path):
     save_file({"a": torch.ones(1)}, other)
     with pytest.raises(ValueError, match="expected format 'svf_fast adapter 1', got None"):
         svf_fast.load_adapter(model, other)
-    with pytest.raises(ValueError, match="expected SVF layers to save"):
+    with pytest.raises(ValueError, match="expected SVF layers, found none; call svf_fast.convert"):
         svf_fast.save_adapter(nn.Linear(1, 1), other)
 
 
