@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,44 +45,41 @@ def save_run_adapter(
     svf_fast.save_adapter(network.get_submodule("backbone"), path, card)
 
 
-def show_adapters(files: tuple[str, ...]) -> str:
-    """What is in adapter files: a line each, and the card of a single one.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no file, or one that is no adapter.
-    """
-    if not files:
-        raise ValueError("files: expected adapter files, got none")
-    adapters = [svf_fast.Adapter.load(file) for file in files]
-    lines = [f"{file}: {adapter!r}" for file, adapter in zip(files, adapters, strict=True)]
-    if len(adapters) == 1:
-        (adapter,) = adapters
-        lines += [f"  {key}: {json.dumps(value)}" for key, value in adapter.card.items()]
-        lines += [f"  {name}: {len(values)} values" for name, values in adapter.S.items()]
-        return "\n".join(lines)
-    for number, adapter in enumerate(adapters):
-        facts = ", ".join(f"{json.dumps(k)[1:-1]} {json.dumps(v)}" for k, v in adapter.card.items())
-        lines[number] += f" {facts}" if facts else ""
-    return "\n".join(lines)
-
-
-def interpolate_files(first: str, second: str, t: float, out: str) -> str:
-    """Writes the adapter (1 - t)·first + t·second.
+def adapter_files(
+    files: Sequence[str], interpolate: float | None = None, out: str | None = None
+) -> str:
+    """What is in adapter files, as text: a line each, and everything of a single one.
 
     Args:
-        first: adapter file.
-        second: adapter file of the same backbone and layers.
-        t: 0 gives the first, 1 the second; beyond, it extrapolates.
-        out: the file to write.
+        files: of `svf_fast.save_adapter`.
+        interpolate: writes (1 - t)·first + t·second of two files of the same backbone, for this t,
+            and shows it.
+        out: the file for that.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no adapter, adapters of different backbones, t not finite.
+        ValueError: a file that is no adapter; not two of the same backbone to interpolate; one of
+            `interpolate` and `out` alone.
     """
-    a, b = (svf_fast.Adapter.load(file) for file in (first, second))
-    svf_fast.interpolate_adapters(a, b, t).save(out)
-    return show_adapters((out,))
+    if (interpolate is None) != (out is None):
+        missing = "out" if out is None else "interpolate"
+        raise ValueError(f"{missing}: expected with the other of interpolate and out, got nothing")
+    adapters = [svf_fast.Adapter.load(file) for file in files]
+    if interpolate is not None and out is not None:
+        if len(adapters) != 2:
+            raise ValueError(f"files: expected two to interpolate, got {len(adapters)}")
+        adapters = [svf_fast.interpolate_adapters(*adapters, interpolate)]
+        adapters[0].save(out)
+        files = [out]
+    lines = [f"{file}: {adapter!r}" for file, adapter in zip(files, adapters, strict=True)]
+    # as JSON: a stranger's text stays text on a terminal
+    cards = [
+        [f"{json.dumps(k)[1:-1]}: {json.dumps(v)}" for k, v in a.card.items()] for a in adapters
+    ]
+    if len(adapters) > 1:
+        return "\n".join(" ".join([line, *card]) for line, card in zip(lines, cards, strict=True))
+    layers = [f"{name}: {len(values)} values" for name, values in adapters[0].S.items()]
+    return "\n  ".join([*lines, *cards[0], *layers])
 
 
 def _is_adapter(regime: RegimeConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The commands `fss train`, `train-base`, `eval`, `data` and `reproduce`."""
+"""The commands `fss train`, `train-base`, `eval`, `data`, `reproduce`, `adapter` and `export`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 import fss
+from fss.adapter import adapter_files
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.config import TrainConfig
 from fss.data.prepare import prepare, verify_data
 from fss.engine import train
 from fss.evaluation import table
+from fss.export import export_run
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
 from fss.reproduce import Options, listing, reproduce
 from fss.scoring import evaluate_run
@@ -143,6 +145,24 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
+    adapter = ArgumentParser(
+        description="Show what is in adapter files, or interpolate two.",
+        usage="fss adapter FILE..., or fss adapter A B --interpolate T --out FILE",
+        exit_on_error=False,
+    )
+    adapter.add_argument("--debug", **debug)
+    adapter.add_argument("files", nargs="+", help="of svf_fast.save_adapter; runs leave one")
+    adapter.add_argument("--interpolate", type=float, help="0 gives the first, 1 the second")
+    adapter.add_argument("--out", help="file for the interpolated adapter")
+    commands.add_subcommand("adapter", adapter, help="show adapters or interpolate two")
+    export = ArgumentParser(
+        description="Write a trained model as ONNX, checked in onnxruntime.",
+        usage="fss export RUN [--out FILE.onnx] [options]",
+        exit_on_error=False,
+    )
+    export.add_argument("--debug", **debug)
+    export.add_function_arguments(export_run, as_positional=True)
+    commands.add_subcommand("export", export, help="write a trained model as ONNX")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -187,6 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
             text = "\n".join(base_table(train_base(BaseLearnerConfig(**options), **flags)))
         elif settings.command == "eval":
             text = "\n".join(table(evaluate_run(**options)))
+        elif settings.command == "adapter":
+            text = adapter_files(**options)
+        elif settings.command == "export":
+            text = export_run(**options)
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import svf_fast
-from fss.adapter import interpolate_files, show_adapters
+from fss.adapter import adapter_files
+from fss.cli import main
 from fss.engine import train
 from fss.models import build_backbone
 
 
-def test_a_run_leaves_its_adapters(tiny, tmp_path):
+def test_a_run_leaves_its_adapters(tiny, tmp_path, capsys):
     result = train(tiny(steps=2))
     folder = Path(tiny().out)
     trained = svf_fast.Adapter.load(folder / "adapter.safetensors")
@@ -43,18 +45,35 @@ def test_a_run_leaves_its_adapters(tiny, tmp_path):
     trained.apply(backbone)
     assert all(torch.equal(backbone.state_dict()[f"{n}.S"], S) for n, S in trained.S.items())
 
-    half = tmp_path / "half.safetensors"
-    text = interpolate_files(
-        str(folder / "pretrained.safetensors"), str(folder / "adapter.safetensors"), 0.5, str(half)
-    )
-    assert "interpolated: 0.5" in text and "metric" not in text
-    both = show_adapters((str(folder / "adapter.safetensors"), str(half)))
-    assert [line.partition(":")[0] for line in both.splitlines()] == [
-        str(folder / "adapter.safetensors"),
-        str(half),
-    ]
-    assert f"backbone {trained.backbone[:8]}" in both and '"fold": 0' not in both
-    assert "fold 0" in both and json.dumps(trained.card["metric"]) in both
+    files = [str(folder / "pretrained.safetensors"), str(folder / "adapter.safetensors")]
+    half = str(tmp_path / "half.safetensors")
+    assert main(["adapter", *files, "--interpolate", "0.5", "--out", half]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{half}: Adapter(") and "\n  interpolated: 0.5\n" in text
+    assert "\n  layer2.0.conv1: 8 values\n" in text and "mIoU" not in text
+    lines = adapter_files([*files, half]).splitlines()
+    assert [line.partition(":")[0] for line in lines] == [*files, half]
+    assert all(f"backbone {trained.backbone[:8]}" in line for line in lines)
+    assert json.dumps(trained.card["metric"]) in lines[1] and "fold: 0" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--interpolate", "0.5"], "out: expected with the other"),
+        (["--interpolate", "0.5", "--out", "x"], "files: expected two to interpolate, got 1"),
+        ([], "adapter .*stranger: not a readable safetensors file"),
+    ],
+)
+def test_what_the_command_refuses(tmp_path, capsys, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    stranger = tmp_path / "stranger"
+    if "--out" in options:
+        svf_fast.save_adapter(svf_fast.convert(build_backbone("resnet18", width=2)), stranger)
+    else:
+        stranger.write_text("no adapter")
+    assert main(["adapter", str(stranger), *options]) == 2
+    assert re.search(words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
