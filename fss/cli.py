@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -14,18 +14,13 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 import fss
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
-from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
-from fss.data import build_source
 from fss.data.prepare import prepare, verify_data
 from fss.engine import train
-from fss.evaluation import episode_classes, evaluate_seeds, table
-from fss.files import write_json
-from fss.models import build_model
+from fss.evaluation import table
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
-from fss.processes import launch, torchrun_layout
-from fss.regimes import apply_regime
 from fss.reproduce import Options, listing, reproduce
+from fss.scoring import evaluate_run
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
 _REPRODUCED = {
@@ -38,82 +33,6 @@ _REPRODUCED = {
 }
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
-
-
-def evaluate_run(
-    run: str,
-    episodes: int | None = None,
-    seeds: tuple[int, ...] | None = None,
-    shots: int | None = None,
-    root: str | None = None,
-    classes: Literal["novel", "base"] = "novel",
-    checkpoint: Literal["best", "last"] = "best",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    resize: Literal["photo", "canvas"] | None = None,
-    feature_cache: float | None = None,
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto",
-) -> dict:
-    """Scores a checkpoint on test episodes and writes eval.json next to it.
-
-    Args:
-        run: folder of a training run, or a checkpoint file in it.
-        episodes: per seed; by default as the run was tested.
-        seeds: one evaluation each; by default as the run was tested.
-        shots: support photos per episode; by default as trained.
-        root: folder of the photos, if they have moved.
-        classes: "novel", those of the fold; "base", those that training saw.
-        checkpoint: of the folder, "best" or "last".
-        batch_size: episodes at a time; does not change the score.
-        workers: processes that load episodes.
-        resize: of predictions, see `TrainConfig`; by default as the run was tested.
-        feature_cache: GiB of features kept of photos that return; does not change the score.
-        accelerator: "auto", "cpu" or "cuda".
-
-    Returns what eval.json holds.
-
-    Raises:
-        FileNotFoundError: no run, checkpoint or photos there.
-        ValueError: a damaged checkpoint, or a setting that does not fit.
-    """
-    path = Path(run)
-    if path.is_dir():
-        path = path / f"{checkpoint}.pt"
-    state = load_checkpoint(path)
-    values = state["config"]
-    trained_shots = values["data"]["shots"]
-    overrides = {"shots": shots, "root": root, "workers": workers}
-    values["data"] |= {name: value for name, value in overrides.items() if value is not None}
-    # The checkpoint holds the backbone too: no other file is needed.
-    values["model"] |= {"weights": "none", "base_weights": "none", "official": None}
-    overrides = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
-    overrides |= {"resize": resize, "feature_cache": feature_cache, "devices": 1, "accumulate": 1}
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    config = TrainConfig.from_dict(values)
-
-    devices, nodes = torchrun_layout() or (1, 1)
-    fabric = launch(accelerator, devices, nodes, config.precision)
-    source = build_source(config.data)
-    base = episode_classes(source, config.data.fold, novel=False)
-    network = build_model(config.model, base, trained_shots)
-    apply_regime(network, config.regime)
-    network.load_state_dict(state["model"])
-    result = evaluate_seeds(
-        fabric.setup(network),
-        source,
-        config.data,
-        fabric,
-        config.test_seeds,
-        config.test_episodes,
-        config.batch_size,
-        classes == "novel",
-        config.resize,
-        config.feature_cache,
-    )
-    result = {"checkpoint": path.name, "step": state["step"], **result}
-    if fabric.is_global_zero:
-        write_json(path.with_name("eval.json"), result)
-    return result
 
 
 def reproduce_table(
@@ -191,8 +110,8 @@ def build_parser() -> ArgumentParser:
     base.add_argument("--debug", **debug)
     base.add_class_arguments(BaseLearnerConfig)
     evaluation = ArgumentParser(
-        description="Score a trained model on test episodes, print a table and write eval.json.",
-        usage="fss eval RUN [options]",
+        description="Score a trained model on test episodes, print a table and write it.",
+        usage="fss eval RUN [options], or fss eval SETTINGS.yaml --official FILE [options]",
         exit_on_error=False,
     )
     evaluation.add_argument("--debug", **debug)
