@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ from fss.data.prepare import prepare, verify_data
 from fss.engine import train
 from fss.evaluation import table
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
+from fss.predict import predict_files
 from fss.reproduce import Options, listing, reproduce
 from fss.scoring import evaluate_run
 
@@ -143,6 +144,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
+    commands.add_subcommand("predict", _prediction(debug), help="segment your own pictures")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -155,6 +157,42 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--debug", **debug)
         command.add_function_arguments(function, as_positional=True)
         actions.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _prediction(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Segment pictures by the example of a few others; without a run, by matching "
+        "features of a pretrained backbone, by default of the small embedded one.",
+        usage="fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out FOLDER",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("run", nargs="?", help="folder of fss train, or a checkpoint in it")
+    parser.add_argument(
+        "--support",
+        dest="supports",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PICTURE", "MASK"),
+        help='a picture and its mask: a file, a box "x0,y0,x1,y1" or a polygon "x,y x,y x,y …", '
+        "pixels from the top left; may be repeated",
+    )
+    parser.add_argument("--query", dest="queries", nargs="+", required=True, help="what to segment")
+    parser.add_argument("--out", required=True, help="folder of the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    for name, kind, default, text in (
+        ("adapter", str, None, "file of singular values of the backbone, as runs leave it"),
+        ("threshold", float, 0.5, "probability above which a pixel belongs to the object"),
+        ("batch_size", int, 8, "pictures at a time"),
+        ("checkpoint", Literal["best", "last"], "best", "of the run"),
+        ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one"),
+        ("backbone", str, None, "without a run: its name; by default what the weights tell"),
+        ("weights", str, None, "without a run: file of a pretrained backbone"),
+        ("size", int, None, "without a run: longer side of the network's input (default: 321)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
 
 
@@ -187,6 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
             text = "\n".join(base_table(train_base(BaseLearnerConfig(**options), **flags)))
         elif settings.command == "eval":
             text = "\n".join(table(evaluate_run(**options)))
+        elif settings.command == "predict":
+            text = predict_files(**options)
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
