@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from fss.engine import train
 from fss.evaluation import table
 from fss.export import export_run
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
+from fss.predict import predict_files
 from fss.reproduce import Options, listing, reproduce
 from fss.scoring import evaluate_run
 
@@ -145,24 +146,9 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
-    adapter = ArgumentParser(
-        description="Show what is in adapter files, or interpolate two.",
-        usage="fss adapter FILE..., or fss adapter A B --interpolate T --out FILE",
-        exit_on_error=False,
-    )
-    adapter.add_argument("--debug", **debug)
-    adapter.add_argument("files", nargs="+", help="of svf_fast.save_adapter; runs leave one")
-    adapter.add_argument("--interpolate", type=float, help="0 gives the first, 1 the second")
-    adapter.add_argument("--out", help="file for the interpolated adapter")
-    commands.add_subcommand("adapter", adapter, help="show adapters or interpolate two")
-    export = ArgumentParser(
-        description="Write a trained model as ONNX, checked in onnxruntime.",
-        usage="fss export RUN [--out FILE.onnx] [options]",
-        exit_on_error=False,
-    )
-    export.add_argument("--debug", **debug)
-    export.add_function_arguments(export_run, as_positional=True)
-    commands.add_subcommand("export", export, help="write a trained model as ONNX")
+    commands.add_subcommand("predict", _prediction(debug), help="segment your own pictures")
+    commands.add_subcommand("adapter", _adapter(debug), help="show adapters or interpolate two")
+    commands.add_subcommand("export", _export(debug), help="write a trained model as ONNX")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -175,6 +161,66 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--debug", **debug)
         command.add_function_arguments(function, as_positional=True)
         actions.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _prediction(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Segment pictures by the example of a few others; without a run, by matching "
+        "features of a pretrained backbone, by default of the small embedded one.",
+        usage="fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out FOLDER",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("run", nargs="?", help="folder of fss train, or a checkpoint in it")
+    parser.add_argument(
+        "--support",
+        dest="supports",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PICTURE", "MASK"),
+        help='a picture and its mask: a file, a box "x0,y0,x1,y1" or a polygon "x,y x,y x,y …", '
+        "pixels from the top left; may be repeated",
+    )
+    parser.add_argument("--query", dest="queries", nargs="+", required=True, help="what to segment")
+    parser.add_argument("--out", required=True, help="folder of the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    for name, kind, default, text in (
+        ("adapter", str, None, "file of singular values of the backbone, as runs leave it"),
+        ("threshold", float, 0.5, "probability above which a pixel belongs to the object"),
+        ("batch_size", int, 8, "pictures at a time"),
+        ("checkpoint", Literal["best", "last"], "best", "of the run"),
+        ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one"),
+        ("backbone", str, None, "without a run: its name; by default what the weights tell"),
+        ("weights", str, None, "without a run: file of a pretrained backbone"),
+        ("size", int, None, "without a run: longer side of the network's input (default: 321)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    return parser
+
+
+def _adapter(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Show what is in adapter files, or interpolate two.",
+        usage="fss adapter FILE..., or fss adapter A B --interpolate T --out FILE",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("files", nargs="+", help="of svf_fast.save_adapter; runs leave one")
+    parser.add_argument("--interpolate", type=float, help="0 gives the first, 1 the second")
+    parser.add_argument("--out", help="file for the interpolated adapter")
+    return parser
+
+
+def _export(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Write a trained model as ONNX, checked in onnxruntime.",
+        usage="fss export RUN [--out FILE.onnx] [options]",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_function_arguments(export_run, as_positional=True)
     return parser
 
 
@@ -207,6 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
             text = "\n".join(base_table(train_base(BaseLearnerConfig(**options), **flags)))
         elif settings.command == "eval":
             text = "\n".join(table(evaluate_run(**options)))
+        elif settings.command == "predict":
+            text = predict_files(**options)
         elif settings.command == "adapter":
             text = adapter_files(**options)
         elif settings.command == "export":

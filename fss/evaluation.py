@@ -28,10 +28,10 @@ def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, 
     return {c: name for c, name in source.class_names.items() if (c in chosen) == novel}
 
 
-def segment(
+def enlarge(
     logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
 ) -> Tensor:
-    """Label map of one photo at its original size.
+    """Logits of one photo at its original size.
 
     The published code resizes the whole canvas to a square of the photo's longer side and takes the
     photo's part of that, although the photo covers only up to 472 of 473 pixels of the canvas.
@@ -42,7 +42,7 @@ def segment(
         size: original height and width.
         resize: "photo", only what the photo covers, or "canvas", as published.
 
-    Returns int64 [*size], 1 foreground.
+    Returns float32 [2, *size].
     """
     height, width = (int(side) for side in size)
     target = (height, width)
@@ -52,7 +52,14 @@ def segment(
     else:
         logits = logits[..., : int(region[0]), : int(region[1])]
     resized = functional.interpolate(logits, size=target, mode="bilinear", align_corners=True)
-    return resized[0, :, :height, :width].argmax(0)
+    return resized[0, :, :height, :width]
+
+
+def segment(
+    logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
+) -> Tensor:
+    """Label map of one photo at its original size, int64 [*size], 1 foreground; see `enlarge`."""
+    return enlarge(logits, region, size, resize).argmax(0)
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:

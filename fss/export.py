@@ -93,13 +93,16 @@ def export_onnx(
 
 
 def export_run(
-    run: str, out: str, shots: int | None = None, checkpoint: Literal["best", "last"] = "best"
+    run: str,
+    out: str = "model.onnx",
+    shots: int | None = None,
+    checkpoint: Literal["best", "last"] = "best",
 ) -> str:
     """Writes the network of a run as an ONNX file.
 
     Args:
         run: folder of a training run, or a checkpoint file in it.
-        out: the file to write, such as model.onnx.
+        out: the file to write.
         shots: supports per query; by default as trained.
         checkpoint: of the folder, "best" or "last".
 
