@@ -55,7 +55,7 @@ class Adapter:
 
     S: Mapping[str, Tensor]
     fingerprints: Mapping[str, str]
-    card: dict[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Adapter:
         """
         layers = _converted(model)
         S = {name: layer.S.detach().cpu().clone() for name, layer in layers.items()}
-        return cls(S, _fingerprints(layers), {} if card is None else dict(card))
+        return cls(S, _fingerprints(layers), {} if card is None else card)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Adapter:
@@ -109,7 +109,7 @@ class Adapter:
         metadata = {
             "format": _FORMAT,
             "fingerprints": json.dumps(dict(self.fingerprints), sort_keys=True),
-            "card": json.dumps(self.card, ensure_ascii=False),
+            "card": json.dumps(dict(self.card), ensure_ascii=False),
         }
         tensors = {f"{name}.S": values.contiguous() for name, values in self.S.items()}
         save_atomically(tensors, Path(path), metadata)
@@ -230,7 +230,7 @@ def interpolate_adapters(
         agreed = {key: value for key, value in a.card.items() if b.card.get(key) == value}
         agreed.pop("metric", None)
         card = {**agreed, "interpolated": t}
-    return Adapter(S, dict(a.fingerprints), dict(card))
+    return Adapter(S, dict(a.fingerprints), card)
 
 
 def _converted(model: nn.Module) -> dict[str, Factored]:
@@ -292,10 +292,10 @@ def _check_values(name: str, values: Tensor) -> None:
 
 def _plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of plain JSON."""
-    if not isinstance(card, dict):
+    if not isinstance(card, Mapping):
         raise TypeError(f"card: expected a dict, got {type(card).__name__}")
     try:
-        text = json.dumps(card, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(dict(card), allow_nan=False, ensure_ascii=False)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError

@@ -129,6 +129,9 @@ def merge(model: nn.Module) -> nn.Module:
     The inverse of :func:`convert`: the state dict has the original's keys and shapes again, and
     loads into the original class. Returns the model.
 
+    For ONNX merge first: a converted model goes through ``torch.export``, but with operators of
+    svf_fast in its graph, which ``torch.onnx`` has no translation for.
+
     Raises ValueError when the model has no SVF layer.
     """
     if isinstance(model, Factored):
@@ -253,6 +256,8 @@ def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None =
     try:
         save_file(tensors, temporary, metadata)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # how its writer says that the disk is full
+            raise OSError(f"{path} cannot be written ({error})") from error
         raise

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from random import Random
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -85,6 +87,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         svf_fast.save_adapter(model, path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("svf_fast.convert"), "save_file", full)
+    with pytest.raises(OSError, match="x.safetensors cannot be written .*No space left"):
+        svf_fast.save_adapter(make(), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def trained(seed: int = 0) -> nn.Module:
