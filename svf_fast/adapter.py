@@ -128,13 +128,13 @@ class Adapter:
         for name, layer in layers.items():
             if self.S[name].shape != layer.S.shape:
                 raise ValueError(
-                    f"{self}: {name}.S: expected {list(layer.S.shape)} singular values, got "
+                    f"{self._name}: {name}.S: expected {list(layer.S.shape)} singular values, got "
                     f"{list(self.S[name].shape)}"
                 )
         other = _differing(self.fingerprints, _fingerprints(layers))
         if other:
             raise ValueError(
-                f"{self}: trained on another backbone: the frozen weights of {_listed(other)} of "
+                f"{self._name}: trained on another backbone: the frozen weights of {_listed(other)} of "
                 f"{len(layers)} layers differ in their fingerprint; load the weights the adapter "
                 "was trained with, then convert"
             )
@@ -148,18 +148,21 @@ class Adapter:
         text = json.dumps(dict(self.fingerprints), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def __str__(self) -> str:
-        return "adapter" if self.path is None else f"adapter {self.path}"
-
     def __repr__(self) -> str:
         count = sum(values.numel() for values in self.S.values())
         return f"Adapter({len(self.S)} layers, {count} values, backbone {self.backbone[:8]})"
+
+    @property
+    def _name(self) -> str:
+        return "adapter" if self.path is None else f"adapter {self.path}"
 
     def _check_names(self, layers: set[str]) -> None:
         missing, unexpected = sorted(layers - self.S.keys()), sorted(self.S.keys() - layers)
         if not missing and not unexpected:
             return
-        lines = [f"{self}: expected the {len(layers)} SVF layers of the model, got {len(self.S)}"]
+        lines = [
+            f"{self._name}: expected the {len(layers)} SVF layers of the model, got {len(self.S)}"
+        ]
         if missing:
             lines.append(f"not in the file: {_listed(f'{name}.S' for name in missing)}")
         if unexpected:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -251,13 +251,11 @@ def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> F
 def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that a reader sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not by tempfile, whose files nobody else may read
+    # not by tempfile or save_file, whose files nobody else may read
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))
         temporary.replace(path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # how its writer says that the disk is full
-            raise OSError(f"{path} cannot be written ({error})") from error
         raise
