@@ -134,9 +134,9 @@ class Adapter:
         other = _differing(self.fingerprints, _fingerprints(layers))
         if other:
             raise ValueError(
-                f"{self._name}: trained on another backbone: the frozen weights of {_listed(other)} of "
-                f"{len(layers)} layers differ in their fingerprint; load the weights the adapter "
-                "was trained with, then convert"
+                f"{self._name}: trained on another backbone: the frozen weights of "
+                f"{_listed(other)} of {len(layers)} layers differ in their fingerprint; load the "
+                "weights the adapter was trained with, then convert"
             )
         for name, layer in layers.items():
             layer.assign(self.S[name])
