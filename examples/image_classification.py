@@ -28,10 +28,10 @@ def train_and_test(svf: bool) -> None:
     backbone.eval().requires_grad_(False)  # batch norms keep their statistics
     if svf:
         svf_fast.convert(backbone)  # layers 2 to 4: now their singular values train
-    classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5))
-    model = nn.Sequential(backbone, classifier)
+    head = nn.Linear(backbone.channels[-1], 5)
+    model = nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
-    groups = [{"params": classifier.parameters(), "lr": 0.01}]
+    groups = [{"params": head.parameters(), "lr": 0.01}]
     if svf:
         groups.append({"params": svf_fast.svf_parameters(backbone), "lr": 0.01})
     optimizer = torch.optim.AdamW(groups)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from svf_fast import svd
 from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.guard import guard_holds
@@ -138,6 +139,15 @@ class Factored(nn.Module):
         """Directions per group whose gradient ``gram`` computes from v instead of dividing by S."""
         plan = self._current_plan()
         return 0 if plan is None or plan.tail is None else plan.tail.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """``U diag(S) V`` in the shape of the original weight, differentiable in S; read only.
+
+        For a module that uses its layer's weight itself, as torchvision's Swin does. Composed
+        whenever it is read, and its gradient costs a dense one: calling the layer is cheaper.
+        """
+        return svd.compose(self.U, self.S, self.V, self._geometry().groups).to(self.S.dtype)
 
     def composed_weight(self) -> Tensor:
         """``U diag(S) V`` in the shape of the original weight and the dtype of S, detached."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import svf_fast
 from svf_fast.nn.factored import svf_layers
@@ -26,7 +27,7 @@ class Net(NamedTuple):
 # One of each popular family that test_zoo.py has not; late or narrow layers, whose
 # decompositions take no time.
 NETS = [
-    Net("torchvision", "densenet121", ("features.denseblock1", "features.transition1")),
+    Net("torchvision", "densenet121", ("features.denseblock1.denselayer1", "features.transition1")),
     Net("torchvision", "mobilenet_v2", ("features",)),
     Net("torchvision", "mobilenet_v3_small", ("features",)),
     Net("torchvision", "efficientnet_b0", ("features.1", "features.2", "features.3")),
@@ -36,15 +37,15 @@ NETS = [
     Net("torchvision", "squeezenet1_1", ("features",)),
     Net("torchvision", "googlenet", ("inception3a",), 64, {"init_weights": False}),
     Net("torchvision", "swin_t", ("features.1",)),
-    Net("torchvision", "vit_b_16", ("encoder.layers.encoder_layer_0.mlp",), 224),
+    Net("torchvision", "vit_b_16", ("encoder.layers.encoder_layer_0.mlp",), 32, {"image_size": 32}),
     Net("timm", "convnext_atto", ("stages.0", "stages.1")),
     Net("timm", "efficientnet_lite0", ("blocks.1", "blocks.2")),
     Net("timm", "mobilenetv3_small_100", ("blocks",)),
     Net("timm", "regnetx_002", ("s1", "s2", "s3")),
     Net("timm", "resnetv2_50", ("stages.0",)),
     Net("timm", "res2net50_26w_4s", ("layer1",)),
-    Net("timm", "vit_tiny_patch16_224", ("blocks.0", "blocks.1"), 224),
-    Net("timm", "deit_tiny_patch16_224", ("blocks.*.attn.qkv",), 224),
+    Net("timm", "vit_tiny_patch16_224", ("blocks.0", "blocks.1"), 64, {"img_size": 64}),
+    Net("timm", "deit_tiny_patch16_224", ("blocks.*.attn.qkv",), 64, {"img_size": 64}),
     Net("timm", "swin_tiny_patch4_window7_224", ("layers.0",), 224),
     Net("timm", "mixer_s32_224", ("blocks.0",), 224),
 ]
@@ -58,12 +59,12 @@ def build(net: Net) -> nn.Module:
     library = pytest.importorskip(net.library)
     torch.manual_seed(0)
     if net.library == "timm":
-        model = library.create_model(net.name)
+        model = library.create_model(net.name, **net.options)
     else:
         model = library.models.get_model(net.name, weights=None, **net.options)
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, 0, 0.1)
+    for parameter in model.parameters():
+        if not parameter.any():  # some begin with a head of zeros
+            nn.init.normal_(parameter, 0, 0.1)
     return model.eval().requires_grad_(False)
 
 
@@ -184,7 +185,7 @@ def test_switching_adapters_under_compile():
         {name: S * (1 + 0.1 * torch.rand_like(S)) for name, S in pretrained.S.items()},
         pretrained.fingerprints,
     )
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     x = torch.randn(2, 3, 9, 9)
     for adapter in (pretrained, other, pretrained, other):
