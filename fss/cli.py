@@ -1,4 +1,4 @@
-"""The commands `fss train`, `train-base`, `eval`, `report`, `data` and `reproduce`."""
+"""The commands of `fss`; `fss --help` lists them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 import fss
+from fss.adapter import adapter_files
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.config import TrainConfig
 from fss.config_files import config_file, config_names
 from fss.data.prepare import prepare, verify_data
 from fss.engine import train
 from fss.evaluation import table
+from fss.export import export_run
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
+from fss.predict import predict_files
 from fss.report import write_report
 from fss.reproduce import Options, listing, reproduce
 from fss.run_state import INTERRUPTED
@@ -188,6 +191,9 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
     commands.add_subcommand("report", report, help="write a page about runs")
+    commands.add_subcommand("predict", _prediction(debug), help="segment your own pictures")
+    commands.add_subcommand("adapter", _adapter(debug), help="show adapters or interpolate two")
+    commands.add_subcommand("export", _export(debug), help="write a trained model as ONNX")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -200,6 +206,66 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--debug", **debug)
         command.add_function_arguments(function, as_positional=True)
         actions.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _prediction(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Segment pictures by the example of a few others; without a run, by matching "
+        "features of a pretrained backbone, by default of the small embedded one.",
+        usage="fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out FOLDER",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("run", nargs="?", help="folder of fss train, or a checkpoint in it")
+    parser.add_argument(
+        "--support",
+        dest="supports",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PICTURE", "MASK"),
+        help='a picture and its mask: a file, a box "x0,y0,x1,y1" or a polygon "x,y x,y x,y …", '
+        "pixels from the top left; may be repeated",
+    )
+    parser.add_argument("--query", dest="queries", nargs="+", required=True, help="what to segment")
+    parser.add_argument("--out", required=True, help="folder of the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    for name, kind, default, text in (
+        ("adapter", str, None, "file of singular values of the backbone, as runs leave it"),
+        ("threshold", float, 0.5, "probability above which a pixel belongs to the object"),
+        ("batch_size", int, 8, "pictures at a time"),
+        ("checkpoint", Literal["best", "last"], "best", "of the run"),
+        ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one"),
+        ("backbone", str, None, "without a run: its name; by default what the weights tell"),
+        ("weights", str, None, "without a run: file of a pretrained backbone"),
+        ("size", int, None, "without a run: longer side of the network's input (default: 321)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    return parser
+
+
+def _adapter(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Show what is in adapter files, or interpolate two.",
+        usage="fss adapter FILE..., or fss adapter A B --interpolate T --out FILE",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("files", nargs="+", help="of svf_fast.save_adapter; runs leave one")
+    parser.add_argument("--interpolate", type=float, help="0 gives the first, 1 the second")
+    parser.add_argument("--out", help="file for the interpolated adapter")
+    return parser
+
+
+def _export(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Write a trained model as ONNX, checked in onnxruntime.",
+        usage="fss export RUN [--out FILE.onnx] [options]",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_function_arguments(export_run, as_positional=True)
     return parser
 
 
@@ -236,6 +302,12 @@ def main(arguments: list[str] | None = None) -> int:
             text = "\n".join(table(evaluate_run(**options)))
         elif settings.command == "report":
             text = str(write_report(**options))
+        elif settings.command == "predict":
+            text = predict_files(**options)
+        elif settings.command == "adapter":
+            text = adapter_files(**options)
+        elif settings.command == "export":
+            text = export_run(**options)
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-import svf_fast
+from fss.adapter import save_run_adapter
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes
@@ -24,15 +24,16 @@ from fss.trainer import FREE, Trainer
 
 # What a new run removes of an earlier one.
 _FILES = ("last.pt", "best.pt", "result.json", "eval.json", "episodes.png", "curves.png")
-_FILES += ("pretrained.safetensors",)
+_FILES += ("pretrained.safetensors", "adapter.safetensors")
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Trains, validates and tests; the folder `config.out` keeps everything.
 
     config.yaml; last.pt and best.pt (the highest validation mIoU, see `TrainConfig.checkpoint`);
-    train.csv, validation.csv and tensorboard/; where S trains, pretrained.safetensors with its
-    values before; at the end result.json, episodes.png, curves.png.
+    train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png.
+    Where S alone trains in the backbone: adapter.safetensors, its S in the tested checkpoint, and
+    pretrained.safetensors, S at the first step (`svf_fast.Adapter`).
 
     Args:
         config: of the run.
@@ -70,7 +71,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
             elif fabric.is_global_zero:
                 clear_folder(folder, _FILES)
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-                _keep_pretrained(folder, trainer.network)
+                save_run_adapter(folder / "pretrained.safetensors", trainer.network, config)
             trainer.fit()
             return conclude(trainer)
 
@@ -121,15 +122,10 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
                 fabric.device,
             )
         draw_curves(folder / "curves.png", folder)
+        save_run_adapter(folder / "adapter.safetensors", trainer.network, config, result["test"])
         write_json(folder / "result.json", result)
     fabric.barrier()
     return result
-
-
-def _keep_pretrained(folder: Path, network: nn.Module) -> None:
-    """Writes the singular values before training, which no checkpoint holds, as an adapter."""
-    if any(True for _ in svf_fast.svf_parameters(network)):
-        svf_fast.save_adapter(network, folder / "pretrained.safetensors")
 
 
 def _parameters(network: nn.Module) -> dict[str, int]:

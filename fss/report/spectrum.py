@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+import svf_fast
 from fss.models import build_model
 from fss.report.picture import (
     INK,
@@ -89,16 +88,17 @@ def read_spectra(run: Run, state: Mapping[str, Any]) -> list[Spectrum]:
 
 def _kept(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     try:
-        values = load_file(path)
-    except (SafetensorError, OSError) as error:
+        values = svf_fast.Adapter.load(path).S
+    except ValueError as error:
         raise ValueError(f"run: {path} cannot be read, it was cut ({error})") from error
-    missing = [name for name in names if f"{name}.S" not in values]
+    kept = {name: values.get(name.removeprefix("backbone.")) for name in names}
+    missing = [name for name, S in kept.items() if S is None]
     if missing:
         raise ValueError(
             f"run: {path}: expected the singular values of {missing[0]}, found none: it is of "
             "another run"
         )
-    return {name: values[f"{name}.S"] for name in names}
+    return {name: S for name, S in kept.items() if S is not None}
 
 
 def _from_weights(
