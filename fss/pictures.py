@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from fss.colors import ORANGE
 
@@ -65,7 +65,7 @@ def overlay(
     pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: str = ORANGE, opacity: float = 0.5
 ) -> Image.Image:
     """The picture uint8 [H, W, 3] with the mask [H, W] in a colour, and a line around it."""
-    red_green_blue = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float32)
+    red_green_blue = np.array(ImageColor.getrgb(colour), dtype=np.float32)
     result = pixels.astype(np.float32)
     result[mask] += opacity * (red_green_blue - result[mask])
     result[_outline(mask)] = red_green_blue
