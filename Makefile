@@ -14,8 +14,8 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
-.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory bench-loading render gpu \
-  gpu-sanitize cuda-check clean check-machine
+.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory bench-loading render \
+  gpu gpu-sanitize cuda-check docs clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
 
@@ -54,7 +54,7 @@ bench-memory: venv ## saved bytes and peaks at the sizes of the papers
 bench-loading: venv ## episodes a core loads, against what a step consumes
 	$(BIN)/python benchmarks/loading.py --workers 2
 
-render: venv ## tables, picture and README block from benchmarks/results
+render: venv ## tables, picture and docs/benchmarks.md from benchmarks/results
 	$(BIN)/python benchmarks/render.py
 
 gpu: ## everything a GPU can show, in 10 minutes, with the torch of PYTHON; ARGS="--phases tests"
@@ -67,13 +67,16 @@ cuda-check: venv ## compile all GPU kernels for sm_80 and sm_90: registers, spil
 gpu-sanitize: venv ## compute-sanitizer on the tests of the CUDA kernels; needs a GPU
 	.ci/gpu-sanitize $(BIN)/python
 
+docs: venv ## the pages of docs/ in build/docs, their links checked
+	$(BIN)/mkdocs build --strict
+
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info svf_fast/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(TORCH_STAMP) setup.py pyproject.toml csrc/exports.map $(CSRC)
-	$(PIP) install --no-build-isolation -e '.[test,dev]'
+	$(PIP) install --no-build-isolation -e '.[test,dev,docs]'
 	touch $@
 
 $(TORCH_STAMP): | check-machine

@@ -1,4 +1,4 @@
-"""Tables and the picture of the race, from the results: results/*.md, race.png, the README's block.
+"""Tables and the picture of the race, from the results: results/*.md, race.png, docs/benchmarks.md.
 
 python benchmarks/render.py
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -21,10 +22,10 @@ from fss.files import atomic_write
 
 MIB = 2**20
 FOLDER = Path(__file__).with_name("results")
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- race: from benchmarks/render.py -->", "<!-- end of race -->"
 FIGURES = "figures.md"
-README_RESULTS = ("backbone", "step")
+PAGE_RESULTS = ("backbone", "step")
 BASES = ("official", "frozen bound")
 
 Row = dict[str, Any]
@@ -33,7 +34,7 @@ Row = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE, help="of which a block is replaced")
     options = parser.parse_args()
     for path in sorted(options.results.glob("*.json")):
         if _raced(path):
@@ -46,22 +47,22 @@ def main() -> int:
         picture = options.results / "race-gpu.png"
         draw([json.loads(path.read_text()) for path in on_gpu], picture)
         print(picture)
-    paths = [options.results / f"{name}.json" for name in README_RESULTS]
+    paths = [options.results / f"{name}.json" for name in PAGE_RESULTS]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        print(f"no {' or '.join(README_RESULTS)} among {options.results}: README left as it is")
+        print(f"no {' or '.join(PAGE_RESULTS)} among {options.results}: page left as it is")
         return 0
     picture = options.results / "race.png"
     draw([json.loads(path.read_text()) for path in paths], picture)
     print(picture)
-    text = options.readme.read_text()
+    text = options.page.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise SystemExit(f"{options.readme}: expected the lines {BEGIN} and {END}, found not both")
-    block = _block(paths, picture, options.readme)
-    _write(options.readme, f"{before}{begin}\n{block}{end}{after}")
-    print(options.readme)
+        raise SystemExit(f"{options.page}: expected the lines {BEGIN} and {END}, found not both")
+    block = _block(paths, picture, options.page)
+    _write(options.page, f"{before}{begin}\n{block}{end}{after}")
+    print(options.page)
     return 0
 
 
@@ -233,16 +234,16 @@ LEGEND = (
 )
 
 
-def _block(paths: list[Path], picture: Path, readme: Path) -> str:
-    """What stands in the README between the two lines."""
-    parts = [f"![saved memory against time, a dot a peer]({_relative(picture, readme)})", ""]
+def _block(paths: list[Path], picture: Path, page: Path) -> str:
+    """What stands in the page between the two lines."""
+    parts = [f"![saved memory against time, a dot a peer]({_relative(picture, page)})", ""]
     for path in paths:
         result = json.loads(path.read_text())
         parts += [_table(result["groups"][0]["rows"]), "", _origin(result), _machine(result), ""]
     tables = [path for path in sorted(picture.parent.glob("*.md")) if _raced(path)]
     tables = [path for path in tables if path.with_suffix(".json") not in paths]
     tables.append(picture.with_name(FIGURES))
-    links = ", ".join(f"[{path.stem}]({_relative(path, readme)})" for path in tables)
+    links = ", ".join(f"[{path.stem}]({_relative(path, page)})" for path in tables)
     return "\n".join([*parts, LEGEND + (f" More tables: {links}." if links else ""), ""])
 
 
@@ -254,17 +255,14 @@ def _raced(table: Path) -> bool:
 def _on_gpu(results: Path) -> bool:
     """Whether they are of a race on a GPU, of the levels that are drawn, with times."""
     result = json.loads(results.read_text())
-    if result.get("level") not in README_RESULTS or result["settings"]["device"] == "cpu":
+    if result.get("level") not in PAGE_RESULTS or result["settings"]["device"] == "cpu":
         return False
     return any(row.get("seconds") for row in result["groups"][0]["rows"])
 
 
-def _relative(path: Path, readme: Path) -> str:
-    """As a link in the README."""
-    try:
-        return path.resolve().relative_to(readme.resolve().parent).as_posix()
-    except ValueError:
-        return path.name
+def _relative(path: Path, page: Path) -> str:
+    """As a link in the page."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
 def _why_not(row: Row) -> str:

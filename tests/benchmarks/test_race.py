@@ -146,13 +146,13 @@ def test_variants_have_files_of_their_own():
 
 
 def test_rendering(results, monkeypatch, capsys):
-    readme = results / "README.md"
-    readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
-    arguments = ["render.py", "--results", str(results), "--readme", str(readme)]
+    page = results / "page.md"
+    page.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    arguments = ["render.py", "--results", str(results), "--page", str(page)]
     monkeypatch.setattr("sys.argv", arguments)
     for _ in range(2):  # the second time it replaces what it wrote
         assert render.main() == 0
-        text = readme.read_text()
+        text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
         assert text.count("| **svf_fast** |") == 2
         assert "](race.png)" in text
@@ -162,14 +162,14 @@ def test_rendering(results, monkeypatch, capsys):
     assert sum(row.startswith("| ") for row in rows) == len(NAMES) + 2
 
 
-def test_a_readme_without_the_lines_is_left_alone(results, monkeypatch):
-    readme = results / "README.md"
-    readme.write_text("mine\n")
-    arguments = ["render.py", "--results", str(results), "--readme", str(readme)]
+def test_a_page_without_the_lines_is_left_alone(results, monkeypatch):
+    page = results / "page.md"
+    page.write_text("mine\n")
+    arguments = ["render.py", "--results", str(results), "--page", str(page)]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit, match="expected the lines"):
         render.main()
-    assert readme.read_text() == "mine\n"
+    assert page.read_text() == "mine\n"
 
 
 def test_ratio_and_spread_by_hand():
