@@ -121,9 +121,10 @@ def _get(folder: Path, given: bool, archive: Archive) -> Path:
 
 def _prepare_pascal(folder: Path, get: Callable[[Archive], Path]) -> None:
     masks = folder / pascal.MASKS
-    loadmat = None if masks.is_dir() else _require("scipy.io", "scipy").loadmat
+    convert = not masks.is_dir()
     parts = [pascal.IMAGES]
-    if loadmat:
+    if convert:
+        _require("scipy.io", "scipy")
         parts.append("SegmentationClass")
     if not (folder / pascal.LISTS / "val.txt").is_file():
         parts.append("ImageSets")
@@ -131,14 +132,13 @@ def _prepare_pascal(folder: Path, get: Callable[[Archive], Path]) -> None:
         archive = get(VOC)
         for part in parts:
             unpack(archive, f"VOCdevkit/VOC2012/{part}", folder / part)
-    if loadmat:
+    if convert:
         archive = get(SBD)
         with complete_folder(masks) as made:
             for member in members(archive, "benchmark_RELEASE/dataset/cls"):
                 target = made / f"{member.path.stem}.png"
                 if member.path.suffix == ".mat" and not target.is_file():
-                    content = loadmat(io.BytesIO(member.file.read()))
-                    _write_mask(target, content["GTcls"][0]["Segmentation"][0])
+                    _write_mask(target, read_mat(member.path.name, member.file.read()))
             # Where both have a mask VOC's is the finer one, and marks boundaries as ignored.
             sources = sorted((folder / "SegmentationClass").glob("*.png"))
             for path in tqdm(sources, "masks of VOC", unit="mask", delay=2):
@@ -153,6 +153,24 @@ def _prepare_pascal(folder: Path, get: Callable[[Archive], Path]) -> None:
                 for image in images:
                     line = f"{pascal.IMAGES}/{image}.jpg {pascal.MASKS}/{image}.png\n"
                     file.write(line.encode())
+
+
+def read_mat(name: str, content: bytes) -> np.ndarray:
+    """The class ids [H, W] of a mask file of SBD.
+
+    Raises:
+        ValueError: a damaged file, or one with other content.
+    """
+    loadmat = _require("scipy.io", "scipy").loadmat
+    try:
+        mask = loadmat(io.BytesIO(content))["GTcls"][0]["Segmentation"][0]
+    except Exception as error:  # of damaged files loadmat raises whatever its readers do
+        raise ValueError(
+            f"{name}: expected GTcls.Segmentation of SBD in a MATLAB file ({error!r})"
+        ) from error
+    if not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.dtype != np.uint8:
+        raise ValueError(f"{name}: expected 8-bit class ids [H, W], got {np.shape(mask)}")
+    return mask
 
 
 def _prepare_coco(folder: Path, get: Callable[[Archive], Path]) -> None:
