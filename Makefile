@@ -25,7 +25,7 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv with torch, the package (editable) and the tools, if need be
 
 demo: venv ## the main job on the embedded data: three regimes, table and pictures
-	$(BIN)/python benchmarks/regimes.py --config configs/demo.yaml --folds 0 \
+	$(BIN)/python benchmarks/regimes.py --config demo --folds 0 \
 	  --out runs/demo --results runs/demo/regimes
 
 test: venv ## run the tests; ARGS="-k chain" chooses

@@ -3,7 +3,7 @@
 Each run is an ``fss train`` process of its own; a finished one is kept, an interrupted one resumed,
 so the command can be repeated until all are there. Writes NAME.json, NAME.md and NAME.png:
 
-    python benchmarks/regimes.py --config configs/demo.yaml --folds 0 --results runs/demo/regimes
+    python benchmarks/regimes.py --config demo --folds 0 --results runs/demo/regimes
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLOURS = {"freeze": "#7f7f7f", "svf": "#0072B2", "full": "#E69F00"}  # Okabe-It
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="YAML file of `fss train`")
+    parser.add_argument("--config", required=True, help="as for `fss train`")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--regimes", nargs="+", default=["freeze", "svf", "full"])
     parser.add_argument("--out", default="runs/regimes", help="folder of the runs")

@@ -33,8 +33,7 @@ def signature(config: TrainConfig) -> dict[str, Any]:
 def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> None:
     """Writes `state` with the configuration and its signature.
 
-    The file at `path` is the former one until the new one is complete. All weights are stored, the
-    frozen ones too, so that a checkpoint needs no other file.
+    All weights are stored, the frozen ones too, so that a checkpoint needs no other file.
 
     Args:
         path: the file.
@@ -42,14 +41,18 @@ def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> N
         state: tensors and plain values; "model" is the state dict.
 
     Raises:
+        OSError: see `write_checkpoint`.
+    """
+    own = {"format": _FORMAT, "signature": signature(config), "config": config.to_dict()}
+    write_checkpoint(path, {**state, **own})
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes tensors and plain values; the file at `path` is the former one until all is written.
+
+    Raises:
         OSError: a disk that is full or fails.
     """
-    content = {
-        **state,
-        "format": _FORMAT,
-        "signature": signature(config),
-        "config": config.to_dict(),
-    }
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
@@ -76,16 +79,7 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
         FileNotFoundError: no such file.
         ValueError: a damaged file, one of another program, or of another model, regime or fold.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; "
-            "use another checkpoint or train again "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
-        ) from error
+    content = read_checkpoint(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
             f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got "
@@ -94,6 +88,25 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
     if config is not None:
         check_same(content["signature"], signature(config), path)
     return content
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The content of a file of `write_checkpoint`, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one of another program.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; "
+            "use another checkpoint or train again "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from error
 
 
 def check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

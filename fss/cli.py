@@ -16,6 +16,7 @@ import fss
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
+from fss.config_files import config_file, config_names
 from fss.data import build_source
 from fss.data.prepare import prepare, verify_data
 from fss.engine import train
@@ -26,12 +27,14 @@ from fss.paper import default_folder, load_table, merged, read_settings, table_n
 from fss.processes import launch, torchrun_layout
 from fss.regimes import apply_regime
 from fss.reproduce import Options, listing, reproduce
+from fss.run_state import INTERRUPTED
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
 _REPRODUCED = {
     "data.root": "folder of the data set",
     "model.weights": "of the backbone",
-    "model.base_weights": "BAM's base learners, a path with {data}, {backbone} and {fold} in it",
+    "model.base_weights": "BAM's base learners, a path with {data}, {backbone} and {fold} in it; "
+    "by default they are trained first",
     "accelerator": "as for fss train",
     "devices": "as for fss train",
     "precision": "as for fss train",
@@ -139,7 +142,7 @@ def reproduce_table(
         out: folder of the runs, which tables share, and of the results NAME.md and NAME.json.
         scale_down: a small network on small photos for a few steps, to try a table on a CPU.
         settings: YAML file of settings of `fss train` over those of every row.
-        tables: folder of the tables' files; by default configs/paper of the checkout.
+        tables: folder of the tables' files; by default those of the package.
         overrides: settings by part, over the file's.
 
     Returns the text to print.
@@ -160,6 +163,28 @@ def reproduce_table(
     return reproduce(load_table(table, folder), options, evaluate_run)["markdown"]
 
 
+_EXITS = (
+    "Exit status: 0; 2 after an error; 130 after ctrl-C and 143 after SIGTERM, both once the step "
+    "is finished and saved: --resume goes on. A second signal stops at once."
+)
+
+
+class SettingsFile(ActionConfigFile):
+    """`--config`: a YAML file, or the name of one that comes with the package."""
+
+    text = (
+        "YAML file with settings, or the name of one that comes with fss: "
+        f"{', '.join(config_names() + config_names('regimes'))}."
+    )
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        try:
+            path = str(config_file(value))
+        except FileNotFoundError as error:
+            raise TypeError(str(error)) from error  # what jsonargparse takes for a user's error
+        super().__call__(parser, namespace, path, option)
+
+
 def build_parser() -> ArgumentParser:
     """The parser of the whole command line; it raises ArgumentError."""
     parser = ArgumentParser(
@@ -172,20 +197,22 @@ def build_parser() -> ArgumentParser:
     training = ArgumentParser(
         description="Train, validate and test a model as configured; a YAML file and options "
         "override the defaults, the last one wins.",
-        usage="fss train [--config FILE.yaml] [--resume | --overwrite] [options]",
+        usage="fss train [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        epilog=_EXITS,
         exit_on_error=False,
     )
-    training.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    training.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
     training.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     training.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     training.add_argument("--debug", **debug)
     training.add_class_arguments(TrainConfig)
     base = ArgumentParser(
         description="Train BAM's base learner, a PSPNet that segments the base classes of a fold.",
-        usage="fss train-base [--config FILE.yaml] [--resume | --overwrite] [options]",
+        usage="fss train-base [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        epilog=_EXITS,
         exit_on_error=False,
     )
-    base.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    base.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
     base.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     base.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     base.add_argument("--debug", **debug)
@@ -242,7 +269,9 @@ def build_parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status.
 
-    0, 1 where data are not the published ones, 2 after a user's error, 130 after ctrl-C.
+    0, 1 where data are not the published ones, 2 after a user's error, 130 after ctrl-C, 143 after
+    SIGTERM; these two let a training run finish and save its step, the second signal ends it at
+    once.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or os.environ.get("FSS_DEBUG", "") not in ("", "0")
@@ -274,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(text)
     except KeyboardInterrupt as stop:
         print(f"fss: {stop or 'stopped'}", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", INTERRUPTED)
     except (ArgumentError, *_USER_ERRORS) as error:
         if debug or not _expected(error):
             raise

@@ -20,6 +20,7 @@ TRAIN = (
     "images_per_second",
     "peak_memory_bytes",
     "skipped_steps",
+    "unreadable",
 )
 
 
