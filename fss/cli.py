@@ -14,20 +14,16 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 import fss
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
-from fss.checkpoint import load_checkpoint
 from fss.config import TrainConfig
 from fss.config_files import config_file, config_names
-from fss.data import build_source
 from fss.data.prepare import prepare, verify_data
 from fss.engine import train
-from fss.evaluation import episode_classes, evaluate_seeds, table
-from fss.files import write_json
-from fss.models import build_model
+from fss.evaluation import table
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
-from fss.processes import launch, torchrun_layout
-from fss.regimes import apply_regime
+from fss.predict import predict_files
 from fss.reproduce import Options, listing, reproduce
 from fss.run_state import INTERRUPTED
+from fss.scoring import evaluate_run
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
 _REPRODUCED = {
@@ -41,82 +37,6 @@ _REPRODUCED = {
 }
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
-
-
-def evaluate_run(
-    run: str,
-    episodes: int | None = None,
-    seeds: tuple[int, ...] | None = None,
-    shots: int | None = None,
-    root: str | None = None,
-    classes: Literal["novel", "base"] = "novel",
-    checkpoint: Literal["best", "last"] = "best",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    resize: Literal["photo", "canvas"] | None = None,
-    feature_cache: float | None = None,
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto",
-) -> dict:
-    """Scores a checkpoint on test episodes and writes eval.json next to it.
-
-    Args:
-        run: folder of a training run, or a checkpoint file in it.
-        episodes: per seed; by default as the run was tested.
-        seeds: one evaluation each; by default as the run was tested.
-        shots: support photos per episode; by default as trained.
-        root: folder of the photos, if they have moved.
-        classes: "novel", those of the fold; "base", those that training saw.
-        checkpoint: of the folder, "best" or "last".
-        batch_size: episodes at a time; does not change the score.
-        workers: processes that load episodes.
-        resize: of predictions, see `TrainConfig`; by default as the run was tested.
-        feature_cache: GiB of features kept of photos that return; does not change the score.
-        accelerator: "auto", "cpu" or "cuda".
-
-    Returns what eval.json holds.
-
-    Raises:
-        FileNotFoundError: no run, checkpoint or photos there.
-        ValueError: a damaged checkpoint, or a setting that does not fit.
-    """
-    path = Path(run)
-    if path.is_dir():
-        path = path / f"{checkpoint}.pt"
-    state = load_checkpoint(path)
-    values = state["config"]
-    trained_shots = values["data"]["shots"]
-    overrides = {"shots": shots, "root": root, "workers": workers}
-    values["data"] |= {name: value for name, value in overrides.items() if value is not None}
-    # The checkpoint holds the backbone too: no other file is needed.
-    values["model"] |= {"weights": "none", "base_weights": "none", "official": None}
-    overrides = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
-    overrides |= {"resize": resize, "feature_cache": feature_cache, "devices": 1, "accumulate": 1}
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    config = TrainConfig.from_dict(values)
-
-    devices, nodes = torchrun_layout() or (1, 1)
-    fabric = launch(accelerator, devices, nodes, config.precision)
-    source = build_source(config.data)
-    base = episode_classes(source, config.data.fold, novel=False)
-    network = build_model(config.model, base, trained_shots)
-    apply_regime(network, config.regime)
-    network.load_state_dict(state["model"])
-    result = evaluate_seeds(
-        fabric.setup(network),
-        source,
-        config.data,
-        fabric,
-        config.test_seeds,
-        config.test_episodes,
-        config.batch_size,
-        classes == "novel",
-        config.resize,
-        config.feature_cache,
-    )
-    result = {"checkpoint": path.name, "step": state["step"], **result}
-    if fabric.is_global_zero:
-        write_json(path.with_name("eval.json"), result)
-    return result
 
 
 def reproduce_table(
@@ -218,8 +138,8 @@ def build_parser() -> ArgumentParser:
     base.add_argument("--debug", **debug)
     base.add_class_arguments(BaseLearnerConfig)
     evaluation = ArgumentParser(
-        description="Score a trained model on test episodes, print a table and write eval.json.",
-        usage="fss eval RUN [options]",
+        description="Score a trained model on test episodes, print a table and write it.",
+        usage="fss eval RUN [options], or fss eval SETTINGS.yaml --official FILE [options]",
         exit_on_error=False,
     )
     evaluation.add_argument("--debug", **debug)
@@ -251,6 +171,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
+    commands.add_subcommand("predict", _prediction(debug), help="segment your own pictures")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -263,6 +184,42 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--debug", **debug)
         command.add_function_arguments(function, as_positional=True)
         actions.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _prediction(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Segment pictures by the example of a few others; without a run, by matching "
+        "features of a pretrained backbone, by default of the small embedded one.",
+        usage="fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out FOLDER",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("run", nargs="?", help="folder of fss train, or a checkpoint in it")
+    parser.add_argument(
+        "--support",
+        dest="supports",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PICTURE", "MASK"),
+        help='a picture and its mask: a file, a box "x0,y0,x1,y1" or a polygon "x,y x,y x,y …", '
+        "pixels from the top left; may be repeated",
+    )
+    parser.add_argument("--query", dest="queries", nargs="+", required=True, help="what to segment")
+    parser.add_argument("--out", required=True, help="folder of the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    for name, kind, default, text in (
+        ("adapter", str, None, "file of singular values of the backbone, as runs leave it"),
+        ("threshold", float, 0.5, "probability above which a pixel belongs to the object"),
+        ("batch_size", int, 8, "pictures at a time"),
+        ("checkpoint", Literal["best", "last"], "best", "of the run"),
+        ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one"),
+        ("backbone", str, None, "without a run: its name; by default what the weights tell"),
+        ("weights", str, None, "without a run: file of a pretrained backbone"),
+        ("size", int, None, "without a run: longer side of the network's input (default: 321)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
 
 
@@ -297,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
             text = "\n".join(base_table(train_base(BaseLearnerConfig(**options), **flags)))
         elif settings.command == "eval":
             text = "\n".join(table(evaluate_run(**options)))
+        elif settings.command == "predict":
+            text = predict_files(**options)
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:

@@ -12,11 +12,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from fss.config import DataConfig
 from fss.data import EpisodeDataset, Source, Split, build_episodes
-from fss.feature_cache import FeatureCache
+from fss.feature_cache import FeatureCache, Names
 from fss.intervals import bootstrap_miou, over_seeds
 from fss.loading import episode_loader
 from fss.metrics import EpisodeIoU, Score
@@ -28,10 +28,10 @@ def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, 
     return {c: name for c, name in source.class_names.items() if (c in chosen) == novel}
 
 
-def segment(
+def enlarge(
     logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
 ) -> Tensor:
-    """Label map of one photo at its original size.
+    """Logits of one photo at its original size.
 
     The published code resizes the whole canvas to a square of the photo's longer side and takes the
     photo's part of that, although the photo covers only up to 472 of 473 pixels of the canvas.
@@ -42,7 +42,7 @@ def segment(
         size: original height and width.
         resize: "photo", only what the photo covers, or "canvas", as published.
 
-    Returns int64 [*size], 1 foreground.
+    Returns float32 [2, *size].
     """
     height, width = (int(side) for side in size)
     target = (height, width)
@@ -52,7 +52,14 @@ def segment(
     else:
         logits = logits[..., : int(region[0]), : int(region[1])]
     resized = functional.interpolate(logits, size=target, mode="bilinear", align_corners=True)
-    return resized[0, :, :height, :width].argmax(0)
+    return resized[0, :, :height, :width]
+
+
+def segment(
+    logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
+) -> Tensor:
+    """Label map of one photo at its original size, int64 [*size], 1 foreground; see `enlarge`."""
+    return enlarge(logits, region, size, resize).argmax(0)
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:
@@ -88,50 +95,82 @@ def evaluate(
     batch_size: int = 1,
     workers: int = 0,
     resize: str = "photo",
-    cache: FeatureCache | None = None,
+    feature_cache: float = 0.0,
 ) -> Score:
-    """Score of a model on test episodes, each process taking its share of them.
+    """Score of a model on test episodes; see `evaluate_all`."""
+    return evaluate_all(
+        model, [dataset], classes, fabric, batch_size, workers, resize, feature_cache
+    )[0]
 
-    Every process adds integers, so the sums and the score are the same for any number of them.
+
+def evaluate_all(
+    model: nn.Module,
+    datasets: Sequence[EpisodeDataset],
+    classes: Sequence[int],
+    fabric: Fabric,
+    batch_size: int = 1,
+    workers: int = 0,
+    resize: str = "photo",
+    feature_cache: float = 0.0,
+) -> list[Score]:
+    """Scores of a model on several sets of test episodes, each process taking its share of all.
+
+    Every process adds integers, so the sums and the scores are the same for any number of them.
+    With a cache, the episodes of all sets run in the order of their classes and queries: photos
+    return soon, and of each set the scores are the same.
 
     Args:
         model: maps query images, support images and support masks to a `Prediction`.
-        dataset: of test episodes.
+        datasets: of test episodes.
         classes: ids over which IoU is averaged.
         fabric: device, precision and processes.
-        batch_size: episodes at a time and process; the score does not depend on it.
+        batch_size: episodes at a time and process; the scores do not depend on it.
         workers: processes that load episodes.
         resize: see `segment`.
-        cache: keeps features between episodes, and calls if it is given again.
+        feature_cache: GiB of features to keep, see `FeatureCache`.
     """
     # Of each episode the place of its class, then its counts; each process fills its rows.
-    rows = torch.zeros(len(dataset), 6, dtype=torch.int64)
-    order = _by_class(dataset) if cache else list(range(len(dataset)))
-    share = Subset(dataset, order[fabric.global_rank :: fabric.world_size])
-    for batch in episode_loader(share, batch_size, workers, fabric):
+    rows = torch.zeros(sum(map(len, datasets)), 6, dtype=torch.int64)
+    order = list(range(len(rows)))
+    names = [name for dataset in datasets for name in _names(dataset)] if feature_cache else []
+    if feature_cache:
+        order.sort(key=lambda place: (names[place].class_id, names[place].query, place))
+    # neighbours share photos: a process takes a stretch
+    first, last = (len(rows) * (fabric.global_rank + n) // fabric.world_size for n in (0, 1))
+    share = order[first:last]
+    cache = FeatureCache(model, feature_cache, [names[place] for place in share if names])
+    places = iter(share)
+    episodes = Subset(ConcatDataset(datasets), share)
+    for batch in episode_loader(episodes, batch_size, workers, fabric):
         labels = zip(
-            batch["index"].tolist(),
             predict(model, batch, resize, cache),
             batch["query_mask_original"],
             batch["class_id"].tolist(),
             strict=True,
         )
-        for index, prediction, mask, class_id in labels:
+        for prediction, mask, class_id in labels:
             one = EpisodeIoU(classes)
             one.update(prediction, mask, class_id)
-            rows[index, 0] = place = one.classes.index(class_id)
-            rows[index, 1:] = one.counts[place]
+            row = rows[next(places)]
+            row[0] = place = one.classes.index(class_id)
+            row[1:] = one.counts[place]
     rows = fabric.all_reduce(rows.to(fabric.device), reduce_op="sum").cpu()
+    return [_score(part, classes) for part in rows.split([len(d) for d in datasets])]
+
+
+def _names(dataset: EpisodeDataset) -> list[Names]:
+    """The photos and the class of each episode."""
+    drawn = (dataset.draw(index) for index in range(len(dataset)))
+    name = dataset.source.name
+    return [Names(name(e.query), tuple(map(name, e.supports)), e.class_id) for e in drawn]
+
+
+def _score(rows: Tensor, classes: Sequence[int]) -> Score:
+    """Of rows [episodes, 6]: the place of the class, then the counts of `EpisodeIoU`."""
     metric = EpisodeIoU(classes)
     metric.counts.index_add_(0, rows[:, 0], rows[:, 1:])
     interval = bootstrap_miou(rows[:, [0, 3, 4]], len(classes))
     return replace(metric.result(), interval=interval)
-
-
-def _by_class(dataset: EpisodeDataset) -> list[int]:
-    """Numbers of all episodes, those of a class together, so that their photos return soon."""
-    drawn = [dataset.draw(index) for index in range(len(dataset))]
-    return sorted(range(len(dataset)), key=lambda i: (drawn[i].class_id, drawn[i].query, i))
 
 
 def evaluate_seeds(
@@ -156,20 +195,16 @@ def evaluate_seeds(
     """
     names = episode_classes(source, config.fold, novel)
     split: Split = "test" if novel else "validation"
-    cache = FeatureCache(model, feature_cache)
-    scores = [
-        evaluate(
-            model,
-            build_episodes(config, split, episodes, seed, source),
-            list(names),
-            fabric,
-            batch_size,
-            config.workers,
-            resize,
-            cache,
-        )
-        for seed in seeds
-    ]
+    scores = evaluate_all(
+        model,
+        [build_episodes(config, split, episodes, seed, source) for seed in seeds],
+        list(names),
+        fabric,
+        batch_size,
+        config.workers,
+        resize,
+        feature_cache,
+    )
     return {
         "classes_are": "novel" if novel else "base",
         "fold": config.fold,
@@ -193,6 +228,10 @@ def evaluate_seeds(
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Lines of a table of what `evaluate_seeds` returns, IoU in percent."""
     width = max(len(name) for name in ("FB-IoU", *result["iou"]))
+    if result.get("seen_in_training"):
+        yield f"left out, because training saw them: {', '.join(result['seen_in_training'])}"
+    elif "seen_in_training" in result and result["seen_in_training"] is None:
+        yield "which of these classes training saw is not known: its data are not at hand"
     seeds = ", ".join(str(seed) for seed in result["seeds"])
     yield (
         f"fold {result['fold']}, {result['classes_are']} classes, {result['shots']}-shot, "

@@ -96,7 +96,7 @@ def reproduce(
     Args:
         table: of the paper.
         options: which runs, and how.
-        evaluate: scores a run's checkpoint on other test episodes, see `fss.cli.evaluate_run`.
+        evaluate: scores a run's checkpoint on other test episodes, see `fss.scoring.evaluate_run`.
 
     Returns what NAME.json holds, with the text of NAME.md as "markdown".
 

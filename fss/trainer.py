@@ -22,7 +22,6 @@ from fss.checkpoint import save_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes, build_source
 from fss.evaluation import episode_classes, evaluate
-from fss.feature_cache import FeatureCache
 from fss.files import atomic_write
 from fss.loading import episode_loader, explain_killed_worker
 from fss.measure import StepTimer, peak_memory, saved_bytes
@@ -292,7 +291,7 @@ class Trainer:
             max(1, self.config.batch_size // self.fabric.world_size // self.config.accumulate),
             self.config.data.workers,
             self.config.resize,
-            FeatureCache(self.model, self.config.feature_cache),
+            self.config.feature_cache,
         )
         if self.log is not None:
             self.log.validation(self.step, score)
@@ -322,6 +321,7 @@ class Trainer:
             "stale": self.stale,
             "skipped": self.skipped,
             "model": self.network.state_dict(),
+            "base_classes": episode_classes(self.source, self.config.data.fold, novel=False),
         }
         if name == "last.pt":
             state |= {

@@ -12,7 +12,7 @@ from fss.models.backbone import Backbone
 from fss.models.baseline import Baseline
 from fss.models.episode import Prediction, check_target
 from fss.models.features import cross_entropy
-from fss.models.gram import gram_distance
+from fss.models.gram import gram_distance, gram_matrix
 from fss.models.pooling import resize
 from fss.models.pspnet import BaseLearner
 
@@ -120,10 +120,11 @@ class BAM(Baseline):
             TypeError, ValueError: inputs of another type, shape, size or device.
         """
         features = self.features(query_image, support_images, support_masks)
-        distances = gram_distance(features.query_low, features.support_low)
+        prototypes, grams = features.supports
+        distances = gram_distance(gram_matrix(features.query_low), grams)
         weights = self._weigh(distances)
         distance = (weights * distances).sum(dim=1)[:, None, None, None]
-        prototype = (weights[:, :, None, None, None] * self.prototypes(features)).sum(dim=1)
+        prototype = (weights[:, :, None, None, None] * prototypes).sum(dim=1)
         prior = (weights.T[:, :, None, None, None] * features.priors).sum(dim=0)
 
         query = self.query(features)
@@ -136,6 +137,10 @@ class BAM(Baseline):
         foreground = self.distance_merge(foreground, distance)
         final = resize(torch.cat([background, foreground], dim=1), query_image.shape[-2:])
         return Prediction(final, (meta, base) if self.training else ())
+
+    def summarise(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Prototypes [N, C, 1, 1], and the Gram matrices [N, C', C'] of layer 2's C' channels."""
+        return (*super().summarise(low, middle, mask), gram_matrix(low))
 
     def loss(
         self,

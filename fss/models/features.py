@@ -15,20 +15,17 @@ from fss.models.prior import prior_masks
 
 
 class Features(NamedTuple):
-    """What a backbone sees in episodes of K shots; supports lie episode by episode, [B·K, …].
+    """What a head reads of episodes of K shots.
 
     query_low, query_middle, query_high: maps [B, C, h, w] of layers 2, 3 and 4.
-    support_low, support_middle: maps [B·K, C, h, w] of layers 2 and 3.
-    mask: foreground of the supports [B·K, 1, h, w], floating.
+    supports: what `FewShotModel.summarise` makes of each support, [B, K, …] each.
     priors: prior masks [K, B, 1, h, w].
     """
 
     query_low: Tensor
     query_middle: Tensor
     query_high: Tensor
-    support_low: Tensor
-    support_middle: Tensor
-    mask: Tensor
+    supports: tuple[Tensor, ...]
     priors: Tensor
 
 
@@ -102,19 +99,24 @@ class FewShotModel(nn.Module):
                 support_high.unflatten(0, (batch, shots)),
                 mask.unflatten(0, (batch, shots)),
             )
-        return Features(
-            low[:batch], middle[:batch], query_high, low[batch:], middle[batch:], mask, priors
-        )
+        summaries = self.summarise(low[batch:], middle[batch:], mask)
+        supports = tuple(each.unflatten(0, (batch, shots)) for each in summaries)
+        return Features(low[:batch], middle[:batch], query_high, supports, priors)
 
     def query(self, features: Features) -> Tensor:
         """The reduced features of the queries [B, C, h, w]."""
         return pointwise_cat(self.query_reduce, features.query_middle, features.query_low)
 
-    def prototypes(self, features: Features) -> Tensor:
-        """The mean reduced feature under the mask of each support [B, K, C, 1, 1]."""
-        support = pointwise_cat(self.support_reduce, features.support_middle, features.support_low)
-        shots, batch = features.priors.shape[:2]
-        return masked_average_pool(support, features.mask).unflatten(0, (batch, shots))
+    def summarise(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """What the head reads of each support but for the prior, whatever the query; [N, …] each.
+
+        The first is the prototype [N, C, 1, 1], the mean reduced feature under the mask.
+
+        Args:
+            low, middle: maps [N, C, h, w] of layers 2 and 3.
+            mask: foreground [N, 1, h, w], floating.
+        """
+        return (masked_average_pool(pointwise_cat(self.support_reduce, middle, low), mask),)
 
     def loss(
         self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None

@@ -17,16 +17,9 @@ def gram_matrix(features: Tensor) -> Tensor:
     return (rows @ rows.mT).to(dtype) / (norms * norms.mT + 1e-7)
 
 
-def gram_distance(query: Tensor, support: Tensor) -> Tensor:
+def gram_distance(query: Tensor, supports: Tensor) -> Tensor:
     """ψ_k = |G_query - G_support,k| / C, the Frobenius norm, from 0 on (BAM, section 4.4).
 
-    Args:
-        query: low-level features [B, C, h, w].
-        support: low-level features [B·K, C, h', w'], episode by episode.
-
-    Returns:
-        [B, K].
+    Gram matrices [B, C, C] of the queries and [B, K, C, C] of their supports -> [B, K].
     """
-    gram = gram_matrix(query).unsqueeze(1)
-    difference = gram - gram_matrix(support).unflatten(0, (query.shape[0], -1))
-    return torch.linalg.matrix_norm(difference) / query.shape[1]
+    return torch.linalg.matrix_norm(query.unsqueeze(1) - supports) / query.shape[1]

@@ -122,7 +122,7 @@ class PFENet(FewShotModel):
         features = self.features(query_image, support_images, support_masks)
         enriched, auxiliary = self.enrich(
             self.query(features),
-            self.prototypes(features).mean(dim=1),
+            features.supports[0].mean(dim=1),
             features.priors.mean(dim=0),
         )
         enriched = enriched + self.residual(enriched)

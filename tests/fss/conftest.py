@@ -43,7 +43,7 @@ def shapes_once(monkeypatch) -> None:
             _shapes(config.size, config.seed) if config.source == "shapes" else build_source(config)
         )
 
-    for user in ("fss.trainer", "fss.cli"):
+    for user in ("fss.trainer", "fss.scoring"):
         monkeypatch.setattr(f"{user}.build_source", cached)
 
 

@@ -129,7 +129,7 @@ def test_a_killed_process_restarts_from_the_last_checkpoint(runs):
 
 def test_metrics_are_summed_exactly_over_processes(runs):
     """The weights of two processes, scored by one."""
-    from fss.cli import evaluate_run
+    from fss.scoring import evaluate_run
 
     again = evaluate_run(str(runs / "two"), accelerator="cpu", workers=0)
     assert result(runs / "two")["test"]["miou"] == again["miou"]
