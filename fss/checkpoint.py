@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,13 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
     """
     content = read_checkpoint(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        got = f"format {content.get('format')!r}" if isinstance(content, dict) else repr(content)
         raise ValueError(
-            f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got "
-            f"{'format ' + repr(content.get('format')) if isinstance(content, dict) else content}"
+            f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got {got:.200}"
         )
+    wrong = [name for name in ("signature", "config") if not isinstance(content.get(name), dict)]
+    if wrong:
+        raise ValueError(f"checkpoint: {path} is damaged: it holds no {' and no '.join(wrong)}")
     if config is not None:
         check_same(content["signature"], signature(config), path)
     return content
@@ -101,7 +103,7 @@ def read_checkpoint(path: Path) -> Any:
         raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of damaged files torch.load raises whatever its readers do
         raise ValueError(
             f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; "
             "use another checkpoint or train again "
