@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,25 @@ def read_checkpoint(path: Path) -> Any:
             f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; "
             "use another checkpoint or train again "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from error
+
+
+@contextmanager
+def explain_misfit(path: Path) -> Iterator[None]:
+    """Says in the user's words that the content of a checkpoint is not what its reader expects.
+
+    Raises:
+        ValueError: in the place of what a missing entry, or one of another type or shape, raises.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"checkpoint: {path} is damaged, or was written by another version of fss "
+            f"({type(error).__name__}: {line:.200})"
         ) from error
 
 
