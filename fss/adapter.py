@@ -16,7 +16,7 @@ from fss.config import RegimeConfig, TrainConfig
 def save_run_adapter(
     path: Path, network: nn.Module, config: TrainConfig, test: dict[str, Any] | None = None
 ) -> None:
-    """Writes the backbone's S: the pretrained one where it trains, the trained one where it alone does.
+    """Writes the backbone's S before training, where S trains, or after, where it alone does.
 
     It fits the backbone alone, `network.backbone`, and any other network with the same weights
     under the same names, such as torchvision's.

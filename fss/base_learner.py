@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from fss.checkpoint import read_checkpoint, write_checkpoint
+from fss.checkpoint import explain_misfit, read_checkpoint, write_checkpoint
 from fss.config import DataConfig, ModelConfig
 from fss.data import IGNORE, Source, TrainTransform, build_episodes, build_source
 from fss.data import test_transform as validation_transform
@@ -38,6 +38,7 @@ from fss.run_state import (
     explain_unwritable,
     last_good,
     postponed_stop,
+    remove_leftovers,
     restore_training,
     saved_on_failure,
     training_state,
@@ -377,8 +378,11 @@ def train_base(
         check_resumable(state, plain(config), FREE, path, fabric)
     trainer = BaseTrainer(config, fabric)
     with explain_unwritable(folder):
+        if fabric.is_global_zero:
+            remove_leftovers(folder)
         if state is not None:
-            trainer.restore(state)
+            with explain_misfit(path):
+                trainer.restore(state)
         elif fabric.is_global_zero:
             clear_folder(folder, _FILES)
         trainer.fit()

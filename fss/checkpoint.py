@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,13 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
     """
     content = read_checkpoint(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        got = f"format {content.get('format')!r}" if isinstance(content, dict) else repr(content)
         raise ValueError(
-            f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got "
-            f"{'format ' + repr(content.get('format')) if isinstance(content, dict) else content}"
+            f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got {got:.200}"
         )
+    wrong = [name for name in ("signature", "config") if not isinstance(content.get(name), dict)]
+    if wrong:
+        raise ValueError(f"checkpoint: {path} is damaged: it holds no {' and no '.join(wrong)}")
     if config is not None:
         check_same(content["signature"], signature(config), path)
     return content
@@ -101,11 +105,30 @@ def read_checkpoint(path: Path) -> Any:
         raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of damaged files torch.load raises whatever its readers do
         raise ValueError(
             f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; "
             "use another checkpoint or train again "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from error
+
+
+@contextmanager
+def explain_misfit(path: Path) -> Iterator[None]:
+    """Says in the user's words that the content of a checkpoint is not what its reader expects.
+
+    Raises:
+        ValueError: in the place of what a missing entry, or one of another type or shape, raises.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"checkpoint: {path} is damaged, or was written by another version of fss "
+            f"({type(error).__name__}: {line:.200})"
         ) from error
 
 

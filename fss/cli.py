@@ -21,6 +21,7 @@ from fss.data.prepare import prepare, verify_data
 from fss.engine import train
 from fss.evaluation import table
 from fss.export import export_run
+from fss.files import read_yaml
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
 from fss.predict import predict_files
 from fss.report import write_report
@@ -102,10 +103,11 @@ class SettingsFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         try:
-            path = str(config_file(value))
-        except FileNotFoundError as error:
+            path = config_file(value)
+            read_yaml(path)
+        except (OSError, ValueError) as error:
             raise TypeError(str(error)) from error  # what jsonargparse takes for a user's error
-        super().__call__(parser, namespace, path, option)
+        super().__call__(parser, namespace, str(path), option)
 
 
 def build_parser() -> ArgumentParser:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fss.adapter import save_run_adapter
-from fss.checkpoint import load_checkpoint
+from fss.checkpoint import explain_misfit, load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes
 from fss.evaluation import evaluate_seeds
@@ -19,7 +19,13 @@ from fss.measure import peak_memory
 from fss.plots import draw_curves, draw_episodes
 from fss.processes import build_fabric, determinism, is_restart
 from fss.provenance import provenance
-from fss.run_state import check_folder, check_resumable, clear_folder, explain_unwritable
+from fss.run_state import (
+    check_folder,
+    check_resumable,
+    clear_folder,
+    explain_unwritable,
+    remove_leftovers,
+)
 from fss.trainer import FREE, Trainer
 
 # What a new run removes of an earlier one.
@@ -66,8 +72,11 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     with determinism(config.deterministic):
         trainer = Trainer(config, fabric)
         with explain_unwritable(folder):
+            if fabric.is_global_zero:
+                remove_leftovers(folder)
             if state is not None:
-                trainer.restore(state)
+                with explain_misfit(path):
+                    trainer.restore(state)
             elif fabric.is_global_zero:
                 clear_folder(folder, _FILES)
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from fss.base_learner import BaseLearnerConfig
 from fss.config import DataConfig, ModelConfig, TrainConfig
 from fss.config_files import FOLDER
+from fss.files import read_yaml
 
 FOLDS = 4
 # The settings of a model that are those of its base learner too.
@@ -202,10 +201,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"settings: expected a YAML file at {path}, found none")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings by name, got a {type(values).__name__}")
     _check_names(values, TrainConfig, str(path))
@@ -215,10 +211,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _read(path: Path, required: set[str], optional: set[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent.name}: expected a file {path}, found none")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     _check_keys(values, required, optional, str(path))
     return values
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ from fss.checkpoint import check_same
 from fss.comparison import BaseRun, Run, compared_rows, markdown
 from fss.config import TrainConfig
 from fss.engine import train
-from fss.files import atomic_write, write_json
+from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper import FOLDS, Row, Table, base_values, merged, read_settings, run_values
 from fss.run_state import INTERRUPTED, Stopped, flat_settings
 
@@ -240,7 +239,7 @@ def _check_settings(run: Run) -> None:
 def _check_finished(folder: Path, config: dict[str, Any], free: set[str]) -> None:
     path = folder / "result.json"
     if path.is_file():
-        stored = json.loads(path.read_text())["config"]
+        stored = parse_json(read_text(path), path)["config"]
         check_same(flat_settings(stored, free), flat_settings(config, free), path)
 
 
@@ -256,7 +255,7 @@ def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -
                 _make_base(run.base)
             begun = (run.folder / "last.pt").is_file()
             train(config, resume=begun, overwrite=not begun)
-        result = json.loads(path.read_text())
+        result = parse_json(read_text(path), path)
         run.test = result["test"]
         run.source = {name: result[name] for name in ("machine", "versions", "commit")}
         if run.row.episodes is not None:
@@ -301,7 +300,7 @@ def _test_again(
             accelerator=config.accelerator,
         )
         write_json(path, score)
-    return json.loads(path.read_text())
+    return parse_json(read_text(path), path)
 
 
 def _write(table: Table, options: Options, runs: list[Run], folder: Path) -> dict[str, Any]:
@@ -334,7 +333,7 @@ def _base_scores(runs: list[Run]) -> dict[str, dict[int, float]]:
     for run in runs:
         if run.base is not None and run.base.state == "finished":
             folder = run.base.folder
-            miou = json.loads((folder / "result.json").read_text())["miou"]
+            miou = parse_json(read_text(folder / "result.json"), folder)["miou"]
             scores.setdefault(folder.parent.name, {})[run.fold] = 100 * miou
     return scores
 

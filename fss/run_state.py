@@ -163,6 +163,12 @@ def clear_folder(folder: Path, names: Iterable[str]) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes files that a killed process of the run had not finished writing."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob(".*.part")):
+        path.unlink(missing_ok=True)
+
+
 def last_good(folder: Path) -> str:
     """A sentence on the checkpoint to go on from."""
     path = folder / "last.pt"

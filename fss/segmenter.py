@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import svf_fast
-from fss.checkpoint import load_checkpoint
+from fss.checkpoint import explain_misfit, load_checkpoint
 from fss.colors import ORANGE
 from fss.config import TrainConfig
 from fss.data import EvalTransform, test_transform
@@ -288,6 +288,11 @@ def load_run(
     if path.is_dir():
         path = path / f"{checkpoint}.pt"
     content = load_checkpoint(path)
+    with explain_misfit(path):
+        return _network_of(content)
+
+
+def _network_of(content: dict[str, Any]) -> tuple[FewShotModel, TrainConfig]:
     values, state = content["config"], content["model"]
     shots = values["data"]["shots"]
     values["model"] |= {"weights": "none", "base_weights": "none", "official": None}

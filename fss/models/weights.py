@@ -203,7 +203,7 @@ def read_torch(path: Path) -> Any:
             "pickled objects can run code. If you trust it, load it with torch yourself and save "
             f"its state dict alone.\n{error}"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:  # of damaged files torch.load raises whatever its readers do
         raise ValueError(
             f"weights: {path} is no complete torch file ({error}); fetch it again"
         ) from error
