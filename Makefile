@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
 .PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory bench-loading render \
-  gpu gpu-sanitize cuda-check docs clean check-machine
+  gpu asan gpu-sanitize cuda-check docs clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
 
@@ -25,7 +25,7 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv with torch, the package (editable) and the tools, if need be
 
 demo: venv ## the main job on the embedded data: three regimes, table and pictures
-	$(BIN)/python benchmarks/regimes.py --config configs/demo.yaml --folds 0 \
+	$(BIN)/python benchmarks/regimes.py --config demo --folds 0 \
 	  --out runs/demo --results runs/demo/regimes
 
 test: venv ## run the tests; ARGS="-k chain" chooses
@@ -63,6 +63,9 @@ gpu: ## everything a GPU can show, in 10 minutes, with the torch of PYTHON; ARGS
 cuda-check: venv ## compile all GPU kernels for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check
 	$(BIN)/python -m svf_fast.triton.check
+
+asan: venv ## the tests of the CPU ops under address and undefined-behaviour sanitizers
+	$(BIN)/python -m pytest tests/sanitized_cpu $(ARGS)
 
 gpu-sanitize: venv ## compute-sanitizer on the tests of the CUDA kernels; needs a GPU
 	.ci/gpu-sanitize $(BIN)/python

@@ -3,7 +3,7 @@
 Each run is an ``fss train`` process of its own; a finished one is kept, an interrupted one resumed,
 so the command can be repeated until all are there. Writes NAME.json, NAME.md and NAME.png:
 
-    python benchmarks/regimes.py --config configs/demo.yaml --folds 0 --results runs/demo/regimes
+    python benchmarks/regimes.py --config demo --folds 0 --results runs/demo/regimes
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="YAML file of `fss train`")
+    parser.add_argument("--config", required=True, help="as for `fss train`")
     parser.add_argument("--models", nargs="+", default=["baseline"])
     parser.add_argument("--regimes", nargs="+", default=["freeze", "svf", "full"])
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3])

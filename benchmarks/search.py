@@ -21,11 +21,11 @@ from training import held_out, make_run
 
 
 class Stage(NamedTuple):
-    """A setting of a regime and the values tried; the first is where the search begins."""
+    """A setting of a regime and the values tried; None is as the stage before left it."""
 
     regime: str
     key: str
-    values: tuple[str, ...]
+    values: tuple[str | None, ...]
 
 
 LR, BACKBONE_LR = "optimizer.lr", "optimizer.backbone_lr"
@@ -34,16 +34,8 @@ STAGES = (
     Stage("freeze", LR, ("0.0005", "0.00025", "0.001")),
     Stage("full", BACKBONE_LR, ("0.00005", "0.00001", "0.0002")),
     Stage("svf", BACKBONE_LR, ("0.002", "0.0005", "0.008", "0.03")),
-    Stage("svf", DECAY, ("0.0001", "1")),
-    Stage(
-        "svf",
-        LAYERS,
-        (
-            "[layer2, layer3, layer4]",
-            "[layer4]",
-            "[layer3, layer4]",
-        ),
-    ),
+    Stage("svf", DECAY, (None, "0.1", "1")),
+    Stage("svf", LAYERS, (None, "[layer4]", "[layer3, layer4]")),
 )
 
 
@@ -60,17 +52,17 @@ def main() -> int:
     extra += [f"--data.root={view}", f"--data.fold={options.fold}"]
     trials: dict[str, dict] = {}
     chosen: dict[str, dict[str, str]] = {}
-    stages = [stage for stage in STAGES if stage.regime in ("freeze", *options.regimes)]
-    for stage in stages:
+    for stage in STAGES:
+        if stage.regime not in ("freeze", *options.regimes):
+            continue
         # the head's rate is freezing's; what a regime fixed before stays
-        settings = {**chosen.get("freeze", {}), **chosen.get(stage.regime, {})}
-        scores = {}
-        for value in stage.values:
-            trial = {**settings, stage.key: value}
-            name = _name(stage.regime, trial)
+        settings = chosen.get("freeze", {}) | chosen.get(stage.regime, {})
+        tried = [settings | ({stage.key: v} if v is not None else {}) for v in stage.values]
+        names = [_name(stage.regime, trial) for trial in tried]
+        for name, trial in zip(names, tried, strict=True):
             trials[name] = _trial(options, extra, stage.regime, trial, name)
-            scores[value] = trials[name]["base_miou"]
-        chosen.setdefault(stage.regime, {})[stage.key] = max(scores, key=scores.__getitem__)
+        best = max(range(len(names)), key=lambda n: trials[names[n]]["base_miou"])
+        chosen[stage.regime] = tried[best]
     command = "python " + shlex.join(sys.argv)
     table = _table(trials, chosen, command)
     if options.results:
@@ -114,11 +106,7 @@ def _table(trials: dict[str, dict], chosen: dict[str, dict[str, str]], command: 
     ]
     for trial in trials.values():
         own = {k: v for k, v in trial["settings"].items() if k in (LR, BACKBONE_LR, DECAY, LAYERS)}
-        best = chosen[trial["regime"]].items() <= own.items() and len(own) == max(
-            len(other["settings"]) - 2
-            for other in trials.values()
-            if other["regime"] == trial["regime"]
-        )
+        best = own == chosen[trial["regime"]]
         text = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in own.items())
         scores = [trial["base_miou"], trial["base_fb_iou"]]
         scores += [trial["novel_miou"]["mean"], trial["novel_fb_iou"]["mean"]]

@@ -32,8 +32,8 @@ def make_run(
         command = [sys.executable, "-m", "fss.cli", "train", "--config", config, *extra]
         command += [f"--{name}={value}" for name, value in settings.items()]
         command.append(f"--out={folder}")
-        if (folder / "last.pt").is_file():
-            command.append("--resume")
+        # one that stopped before its first checkpoint has nothing to go on from
+        command.append("--resume" if (folder / "last.pt").is_file() else "--overwrite")
         print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
         status = subprocess.run(command).returncode
         if status:

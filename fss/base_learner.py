@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import math
-import pickle
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +19,34 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from fss.checkpoint import check_same, random_state, restore_random_state
+from fss.checkpoint import explain_misfit, read_checkpoint, write_checkpoint
 from fss.config import DataConfig, ModelConfig
 from fss.data import IGNORE, Source, TrainTransform, build_episodes, build_source
 from fss.data import test_transform as validation_transform
 from fss.data.transforms import Transform
-from fss.evaluation import episode_classes, episode_loader
+from fss.evaluation import episode_classes
 from fss.files import atomic_write, write_json
+from fss.loading import episode_loader, explain_killed_worker
 from fss.models import PSPNet, build_backbone, load_backbone
 from fss.processes import build_fabric
+from fss.run_state import (
+    Stopped,
+    agreed,
+    check_folder,
+    check_resumable,
+    clear_folder,
+    explain_unwritable,
+    last_good,
+    postponed_stop,
+    remove_leftovers,
+    restore_training,
+    saved_on_failure,
+    training_state,
+)
 
 # What may differ between the two halves of a resumed run.
-_FREE = {"out", "log_every", "save_every", "accelerator", "data.root", "data.workers"}
-_FREE |= {"model.weights"}
+FREE = {"out", "log_every", "save_every", "accelerator", "data.root", "data.workers"}
+FREE |= {"model.weights"}
 
 
 @dataclass
@@ -98,6 +112,8 @@ class BaseLearnerConfig:
             raise ValueError("out: expected a folder for the run, got nothing")
 
 
+# What a run leaves in its folder.
+_FILES = ("last.pt", "base.pt", "log.csv", "result.json")
 _NO_CLASS = -1
 
 
@@ -213,44 +229,57 @@ class BaseTrainer:
             share, config.batch_size // fabric.world_size, config.data.workers, fabric
         )
         bar = tqdm(
-            loader,
-            f"base learner fold {config.data.fold}",
             total=config.steps,
             initial=self.step,
+            desc=f"base learner fold {config.data.fold}",
             unit="step",
             disable=not fabric.is_global_zero,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         self.model.train()
-        for batch in bar:
-            lr = self.optimizer.param_groups[0]["lr"]
-            self.optimizer.zero_grad()
-            loss = functional.cross_entropy(
-                self.model(batch["image"]), batch["mask"], ignore_index=IGNORE
-            )
-            fabric.backward(loss)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.step += 1
-            self.losses.append(loss.detach())
-            ends = self.step == config.steps
-            if self.step % config.log_every == 0 or ends:
-                bar.set_postfix(loss=f"{self._log(lr):.4f}", lr=f"{lr:.2e}", refresh=False)
-            if ends or (config.validation_every and self.step % config.validation_every == 0):
-                self._validate()
-                self._save("last.pt")
-            elif self.step % config.save_every == 0:
-                self._save("last.pt")
+        with (
+            postponed_stop() as statuses,
+            bar,
+            explain_killed_worker(lambda: last_good(self.folder)),
+        ):
+            for batch in saved_on_failure(loader, self._save_alone):
+                lr = self._train_step(batch)
+                bar.update()
+                ends = self.step == config.steps
+                if self.step % config.log_every == 0 or ends:
+                    bar.set_postfix(loss=f"{self._log(lr):.4f}", lr=f"{lr:.2e}", refresh=False)
+                if ends or (config.validation_every and self.step % config.validation_every == 0):
+                    self._validate()
+                    self._save("last.pt")
+                elif self.step % config.save_every == 0:
+                    self._save("last.pt")
+                if status := agreed(statuses, fabric, self.step % config.log_every == 0):
+                    self._save("last.pt")
+                    raise Stopped(
+                        f"stopped after step {self.step} of {config.steps}, saved; the same "
+                        "command with --resume goes on",
+                        status,
+                    )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from the content of last.pt."""
         self.network.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        restore_training(state, self.fabric, self.optimizer, self.scheduler)
         self.step, self.best, self.history = state["step"], state["best"], state["history"]
         self.losses = list(self.fabric.to_device(state["losses"]))
-        restore_random_state(state["random"][self.fabric.global_rank])
+
+    def _train_step(self, batch: dict[str, Tensor]) -> float:
+        """Returns the learning rate that the step had."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.zero_grad()
+        prediction = self.model(batch["image"])
+        loss = functional.cross_entropy(prediction, batch["mask"], ignore_index=IGNORE)
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        self.losses.append(loss.detach())
+        return lr
 
     def _log(self, lr: float) -> float:
         loss = float(self.fabric.all_reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
@@ -258,7 +287,7 @@ class BaseTrainer:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss: expected a finite number, got {loss} until step {self.step}; lower lr, or "
-                "train in precision 32-true. The last checkpoint is from before"
+                f"train in precision 32-true. {last_good(self.folder)}"
             )
         self.history.append({"step": self.step, "loss": loss, "lr": lr})
         return loss
@@ -286,6 +315,11 @@ class BaseTrainer:
             self.best = {"step": self.step, "miou": miou, "iou": named}
             self._save("base.pt")
 
+    def _save_alone(self) -> None:
+        """Saves unless other processes would have to take part."""
+        if self.step and self.fabric.world_size == 1:
+            self._save("last.pt")
+
     def _save(self, name: str) -> None:
         state: dict[str, Any] = {
             "state_dict": self.network.state_dict(),
@@ -296,16 +330,12 @@ class BaseTrainer:
         }
         if name == "last.pt":
             state |= {
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "precision": self.fabric.strategy.precision.state_dict(),
+                **training_state(self.fabric, self.optimizer, self.scheduler),
                 "history": self.history,
                 "losses": torch.stack(self.losses) if self.losses else torch.zeros(0),
-                "random": self._gather(random_state()),
             }
         if self.fabric.is_global_zero:
-            with atomic_write(self.folder / name) as file:
-                torch.save(state, file)
+            write_checkpoint(self.folder / name, state)
             table = io.StringIO(newline="")
             writer = csv.DictWriter(table, ("step", "loss", "lr", "miou"))
             writer.writeheader()
@@ -313,12 +343,6 @@ class BaseTrainer:
             with atomic_write(self.folder / "log.csv") as file:
                 file.write(table.getvalue().encode())
         self.fabric.barrier()
-
-    def _gather(self, value: Any) -> list[Any]:
-        values = [value] * self.fabric.world_size
-        if self.fabric.world_size > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
 
 
 def train_base(
@@ -340,32 +364,31 @@ def train_base(
         ValueError: a folder that already has a run, a checkpoint of another run, ...
         FileNotFoundError: nothing to resume; photos or weights that are not there.
         FloatingPointError: a loss that is not finite; the last checkpoint is from before.
+        OSError: a folder that cannot be written, a full disk; the last checkpoint is whole.
+        Stopped: after ctrl-C or SIGTERM, once the step is finished and saved.
     """
     folder = Path(config.out)
     path = folder / "last.pt"
-    if resume and not path.is_file():
-        raise FileNotFoundError(
-            f"--resume: expected a checkpoint at {path}, found none; leave out --resume to begin "
-            "anew"
-        )
-    if path.is_file() and not (resume or overwrite):
-        raise ValueError(
-            f"out: {folder} already holds a run; go on with --resume, replace it with --overwrite, "
-            "or give another --out"
-        )
+    check_folder(folder, _FILES, resume, overwrite)
     fabric = build_fabric(config)
-    state = _load_resumable(path, config, fabric) if resume else None
-    trainer = BaseTrainer(config, fabric)
+    state = read_checkpoint(path) if resume else None
     if state is not None:
-        trainer.restore(state)
-    elif fabric.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("last.pt", "base.pt", "log.csv", "result.json"):
-            (folder / name).unlink(missing_ok=True)
-    trainer.fit()
-    result = {**(trainer.best or {}), "config": plain(config)}
-    if fabric.is_global_zero:
-        write_json(folder / "result.json", result)
+        if not isinstance(state, dict) or "history" not in state:
+            raise ValueError(f"checkpoint: expected a checkpoint of fss train-base at {path}")
+        check_resumable(state, plain(config), FREE, path, fabric)
+    trainer = BaseTrainer(config, fabric)
+    with explain_unwritable(folder):
+        if fabric.is_global_zero:
+            remove_leftovers(folder)
+        if state is not None:
+            with explain_misfit(path):
+                trainer.restore(state)
+        elif fabric.is_global_zero:
+            clear_folder(folder, _FILES)
+        trainer.fit()
+        result = {**(trainer.best or {}), "config": plain(config)}
+        if fabric.is_global_zero:
+            write_json(folder / "result.json", result)
     fabric.barrier()
     return result
 
@@ -394,33 +417,3 @@ def plain(config: BaseLearnerConfig) -> dict[str, Any]:
         return [simple(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return simple(dataclasses.asdict(config))
-
-
-def _load_resumable(path: Path, config: BaseLearnerConfig, fabric: Fabric) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; begin "
-            f"anew with --overwrite ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, dict) or "history" not in state:
-        raise ValueError(f"checkpoint: expected a checkpoint of fss train-base at {path}")
-    check_same(_settings(state["config"]), _settings(plain(config)), path)
-    if len(state["random"]) != fabric.world_size:
-        raise ValueError(
-            f"devices: the checkpoint was written by {len(state['random'])} processes, these are "
-            f"{fabric.world_size}; resume with as many"
-        )
-    return state
-
-
-def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that determine what is trained, by dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _settings(value, f"{prefix}{key}.")
-        elif prefix + key not in _FREE:
-            flat[prefix + key] = value
-    return flat

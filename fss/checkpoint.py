@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def signature(config: TrainConfig) -> dict[str, Any]:
 def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> None:
     """Writes `state` with the configuration and its signature.
 
-    The file at `path` is the former one until the new one is complete. All weights are stored, the
-    frozen ones too, so that a checkpoint needs no other file.
+    All weights are stored, the frozen ones too, so that a checkpoint needs no other file.
 
     Args:
         path: the file.
@@ -42,14 +42,18 @@ def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> N
         state: tensors and plain values; "model" is the state dict.
 
     Raises:
+        OSError: see `write_checkpoint`.
+    """
+    own = {"format": _FORMAT, "signature": signature(config), "config": config.to_dict()}
+    write_checkpoint(path, {**state, **own})
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes tensors and plain values; the file at `path` is the former one until all is written.
+
+    Raises:
         OSError: a disk that is full or fails.
     """
-    content = {
-        **state,
-        "format": _FORMAT,
-        "signature": signature(config),
-        "config": config.to_dict(),
-    }
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
@@ -76,24 +80,56 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
         FileNotFoundError: no such file.
         ValueError: a damaged file, one of another program, or of another model, regime or fold.
     """
+    content = read_checkpoint(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        got = f"format {content.get('format')!r}" if isinstance(content, dict) else repr(content)
+        raise ValueError(
+            f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got {got:.200}"
+        )
+    wrong = [name for name in ("signature", "config") if not isinstance(content.get(name), dict)]
+    if wrong:
+        raise ValueError(f"checkpoint: {path} is damaged: it holds no {' and no '.join(wrong)}")
+    if config is not None:
+        check_same(content["signature"], signature(config), path)
+    return content
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The content of a file of `write_checkpoint`, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one of another program.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of damaged files torch.load raises whatever its readers do
         raise ValueError(
             f"checkpoint: {path} cannot be read, it is truncated or was not written by fss; "
             "use another checkpoint or train again "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+
+
+@contextmanager
+def explain_misfit(path: Path) -> Iterator[None]:
+    """Says in the user's words that the content of a checkpoint is not what its reader expects.
+
+    Raises:
+        ValueError: in the place of what a missing entry, or one of another type or shape, raises.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        line = next(iter(str(error).strip().splitlines()), "")
         raise ValueError(
-            f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got "
-            f"{'format ' + repr(content.get('format')) if isinstance(content, dict) else content}"
-        )
-    if config is not None:
-        check_same(content["signature"], signature(config), path)
-    return content
+            f"checkpoint: {path} is damaged, or was written by another version of fss "
+            f"({type(error).__name__}: {line:.200})"
+        ) from error
 
 
 def check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

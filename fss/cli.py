@@ -1,4 +1,4 @@
-"""The commands `fss train`, `train-base`, `eval`, `data` and `reproduce`."""
+"""The commands of `fss`; `fss --help` lists them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 import fss
+from fss.adapter import adapter_files
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.config import TrainConfig
+from fss.config_files import config_file, config_names
 from fss.data.prepare import prepare, verify_data
 from fss.engine import train
 from fss.evaluation import table
+from fss.export import export_run
+from fss.files import read_yaml
 from fss.paper import default_folder, load_table, merged, read_settings, table_names
+from fss.predict import predict_files
+from fss.report import write_report
 from fss.reproduce import Options, listing, reproduce
+from fss.run_state import INTERRUPTED
 from fss.scoring import evaluate_run
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
 _REPRODUCED = {
     "data.root": "folder of the data set",
     "model.weights": "of the backbone",
-    "model.base_weights": "BAM's base learners, a path with {data}, {backbone} and {fold} in it",
+    "model.base_weights": "BAM's base learners, a path with {data}, {backbone} and {fold} in it; "
+    "by default they are trained first",
     "accelerator": "as for fss train",
     "devices": "as for fss train",
     "precision": "as for fss train",
@@ -58,7 +66,7 @@ def reproduce_table(
         out: folder of the runs, which tables share, and of the results NAME.md and NAME.json.
         scale_down: a small network on small photos for a few steps, to try a table on a CPU.
         settings: YAML file of settings of `fss train` over those of every row.
-        tables: folder of the tables' files; by default configs/paper of the checkout.
+        tables: folder of the tables' files; by default those of the package.
         overrides: settings by part, over the file's.
 
     Returns the text to print.
@@ -79,6 +87,29 @@ def reproduce_table(
     return reproduce(load_table(table, folder), options, evaluate_run)["markdown"]
 
 
+_EXITS = (
+    "Exit status: 0; 2 after an error; 130 after ctrl-C and 143 after SIGTERM, both once the step "
+    "is finished and saved: --resume goes on. A second signal stops at once."
+)
+
+
+class SettingsFile(ActionConfigFile):
+    """`--config`: a YAML file, or the name of one that comes with the package."""
+
+    text = (
+        "YAML file with settings, or the name of one that comes with fss: "
+        f"{', '.join(config_names() + config_names('regimes'))}."
+    )
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        try:
+            path = config_file(value)
+            read_yaml(path)
+        except (OSError, ValueError) as error:
+            raise TypeError(str(error)) from error  # what jsonargparse takes for a user's error
+        super().__call__(parser, namespace, str(path), option)
+
+
 def build_parser() -> ArgumentParser:
     """The parser of the whole command line; it raises ArgumentError."""
     parser = ArgumentParser(
@@ -91,20 +122,22 @@ def build_parser() -> ArgumentParser:
     training = ArgumentParser(
         description="Train, validate and test a model as configured; a YAML file and options "
         "override the defaults, the last one wins.",
-        usage="fss train [--config FILE.yaml] [--resume | --overwrite] [options]",
+        usage="fss train [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        epilog=_EXITS,
         exit_on_error=False,
     )
-    training.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    training.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
     training.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     training.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     training.add_argument("--debug", **debug)
     training.add_class_arguments(TrainConfig)
     base = ArgumentParser(
         description="Train BAM's base learner, a PSPNet that segments the base classes of a fold.",
-        usage="fss train-base [--config FILE.yaml] [--resume | --overwrite] [options]",
+        usage="fss train-base [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        epilog=_EXITS,
         exit_on_error=False,
     )
-    base.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    base.add_argument("--config", action=SettingsFile, help=SettingsFile.text)
     base.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     base.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     base.add_argument("--debug", **debug)
@@ -138,11 +171,31 @@ def build_parser() -> ArgumentParser:
     reproduction.add_argument("--tables", help="folder of the tables' files")
     for name, text in _REPRODUCED.items():
         reproduction.add_argument(f"--{name}", help=f"{text}, in every run")
+    report = ArgumentParser(
+        description="Write one self-contained page about runs: results, curves, classes, episodes, "
+        "what happened to the singular values, memory and time; the plots also as PNG and SVG.",
+        usage="fss report RUN... [--out FOLDER] [--photo FILE] [--layers NAME...]",
+        exit_on_error=False,
+    )
+    report.add_argument("--debug", **debug)
+    report.add_argument("runs", nargs="+", help="folders that fss train wrote")
+    report.add_argument("--out", help="folder of the page; by default RUN/report of the first run")
+    report.add_argument("--photo", help="picture for the heat maps; by default one of the test")
+    report.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        help="convolutions for the heat maps; by default the last 3x3 and the last 1x1 of layer3",
+    )
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", training, help="train, validate and test a model")
     commands.add_subcommand("train-base", base, help="train BAM's base learner")
     commands.add_subcommand("eval", evaluation, help="score a trained model")
     commands.add_subcommand("reproduce", reproduction, help="make a table of the paper")
+    commands.add_subcommand("report", report, help="write a page about runs")
+    commands.add_subcommand("predict", _prediction(debug), help="segment your own pictures")
+    commands.add_subcommand("adapter", _adapter(debug), help="show adapters or interpolate two")
+    commands.add_subcommand("export", _export(debug), help="write a trained model as ONNX")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -158,10 +211,72 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _prediction(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Segment pictures by the example of a few others; without a run, by matching "
+        "features of a pretrained backbone, by default of the small embedded one.",
+        usage="fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out FOLDER",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("run", nargs="?", help="folder of fss train, or a checkpoint in it")
+    parser.add_argument(
+        "--support",
+        dest="supports",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PICTURE", "MASK"),
+        help='a picture and its mask: a file, a box "x0,y0,x1,y1" or a polygon "x,y x,y x,y …", '
+        "pixels from the top left; may be repeated",
+    )
+    parser.add_argument("--query", dest="queries", nargs="+", required=True, help="what to segment")
+    parser.add_argument("--out", required=True, help="folder of the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    for name, kind, default, text in (
+        ("adapter", str, None, "file of singular values of the backbone, as runs leave it"),
+        ("threshold", float, 0.5, "probability above which a pixel belongs to the object"),
+        ("batch_size", int, 8, "pictures at a time"),
+        ("checkpoint", Literal["best", "last"], "best", "of the run"),
+        ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one"),
+        ("backbone", str, None, "without a run: its name; by default what the weights tell"),
+        ("weights", str, None, "without a run: file of a pretrained backbone"),
+        ("size", int, None, "without a run: longer side of the network's input (default: 321)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    return parser
+
+
+def _adapter(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Show what is in adapter files, or interpolate two.",
+        usage="fss adapter FILE..., or fss adapter A B --interpolate T --out FILE",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_argument("files", nargs="+", help="of svf_fast.save_adapter; runs leave one")
+    parser.add_argument("--interpolate", type=float, help="0 gives the first, 1 the second")
+    parser.add_argument("--out", help="file for the interpolated adapter")
+    return parser
+
+
+def _export(debug: dict[str, Any]) -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Write a trained model as ONNX, checked in onnxruntime.",
+        usage="fss export RUN [--out FILE.onnx] [options]",
+        exit_on_error=False,
+    )
+    parser.add_argument("--debug", **debug)
+    parser.add_function_arguments(export_run, as_positional=True)
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status.
 
-    0, 1 where data are not the published ones, 2 after a user's error, 130 after ctrl-C.
+    0, 1 where data are not the published ones, 2 after a user's error, 130 after ctrl-C, 143 after
+    SIGTERM; these two let a training run finish and save its step, the second signal ends it at
+    once.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or os.environ.get("FSS_DEBUG", "") not in ("", "0")
@@ -187,13 +302,21 @@ def main(arguments: list[str] | None = None) -> int:
             text = "\n".join(base_table(train_base(BaseLearnerConfig(**options), **flags)))
         elif settings.command == "eval":
             text = "\n".join(table(evaluate_run(**options)))
+        elif settings.command == "report":
+            text = str(write_report(**options))
+        elif settings.command == "predict":
+            text = predict_files(**options)
+        elif settings.command == "adapter":
+            text = adapter_files(**options)
+        elif settings.command == "export":
+            text = export_run(**options)
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(text)
     except KeyboardInterrupt as stop:
         print(f"fss: {stop or 'stopped'}", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", INTERRUPTED)
     except (ArgumentError, *_USER_ERRORS) as error:
         if debug or not _expected(error):
             raise

@@ -8,8 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fss.base_learner import BaseLearnerConfig
 from fss.config import TrainConfig
 from fss.paper import FOLDS, Published, Row, Table
+
+
+@dataclass
+class BaseRun:
+    """The training of a base learner, which rows and tables share; `reason` is why it failed."""
+
+    fold: int
+    folder: Path
+    config: BaseLearnerConfig
+    reason: str | None = None
+
+    @property
+    def state(self) -> str:
+        """ "finished", "begun" or "not begun"."""
+        return _state(self.folder)
 
 
 @dataclass
@@ -21,6 +37,7 @@ class Run:
     fold: int
     folder: Path
     config: TrainConfig | None = None
+    base: BaseRun | None = None
     reason: str | None = None
     test: dict[str, Any] | None = None
     source: dict[str, Any] | None = None
@@ -30,9 +47,13 @@ class Run:
         """ "finished", "begun", "not begun", or "cannot run"."""
         if self.reason is not None:
             return "cannot run"
-        if (self.folder / "result.json").is_file():
-            return "finished"
-        return "begun" if (self.folder / "last.pt").is_file() else "not begun"
+        return _state(self.folder)
+
+
+def _state(folder: Path) -> str:
+    if (folder / "result.json").is_file():
+        return "finished"
+    return "begun" if (folder / "last.pt").is_file() else "not begun"
 
 
 def compared_rows(table: Table, runs: list[Run]) -> Iterator[dict[str, Any]]:
@@ -115,6 +136,9 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     for row in result["rows"]:
         if row["note"]:
             yield f"{row['label']}: {row['note']}."
+    for name, scores in result["base_learners"].items():
+        folds = ", ".join(f"fold {fold} {miou:.2f}" for fold, miou in scores.items())
+        yield f"BAM's base learner {name}, mIoU of the base classes: {folds}."
     reasons: dict[str, list[str]] = {}
     for row in result["rows"]:
         for fold, reason in row["not_run"].items():

@@ -1,8 +1,8 @@
 """The configuration of a run: dataclasses whose defaults are the paper's SVF recipe.
 
 The paper is Sun et al., "Singular Value Fine-tuning: Few-shot Segmentation requires Few-parameters
-Fine-tuning", NeurIPS 2022 (Pascal-5i, ResNet-50). A YAML file in `configs/` holds only what is
-different.
+Fine-tuning", NeurIPS 2022 (Pascal-5i, ResNet-50). A YAML file in fss/configs holds only what
+is different.
 """
 
 from __future__ import annotations

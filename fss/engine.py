@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from fss.checkpoint import load_checkpoint
+from fss.adapter import save_run_adapter
+from fss.checkpoint import explain_misfit, load_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes
 from fss.evaluation import evaluate_seeds
@@ -18,7 +19,18 @@ from fss.measure import peak_memory
 from fss.plots import draw_curves, draw_episodes
 from fss.processes import build_fabric, determinism, is_restart
 from fss.provenance import provenance
-from fss.trainer import Trainer, check_resumable
+from fss.run_state import (
+    check_folder,
+    check_resumable,
+    clear_folder,
+    explain_unwritable,
+    remove_leftovers,
+)
+from fss.trainer import FREE, Trainer
+
+# What a new run removes of an earlier one.
+_FILES = ("last.pt", "best.pt", "result.json", "eval.json", "episodes.png", "curves.png")
+_FILES += ("pretrained.safetensors", "adapter.safetensors")
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -26,6 +38,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
 
     config.yaml; last.pt and best.pt (the highest validation mIoU, see `TrainConfig.checkpoint`);
     train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png.
+    Where S alone trains in the backbone: adapter.safetensors, its S in the tested checkpoint, and
+    pretrained.safetensors, S at the first step (`svf_fast.Adapter`).
 
     Args:
         config: of the run.
@@ -39,7 +53,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         ValueError: a folder that already has a run, a checkpoint of another run, ...
         FileNotFoundError: nothing to resume; photos or weights that are not there.
         FloatingPointError: a loss that is not finite; the last checkpoint is from before.
-        KeyboardInterrupt: after ctrl-C, once the step is finished and saved; the message says how
+        OSError: a folder that cannot be written, a full disk; the last checkpoint is whole.
+        Stopped: after ctrl-C or SIGTERM, once the step is finished and saved; the message says how
             to go on.
     """
     folder = Path(config.out)
@@ -47,25 +62,27 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     if is_restart():
         resume = path.is_file()
         overwrite = not resume
-    if resume and not path.is_file():
-        raise FileNotFoundError(
-            f"--resume: expected a checkpoint at {path}, found none; leave out --resume to begin "
-            "anew"
-        )
+    check_folder(folder, ("last.pt", "result.json", "train.csv"), resume, overwrite)
     state = load_checkpoint(path, config) if resume else None
-    if not resume and not overwrite:
-        _refuse_overwriting(folder)
     fabric = build_fabric(config, config.accumulate)
     if state is not None:
-        check_resumable(state, config, fabric)
+        # a setting that is newer than the checkpoint has its default there
+        state["config"] = TrainConfig.from_dict(state["config"]).to_dict()
+        check_resumable(state, config.to_dict(), FREE, path, fabric)
     with determinism(config.deterministic):
         trainer = Trainer(config, fabric)
-        if state is not None:
-            trainer.restore(state)
-        elif fabric.is_global_zero:
-            _clear(folder)
-        trainer.fit()
-        return conclude(trainer)
+        with explain_unwritable(folder):
+            if fabric.is_global_zero:
+                remove_leftovers(folder)
+            if state is not None:
+                with explain_misfit(path):
+                    trainer.restore(state)
+            elif fabric.is_global_zero:
+                clear_folder(folder, _FILES)
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+                save_run_adapter(folder / "pretrained.safetensors", trainer.network, config)
+            trainer.fit()
+            return conclude(trainer)
 
 
 def conclude(trainer: Trainer) -> dict[str, Any]:
@@ -93,6 +110,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         "step_seconds_median": statistics.median(trainer.seconds) if trainer.seconds else None,
         "stopped_early": trainer.has_converged,
         "skipped_steps": trainer.skipped,
+        "unreadable": dict(trainer.unreadable.most_common()),
         "saved_bytes_per_step": trainer.saved_bytes,
         "peak_memory_bytes": memory,
         "parameters": _parameters(trainer.network),
@@ -113,26 +131,10 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
                 fabric.device,
             )
         draw_curves(folder / "curves.png", folder)
+        save_run_adapter(folder / "adapter.safetensors", trainer.network, config, result["test"])
         write_json(folder / "result.json", result)
     fabric.barrier()
     return result
-
-
-def _refuse_overwriting(folder: Path) -> None:
-    runs = [name for name in ("last.pt", "result.json", "train.csv") if (folder / name).exists()]
-    if runs:
-        raise ValueError(
-            f"out: {folder} already holds a run ({', '.join(runs)}); go on with --resume, replace "
-            "it with --overwrite, or give another --out"
-        )
-
-
-def _clear(folder: Path) -> None:
-    """Makes the folder of a new run, without what an earlier one left there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("last.pt", "best.pt", "result.json", "eval.json", "episodes.png", "curves.png"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def _parameters(network: nn.Module) -> dict[str, int]:

@@ -28,10 +28,10 @@ def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, 
     return {c: name for c, name in source.class_names.items() if (c in chosen) == novel}
 
 
-def segment(
+def enlarge(
     logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
 ) -> Tensor:
-    """Label map of one photo at its original size.
+    """Logits of one photo at its original size.
 
     The published code resizes the whole canvas to a square of the photo's longer side and takes the
     photo's part of that, although the photo covers only up to 472 of 473 pixels of the canvas.
@@ -43,10 +43,10 @@ def segment(
         resize: "photo", only what the photo covers; "canvas", as published; or "network", none at
             all, as HSNet's test.
 
-    Returns int64 [*size], or [H, W] without a resize; 1 foreground.
+    Returns float32 [2, *size], or [2, H, W] without a resize.
     """
     if resize == "network":
-        return logits.argmax(0)
+        return logits.float()
     height, width = (int(side) for side in size)
     target = (height, width)
     logits = logits[None].float()
@@ -55,7 +55,14 @@ def segment(
     else:
         logits = logits[..., : int(region[0]), : int(region[1])]
     resized = functional.interpolate(logits, size=target, mode="bilinear", align_corners=True)
-    return resized[0, :, :height, :width].argmax(0)
+    return resized[0, :, :height, :width]
+
+
+def segment(
+    logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
+) -> Tensor:
+    """Label map of one photo, int64 of the size that `enlarge` gives, 1 foreground."""
+    return enlarge(logits, region, size, resize).argmax(0)
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and text, JSON and YAML that users bring."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import yaml
+
+_VALUES = 100_000  # of a YAML file: aliases make many of few bytes, or one that holds itself
 
 
 @contextmanager
@@ -32,3 +36,55 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        ValueError: other bytes.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected text in UTF-8, got the byte {error.object[error.start]:#x} at "
+            f"{error.start}; is it the right file?"
+        ) from error
+
+
+def parse_json(text: str | bytes, name: object) -> Any:
+    """The value that JSON text stands for; `name` is what an error calls the file.
+
+    Raises:
+        ValueError: no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected JSON, got something else ({error})") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file, of plain types.
+
+    Raises:
+        ValueError: no YAML, or aliases that stand for more than 100 000 values.
+    """
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+    except ValueError as error:  # of a date or a number
+        raise ValueError(f"{path}: expected YAML ({error})") from error
+    waiting, count = [content], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _VALUES:
+            raise ValueError(f"{path}: expected at most {_VALUES} values, its aliases make more")
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+    return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -25,11 +26,24 @@ def episode_loader(dataset: Dataset, batch_size: int, workers: int, fabric: Fabr
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate_episodes,
+        worker_init_fn=_outlive_first_signal,
         pin_memory=fabric.device.type == "cuda",
         # Its own generator: the loader would draw from the global one, which resuming restores.
         generator=torch.Generator(),
     )
     return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+
+
+def _outlive_first_signal(worker: int) -> None:
+    """Lets a loading process go on when all processes of a run are told to stop.
+
+    The training process still needs its episodes then, to finish and save a step; a second SIGTERM,
+    or the end of the training process, ends the loading one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    )
 
 
 @contextmanager

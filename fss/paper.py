@@ -1,4 +1,4 @@
-"""The experiments of the paper's tables: files in configs/paper, and the runs they stand for.
+"""The experiments of the paper's tables: files in fss/configs/paper, and the runs they stand for.
 
 A table is a YAML file `T16.yaml`: a `title`, the `data` file of its data set (pascal, coco), the
 `metric` (miou, the default, or fb_iou) and `rows`. A row has
@@ -6,7 +6,7 @@ A table is a YAML file `T16.yaml`: a `title`, the `data` file of its data set (p
     label       as the table calls it
     run         the name of its runs; rows of any table with the same name share them. A row without
                 one quotes a method that is not here.
-    regime      a file of configs/regimes
+    regime      a file of fss/configs/regimes
     recipe      one of the data file's recipes; by default the paper's own
     settings    what else differs from the defaults of `fss train`
     episodes    test episodes, where others than the runs' own
@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from fss.config import ModelConfig, TrainConfig
+from fss.base_learner import BaseLearnerConfig
+from fss.config import DataConfig, ModelConfig, TrainConfig
+from fss.config_files import FOLDER
+from fss.files import read_yaml
 
 FOLDS = 4
+# The settings of a model that are those of its base learner too.
+_BACKBONE = ("backbone", "stem", "stride_on", "width", "weights")
 
 
 class Published(NamedTuple):
@@ -40,11 +43,12 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the tables of a data set share: see configs/paper/pascal.yaml."""
+    """What the tables of a data set share: see fss/configs/paper/pascal.yaml."""
 
     name: str
     needs: str
     epochs: int
+    base_epochs: int
     images: dict[str, list[int]]
     settings: dict[str, Any]
     recipes: dict[str, dict[str, Any]]
@@ -75,8 +79,8 @@ class Table:
 
 
 def default_folder() -> Path:
-    """configs/paper of the checkout that this package runs from."""
-    return Path(__file__).resolve().parents[1] / "configs" / "paper"
+    """The tables that come with the package."""
+    return FOLDER / "paper"
 
 
 def table_names(folder: Path) -> list[str]:
@@ -88,8 +92,8 @@ def table_names(folder: Path) -> list[str]:
     names = [path.stem for path in folder.glob("T*.yaml")]
     if not names:
         raise FileNotFoundError(
-            f"tables: expected files like T16.yaml in {folder}, found none; give --tables, the "
-            "folder configs/paper of a checkout"
+            f"tables: expected files like T16.yaml in {folder}, found none; leave out --tables for "
+            "those of the paper"
         )
     return sorted(names, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))
 
@@ -143,6 +147,25 @@ def run_values(
     return values
 
 
+def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the base learner of a row of BAM, as arguments of `BaseLearnerConfig`.
+
+    All rows with a backbone share it: of the table only the data set and the backbone count, of
+    `overrides` what `fss train-base` has a setting for. The number of steps is BAM's number of
+    epochs, unless `overrides` gives one.
+    """
+    names = {field.name for field in dataclasses.fields(BaseLearnerConfig)} - {"data", "model"}
+    values = {name: value for name, value in overrides.items() if name in names}
+    source = table.data.settings["data"]["source"]
+    data = {"source": source} | overrides.get("data", {}) | {"fold": fold, "shots": 1}
+    model = merged(row.settings, overrides).get("model", {})
+    model = {name: model[name] for name in _BACKBONE if name in model}
+    batch = values.get("batch_size", BaseLearnerConfig.batch_size)
+    steps = table.data.base_epochs * (table.data.images["filtered"][fold] // batch)
+    parts = {"data": DataConfig(**data), "model": ModelConfig(**model)}
+    return {"steps": steps, **values, **parts}
+
+
 def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[str, Any]:
     path = model.get("base_weights")
     if model.get("name") != "bam":
@@ -178,10 +201,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"settings: expected a YAML file at {path}, found none")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings by name, got a {type(values).__name__}")
     _check_names(values, TrainConfig, str(path))
@@ -191,10 +211,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _read(path: Path, required: set[str], optional: set[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent.name}: expected a file {path}, found none")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     _check_keys(values, required, optional, str(path))
     return values
 

@@ -20,6 +20,9 @@ from fss.files import atomic_write
 from fss.metrics import foreground_iou
 from fss.run_log import read_log
 
+# Legible on a white page and on a dark one: the picture has no background of its own.
+_GREY = "#808080"
+
 
 def draw_episodes(
     path: Path,
@@ -33,7 +36,7 @@ def draw_episodes(
 
     The rows show different classes as far as there are any among the episodes, then more of each.
     """
-    chosen = _spread_over_classes(episodes, count)
+    chosen = spread_over_classes(episodes, count)
     shots = episodes.shots
     columns = shots + 3
     items = [episodes[index] for index in chosen]
@@ -47,13 +50,13 @@ def draw_episodes(
         truth = item["query_mask_original"]
         prediction = predict(model, _to(collate_episodes([item]), device))[0].cpu()
         name = class_names[item["class_id"]]
-        photo = _photo(item["query_image"], item["query_size"].tolist(), tuple(truth.shape))
+        photo = photo_pixels(item["query_image"], item["query_size"].tolist(), tuple(truth.shape))
         supports = zip(axes, item["support_images"], item["support_masks"], strict=False)
         for shot, (ax, image, mask) in enumerate(supports):
             region = _covered(mask)
-            pixels = _photo(image, region, tuple(region))
+            pixels = photo_pixels(image, region, tuple(region))
             _show(ax, pixels, f"support {shot + 1}: {name}" if shots > 1 else f"support: {name}")
-            _outline(ax, mask[: region[0], : region[1]] == 1, ORANGE)
+            outline(ax, mask[: region[0], : region[1]] == 1, ORANGE)
         query, true, predicted = axes[shots:]
         _show(query, photo, "query")
         # Grey photos leave colour to the masks, which then show on any photo.
@@ -62,9 +65,9 @@ def draw_episodes(
         _fill(true, truth == 1, BLUE)
         _show(predicted, grey, f"prediction: IoU {100 * foreground_iou(prediction, truth):.0f} %")
         _fill(predicted, (prediction == 1) & (truth != IGNORE), ORANGE)
-        _outline(predicted, truth == 1, BLUE)
-    figure.supxlabel("orange: support mask, prediction · blue: truth", fontsize=10)
-    _save(figure, path)
+        outline(predicted, truth == 1, BLUE)
+    figure.supxlabel("orange: support mask, prediction · blue: truth", fontsize=10, color=_GREY)
+    _save(figure, path, transparent=True)
 
 
 def draw_curves(path: Path, folder: Path) -> None:
@@ -105,7 +108,7 @@ def draw_curves(path: Path, folder: Path) -> None:
     _save(figure, path)
 
 
-def _spread_over_classes(episodes: EpisodeDataset, count: int) -> list[int]:
+def spread_over_classes(episodes: EpisodeDataset, count: int) -> list[int]:
     """Numbers of episodes, taking each class's first, then each one's second, and so on."""
     by_class: dict[int, list[int]] = {}
     for index in range(min(len(episodes), 50 * count)):
@@ -128,7 +131,7 @@ def _covered(mask: Tensor) -> list[int]:
     return [int(valid.any(axis).nonzero().max()) + 1 for axis in (1, 0)]
 
 
-def _photo(image: Tensor, region: list[int], size: tuple[int, ...]) -> np.ndarray:
+def photo_pixels(image: Tensor, region: list[int], size: tuple[int, ...]) -> np.ndarray:
     """A normalised image [3, H, W] as RGB [*size, 3] between 0 and 1, its padding left out."""
     pixels = functional.interpolate(
         image[None, :, : region[0], : region[1]],
@@ -141,7 +144,7 @@ def _photo(image: Tensor, region: list[int], size: tuple[int, ...]) -> np.ndarra
 
 def _show(ax: Axes, pixels: np.ndarray, title: str) -> None:
     ax.imshow(pixels, interpolation="bilinear")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=12, color=_GREY)
     ax.set_axis_off()
 
 
@@ -152,7 +155,8 @@ def _fill(ax: Axes, mask: Tensor, colour: str) -> None:
     ax.imshow(layer, interpolation="nearest")
 
 
-def _outline(ax: Axes, mask: Tensor, colour: str) -> None:
+def outline(ax: Axes, mask: Tensor, colour: str) -> None:
+    """Draws the border of a bool mask [h, w] over a photo of that size."""
     if mask.any():
         # A frame of background closes the outline of an object that the photo cuts off.
         framed = np.pad(mask.numpy().astype(float), 1)
@@ -163,6 +167,6 @@ def _outline(ax: Axes, mask: Tensor, colour: str) -> None:
         ax.set_ylim(mask.shape[0] - 0.5, -0.5)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, transparent: bool = False) -> None:
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=110, transparent=transparent)

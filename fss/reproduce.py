@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -11,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fss.base_learner import FREE as BASE_FREE
+from fss.base_learner import BaseLearnerConfig, plain, train_base
 from fss.checkpoint import check_same
-from fss.comparison import Run, compared_rows, markdown
+from fss.comparison import BaseRun, Run, compared_rows, markdown
 from fss.config import TrainConfig
 from fss.engine import train
-from fss.files import atomic_write, write_json
-from fss.paper import FOLDS, Row, Table, merged, read_settings, run_values
+from fss.files import atomic_write, parse_json, read_text, write_json
+from fss.paper import FOLDS, Row, Table, base_values, merged, read_settings, run_values
+from fss.run_state import INTERRUPTED, Stopped, flat_settings
 
 # What may differ between a finished run and the one that is asked for: not what was measured.
 _FREE = {"out", "log_every", "save_every", "pictures", "accelerator", "devices"}
@@ -41,8 +43,8 @@ class Options:
         shots: by default those of the table.
         out: folder of the runs and of the table's results.
         settings: over those of every row, nested as in a YAML file of `fss train`.
-        scale_down: sets those of configs/paper/scale_down.yaml under `settings`: a small network on
-            small photos for a few steps.
+        scale_down: sets those of scale_down.yaml, next to the tables, under `settings`: a small
+            network on small photos for a few steps.
     """
 
     rows: Sequence[str] = ()
@@ -70,8 +72,9 @@ def plan(table: Table, options: Options) -> list[Run]:
     if overrides.get("data", {}).get("root") and "source" not in options.settings.get("data", {}):
         source = table.data.settings["data"]["source"]
         overrides = merged(overrides, {"data": {"source": source}})
+    bases: dict[Path, BaseRun] = {}
     return [
-        _plan_run(table, row, shots, fold, overrides, options)
+        _plan_run(table, row, shots, fold, overrides, options, bases)
         for row in rows
         for shots in row.paper
         if not options.shots or shots in options.shots
@@ -84,8 +87,10 @@ def reproduce(
 ) -> dict[str, Any]:
     """Makes or resumes the runs of a table one after the other, and compares it with the paper.
 
-    A finished run is kept. One that fails does not end the others: it stands in the table with its
-    error. Writes NAME.json and NAME.md in the folder `options.out`, also when it is interrupted.
+    A finished run is kept. BAM's base learners are runs too, made when a row first needs one,
+    unless the settings name model.base_weights. A run that fails does not end the others: it stands
+    in the table with its error. Writes NAME.json and NAME.md in the folder `options.out`, also when
+    it is interrupted.
 
     Args:
         table: of the paper.
@@ -96,7 +101,7 @@ def reproduce(
 
     Raises:
         ValueError: see `plan`; photos that nobody named; a folder with runs of other settings.
-        KeyboardInterrupt: after ctrl-C; the message says how to go on.
+        Stopped: after ctrl-C or SIGTERM; the message says how to go on.
     """
     runs = plan(table, options)
     folder = _folder(options)
@@ -109,9 +114,10 @@ def reproduce(
                 _make(run, options, evaluate)
     except KeyboardInterrupt as stop:
         _write(table, options, runs, folder)
-        raise KeyboardInterrupt(
-            f"{str(stop).partition('; continue with')[0] or 'stopped'}; what is finished is in "
-            f"{folder / table.name}.md, the same command goes on"
+        raise Stopped(
+            f"{str(stop).partition(';')[0] or 'stopped'}; what is finished is in "
+            f"{folder / table.name}.md, the same command goes on",
+            getattr(stop, "status", INTERRUPTED),
         ) from stop
     return _write(table, options, runs, folder)
 
@@ -124,15 +130,19 @@ def listing(table: Table, options: Options) -> Iterator[str]:
         own = [run for run in runs if run.row is row]
         for shots in dict.fromkeys(run.shots for run in own):
             folds = [run for run in own if run.shots == shots]
-            states = {run.state for run in folds}
-            states_text = ", ".join(
-                f"{state}: {' '.join(str(r.fold) for r in folds if r.state == state)}"
-                for state in ("finished", "begun", "not begun", "cannot run")
-                if state in states
-            )
             reason = next((f" ({run.reason})" for run in folds if run.reason), "")
             name = row.run or "–"
-            yield f"{number:3d}  {name}, {shots}-shot: {row.label}; folds {states_text}{reason}"
+            yield f"{number:3d}  {name}, {shots}-shot: {row.label}; folds {_states(folds)}{reason}"
+    bases = {run.base.folder: run.base for run in runs if run.base is not None}
+    for name in dict.fromkeys(folder.parent.name for folder in bases):
+        own_bases = [base for folder, base in bases.items() if folder.parent.name == name]
+        yield f"     {name}: base learner of these rows of BAM; folds {_states(own_bases)}"
+
+
+def _states(runs: Sequence[Run | BaseRun]) -> str:
+    states = ("finished", "begun", "not begun", "cannot run")
+    folds = {state: [str(run.fold) for run in runs if run.state == state] for state in states}
+    return ", ".join(f"{state}: {' '.join(found)}" for state, found in folds.items() if found)
 
 
 def _with_a_root(options: Options) -> Options:
@@ -166,14 +176,20 @@ def _check_within(name: str, got: Sequence[int], known: Sequence[int]) -> None:
 
 def _check_free(settings: dict[str, Any]) -> None:
     """Raises ValueError for a setting that rows and options have in hand."""
-    flat = _settings(settings)
+    flat = flat_settings(settings, _FREE)
     for name, instead in _OWN.items():
         if any(one == name or one.startswith(f"{name}.") for one in flat) or name in settings:
             raise ValueError(f"settings: {name} is not for all rows to have; {instead}")
 
 
 def _plan_run(
-    table: Table, row: Row, shots: int, fold: int, overrides: dict[str, Any], options: Options
+    table: Table,
+    row: Row,
+    shots: int,
+    fold: int,
+    overrides: dict[str, Any],
+    options: Options,
+    bases: dict[Path, BaseRun],
 ) -> Run:
     name = table.data.name.lower()
     folder = _folder(options) / name / str(row.run) / f"{shots}shot-fold{fold}"
@@ -183,6 +199,10 @@ def _plan_run(
         return run
     try:
         values = run_values(table, row, shots, fold, overrides)
+        model = values["model"]
+        if model.get("name") == "bam" and not (model.get("base_weights") or model.get("official")):
+            run.base = _plan_base(table, row, fold, overrides, folder.parents[1], bases)
+            values["model"] = model | {"base_weights": str(run.base.folder)}
         run.config = TrainConfig.from_dict(values | {"out": str(folder)})
     except (ValueError, TypeError) as error:
         if str(error).startswith("data.root:"):
@@ -194,24 +214,33 @@ def _plan_run(
     return run
 
 
+def _plan_base(
+    table: Table,
+    row: Row,
+    fold: int,
+    overrides: dict[str, Any],
+    out: Path,
+    bases: dict[Path, BaseRun],
+) -> BaseRun:
+    values = base_values(table, row, fold, overrides)
+    folder = out / f"base-{values['model'].backbone}" / f"fold{fold}"
+    config = BaseLearnerConfig(**values, out=str(folder))
+    return bases.setdefault(folder, BaseRun(fold, folder, config))
+
+
 def _check_settings(run: Run) -> None:
-    """Raises ValueError where the folder holds a finished run of other settings."""
-    path = run.folder / "result.json"
+    """Raises ValueError where a folder holds a finished run of other settings."""
     assert run.config is not None
+    _check_finished(run.folder, run.config.to_dict(), _FREE)
+    if run.base is not None:
+        _check_finished(run.base.folder, plain(run.base.config), BASE_FREE)
+
+
+def _check_finished(folder: Path, config: dict[str, Any], free: set[str]) -> None:
+    path = folder / "result.json"
     if path.is_file():
-        stored = json.loads(path.read_text())["config"]
-        check_same(_settings(stored), _settings(run.config.to_dict()), path)
-
-
-def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, dict):
-            flat |= _settings(value, f"{name}.")
-        elif name not in _FREE:
-            flat[name] = value
-    return flat
+        stored = parse_json(read_text(path), path)["config"]
+        check_same(flat_settings(stored, free), flat_settings(config, free), path)
 
 
 def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -> None:
@@ -222,9 +251,11 @@ def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -
     print(f"\n{run.row.label}, {run.shots}-shot, fold {run.fold}: {run.state}", file=sys.stderr)
     try:
         if not path.is_file():
+            if run.base is not None:
+                _make_base(run.base)
             begun = (run.folder / "last.pt").is_file()
             train(config, resume=begun, overwrite=not begun)
-        result = json.loads(path.read_text())
+        result = parse_json(read_text(path), path)
         run.test = result["test"]
         run.source = {name: result[name] for name in ("machine", "versions", "commit")}
         if run.row.episodes is not None:
@@ -234,6 +265,21 @@ def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -
             raise  # the other processes may still be in the middle of this run
         run.reason = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
         print(f"{run.row.label}: {run.reason}", file=sys.stderr)
+
+
+def _make_base(base: BaseRun) -> None:
+    """Trains or resumes a base learner; one that failed once is not tried again."""
+    if base.reason is not None:
+        raise RuntimeError(base.reason)
+    if base.state == "finished":
+        return
+    print(f"base learner {base.folder}: {base.state}", file=sys.stderr)
+    begun = base.state == "begun"
+    try:
+        train_base(base.config, resume=begun, overwrite=not begun)
+    except _FAILURES as error:
+        base.reason = f"base learner {base.folder}: {error}"
+        raise RuntimeError(base.reason) from error
 
 
 def _test_again(
@@ -254,7 +300,7 @@ def _test_again(
             accelerator=config.accelerator,
         )
         write_json(path, score)
-    return json.loads(path.read_text())
+    return parse_json(read_text(path), path)
 
 
 def _write(table: Table, options: Options, runs: list[Run], folder: Path) -> dict[str, Any]:
@@ -267,7 +313,8 @@ def _write(table: Table, options: Options, runs: list[Run], folder: Path) -> dic
         "data": table.data.name,
         "scaled_down": _scale(made) if options.scale_down and made else options.scale_down,
         "rows": rows,
-        "settings": _settings(options.settings),
+        "base_learners": _base_scores(runs),
+        "settings": flat_settings(options.settings, _FREE),
         "source": made.source if made else None,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -278,6 +325,17 @@ def _write(table: Table, options: Options, runs: list[Run], folder: Path) -> dic
         with atomic_write(folder / f"{table.name}.md") as file:
             file.write(text.encode())
     return {**result, "markdown": text}
+
+
+def _base_scores(runs: list[Run]) -> dict[str, dict[int, float]]:
+    """mIoU in percent of the base learners that are there, by name and fold."""
+    scores: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run.base is not None and run.base.state == "finished":
+            folder = run.base.folder
+            miou = parse_json(read_text(folder / "result.json"), folder)["miou"]
+            scores.setdefault(folder.parent.name, {})[run.fold] = 100 * miou
+    return scores
 
 
 def _scale(run: Run) -> str:

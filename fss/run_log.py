@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from fss.files import atomic_write
+from fss.files import atomic_write, read_text
 from fss.metrics import Score
 
 TRAIN = (
@@ -20,6 +20,7 @@ TRAIN = (
     "images_per_second",
     "peak_memory_bytes",
     "skipped_steps",
+    "unreadable",
 )
 
 
@@ -64,11 +65,17 @@ class RunLog:
 
 
 def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a CSV log; an empty cell is NaN."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    names = rows[0] if rows else ()
-    return {name: [float(row[name] or "nan") for row in rows] for name in names}
+    """The columns of a CSV log; an empty cell is NaN.
+
+    Raises:
+        ValueError: no table of numbers.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path))))
+        names = rows[0] if rows else ()
+        return {name: [float(row[name] or "nan") for row in rows] for name in names}
+    except (csv.Error, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a table of numbers ({error})") from error
 
 
 def _append(path: Path, values: list) -> None:

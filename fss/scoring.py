@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fss.checkpoint import load_checkpoint
+from fss.checkpoint import explain_misfit, load_checkpoint
 from fss.config import DataConfig, TrainConfig
 from fss.data import Source, build_source
 from fss.evaluation import episode_classes, evaluate_seeds
@@ -168,7 +168,8 @@ def evaluate_run(
     network = build_model(config.model, base, own.shots)
     if trained.weights is not None:
         apply_regime(network, config.regime)
-        network.load_state_dict(trained.weights)
+        with explain_misfit(Path(run)):
+            network.load_state_dict(trained.weights)
     result = described | evaluate_seeds(
         fabric.setup(network),
         photos,
@@ -223,9 +224,11 @@ def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
     state = load_checkpoint(path)
     # The checkpoint holds the backbone too: no other file is needed.
     none = {"weights": "none", "base_weights": "none", "official": None}
-    settings = {**state["config"], "model": state["config"]["model"] | none}
-    description = {"checkpoint": path.name, "step": state["step"]}
-    return _Trained(settings, state["model"], state.get("base_classes"), path.parent, description)
+    with explain_misfit(path):
+        settings = {**state["config"], "model": state["config"]["model"] | none}
+        description = {"checkpoint": path.name, "step": state["step"]}
+        weights, classes = state["model"], state.get("base_classes")
+    return _Trained(settings, weights, classes, path.parent, description)
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from fss.checkpoint import check_same, random_state, restore_random_state, save_checkpoint
+from fss.checkpoint import save_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes, build_source
 from fss.evaluation import episode_classes, evaluate
@@ -29,11 +29,21 @@ from fss.models import build_model
 from fss.processes import synchronise_batch_norms
 from fss.regimes import apply_regime, build_optimizer, build_scheduler
 from fss.run_log import RunLog
+from fss.run_state import (
+    Stopped,
+    agreed,
+    gather,
+    last_good,
+    postponed_stop,
+    restore_training,
+    saved_on_failure,
+    training_state,
+)
 
 # What may differ between the two halves of a resumed run: it does not change what is trained.
-_FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
-_FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
-_FREE |= {"model.weights", "model.base_weights", "model.official"}
+FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
+FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
+FREE |= {"model.weights", "model.base_weights", "model.official"}
 
 
 class Trainer:
@@ -91,6 +101,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.stale = 0
         self.skipped = 0
+        self.unreadable: Counter[str] = Counter()
         self.saved_bytes: int | None = None
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -119,11 +130,13 @@ class Trainer:
         window = self.step, time.perf_counter()
         with (
             self._open_log(),
-            _postponed_interrupt() as interrupted,
+            postponed_stop() as statuses,
             bar,
-            explain_killed_worker(self._last_good),
+            explain_killed_worker(lambda: last_good(self.folder)),
         ):
-            for parts in self._steps(loader):
+            batches = saved_on_failure(loader, self._save_alone)
+            while self.step < config.steps and not self.has_converged:
+                parts = [next(batches) for _ in range(config.accumulate)]
                 self._train_step(parts)
                 bar.update()
                 ends = self.step == config.steps
@@ -136,28 +149,30 @@ class Trainer:
                     window = self.step, time.perf_counter()
                     if self.has_converged:
                         self._tell(self._stop_line())
-                        break
                 elif self._due(config.save_every):
                     self._save("last.pt")
-                if self._agreed(bool(interrupted)):
+                if status := agreed(statuses, fabric, self._due(config.log_every)):
                     self._save("last.pt")
-                    raise KeyboardInterrupt(
+                    raise Stopped(
                         f"stopped after step {self.step} of {config.steps}, saved; continue with: "
-                        f"fss train --config {self.folder / 'config.yaml'} --resume"
+                        f"fss train --config {self.folder / 'config.yaml'} --resume",
+                        status,
                     )
+        self.unreadable = self._all_unreadable()
+        if self.unreadable:
+            self._tell(self._unreadable_line())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from the content of last.pt, see `check_resumable`."""
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        restore_training(state, self.fabric, self.optimizer, self.scheduler)
         self.step, self.best = state["step"], state["best"]
         self.stale, self.skipped = state["stale"], state["skipped"]
         self.saved_bytes = state["saved_bytes"]
         self.seconds = state["seconds"].tolist()
         self.losses = state["losses"]
-        restore_random_state(state["random"][self.fabric.global_rank])
+        if self.fabric.is_global_zero:
+            self.unreadable = Counter(state.get("unreadable", {}))
 
     @contextmanager
     def _open_log(self) -> Iterator[None]:
@@ -174,18 +189,10 @@ class Trainer:
         finally:
             self.log.close()
 
-    def _steps(self, loader: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """The parts of each step; what the loader fails with finds the steps before saved."""
-        batches = iter(loader)
-        while self.step < self.config.steps and not self.has_converged:
-            try:
-                parts = [next(batches) for _ in range(self.config.accumulate)]
-            except Exception:
-                # with several processes the others would have to take part in saving
-                if self.step and self.fabric.world_size == 1:
-                    self._save("last.pt")
-                raise
-            yield parts
+    def _save_alone(self) -> None:
+        """Saves unless other processes would have to take part."""
+        if self.step and self.fabric.world_size == 1:
+            self._save("last.pt")
 
     def _train_step(self, parts: list[dict[str, Any]]) -> None:
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -196,6 +203,9 @@ class Trainer:
         self._timer.stop()
         self.scheduler.step()
         self.step += 1
+        for part in parts:
+            for errors in part.get("unreadable", ()):
+                self.unreadable.update(errors)
         self._pending.append((self.step, learning_rate, torch.stack(losses).mean()))
 
     def _backward(self, part: dict[str, Any], last: bool) -> torch.Tensor:
@@ -234,19 +244,11 @@ class Trainer:
                 raise FloatingPointError(
                     f"loss: expected a finite number, got {loss} at step {step} with learning rate "
                     f"{learning_rate:.3g}; lower optimizer.lr, or train in precision 32-true. "
-                    + self._last_good()
+                    + last_good(self.folder)
                 )
         self.losses += losses
         self.seconds += self._timer.take()
         self._pending = []
-
-    def _last_good(self) -> str:
-        path = self.folder / "last.pt"
-        return (
-            f"{path} is from before; --resume goes on."
-            if path.exists()
-            else "No checkpoint was written yet."
-        )
 
     def _log_training(self, first: int, since: float) -> dict[str, str]:
         """Adds a row on the steps after `first`, begun at time `since`, to the log.
@@ -266,6 +268,7 @@ class Trainer:
             "images_per_second": images_per_second,
             "peak_memory_bytes": peak_memory(self.fabric.device),
             "skipped_steps": self.skipped,
+            "unreadable": self._all_unreadable().total(),
         }
         self.losses = []
         if self.log is not None:
@@ -310,7 +313,7 @@ class Trainer:
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise FloatingPointError(
                     f"{parameter_name}: expected finite numbers, got others at step {self.step}; "
-                    f"lower optimizer.lr, or train in precision 32-true. {self._last_good()}"
+                    f"lower optimizer.lr, or train in precision 32-true. {last_good(self.folder)}"
                 )
         state: dict[str, Any] = {
             "step": self.step,
@@ -322,10 +325,8 @@ class Trainer:
         }
         if name == "last.pt":
             state |= {
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "precision": self.fabric.strategy.precision.state_dict(),
-                "random": self._gather(random_state()),
+                **training_state(self.fabric, self.optimizer, self.scheduler),
+                "unreadable": dict(self._all_unreadable()),
                 "saved_bytes": self.saved_bytes,
                 "seconds": torch.tensor(self.seconds),
                 "losses": self.losses,
@@ -333,13 +334,6 @@ class Trainer:
         if self.fabric.is_global_zero:
             save_checkpoint(self.folder / name, self.config, state)
         self.fabric.barrier()
-
-    def _gather(self, value: Any) -> list[Any]:
-        """The values of all processes."""
-        values = [value] * self.fabric.world_size
-        if self.fabric.world_size > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
 
     def _tell(self, line: str) -> None:
         if self.fabric.is_global_zero:
@@ -360,54 +354,17 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _agreed(self, flag: bool) -> bool:
-        """Whether any process raises the flag; with several they ask each other now and then."""
-        if self.fabric.world_size == 1:
-            return flag
-        return self._due(self.config.log_every) and any(self._gather(flag))
+    def _all_unreadable(self) -> Counter[str]:
+        """Photos that no process could read, by error, and how often each was asked for."""
+        if not self.config.data.skip_unreadable:
+            return self.unreadable
+        return sum(gather(self.fabric, self.unreadable), Counter())
 
-
-def check_resumable(state: dict[str, Any], config: TrainConfig, fabric: Fabric) -> None:
-    """Raises ValueError unless a run of `config` would go on as the checkpoint's run would have."""
-    path = Path(config.out) / "last.pt"
-    # a setting that is newer than the checkpoint has its default there
-    stored = TrainConfig.from_dict(state["config"]).to_dict()
-    check_same(_trained_settings(stored), _trained_settings(config.to_dict()), path)
-    if len(state["random"]) != fabric.world_size:
-        raise ValueError(
-            f"devices: the checkpoint was written by {len(state['random'])} processes, these are "
-            f"{fabric.world_size}; resume with as many"
+    def _unreadable_line(self) -> str:
+        named = [f"{error} ({times} times)" for error, times in self.unreadable.most_common(5)]
+        more = len(self.unreadable) - len(named)
+        return (
+            f"{self.unreadable.total()} training episodes gave way to others because of "
+            f"{len(self.unreadable)} unreadable photos: {'; '.join(named)}"
+            + (f"; and {more} more, see result.json" if more else "")
         )
-
-
-def _trained_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings of a configuration that determine what is trained, by dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, dict):
-            flat |= _trained_settings(value, f"{name}.")
-        elif name not in _FREE:
-            flat[name] = value
-    return flat
-
-
-@contextmanager
-def _postponed_interrupt() -> Iterator[list[int]]:
-    """Yields a list that ctrl-C fills, so that a step is never cut in two; twice interrupts now."""
-    signals: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if signals:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is the one before")
-        signals.append(number)
-
-    try:
-        former = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread, which alone gets signals
-        yield signals
-        return
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, former)

@@ -1,7 +1,7 @@
 """Singular Value Fine-tuning of pretrained networks at the memory and cost of a frozen backbone."""
 
 from svf_fast._library import build_info
-from svf_fast.adapter import load_adapter, save_adapter
+from svf_fast.adapter import Adapter, interpolate_adapters, load_adapter, save_adapter
 from svf_fast.convert import convert, merge, svf_parameters
 from svf_fast.nn import SVFBasicBlock, SVFBottleneck, SVFConv2d, SVFConvBNAct, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
@@ -9,6 +9,7 @@ from svf_fast.report import memory_report
 from svf_fast.svd import compose, decompose
 
 __all__ = [
+    "Adapter",
     "SVFBasicBlock",
     "SVFBottleneck",
     "SVFConv2d",
@@ -19,6 +20,7 @@ __all__ = [
     "convert",
     "cosine_max",
     "decompose",
+    "interpolate_adapters",
     "load_adapter",
     "memory_report",
     "merge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -128,6 +128,9 @@ def merge(model: nn.Module) -> nn.Module:
 
     The inverse of :func:`convert`: the state dict has the original's keys and shapes again, and
     loads into the original class. Returns the model.
+
+    For ONNX merge first: a converted model goes through ``torch.export``, but with operators of
+    svf_fast in its graph, which ``torch.onnx`` has no translation for.
 
     Raises ValueError when the model has no SVF layer.
     """
@@ -248,11 +251,11 @@ def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> F
 def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that a reader sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    # not by tempfile or save_file, whose files nobody else may read
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        save_file(tensors, temporary, metadata)
-        Path(temporary).replace(path)
+        temporary.write_bytes(save(tensors, metadata))
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

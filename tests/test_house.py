@@ -17,7 +17,7 @@ from svf_fast import _C
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
 TEXT = CODE | {".md", ".toml", ".yaml", ".yml", ".map", ".in", ".txt", ".json", ".csv", ""}
-FOLDERS = (".ci", "csrc", "svf_fast", "fss", "benchmarks", "configs", "tests")
+FOLDERS = (".ci", "csrc", "svf_fast", "fss", "benchmarks", "examples", "tests")
 
 
 def files(suffixes: set[str], *folders: str) -> list[Path]:
@@ -75,6 +75,7 @@ def test_imports_are_seen() -> None:
         ("fss", ("benchmarks", "tests")),
         ("tests", ("benchmarks", "tests")),
         ("benchmarks", ("tests",)),
+        ("examples", ("benchmarks", "tests")),
     ],
 )
 def test_import_directions(folder: str, forbidden: tuple[str, ...]) -> None:

@@ -12,13 +12,33 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+
+
+class MemberFile:
+    """Reads a file of an archive."""
+
+    def __init__(self, file: BinaryIO, archive: Path) -> None:
+        self._file, self._archive = file, archive
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, all by default.
+
+        Raises:
+            ValueError: a damaged archive.
+        """
+        try:
+            return self._file.read(size)
+        except _DAMAGED as error:
+            raise _damaged(self._archive, error) from error
+
 
 class Member(NamedTuple):
     """A file of an archive: its path below the folder asked for, its bytes, and a reader."""
 
     path: PurePosixPath
     size: int
-    file: BinaryIO
+    file: MemberFile
 
 
 @contextmanager
@@ -71,11 +91,15 @@ def members(archive: Path, inside: str) -> Iterator[Member]:
                 raise ValueError(f"{archive}: {name} leads out of the archive")
             found += 1
             with open_file() as file:
-                yield Member(path, size, file)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{archive} is damaged ({error}); download it again") from error
+                yield Member(path, size, MemberFile(file, archive))
+    except _DAMAGED as error:
+        raise _damaged(archive, error) from error
     if not found:
         raise ValueError(f"{archive} has no folder {inside}: it is another archive")
+
+
+def _damaged(archive: Path, error: Exception) -> ValueError:
+    return ValueError(f"{archive} is damaged ({error}); download it again")
 
 
 def _tar(archive: Path):

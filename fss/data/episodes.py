@@ -75,8 +75,8 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         drop_small_classes: leave out, with a warning, the classes of the split that have no more
             than K images, which are an error otherwise.
         skip_unreadable: draw another episode in place of one with an image that cannot be read,
-            and warn; an item then also has `unreadable`, the errors it met. Otherwise such an image
-            is an error.
+            and warn; an item then also has `unreadable`, an error for each such image. Otherwise
+            such an image is an error.
 
     Attributes:
         classes: the split's class ids.
@@ -152,7 +152,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             try:
                 item = self._item(index, len(errors))
             except UnreadableImage as error:
-                errors.append(str(error))
+                errors.append(str(error.__cause__))
                 if not self.skip_unreadable:
                     raise ValueError(
                         f"{error}; data.skip_unreadable: true goes on with other images"

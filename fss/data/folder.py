@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fss.files import parse_json, read_text
 
 from .listed import ListedSource
 from .source import IGNORE
@@ -108,7 +109,7 @@ class FolderSource(ListedSource):
                     "it, or give the class list"
                 )
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = parse_json(read_text(path), path)
                 classes, folds = content["classes"], content.get("folds")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
@@ -165,7 +166,7 @@ class FolderSource(ListedSource):
                 raise FileNotFoundError(
                     f"{path} does not exist, {present[0].name} does; write both lists or none"
                 )
-            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            lines = enumerate(read_text(path).splitlines(), start=1)
             stems = {line.strip(): number for number, line in lines if line.strip()}
             for stem, number in stems.items():
                 if stem not in images:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fss.files import read_text
+
 from .listed import ListedSource
 from .lists import Pair, check_files
 from .scan import check_sizes, read_image, unreadable
@@ -99,7 +101,7 @@ class Fss1000Source(ListedSource):
 def _read_names(path: Path, known: dict[str, int], root: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"list {path} does not exist; expected a class name per line")
-    names = sorted({line.strip() for line in path.read_text().splitlines() if line.strip()})
+    names = sorted({line.strip() for line in read_text(path).splitlines() if line.strip()})
     unknown = [name for name in names if name not in known]
     if unknown:
         raise FileNotFoundError(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fss.files import read_text
+
 
 class Pair(NamedTuple):
     """An image and its mask."""
@@ -54,7 +56,7 @@ def read_list(path: Path, folder: Path, images: str, masks: str) -> list[Pair]:
         raise FileNotFoundError(f"list {path} does not exist")
     pairs: dict[Path, Path] = {}
     surplus: dict[int, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         words = line.split()
         if not words:
             continue

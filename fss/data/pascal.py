@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fss.files import read_text
+
 from .counts import Counts
 from .listed import ListedSource
 from .lists import Pair, check_files, find_folder, read_list
@@ -126,7 +128,7 @@ def build_lists(folder: Path, masks: set[str]) -> tuple[list[str], list[str]]:
                 f"{path} does not exist, so the training images cannot be listed; copy VOC's "
                 "ImageSets/, or give data.train_list and data.val_list"
             )
-        names.append([line.split()[0] for line in path.read_text().splitlines() if line.strip()])
+        names.append([line.split()[0] for line in read_text(path).splitlines() if line.strip()])
     detection, train, val = names
     held_out = set(val)
     merged = [name for name in sorted(detection) if name in masks and name not in held_out]

@@ -6,16 +6,11 @@ run that was cut goes on when started again.
 
 from __future__ import annotations
 
-import importlib
-import io
-import json
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -24,6 +19,7 @@ from tqdm import tqdm
 from fss.files import atomic_write
 
 from . import coco, pascal
+from .annotations import Annotated, draw_coco, read_coco, read_sbd, require
 from .archives import complete_folder, members, unpack
 from .counts import Verification, verify
 from .download import Archive, check, fetch
@@ -121,9 +117,10 @@ def _get(folder: Path, given: bool, archive: Archive) -> Path:
 
 def _prepare_pascal(folder: Path, get: Callable[[Archive], Path]) -> None:
     masks = folder / pascal.MASKS
-    loadmat = None if masks.is_dir() else _require("scipy.io", "scipy").loadmat
+    convert = not masks.is_dir()
     parts = [pascal.IMAGES]
-    if loadmat:
+    if convert:
+        require("scipy.io", "scipy")
         parts.append("SegmentationClass")
     if not (folder / pascal.LISTS / "val.txt").is_file():
         parts.append("ImageSets")
@@ -131,14 +128,13 @@ def _prepare_pascal(folder: Path, get: Callable[[Archive], Path]) -> None:
         archive = get(VOC)
         for part in parts:
             unpack(archive, f"VOCdevkit/VOC2012/{part}", folder / part)
-    if loadmat:
+    if convert:
         archive = get(SBD)
         with complete_folder(masks) as made:
             for member in members(archive, "benchmark_RELEASE/dataset/cls"):
                 target = made / f"{member.path.stem}.png"
                 if member.path.suffix == ".mat" and not target.is_file():
-                    content = loadmat(io.BytesIO(member.file.read()))
-                    _write_mask(target, content["GTcls"][0]["Segmentation"][0])
+                    _write_mask(target, read_sbd(member.file.read(), member.path.name))
             # Where both have a mask VOC's is the finer one, and marks boundaries as ignored.
             sources = sorted((folder / "SegmentationClass").glob("*.png"))
             for path in tqdm(sources, "masks of VOC", unit="mask", delay=2):
@@ -158,7 +154,7 @@ def _prepare_pascal(folder: Path, get: Callable[[Archive], Path]) -> None:
 def _prepare_coco(folder: Path, get: Callable[[Archive], Path]) -> None:
     missing = [split for split in coco.SPLITS if not (folder / coco.MASKS / split).is_dir()]
     if missing:
-        _require("pycocotools.mask", "pycocotools")
+        require("pycocotools.mask", "pycocotools")
     for split in coco.SPLITS:
         if not (folder / split).is_dir():
             unpack(get(COCO_IMAGES[split]), split, folder / split)
@@ -167,49 +163,30 @@ def _prepare_coco(folder: Path, get: Callable[[Archive], Path]) -> None:
 
 
 def _convert_json(archive: Path, split: str, folder: Path) -> None:
-    """Masks of all annotated images of a split; a later annotation covers an earlier one."""
+    """Masks of all annotated images of a split."""
     wanted = f"instances_{split}.json"
-    content: dict[str, Any] = {}
+    text = b""
     for member in members(archive, "annotations"):
         if member.path.name == wanted:
-            content = json.load(member.file)
-    if not content:
+            text = member.file.read()
+    if not text:
         raise ValueError(f"{archive} has no {wanted}: it is another archive")
-    categories = sorted((entry["id"], entry["name"]) for entry in content["categories"])
-    if tuple(name for _, name in categories) != coco.CLASSES:
-        raise ValueError(
-            f"{archive}, {wanted}: expected the 80 object classes of COCO in their order, got "
-            f"{len(categories)}: {', '.join(name for _, name in categories[:5])}, …"
-        )
-    labels = {category: label for label, (category, _) in enumerate(categories, start=1)}
-    objects: dict[int, list[tuple[int, Any]]] = defaultdict(list)
-    for entry in content["annotations"]:
-        objects[entry["image_id"]].append((labels[entry["category_id"]], entry["segmentation"]))
+    images = read_coco(text, f"{archive}, {wanted}")
     with complete_folder(folder) as made:
-        jobs = []
-        for image in content["images"]:
-            target = made / f"{Path(image['file_name']).stem}.png"
-            if image["id"] in objects and not target.is_file():
-                size = (image["height"], image["width"])
-                jobs.append((target, size, objects[image["id"]]))
-        with ProcessPoolExecutor() as pool:
-            done = pool.map(_draw, jobs, chunksize=16)
-            for _ in tqdm(done, f"masks of {split}", len(jobs), unit="mask", delay=2):
-                pass
+        targets = {made / f"{Path(image.file).stem}.png": image for image in images}
+        jobs = [(path, image) for path, image in targets.items() if not path.is_file()]
+        try:
+            with ProcessPoolExecutor() as pool:
+                done = pool.map(_draw, jobs, chunksize=16)
+                for _ in tqdm(done, f"masks of {split}", len(jobs), unit="mask", delay=2):
+                    pass
+        except ValueError as error:
+            raise ValueError(f"{archive}, {wanted}: {error}") from error
 
 
-def _draw(job: tuple[Path, tuple[int, int], list[tuple[int, Any]]]) -> None:
-    """Writes the mask of one image from its polygons and run lengths."""
-    target, size, objects = job
-    rle = _require("pycocotools.mask", "pycocotools")
-    mask = np.zeros(size, dtype=np.uint8)
-    for label, shape in objects:
-        if isinstance(shape, list):
-            shape = rle.merge(rle.frPyObjects(shape, *size))
-        elif isinstance(shape["counts"], list):
-            shape = rle.frPyObjects(shape, *size)
-        mask[rle.decode(shape) > 0] = label
-    _write_mask(target, mask)
+def _draw(job: tuple[Path, Annotated]) -> None:
+    path, image = job
+    _write_mask(path, draw_coco(image))
 
 
 def _write_mask(path: Path, mask: np.ndarray) -> None:
@@ -217,13 +194,3 @@ def _write_mask(path: Path, mask: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     Image.fromarray(mask.astype(np.uint8)).save(temporary, format="PNG")
     temporary.rename(path)
-
-
-def _require(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"the conversion needs {package}, which is not installed ({error}): pip install "
-            f"'svf-fast[data]', or pip install {package}"
-        ) from error

@@ -10,10 +10,11 @@ from fss.models.bam import BAM
 from fss.models.baseline import Baseline
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
+from fss.models.matching import Matching
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
-from fss.models.weights import load_backbone
+from fss.models.weights import backbone_of, load_backbone
 
 __all__ = [
     "BAM",
@@ -21,10 +22,12 @@ __all__ = [
     "Backbone",
     "Baseline",
     "FewShotModel",
+    "Matching",
     "PFENet",
     "PSPNet",
     "Prediction",
     "ResNet",
+    "backbone_of",
     "build_backbone",
     "build_model",
     "load_backbone",

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fss.models.backbone import ARCHITECTURES, BACKBONES, Backbone, BasicBlock
+from fss.models.backbone import ARCHITECTURES, BACKBONES, Backbone, BasicBlock, build_backbone
 from fss.models.vgg import VGG, own_keys
 
 _SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
@@ -50,13 +50,7 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
     if weights == "torchvision":
         state, stride_on = _download(backbone), "conv2"
     else:
-        path = _SHAPES if weights == "shapes" else Path(weights).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"weights: expected none, shapes, torchvision or the path of an existing file, "
-                f"got {weights!r}; looked for {path.absolute()}"
-            )
-        state, stride_on = _read(path)
+        state, stride_on = _read(_path(weights))
     state = {key: value for key, value in _bare(state).items() if not _ignored(key)}
     if isinstance(backbone, VGG):
         state = own_keys(state)
@@ -68,6 +62,42 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
         )
     # What is missing now are the counters num_batches_tracked.
     backbone.load_state_dict(state, strict=False)
+
+
+def backbone_of(weights: str, name: str | None = None, stride_on: str | None = None) -> Backbone:
+    """The backbone that weights belong to, with them.
+
+    Args:
+        weights: "shapes", "torchvision" or a file, see `load_backbone`.
+        name: of the backbone; by default what the weights tell.
+        stride_on: see `build_backbone`; by default what the file says, else conv2.
+
+    Raises:
+        FileNotFoundError, ImportError, ConnectionError, ValueError: see `load_backbone`; weights of
+            another backbone than `name`, or of an unknown one.
+    """
+    if weights == "torchvision":
+        if name is None:
+            raise ValueError(
+                f'backbone: expected one of {", ".join(BACKBONES)} for weights "torchvision", '
+                "got nothing"
+            )
+        backbone = build_backbone(name, stride_on=stride_on or "conv2")
+    else:
+        path = _path(weights)
+        state, told = _read(path)
+        found = _describe(_bare(state))
+        if found is None or found.backbone not in BACKBONES or name not in (None, found.backbone):
+            what = "of no ResNet or VGG" if found is None else f"of {found.backbone}"
+            raise ValueError(
+                f"weights: expected those of {name or ' or '.join(BACKBONES)}, {path} has weights "
+                f"{what}"
+            )
+        backbone = build_backbone(
+            found.backbone, found.stem, stride_on or told or "conv2", found.width
+        )
+    load_backbone(backbone, weights)
+    return backbone
 
 
 def read_state(argument: str, path: Path) -> dict[str, Any]:
@@ -97,6 +127,16 @@ def differences(expected: dict[str, Tensor], state: dict[str, Any]) -> str:
     ]
     lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
     return "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
+
+
+def _path(weights: str) -> Path:
+    path = _SHAPES if weights == "shapes" else Path(weights).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights: expected none, shapes, torchvision or the path of an existing file, "
+            f"got {weights!r}; looked for {path.absolute()}"
+        )
+    return path
 
 
 def _bare(state: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +203,7 @@ def read_torch(path: Path) -> Any:
             "pickled objects can run code. If you trust it, load it with torch yourself and save "
             f"its state dict alone.\n{error}"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:  # of damaged files torch.load raises whatever its readers do
         raise ValueError(
             f"weights: {path} is no complete torch file ({error}); fetch it again"
         ) from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from svf_fast import svd
 from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.guard import guard_holds
@@ -139,6 +140,15 @@ class Factored(nn.Module):
         plan = self._current_plan()
         return 0 if plan is None or plan.tail is None else plan.tail.shape[1]
 
+    @property
+    def weight(self) -> Tensor:
+        """``U diag(S) V`` in the shape of the original weight, differentiable in S; read only.
+
+        For a module that uses its layer's weight itself, as torchvision's Swin does. Composed
+        whenever it is read, and its gradient costs a dense one: calling the layer is cheaper.
+        """
+        return svd.compose(self.U, self.S, self.V, self._geometry().groups).to(self.S.dtype)
+
     def composed_weight(self) -> Tensor:
         """``U diag(S) V`` in the shape of the original weight and the dtype of S, detached."""
         return compose(self.U, self.S, self.V, self._geometry().groups, self.S.dtype)
@@ -164,6 +174,32 @@ class Factored(nn.Module):
                 plan.dual_U = dual(self.U, groups)
                 plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
         self._plan = plan
+
+    @torch.no_grad()
+    def assign(self, S: Tensor) -> None:
+        """Sets S to values on the host and plans for them at once.
+
+        What follows from U and V alone is kept, W is composed when next needed, and a GPU is not
+        waited for. Values far from the present ones are as good as near ones.
+        """
+        self.S.copy_(S)
+        if not self._has_values():
+            return
+        factors_key, scale_key = self._keys()
+        if self._plan is None or self._plan.factors_key != factors_key:
+            self.refresh()
+            return
+        strategy, tail = self._choose(S.to(self.S.dtype))
+        self._plan = dataclasses.replace(
+            self._plan,
+            scale_key=scale_key,
+            S=self.S.detach().clone(),
+            strategy=strategy,
+            tail=_sent(tail, self.S.device) if tail is not None and self.S.is_cuda else tail,
+            weights={},
+            host_tail=tail,
+            arrival=None,
+        )
 
     def _has_values(self) -> bool:
         return not (self.U.is_meta or isinstance(self.U, FakeTensor))

@@ -56,26 +56,33 @@ def build_library(sanitize: bool = False) -> Path:
     units = {source.stem: _unit(source) for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
     link = ["-shared", f"-Wl,--version-script={ROOT / 'csrc/exports.map'}"]
     link += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
-    return _build("library.so", {**units, "emulation": [HERE / "emulation.cpp"]}, flags, link)
+    return build("library.so", {**units, "emulation": [HERE / "emulation.cpp"]}, flags, link, HERE)
 
 
 def build_faulty() -> Path:
     """The program of faulty.cpp, sanitized."""
     units = {"faulty": [HERE / "faulty.cpp"], "emulation": [HERE / "emulation.cpp"]}
-    return _build("faulty", units, FLAGS + SANITIZE, [])
+    return build("faulty", units, FLAGS + SANITIZE, [], HERE)
 
 
 def _unit(source: Path) -> list[str | Path]:
     return [HERE / "source.cpp", f'-DSOURCE="{source}"']
 
 
-def _build(name: str, units: dict[str, list], flags: list[str], link: list[str]) -> Path:
-    flags = [*flags, f"-I{HERE}", *(f"-I{path}" for path in cpp_extension.include_paths())]
+def build(
+    name: str, units: dict[str, list], flags: list[str], link: list[str], sources: Path
+) -> Path:
+    """Compiles the units, each an object from its arguments, and links them to `name`.
+
+    Once per state of the compiler, its flags, csrc and the folder `sources`, whose headers are
+    found and whose name the folder of the result below build/ has.
+    """
+    flags = [*flags, f"-I{sources}", *(f"-I{path}" for path in cpp_extension.include_paths())]
     facts = hashlib.sha256(f"{compiler()} {torch.__version__} {flags} {link}".encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*"), *HERE.iterdir()]):
+    for path in sorted([*(ROOT / "csrc").rglob("*"), *sources.iterdir()]):
         if path.is_file():
             facts.update(path.read_bytes())
-    folder = ROOT / "build/cuda_emulation" / facts.hexdigest()[:16]
+    folder = ROOT / "build" / sources.name / facts.hexdigest()[:16]
     if (folder / name).exists():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +94,7 @@ def _build(name: str, units: dict[str, list], flags: list[str], link: list[str])
     ]
     failed = [process.args for process in running if process.wait()]
     if failed:
-        raise RuntimeError(f"csrc/cuda does not compile as C++: {failed[0]}")
+        raise RuntimeError(f"csrc does not compile: {failed[0]}")
     shared = [flag for flag in flags if flag.startswith("-fsanitize")]
     linking = [compiler(), *objects.values(), *shared, *link, "-o", folder / own]
     subprocess.run(linking, check=True)

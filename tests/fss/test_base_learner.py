@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 import fss.base_learner
-from fss.base_learner import BaseImages, BaseLearnerConfig, confusion, train_base
+from fss.base_learner import BaseImages, BaseLearnerConfig, BaseTrainer, confusion, train_base
 from fss.cli import main
 from fss.config import DataConfig, ModelConfig
 from fss.data import EvalTransform, build_source
 from fss.evaluation import episode_classes
 from fss.models import build_model
+from fss.run_state import Stopped
 
 DATA = {"source": "shapes", "size": 33, "min_area": 0.01, "workers": 0}
 MODEL = {"backbone": "resnet18", "width": 4, "weights": "none"}
@@ -90,7 +93,7 @@ def test_confusion():
 def test_learns_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
     whole = train_base(tiny(steps=6, lr=0.05))
     config = tiny(steps=6, lr=0.05, out=str(tmp_path / "cut"), save_every=1)
-    save = fss.base_learner.BaseTrainer._save
+    save = BaseTrainer._save
 
     def killed(self, name):
         save(self, name)
@@ -98,7 +101,7 @@ def test_learns_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(fss.base_learner.BaseTrainer, "_save", killed)
+        patch.setattr(BaseTrainer, "_save", killed)
         train_base(config)
     result = train_base(config, resume=True)
     assert result["iou"] == whole["iou"] and result["step"] == whole["step"]
@@ -109,6 +112,44 @@ def test_learns_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
     assert losses[-1] < losses[0]
     logs = [(tmp_path / d / "log.csv").read_text() for d in ("base", "cut")]
     assert logs[0] == logs[1] and logs[0].startswith("step,loss,lr,miou")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step(tiny, tmp_path, monkeypatch, number):
+    step = BaseTrainer._train_step
+
+    def signalled(self, batch):
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    monkeypatch.setattr(BaseTrainer, "_train_step", signalled)
+    config = tiny(validation_every=0, save_every=99)
+    with pytest.raises(Stopped, match="after step 2 of 4, saved; .*--resume goes on") as stop:
+        train_base(config)
+    assert stop.value.status == 128 + number
+    assert torch.load(tmp_path / "base" / "last.pt")["step"] == 2
+    assert train_base(config, resume=True)["step"] == 4
+
+
+def test_what_the_loader_fails_with_finds_the_steps_before_saved(tiny, tmp_path, monkeypatch):
+    item = BaseImages.__getitem__
+
+    def unreadable(self, index):
+        if index == 9:
+            raise ValueError("photo.jpg cannot be decoded")
+        return item(self, index)
+
+    monkeypatch.setattr(BaseImages, "__getitem__", unreadable)
+    with pytest.raises(ValueError, match="photo.jpg cannot be decoded"):
+        train_base(tiny(validation_every=0, save_every=99))
+    assert torch.load(tmp_path / "base" / "last.pt")["step"] == 2
+
+
+def test_a_folder_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out: .*/file/run cannot be written \(Not a directory\)"):
+        train_base(tiny(out=str(tmp_path / "file" / "run")))
 
 
 def test_bam_takes_the_result(tiny, source, tmp_path):

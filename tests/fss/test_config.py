@@ -1,14 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import yaml
 
-from fss.cli import build_parser
 from fss.config import DataConfig, ModelConfig, OptimizerConfig, RegimeConfig, TrainConfig
-
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 def test_defaults_are_the_papers_recipe():
@@ -100,23 +94,3 @@ def test_a_bad_value_names_setting_expected_and_got(make, message):
 def test_a_bad_run_setting_is_refused(tiny, override, message):
     with pytest.raises(ValueError, match=message):
         tiny(**override)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_committed_config_is_valid_and_states_only_differences(path):
-    stated = yaml.safe_load(path.read_text())
-    parser = build_parser()
-    root = [] if stated["data"].get("source") == "shapes" else ["--data.root", "photos"]
-    settings = parser.instantiate(parser.parse_args(["train", "--config", str(path), *root])).train
-    assert settings.data.source == stated["data"].get("source", "folder")
-    defaults = _flat(TrainConfig(DataConfig(root="photos")).to_dict())
-    assert not [name for name, value in _flat(stated).items() if value == defaults[name]]
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat

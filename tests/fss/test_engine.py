@@ -90,7 +90,7 @@ def test_dropout_makes_the_resumed_random_state_matter(tiny, tmp_path, interrupt
     interrupt(2)
     with pytest.raises(KeyboardInterrupt):
         train(halves)
-    monkeypatch.setattr("fss.trainer.restore_random_state", lambda state: None)
+    monkeypatch.setattr("fss.run_state.restore_random_state", lambda state: None)
     torch.rand(10)
     train(halves, resume=True)
     assert not same(last(whole)["model"], last(halves)["model"])

@@ -1,7 +1,9 @@
-"""What breaks in the middle of a run: a full disk, a killed loader, an unreadable photo."""
+"""What breaks in the middle of a run: full disk, killed loader, unreadable photo, SIGTERM."""
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +15,10 @@ import torch
 from fss.checkpoint import load_checkpoint, save_checkpoint
 from fss.data import EpisodeDataset
 from fss.engine import train
+from fss.processes import build_fabric
+from fss.run_log import RunLog, read_log
+from fss.run_state import Stopped
+from fss.trainer import Trainer
 
 full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 
@@ -44,8 +50,6 @@ def test_a_run_goes_on_after_a_full_disk(tiny, tmp_path):
     config = tiny(save_every=1, steps=3)
     whole = tiny(save_every=1, steps=3, out=str(tmp_path / "whole"))
     train(whole)
-    from fss.trainer import Trainer
-
     original, full_once = Trainer._save, []
 
     def save(self, name: str) -> None:
@@ -99,3 +103,76 @@ def test_an_unreadable_photo_ends_the_run_with_every_step_saved(tiny, monkeypatc
     with pytest.raises(ValueError, match=re.escape("photo.jpg cannot be decoded")):
         train(config)
     assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_the_step_also_when_the_loaders_get_it(tiny, monkeypatch, workers):
+    """As batch systems send it: to all processes of the job."""
+    original = Trainer._loss
+
+    def loss(self, batch):
+        if self.step == 1:
+            monkeypatch.setattr(Trainer, "_loss", original)
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    config = tiny(data={"workers": workers}, steps=4, save_every=0)
+    with pytest.raises(Stopped, match="stopped after step 2 of 4, saved") as stop:
+        train(config)
+    assert stop.value.status == 143
+    assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_stops_at_once(tiny, monkeypatch):
+    def loss(self, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    with pytest.raises(Stopped, match="stopped at once") as stop:
+        train(tiny())
+    assert stop.value.status == 143
+
+
+def test_a_folder_that_cannot_be_written(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out: .*/run cannot be written \(Not a directory\); make"):
+        train(tiny(out=str(tmp_path / "file" / "run")))
+
+    def no_space(self, row):
+        if row["step"] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunLog, "train", no_space)
+    config = tiny(save_every=1)
+    with pytest.raises(OSError, match=r"out: .* \(No space left .*last.pt is from before; --"):
+        train(config)
+    assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 1
+
+
+def test_unreadable_photos_are_named_and_counted(tiny, monkeypatch, capsys):
+    config = tiny(data={"skip_unreadable": True}, steps=4)
+    episodes = Trainer(config, build_fabric(config)).train_episodes
+    broken = episodes.draw(3).query
+    original = type(episodes.source).load
+
+    def load(self, index: int):
+        if index == broken:
+            raise ValueError("photo.jpg cannot be decoded")
+        return original(self, index)
+
+    monkeypatch.setattr(type(episodes.source), "load", load)
+    with pytest.warns(UserWarning, match="another episode takes its place"):
+        result = train(config)
+    ((error, times),) = result["unreadable"].items()
+    assert error == "photo.jpg cannot be decoded" and times >= 1
+    counted = read_log(Path(config.out) / "train.csv")["unreadable"]
+    assert counted[0] <= counted[1] and counted[1:] == [times] * 3
+    assert load_checkpoint(Path(config.out) / "last.pt")["unreadable"] == result["unreadable"]
+    line = f"{times} training episodes gave way to others because of 1 unreadable photos: photo.jpg"
+    assert line in capsys.readouterr().err

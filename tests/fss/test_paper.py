@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
+from fss.base_learner import BaseLearnerConfig
 from fss.cli import build_parser
 from fss.config import ModelConfig, RegimeConfig, TrainConfig
 from fss.models import build_model
-from fss.paper import default_folder, load_table, merged, run_values, table_names
+from fss.paper import base_values, default_folder, load_table, merged, run_values, table_names
 from fss.regimes import apply_regime
 
 FOLDER = default_folder()
@@ -212,3 +213,22 @@ def test_tables_that_are_not_there(tmp_path):
         table_names(tmp_path)
     with pytest.raises(ValueError, match="table: expected one of T1, T2, .*; got 'T99'"):
         load_table("T99", FOLDER)
+
+
+@pytest.mark.parametrize("table", ["T1", "T2"])
+def test_base_learners_train_as_bams(table):
+    """On both data sets at 473 px, for 100 and 20 epochs; the files of the recipes say the same."""
+    table = TABLES[table]
+    row = next(row for row in table.rows if row.run == "r50-bam-svf")
+    name = {"Pascal-5i": "pascal", "COCO-20i": "coco"}[table.data.name]
+    parser = build_parser()
+    arguments = ["train-base", "--config", f"{name}_bam_base"]
+    recipe = parser.instantiate(parser.parse_args(arguments))["train-base"]
+    values = base_values(table, row, 0, {"data": {"root": "data"}, "optimizer": {"lr": 9}})
+    config = BaseLearnerConfig(**values, out=recipe.out)
+    assert config == BaseLearnerConfig(**{n: getattr(recipe, n) for n in vars(config)})
+    assert config.data.size == 473 and config.data.exclude_novel
+    vgg = next(row for row in table.rows if row.run == "vgg16-bam-svf")
+    values = base_values(table, vgg, 3, {"data": {"root": "data"}, "steps": 7, "devices": 2})
+    assert (values["model"].backbone, values["data"].fold) == ("vgg16_bn", 3)
+    assert (values["steps"], values["devices"]) == (7, 2)

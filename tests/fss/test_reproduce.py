@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import fss.reproduce
+from fss.base_learner import BaseTrainer
 from fss.cli import main
 from fss.trainer import Trainer
 
@@ -167,13 +170,66 @@ def test_more_test_episodes_need_no_other_training(command, trained, tmp_path):
     assert [list(row["folds"]) for row in result(tmp_path, "T14")["rows"]] == [["1"]] * 3
 
 
-@pytest.mark.parametrize("row", ["r50-pfenet-svf", "vgg16-bam-svf"])
-def test_the_other_models(command, tmp_path, row):
-    """BAM with 5 shots has weights of its own for them; scaled down its base learner is random."""
-    assert command("T1", "--rows", row, "--folds", "3") == 0
+def test_pfenet(command, tmp_path):
+    assert command("T1", "--rows", "r50-pfenet-svf", "--folds", "3") == 0
     one, five = result(tmp_path, "T1")["rows"]
     assert (one["not_run"], five["not_run"]) == ({}, {})
     assert (one["shots"], five["shots"]) == (1, 5)
+
+
+@pytest.fixture
+def learned(monkeypatch) -> list[str]:
+    """The folders of the base learners that are trained, as they begin."""
+    folders: list[str] = []
+    original = fss.reproduce.train_base
+
+    def note(config, resume, overwrite):
+        folders.append(f"{'/'.join(Path(config.out).parts[-3:])} {resume}")
+        few = dataclasses.replace(config, validation_images=4)
+        return original(few, resume, overwrite)
+
+    monkeypatch.setattr(fss.reproduce, "train_base", note)
+    return folders
+
+
+def test_rows_of_bam_share_a_base_learner(command, trained, learned, tmp_path, capsys):
+    """It is a run as the others are: of both shots, of the next row, and kept."""
+    assert command("T1", "--rows", "vgg16-bam-svf", "--folds", "3") == 0
+    assert learned == ["pascal-5i/base-resnet18/fold3 False"]
+    assert len(trained) == 2
+    kept = result(tmp_path, "T1")
+    assert [row["not_run"] for row in kept["rows"]] == [{}, {}]
+    base = tmp_path / "out" / "scaled-down" / "pascal-5i" / "base-resnet18" / "fold3"
+    test = json.loads((base / "result.json").read_text())
+    assert test["config"]["data"]["fold"] == 3 and test["config"]["steps"] == 3
+    assert kept["base_learners"]["base-resnet18"]["3"] == pytest.approx(100 * test["miou"])
+    assert "BAM's base learner base-resnet18, mIoU of the base classes: fold 3" in (
+        capsys.readouterr().out
+    )
+    weights = torch.load(base / "base.pt")["state_dict"]
+    run = base.parents[1] / "vgg16-bam-svf" / "5shot-fold3" / "last.pt"
+    model = torch.load(run)["model"]
+    head = {key: value for key, value in weights.items() if key.startswith("base_learner.")}
+    assert head and all(torch.equal(model[key], value) for key, value in head.items())
+
+
+def test_a_base_learner_that_fails_is_not_tried_again(
+    command, trained, learned, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(BaseTrainer, "fit", lambda self: _refuse())
+    assert command("T1", "--rows", "vgg16-bam-svf", "--folds", "3") == 0
+    assert len(learned) == 1 and trained == []
+    one, five = result(tmp_path, "T1")["rows"]
+    assert "base learner" in one["not_run"]["3"] and "truncated" in one["not_run"]["3"]
+    assert one["not_run"] == five["not_run"]
+
+
+def test_base_weights_that_are_given_are_not_trained(command, learned, tmp_path):
+    model = SETTINGS["model"] | {"base_weights": "none"}
+    assert (
+        command("T1", "--rows", "vgg16-bam-svf", "--folds", "3", "--shots", "1", model=model) == 0
+    )
+    assert learned == []
 
 
 def test_with_several_processes_a_failure_ends_all(command, monkeypatch, capsys):

@@ -19,6 +19,7 @@ def row(step: int) -> dict:
         "images_per_second": 4.0,
         "peak_memory_bytes": 1000,
         "skipped_steps": 0,
+        "unreadable": 0,
     }
 
 

@@ -58,6 +58,23 @@ def test_compile_fullgraph_equals_eager():
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
+def test_a_module_may_use_the_weight_itself():
+    torch.manual_seed(0)
+    layer = SVFLinear(20, 30).double()
+    x = torch.randn(4, 20, dtype=torch.float64)
+    y = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(layer.weight, layer.merged().weight)
+    for used, called in zip(
+        torch.autograd.grad(y.square().sum(), layer.S),
+        torch.autograd.grad(layer(x).square().sum(), layer.S),
+    ):
+        torch.testing.assert_close(used, called)
+    with pytest.raises((AttributeError, KeyError)):
+        layer.weight = nn.Parameter(torch.ones(30, 20))
+    assert "weight" not in layer.state_dict()
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"\[..., 6\], got \[3, 5\]"):
         SVFLinear(6, 9)(torch.randn(3, 5))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fss.cli import main
 from fss.data import CocoSource, PascalSource, prepare
+from fss.data.annotations import Annotated, draw_coco
 from fss.data.archives import members
 from fss.data.coco import CLASSES, JSON_IDS
 from fss.data.download import Archive
@@ -272,3 +273,56 @@ def test_published_archives():
     assert prepare.SBD.name == "benchmark.tgz"
     archives = [prepare.VOC, prepare.SBD, prepare.COCO_JSON, *prepare.COCO_IMAGES.values()]
     assert all(len(archive.md5) == 32 for archive in archives)
+
+
+def annotated(*shapes: object, size: tuple = (40, 60)) -> Annotated:
+    return Annotated("p.jpg", size, [(1 + i, shape) for i, shape in enumerate(shapes)])
+
+
+def test_run_lengths_in_both_forms_are_those_of_pycocotools():
+    rle = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for density in (0, 0.01, 0.3, 0.9, 1):
+        mask = np.asfortranarray(rng.random((37, 53)) < density).astype(np.uint8)
+        packed = rle.encode(mask)
+        text = packed["counts"].decode()
+        runs = np.diff(np.flatnonzero(np.diff(np.r_[1 - mask.T.flat[0], mask.T.ravel(), 2])))
+        counts = [0] * int(mask.T.flat[0]) + runs.tolist()
+        for form in (text, counts):
+            shape = {"size": [37, 53], "counts": form}
+            np.testing.assert_array_equal(draw_coco(annotated(shape, size=(37, 53))), mask)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"size": [40, 60], "counts": [0, 2401]}, "run lengths of another number of pixels"),
+        ({"size": [40, 60], "counts": [2, -1, 2399]}, "run lengths that are no numbers"),
+        ({"size": [40, 60], "counts": [2**40]}, "run lengths of another number of pixels"),
+        ({"size": [60, 40], "counts": [2400]}, r"run lengths for \[60, 40\]"),
+        ({"size": [40, 60], "counts": "P"}, "run lengths that are cut off"),
+        ({"size": [40, 60], "counts": "\x00"}, "cannot be decoded"),
+        ({"size": [40, 60]}, "counts"),
+        ([[1, 2, 3]], "a polygon of 3 numbers"),
+        ([[1, 2, 3, 4, 5, 1e9]], "a polygon that reaches far outside"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "a polygon that reaches far outside"),
+        (7, "object"),
+    ],
+)
+def test_shapes_that_do_not_fit_their_image(shape, message):
+    pytest.importorskip("pycocotools.mask")
+    with pytest.raises(ValueError, match=rf"p\.jpg: expected polygons .*{message}"):
+        draw_coco(annotated(shape))
+
+
+def test_a_shape_that_does_not_fit_is_one_line(coco, tmp_path, monkeypatch, capsys):
+    """Though another process draws it."""
+    with zipfile.ZipFile(coco / "annotations.zip") as file:
+        content = json.loads(file.read("annotations/instances_train2014.json"))
+    content["annotations"][0]["segmentation"] = [[1, 2, 3]]
+    text = json.dumps(content).encode()
+    write_zip(coco / "annotations.zip", {"annotations/instances_train2014.json": text})
+    publish(monkeypatch, "COCO_JSON", coco / "annotations.zip")
+    assert main(["data", "prepare", "coco", str(tmp_path / "x"), "--archives", str(coco)]) == 2
+    (line,) = [r for r in capsys.readouterr().err.splitlines() if r.startswith("fss: ")]
+    assert "COCO_train2014_000000000900.jpg: expected polygons" in line

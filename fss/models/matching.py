@@ -1,0 +1,89 @@
+"""Segmentation by matching to prototypes, without any training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fss.models.backbone import Backbone
+from fss.models.episode import Prediction, check_episode
+from fss.models.pooling import resize
+
+_SHARPNESS = 20.0
+
+
+class Matching(nn.Module):
+    """Tells the object from the background by the nearer of two prototypes.
+
+    Features f are those of layers 2 to 4 of the backbone, each of length 1 at each position. The
+    prototypes are the mean features of the supports' object and background, and
+
+        logits = 20·(cos(f, background), cos(f, object)).
+
+    Nothing is learnt and no threshold is chosen: the cosines are compared with each other.
+    Source of non-parametric matching and of the factor: PANet (Wang et al. 2019), section 3.3.
+
+    Args:
+        backbone: a pretrained backbone, which stays in evaluation mode and is not trained.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.train()
+
+    def train(self, mode: bool = True) -> Matching:
+        """Sets the mode; the backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
+    ) -> Prediction:
+        """Segments the queries into background and what the supports show.
+
+        Args:
+            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
+            support_images: K supports per query [B, K, 3, H, W].
+            support_masks: integers or bool [B, K, H, W]; 1 is the object, 255 neither object nor
+                background.
+
+        Raises:
+            TypeError, ValueError: inputs of another type, shape, size or device.
+        """
+        parameter = next(self.backbone.parameters())
+        check_episode(query_image, support_images, support_masks, parameter)
+        episodes = zip(support_images, support_masks, strict=True)
+        prototypes = torch.stack([self.prototypes(*episode) for episode in episodes])
+        return Prediction(self.compare(query_image, prototypes), ())
+
+    @torch.no_grad()
+    def prototypes(self, images: Tensor, masks: Tensor) -> Tensor:
+        """The prototypes of background and object [2, C] of K supports.
+
+        Each support counts the same. Of images [K, 3, H, W] and masks [K, H, W] as in `forward`.
+        """
+        features = self._features(images)
+        shares = torch.stack([masks == 0, masks == 1], dim=1).to(features.dtype)
+        shares = resize(shares, features.shape[-2:])
+        areas = shares.sum(dim=(2, 3))
+        sums = torch.einsum("kchw,kphw->kpc", features, shares)
+        means = sums / areas.clamp(min=1e-6)[..., None]
+        return functional.normalize(means, dim=2).sum(dim=0) / len(images)
+
+    @torch.no_grad()
+    def compare(self, images: Tensor, prototypes: Tensor) -> Tensor:
+        """Logits [B, 2, H, W] of images [B, 3, H, W] against prototypes [2, C] or [B, 2, C]."""
+        features = functional.normalize(self._features(images), dim=1)
+        prototypes = functional.normalize(prototypes, dim=-1).expand(len(images), -1, -1)
+        cosines = torch.einsum("bchw,bpc->bphw", features, prototypes)
+        return resize(_SHARPNESS * cosines, images.shape[-2:])
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Layers 2 to 4, each of length 1 at each position: [B, C, h, w]."""
+        low, middle = self.backbone.features(images)
+        maps = (resize(low, middle.shape[-2:]), middle, self.backbone.layer4(middle))
+        return torch.cat([functional.normalize(each, dim=1) for each in maps], dim=1)

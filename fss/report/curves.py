@@ -1,0 +1,86 @@
+"""Training loss and validation IoU of runs against the step (the paper's Figures 2, 3 and 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fss.report.picture import (
+    INK,
+    Picture,
+    figure_style,
+    legend_above,
+    new_figure,
+    save_picture,
+    series_style,
+)
+from fss.report.run import Run
+
+
+def draw_curves(runs: Sequence[Run], folder: Path) -> Picture:
+    """Loss on the left, mIoU on the right, all runs in each; the test's mIoU with its spread."""
+    with figure_style():
+        figure = new_figure(10.4, 4.1)
+        loss, iou = figure.subplots(1, 2)
+        for number, run in enumerate(runs):
+            style = series_style(number)
+            _draw_loss(loss, run, style)
+            _draw_iou(iou, run, style)
+        loss.set(title="Training loss", xlabel="step", ylabel="loss (nats per pixel)")
+        classes = {run.config.validation_classes for run in runs}
+        which = f"{classes.pop()} classes" if len(classes) == 1 else "novel or base classes"
+        iou.set(title=f"mIoU, validation ({which}) and test", xlabel="step", ylabel="mIoU (%)")
+        if any(run.result for run in runs):
+            iou.plot([], [], "*", color=INK, markersize=10, linestyle="", label="test ± std")
+        for axes in (loss, iou):
+            axes.grid(True)
+            axes.set_xlim(left=0)
+        iou.set_ylim(bottom=0)
+        legend_above(figure, iou, 5)
+    names = ", ".join(run.name for run in runs)
+    return save_picture(
+        figure, folder, "curves", f"Training loss and mIoU against the step of {names}"
+    )
+
+
+def _draw_loss(axes, run: Run, style: dict) -> None:
+    if not run.train:
+        return
+    steps, values = run.train["step"], np.array(run.train["loss"])
+    window = max(1, len(values) // 20)
+    line = {"color": style["color"], "linestyle": style["linestyle"]}
+    if window > 1:
+        axes.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
+        # the mean of fewer rows where the log begins, so that the curve begins there too
+        sums = np.cumsum(np.insert(values, 0, 0.0))
+        ends = np.arange(1, len(values) + 1)
+        begins = np.maximum(0, ends - window)
+        values = (sums[ends] - sums[begins]) / (ends - begins)
+    if len(values) < 3:
+        line["marker"] = style["marker"]
+    axes.plot(steps, values, linewidth=1.8, **line)
+
+
+def _draw_iou(axes, run: Run, style: dict) -> None:
+    label = run.name if run.result else f"{run.name} (in progress)"
+    steps = run.validation.get("step", [])
+    percent = [100 * value for value in run.validation.get("miou", [])]
+    marks = {"markersize": 5} if len(steps) < 40 else {"marker": ""}
+    axes.plot(steps, percent, linewidth=1.8, label=label, **{**style, **marks})
+    if run.result:
+        test = run.result["test"]
+        spread = test["miou"].get("std")
+        axes.errorbar(
+            test["step"],
+            100 * test["miou"]["mean"],
+            yerr=None if spread is None else 100 * spread,
+            color=style["color"],
+            marker="*",
+            markersize=12,
+            markeredgecolor=INK,
+            markeredgewidth=0.6,
+            capsize=3,
+            zorder=3,
+        )

@@ -1,0 +1,161 @@
+"""Plots that follow the page: files for slides and papers, SVG for a light or a dark page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fss.colors import SERIES
+from fss.files import atomic_write
+
+INK = "#24292f"
+"""Text and axes: this colour in PNG files; in SVG that of the text around or, alone, by theme."""
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+"""Characters that have no place in XML, and so none in a page that is to be well-formed."""
+
+MARKERS = "osD^vP"
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+_SVG = "{http://www.w3.org/2000/svg}"
+_HREF = "{http://www.w3.org/1999/xlink}href"
+_THEMES = (
+    "svg { color: #24292f; background: transparent } "
+    "@media (prefers-color-scheme: dark) { svg { color: #dfe3e8 } }"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot of the page.
+
+    Attributes:
+        name: of its files, without ending.
+        text: what it shows, in words.
+        svg: markup for the page, which takes the colour of its text.
+    """
+
+    name: str
+    text: str
+    svg: Markup
+
+
+def series_style(number: int) -> dict[str, object]:
+    """Colour, marker and dashes of the n-th run, the same in all plots; no two are the same."""
+    count = len(SERIES)
+    dashes = _DASHES[number // count % len(_DASHES)]
+    return {
+        "color": SERIES[number % count],
+        "marker": MARKERS[number % count],
+        "linestyle": dashes,
+    }
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Plots drawn within have no background, frames of two sides and text that stays text."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    settings: dict[str, object] = dict.fromkeys((*inked, "grid.color"), INK)
+    settings |= {
+        "axes.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "grid.alpha": 0.18,
+        "grid.linewidth": 0.7,
+        "legend.frameon": False,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of these inches, that the page shows 100 pixels an inch wide."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def legend_above(figure: Figure, axes: Axes, columns: int = 4) -> None:
+    """The legend of `axes` over the whole figure, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
+
+
+def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
+    """Writes NAME.png (on white, 200 dpi) and NAME.svg (no background, light and dark).
+
+    Args:
+        figure: drawn within `figure_style`.
+        folder: where the files go.
+        name: unique in the page.
+        text: what the picture shows, for those who cannot see it.
+    """
+    with atomic_write(folder / f"{name}.png") as file:
+        figure.savefig(file, format="png", dpi=200, facecolor="white")
+    figure.set_layout_engine("none")  # it lies as the PNG does, at half the time
+    buffer = io.BytesIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    source = CONTROL.sub("\ufffd", buffer.getvalue().decode())
+    root = _cleaned(ElementTree.fromstring(source), name, text)
+    page = Markup(_without_namespaces(root))
+    style = ElementTree.Element(f"{_SVG}style")
+    style.text = _THEMES
+    root.insert(0, style)
+    ElementTree.register_namespace("", _SVG[1:-1])
+    ElementTree.register_namespace("xlink", _HREF[1 : _HREF.index("}")])
+    with atomic_write(folder / f"{name}.svg") as file:
+        file.write(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
+    return Picture(name, text, page)
+
+
+def _cleaned(root: ElementTree.Element, name: str, text: str) -> ElementTree.Element:
+    """Without metadata and unused ids; the others begin with the picture's name, for one page."""
+    for metadata in root.findall(f"{_SVG}metadata"):
+        root.remove(metadata)
+    source = ElementTree.tostring(root, encoding="unicode")
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', source))
+    for element in root.iter():
+        own = element.attrib.pop("id", None)
+        if own in used:
+            element.set("id", f"{name}-{own}")
+        for key, value in element.attrib.items():
+            value = re.sub(INK, "currentColor", value, flags=re.IGNORECASE)
+            value = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", value)
+            if key == _HREF and value.startswith("#"):
+                value = f"#{name}-{value[1:]}"
+            element.set(key, value)
+    root.set("role", "img")
+    root.set("aria-label", text)
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    return root
+
+
+def _without_namespaces(root: ElementTree.Element) -> str:
+    """The markup as HTML takes it, where svg needs no namespace and href no prefix."""
+    copy = ElementTree.fromstring(ElementTree.tostring(root))
+    for element in copy.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        if _HREF in element.attrib:
+            element.set("href", element.attrib.pop(_HREF))
+    return ElementTree.tostring(copy, encoding="unicode")

@@ -1,0 +1,233 @@
+"""What training did to the singular values (the paper's Figures 6 and 8 to 12)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import svf_fast
+from fss.models import build_model
+from fss.report.picture import (
+    INK,
+    Picture,
+    figure_style,
+    legend_above,
+    new_figure,
+    save_picture,
+    series_style,
+)
+from fss.report.run import Run
+
+LARGEST = 30
+"""Singular values of each convolution that the paper's Figures 8 to 11 show."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one layer, the pretrained ones in descending order.
+
+    Attributes:
+        layer: its name in the backbone.
+        kernel: height and width.
+        component: [R], number of the singular vectors in U and V.
+        before, after: [R], pretrained and trained.
+    """
+
+    layer: str
+    kernel: tuple[int, int]
+    component: Tensor
+    before: Tensor
+    after: Tensor
+
+    @property
+    def change(self) -> Tensor:
+        """[R], of each value in percent of the pretrained one; a pretrained 0 gives NaN."""
+        before = self.before.double()
+        change = 100 * (self.after.double() / before - 1)
+        return torch.where(before == 0, torch.nan, change)
+
+
+def read_spectra(run: Run, state: Mapping[str, Any]) -> list[Spectrum]:
+    """The spectra of all SVF layers of a run, in the network's order.
+
+    The pretrained values come from pretrained.safetensors, which `fss train` writes; for a run of
+    an earlier version from the backbone's weights file, where that is still there: with W's
+    singular vectors, S_r = u_rᵀ W v_r.
+
+    Args:
+        run: of a regime that trains S.
+        state: the model's part of a checkpoint.
+
+    Raises:
+        FileNotFoundError: the pretrained values are nowhere; the message names both places.
+        ValueError: a damaged file, or one that does not belong to the run.
+    """
+    path = run.folder / "pretrained.safetensors"
+    names = [key.removesuffix(".S") for key in state if key.endswith(".S")]
+    before = _kept(path, names) if path.is_file() else _from_weights(run, state, names, path)
+    spectra = []
+    for name in names:
+        if before[name].shape != state[f"{name}.S"].shape:
+            raise ValueError(
+                f"run: {path}: {name} has {len(before[name])} singular values, the checkpoint "
+                f"{len(state[f'{name}.S'])}: they are of different runs"
+            )
+        order = before[name].argsort(descending=True, stable=True)
+        kernel = tuple(state[f"{name}.V"].shape[2:])
+        after = state[f"{name}.S"]
+        layer = name.removeprefix("backbone.")
+        spectra.append(Spectrum(layer, kernel, order, before[name][order], after[order]))
+    return spectra
+
+
+def _kept(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    try:
+        values = svf_fast.Adapter.load(path).S
+    except ValueError as error:
+        raise ValueError(f"run: {path} cannot be read, it was cut ({error})") from error
+    kept = {name: values.get(name.removeprefix("backbone.")) for name in names}
+    missing = [name for name, S in kept.items() if S is None]
+    if missing:
+        raise ValueError(
+            f"run: {path}: expected the singular values of {missing[0]}, found none: it is of "
+            "another run"
+        )
+    return {name: S for name, S in kept.items() if S is not None}
+
+
+def _from_weights(
+    run: Run, state: Mapping[str, Any], names: Sequence[str], path: Path
+) -> dict[str, Tensor]:
+    model = run.config.model
+    source = model.official or (model.base_weights if model.name == "bam" else model.weights)
+    hint = (
+        f"run: expected the pretrained singular values in {path}, found none, and the weights that "
+        f"training began with ({source}) "
+    )
+    if source != "shapes" and not Path(str(source)).exists():
+        raise FileNotFoundError(f"{hint}are not there")
+    backbone = replace(model, name="baseline", base_weights=None, official=None)
+    if model.name == "bam" or model.official:
+        raise FileNotFoundError(f"{hint}are not a backbone's alone")
+    weights = build_model(backbone).state_dict()
+    before = {}
+    for name in names:
+        weight = weights[f"{name}.weight"].double().flatten(1)
+        U, V = state[f"{name}.U"].double(), state[f"{name}.V"].double().flatten(1)
+        S = (U * (weight @ V.mT)).sum(0)
+        if (U * S @ V - weight).norm() > 1e-4 * weight.norm():
+            raise FileNotFoundError(f"{hint}are others by now")
+        before[name] = S.float()
+    return before
+
+
+def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Picture:
+    """Change of the 30 largest singular values of every layer, a small panel each.
+
+    Args:
+        runs: spectra by the number of the run.
+        names: of all runs.
+        folder: for the files.
+    """
+    layers = list(dict.fromkeys(s.layer for spectra in runs.values() for s in spectra))
+    columns = min(6, len(layers))
+    rows = math.ceil(len(layers) / columns)
+    with figure_style():
+        figure = new_figure(10.4, 1.25 * rows + 0.75)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        panels = dict(zip(layers, grid.flat, strict=False))
+        for axes in grid.flat[len(layers) :]:
+            axes.set_visible(False)
+        for number, spectra in runs.items():
+            style = series_style(number)
+            for spectrum in spectra:
+                axes = panels[spectrum.layer]
+                axes.set_title(_title(spectrum), fontsize=7.5, fontweight="normal")
+                change = spectrum.change[:LARGEST]
+                ranks = range(1, len(change) + 1)
+                axes.vlines(ranks, 0, change, color=style["color"], alpha=0.35, linewidth=1)
+                axes.plot(
+                    ranks,
+                    change,
+                    linestyle="",
+                    markersize=2.4,
+                    color=style["color"],
+                    marker=style["marker"],
+                    label=names[number],
+                )
+        for place, axes in enumerate(grid.flat):
+            axes.axhline(0, color=INK, linewidth=0.7)
+            axes.grid(True, axis="y")
+            axes.set_xticks([1, 10, 20, LARGEST])
+            axes.tick_params(labelbottom=place + columns >= len(layers), labelsize=8)
+        figure.supxlabel("rank r of the pretrained singular value, 1 the largest", fontsize=9)
+        figure.supylabel("change of S_r (%)", fontsize=9)
+        if len(runs) > 1:
+            legend_above(figure, grid[0, 0])
+    text = f"Change of the {LARGEST} largest singular values of each convolution, in percent"
+    return save_picture(figure, folder, "singular-values", text)
+
+
+def draw_all(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Picture:
+    """Before, after and change of all singular values of the last convolution of each stage."""
+    last = {s.layer.partition(".")[0]: s.layer for s in next(iter(runs.values()))}
+    chosen = list(last.values())[-3:]
+    with figure_style():
+        figure = new_figure(10.4, 4.6)
+        grid = figure.subplots(2, len(chosen), squeeze=False, sharex="col")
+        for (values, changes), layer in zip(grid.T, chosen, strict=True):
+            for place, (number, spectra) in enumerate(runs.items()):
+                found = [s for s in spectra if s.layer == layer]
+                if not found:
+                    continue
+                (spectrum,) = found
+                style = series_style(number)
+                ranks = range(1, len(spectrum.before) + 1)
+                if place == 0:
+                    values.set_title(_title(spectrum))
+                    values.plot(
+                        ranks, spectrum.before, color=INK, linewidth=2.6, alpha=0.45, label="before"
+                    )
+                line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.1}
+                values.plot(ranks, spectrum.after, label=f"after: {names[number]}", **line)
+                changes.plot(ranks, spectrum.change, **line)
+            changes.axhline(0, color=INK, linewidth=0.7)
+            changes.set_xlabel("rank r, by the pretrained value")
+            values.grid(True)
+            changes.grid(True)
+        grid[0, 0].set_ylabel("singular value S_r")
+        grid[1, 0].set_ylabel("change of S_r (%)")
+        legend_above(figure, grid[0, 0])
+    text = "All singular values of the last convolution of each stage, before and after training"
+    return save_picture(figure, folder, "singular-values-all", text)
+
+
+def change_rows(spectra: Sequence[Spectrum]) -> list[dict[str, Any]]:
+    """Of each layer its rank, and root mean square, lowest and highest change in percent."""
+    rows = []
+    for spectrum in spectra:
+        change = spectrum.change[~spectrum.change.isnan()]
+        if len(change):
+            rows.append(
+                {
+                    "layer": spectrum.layer,
+                    "kernel": "×".join(map(str, spectrum.kernel)),
+                    "rank": len(spectrum.before),
+                    "rms": float(change.square().mean().sqrt()),
+                    "lowest": float(change.min()),
+                    "highest": float(change.max()),
+                }
+            )
+    return rows
+
+
+def _title(spectrum: Spectrum) -> str:
+    """As short as panels are narrow."""
+    layer = spectrum.layer.replace(".downsample.0", ".downsample")
+    return f"{layer} {'×'.join(map(str, spectrum.kernel))}"

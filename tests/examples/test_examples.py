@@ -1,0 +1,68 @@
+"""The examples run as a user would run them, and print what they claim."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import svf_fast
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """What an example prints, in a folder of its own."""
+
+    def run(name: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        state = torch.get_rng_state()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        torch.set_rng_state(state)
+        return capsys.readouterr().out
+
+    return run
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text)
+    assert found, text
+    return [float(number) for number in found.groups()]
+
+
+def test_image_classification(run):
+    text = run("image_classification.py")
+    (frozen,) = numbers(r"^0 values of the backbone trained: (0\.\d+) of 200", text)
+    values, svf = numbers(r"\n(\d+) values of the backbone trained: (0\.\d+) of 200", text)
+    (merged,) = numbers(r"merged into plain convolutions: (0\.\d+)", text)
+    assert 1000 < values < 3000
+    assert frozen > 0.3  # chance is 0.2
+    assert svf > frozen + 0.05
+    assert abs(merged - svf) <= 0.005
+
+
+def test_few_shot_segmentation(run, tmp_path):
+    text = run("few_shot_segmentation.py")
+    (trained,) = numbers(r"^trained: mIoU (0\.\d+) on novel classes", text)
+    (other,) = numbers(r"with the pretrained singular values: mIoU (0\.\d+)", text)
+    (again,) = numbers(r"with the adapter: mIoU (0\.\d+)", text)
+    assert trained > 0.1  # random weights reach 0.07
+    assert again == trained != other
+    card = svf_fast.Adapter.load(tmp_path / "shapes.safetensors").card
+    assert card == {"data": "shapes", "fold": 0}
+
+
+def test_vision_transformer(run):
+    pytest.importorskip("timm")
+    text = run("vision_transformer.py")
+    trained, whole = numbers(r"^(\d+) of (\d+) train", text)
+    first, last = numbers(r"loss (\d\.\d+) in the first pass, (\d\.\d+) in the last", text)
+    (right,) = numbers(r"(\d\.\d+) of 200 pictures right", text)
+    (change,) = numbers(r"merging changes the logits by at most (\S+)", text)
+    assert trained < 0.01 * whole
+    assert last < first and right > 0.25
+    assert change < 1e-3
