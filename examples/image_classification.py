@@ -49,6 +49,4 @@ for svf in (False, True):
     with torch.no_grad():
         right = (model(test_images).argmax(1) == test_labels).float().mean()
     count = sum(len(S) for S in values)
-    print(
-        f"{count} values of the backbone trained: loss {loss:.2f}, {right:.3f} of 200 pictures right"
-    )
+    print(f"{count} values of the backbone trained: loss {loss:.2f}, {right:.3f} of 200 pictures")
