@@ -28,9 +28,9 @@ pretrained = svf_fast.Adapter.of(model.backbone)
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 head = [p for name, p in trained.items() if not name.startswith("backbone.")]
 optimizer = torch.optim.AdamW(
-    [{"params": head, "lr": 3e-3}, {"params": svf_fast.svf_parameters(model), "lr": 3e-4}]
+    [{"params": head, "lr": 3e-3}, {"params": svf_fast.svf_parameters(model), "lr": 1e-2}]
 )
-episodes = build_episodes(data, "train", 60 * 8, seed=0, source=pictures)
+episodes = build_episodes(data, "train", 30 * 8, seed=0, source=pictures)
 for batch in DataLoader(episodes, 8, collate_fn=collate_episodes):
     prediction = model(batch["query_image"], batch["support_images"], batch["support_masks"])
     loss = model.loss(prediction, batch["query_mask"], class_weight=torch.tensor([1.0, 6.0]))
@@ -40,9 +40,9 @@ for batch in DataLoader(episodes, 8, collate_fn=collate_episodes):
 
 
 def miou() -> float:
-    """Over 60 episodes of classes that training did not show."""
+    """Over 40 episodes of classes that training did not show."""
     metric = EpisodeIoU(episode_classes(pictures, data.fold))
-    episodes = build_episodes(data, "test", 60, seed=1, source=pictures)
+    episodes = build_episodes(data, "test", 40, seed=1, source=pictures)
     for batch in DataLoader(episodes, 10, collate_fn=collate_episodes):
         for n, prediction in enumerate(predict(model, batch)):
             metric.update(prediction, batch["query_mask_original"][n], int(batch["class_id"][n]))

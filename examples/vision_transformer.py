@@ -16,33 +16,37 @@ from fss.pretrain import ObjectImages
 
 torch.manual_seed(0)
 pictures = ShapesSource(
-    65, train=256, test=200, classes=FEW_SHOT_CLASSES[:5], objects=(1, 1), radius=(0.3, 0.42)
+    65, train=160, test=100, classes=FEW_SHOT_CLASSES[:5], objects=(1, 1), radius=(0.3, 0.42)
 )
 model = timm.create_model(
-    "vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4, num_classes=5, pretrained=False
+    "vit_tiny_patch16_224", img_size=64, patch_size=16, depth=2, num_classes=5, pretrained=False
 )
+weights = sum(parameter.numel() for parameter in model.parameters())
 model.requires_grad_(False)
 # the names of modules choose: all linear layers of the blocks, or say "blocks.*.attn.qkv"
 svf_fast.convert(model, layers=["blocks"])
 model.head.requires_grad_(True)
 
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-print(f"{sum(p.numel() for p in trained)} of {sum(p.numel() for p in model.parameters())} train")
+print(f"{sum(parameter.numel() for parameter in trained)} values train of {weights}")
 optimizer = torch.optim.AdamW(trained, lr=0.01)
-losses = []
-for _ in range(8):
-    for images, labels in DataLoader(ObjectImages(pictures, "train"), 32, shuffle=True):
+batches = list(DataLoader(ObjectImages(pictures, "train"), 32))
+means = []
+for _ in range(12):
+    losses = []
+    for images, labels in batches:
         loss = functional.cross_entropy(model(images[..., :64, :64]), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-print(f"loss {sum(losses[:8]) / 8:.2f} in the first pass, {sum(losses[-8:]) / 8:.2f} in the last")
+    means.append(sum(losses) / len(losses))
+print(f"loss {means[0]:.2f} in the first pass, {means[-1]:.2f} in the last")
 
-images, labels = next(iter(DataLoader(ObjectImages(pictures, "test"), 200)))
+images, labels = next(iter(DataLoader(ObjectImages(pictures, "test"), 100)))
 images = images[..., :64, :64]
 with torch.no_grad():
     converted = model(images)
     merged = svf_fast.merge(model)(images)  # a plain timm model again
-print(f"{(merged.argmax(1) == labels).float().mean():.2f} of 200 pictures right (chance 0.20)")
+print(f"{(merged.argmax(1) == labels).float().mean():.2f} of 100 pictures right (chance 0.20)")
 print(f"merging changes the logits by at most {(merged - converted).abs().max():.0e}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def write_report(
         differences=differences(read),
         curves=draw_curves(read, pictures),
         classes=draw_classes(read, pictures),
-        episodes=[_episodes(run, pictures) for run in read],
+        episodes=[_episodes(run, number, pictures) for number, run in enumerate(read, 1)],
         measured=draw_measured(read, pictures),
         runs=[_details(run) for run in read],
         version=fss.__version__,
@@ -154,13 +153,12 @@ def _title(runs: Sequence[Run]) -> str:
     return f"fss report: {shown}"
 
 
-def _episodes(run: Run, folder: Path) -> dict[str, Any]:
+def _episodes(run: Run, number: int, folder: Path) -> dict[str, Any]:
     """The picture of test episodes as a data URI, a tenth of the PNG's size; "" without one."""
     if run.episodes is None:
         why = "the run is in progress" if run.result is None else "the run drew none"
         return {"name": run.name, "uri": "", "why": why}
-    safe = re.sub(r"[^\w.-]+", "_", run.name)
-    with atomic_write(folder / f"episodes-{safe}.png") as file:
+    with atomic_write(folder / f"episodes-{number}.png") as file:
         file.write(run.episodes)
     picture = Image.open(io.BytesIO(run.episodes)).convert("RGBA")
     if picture.width > _EPISODES_WIDTH:

@@ -47,6 +47,7 @@ def test_curves(tmp_path):
                 "images_per_second": 2.0,
                 "peak_memory_bytes": 5,
                 "skipped_steps": 0,
+                "unreadable": 0,
             }
         )
     log.validation(30, Score(0.2, 0.5, {1: 0.2}, {1: 4}))

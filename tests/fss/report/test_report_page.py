@@ -104,7 +104,7 @@ def test_plots_take_the_colour_of_the_page(page):
 
 def test_files(page, store):
     folder = store / "report" / "pictures"
-    assert {path.stem for path in folder.iterdir()} == {*PLOTS, "episodes-svf"}
+    assert {path.stem for path in folder.iterdir()} == {*PLOTS, "episodes-1"}
     for name in PLOTS:
         assert cv2.imread(str(folder / f"{name}.png")).shape[1] > 1500
         root = ElementTree.fromstring((folder / f"{name}.svg").read_bytes())
