@@ -17,7 +17,7 @@ from svf_fast import _C
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
 TEXT = CODE | {".md", ".toml", ".yaml", ".yml", ".map", ".in", ".txt", ".json", ".csv", ""}
-FOLDERS = (".ci", "csrc", "svf_fast", "fss", "benchmarks", "examples", "tests")
+FOLDERS = (".ci", "csrc", "svf_fast", "fss", "benchmarks", "docs", "examples", "tests")
 
 
 def files(suffixes: set[str], *folders: str) -> list[Path]:
