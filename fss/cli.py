@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 import fss
 from fss.adapter import adapter_files
+from fss.app import serve
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.config import TrainConfig
 from fss.config_files import config_file, config_names
@@ -196,6 +197,14 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("predict", _prediction(debug), help="segment your own pictures")
     commands.add_subcommand("adapter", _adapter(debug), help="show adapters or interpolate two")
     commands.add_subcommand("export", _export(debug), help="write a trained model as ONNX")
+    page = ArgumentParser(
+        description="Serve a page to paint an object in a picture and to find it in others.",
+        usage="fss app [RUN] [options]",
+        exit_on_error=False,
+    )
+    page.add_argument("--debug", **debug)
+    page.add_function_arguments(serve, as_positional=True)
+    commands.add_subcommand("app", page, help="the same on a local web page")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -241,7 +250,7 @@ def _prediction(debug: dict[str, Any]) -> ArgumentParser:
         ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one"),
         ("backbone", str, None, "without a run: its name; by default what the weights tell"),
         ("weights", str, None, "without a run: file of a pretrained backbone"),
-        ("size", int, None, "without a run: longer side of the network's input (default: 321)"),
+        ("size", int, None, "without a run: longer side of the network's input, pixels"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
@@ -310,6 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
             text = adapter_files(**options)
         elif settings.command == "export":
             text = export_run(**options)
+        elif settings.command == "app":
+            serve(**options)
+            return 0
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
