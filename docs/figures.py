@@ -52,7 +52,8 @@ def block() -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, size: int = 13) -> str:
-    return f'<text x="{x:g}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="#222">{text}</text>'
+    place = f'x="{x:g}" y="{y}" text-anchor="{anchor}" font-size="{size}"'
+    return f'<text {place} fill="#222">{text}</text>'
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Every code block of README.md and docs/ runs, or is checked without running and says why.
 
-Python blocks of a page run in order in one namespace, in a folder of their own; a page may begin
-with hidden ones, in a comment ``<!-- setup … -->``. Lines of bash blocks go through the real parser of
+Python blocks of a page run in order in one namespace, in a folder of their own; a page may have
+hidden ones, in a comment ``<!-- setup … -->``. Lines of bash blocks go through the real parser of
 their command. A bash block is marked with ``<!-- run -->`` or ``<!-- run with: OPTIONS -->``, which
-runs its `fss` lines with further options, or ``<!-- not run: REASON -->``, as is a python block that
-cannot run.
+runs `fss` lines with further options, or with
+``<!-- not run: REASON -->``, as is a python block that cannot run.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch.distributed.run import get_args_parser
 
 from fss import cli
@@ -78,7 +80,7 @@ def check(words: list[str], run: bool = False) -> None:
     """Raises where a command could not be given like this."""
     program, *arguments = words
     if program == "fss":
-        parser = cli.build_parser()
+        parser = command_line()
         if "--help" in arguments or "--version" in arguments:
             assert run or arguments[0].startswith("-") or arguments[0] in help_names()
             return
@@ -104,9 +106,13 @@ def check(words: list[str], run: bool = False) -> None:
         assert program in ("git", "cd", "ls", "cat", "pre-commit"), words
 
 
+@functools.cache
+def command_line() -> ArgumentParser:
+    return cli.build_parser()
+
+
 def help_names() -> list[str]:
-    commands = cli.build_parser()._subcommands_action._name_parser_map
-    return list(commands)
+    return list(command_line()._subcommands_action._name_parser_map)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -132,7 +138,7 @@ def test_blocks(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         elif block.language == "yaml":
             file = tmp_path / "block.yaml"
             file.write_text(block.code)
-            cli.build_parser().parse_args(["train", "--config", str(file)])
+            command_line().parse_args(["train", "--config", str(file)])
 
 
 def test_what_does_not_run_says_why(record_property: pytest.RecordProperty) -> None:
@@ -151,8 +157,8 @@ def test_what_does_not_run_says_why(record_property: pytest.RecordProperty) -> N
 def test_bad_blocks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "<!-- setup\nx = 1\n-->\ntext\n\n<!-- not run: downloads -->\n```bash\nfss train --nonsense 1\n"
-        "```\n\n    ```python\n    assert x == 2\n    ```\n"
+        "<!-- setup\nx = 1\n-->\ntext\n\n<!-- not run: downloads -->\n```bash\n"
+        "fss train --nonsense 1\n```\n\n    ```python\n    assert x == 2\n    ```\n"
     )
     setup, bash, python = blocks(page)
     assert setup.code == "x = 1\n" and bash.mark == "not run: downloads"
