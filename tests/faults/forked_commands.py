@@ -76,6 +76,8 @@ def kill(process: int) -> None:
 
 
 def _serve() -> None:
+    import torch._dynamo  # noqa: F401 (seconds that the first optimizer would take)
+
     from fss.cli import main
     from fss.data import prepare
     from fss.data.download import Archive

@@ -73,11 +73,11 @@ def settings(tmp_path: Path, **values) -> str:
         "data": {"source": "folder", "root": str(tmp_path / "photos"), "size": 33, "min_area": 9},
         "model": {"backbone": "resnet18", "width": 24, "weights": "shapes", "channels": 8},
         "optimizer": {"lr": 0.01},
-        "steps": 12,
+        "steps": 8,
         "batch_size": 2,
         "save_every": 1,
         "log_every": 1,
-        "validation_every": 4,
+        "validation_every": 3,
         "validation_episodes": 3,
         "test_episodes": 3,
         "test_seeds": [1, 2],
@@ -130,7 +130,7 @@ def wait_for_a_write(folder: Path, process: int, seconds: float) -> bool:
     """Waits until a checkpoint is being written; false when none is in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if any(name.endswith(".tmp") for name in os.listdir(folder) if ".pt." in name):
+        if any(folder.glob(".*.pt.*.tmp")):
             return True
         time.sleep(0.0002)
     return False
