@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 import svf_fast
-from fss.feature_cache import FeatureCache
 from fss.models.backbone import build_backbone
 from fss.processes import build_fabric
 from fss.trainer import Trainer

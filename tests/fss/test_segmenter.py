@@ -98,7 +98,7 @@ def test_any_size_in_the_same_size_out(shapes, embedded, size):
     assert result.mask.shape == result.probability.shape == size
     assert result.picture.shape == (*size, 3) and result.overlay().size == size[::-1]
     assert result.mask.dtype == bool and result.probability.dtype == np.float32
-    assert 0 <= result.probability.min() and result.probability.max() <= 1
+    assert result.probability.min() >= 0 and result.probability.max() <= 1
     np.testing.assert_array_equal(result.mask, result.probability > 0.5)
 
 
