@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_parsing_settings,
+)
 
 import fss
 from fss.adapter import adapter_files
@@ -41,6 +47,7 @@ _REPRODUCED = {
     "precision": "as for fss train",
 }
 
+_LONGEST = 4000  # characters of a message
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
@@ -113,6 +120,8 @@ class SettingsFile(ActionConfigFile):
 
 def build_parser() -> ArgumentParser:
     """The parser of the whole command line; it raises ArgumentError."""
+    # No setting is a class: one that names a module must not import it.
+    set_parsing_settings(import_path_denylist=["*"])
     parser = ArgumentParser(
         prog="fss",
         version=f"{fss.__version__} (torch {torch.__version__})",
@@ -368,6 +377,8 @@ def _message(error: Exception) -> str:
         text = text.splitlines()[-1].partition(": ")[2]
     if isinstance(error, ArgumentError):
         text = " ".join(text.split())
+    if len(text) > _LONGEST:  # a file may hold anything, and some errors quote it
+        text = f"{text[: _LONGEST - 200]} … {text[-200:]}"
     return text or type(error).__name__
 
 
