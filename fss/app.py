@@ -55,47 +55,60 @@ def serve(
     weights: str | None = None,
     checkpoint: Literal["best", "last"] = "best",
     device: Device = "auto",
-    wait: bool = True,
-) -> str:
-    """Serves the page until ctrl-C; returns its address.
+) -> None:
+    """Serves a page to paint an object in a picture and to find it in others, until ctrl-C.
 
     Pictures stay on this machine. Uploads of more than 20 MiB or 25 million pixels are refused,
     and copies of them deleted after an hour.
 
     Args:
-        run: of `fss train`; without one, training-free matching, see `FewShotSegmenter`.
+        run: of fss train; without one, training-free matching.
         adapters: files of singular values to switch between; those that a run left are found.
         host: address to listen at; by default only this machine can reach the page. Another one
             opens it to the network, without a password.
         port: by default the first that is free from 7860 on.
         browser: open the page in the browser.
-        backbone, weights: of matching.
-        checkpoint, device: see `FewShotSegmenter`.
-        wait: until ctrl-C; else return at once, and serve until the process ends.
+        backbone: of matching, its name.
+        weights: of matching, a file.
+        checkpoint: of the run, "best" or "last".
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
 
     Raises:
         ImportError: gradio is not installed.
         FileNotFoundError, ValueError: see `FewShotSegmenter`.
         OSError: a port that is taken.
     """
-    gradio = _import_gradio()
+    _import_gradio()  # before anything that takes longer
     if run is None:
         segmenter = FewShotSegmenter(backbone, weights, device=device)
     else:
         if backbone is not None or weights is not None:
             raise ValueError("backbone, weights: a run brings its own, leave them out")
         segmenter = FewShotSegmenter.load(run, checkpoint, device=device)
-    choices = _choices(run, adapters)
+    choices = find_adapters(run, adapters)
     for adapter in choices.values():
         segmenter.adapter(adapter)  # what does not fit is an error now, not at a click
     segmenter.adapter(None)
+    page = build_page(segmenter, choices, _title(run, weights or backbone))
+    address = launch(page, host, port, browser)
     if not _is_loopback(host):
         print(f"fss app: everyone who can reach {host} can use the page, there is no password")
-    # Gradio decodes uploads before we see them; Pillow refuses twice this number.
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+    print(f"fss app: {address} (ctrl-C stops it)", flush=True)
+    page.block_thread()
+
+
+def launch(
+    page: Any, host: str = "127.0.0.1", port: int | None = None, browser: bool = False
+) -> str:
+    """Serves a page of `build_page` in the background; returns its address. `page.close()` ends it.
+
+    From then on Pillow refuses pictures of more than 25 million pixels in this process: Gradio
+    decodes uploads before anyone else sees them.
+    """
+    gradio = _import_gradio()
     from starlette.middleware import Middleware
 
-    page = build_page(segmenter, choices, _title(run, weights or backbone))
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # it refuses twice this number
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -104,7 +117,6 @@ def serve(
         share=False,
         ssr_mode=False,
         pwa=False,
-        run_history=False,
         footer_links=[],
         max_file_size=MAX_BYTES,
         prevent_thread_lock=True,
@@ -113,9 +125,6 @@ def serve(
             primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["monospace"]
         ),
     )
-    if wait:
-        print(f"fss app: {address} (ctrl-C stops it)", flush=True)
-        page.block_thread()
     return address
 
 
@@ -206,7 +215,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
                 mask = gradio.File(
                     label="or a mask file of the picture above (white is the object)",
                     file_types=["image"],
-                    height=90,
+                    height=120,
                     elem_id="mask",
                 )
                 added = gradio.Gallery(
@@ -220,7 +229,8 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
                     sources=["upload", "clipboard"],
                     interactive=True,
                     columns=3,
-                    height=250,
+                    height=280,
+                    object_fit="contain",
                     elem_id="queries",
                 )
                 choice = gradio.Radio(
@@ -241,7 +251,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             label="Results",
             format="png",
             columns=3,
-            height="auto",
+            height=None,
             object_fit="contain",
             interactive=False,
             elem_id="results",
@@ -284,19 +294,13 @@ def _shown(supports: list[Support], gradio: Any) -> Any:
 
 
 def _example() -> list[Support]:
-    """Pictures of the embedded data that show a class, with its mask."""
-    source = ShapesSource(size=241, seed=7, train=1, test=60)
-    found = []
-    for index in source.indices("test"):
-        if source.class_areas(index).get(_EXAMPLE, 0) > 0.05 * source.image_size**2:
-            picture, classes = source.load(index)
-            found.append((picture, classes == _EXAMPLE))
-        if len(found) == 4:
-            break
-    return found
-
-
-_EXAMPLE = 2
+    """Pictures of the embedded data that show gears, with the mask of the gears."""
+    source = ShapesSource(size=241, seed=7, train=1, test=50, objects=(1, 2), clutter=1)
+    gear = next(c for c, name in source.class_names.items() if name == "gear")
+    large = 0.07 * source.image_size**2
+    shown = [i for i in source.indices("test") if source.class_areas(i).get(gear, 0) > large]
+    loaded = [source.load(i) for i in shown[:4]]
+    return [(picture, classes == gear) for picture, classes in loaded]
 
 
 def _told(function: Callable[..., Any], gradio: Any) -> Callable[..., Any]:
@@ -311,7 +315,7 @@ def _told(function: Callable[..., Any], gradio: Any) -> Callable[..., Any]:
     return call
 
 
-def _choices(run: str | None, adapters: tuple[str, ...]) -> dict[str, str | None]:
+def find_adapters(run: str | None, adapters: tuple[str, ...]) -> dict[str, str | None]:
     """Adapters by name; the first one, None, stands for what the segmenter came with."""
     if run is None:
         choices: dict[str, str | None] = {"pretrained": None}
@@ -343,7 +347,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _import_gradio() -> Any:
+    # nothing is reported, looked up or kept in the browser
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     try:
         import gradio
     except ImportError as error:

@@ -10,10 +10,17 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_parsing_settings,
+)
 
 import fss
 from fss.adapter import adapter_files
+from fss.app import serve
 from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.config import TrainConfig
 from fss.config_files import config_file, config_names
@@ -40,6 +47,7 @@ _REPRODUCED = {
     "precision": "as for fss train",
 }
 
+_LONGEST = 4000  # characters of a message
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
@@ -112,6 +120,8 @@ class SettingsFile(ActionConfigFile):
 
 def build_parser() -> ArgumentParser:
     """The parser of the whole command line; it raises ArgumentError."""
+    # No setting is a class: one that names a module must not import it.
+    set_parsing_settings(import_path_denylist=["*"])
     parser = ArgumentParser(
         prog="fss",
         version=f"{fss.__version__} (torch {torch.__version__})",
@@ -196,6 +206,14 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("predict", _prediction(debug), help="segment your own pictures")
     commands.add_subcommand("adapter", _adapter(debug), help="show adapters or interpolate two")
     commands.add_subcommand("export", _export(debug), help="write a trained model as ONNX")
+    page = ArgumentParser(
+        description="Serve a page to paint an object in a picture and to find it in others.",
+        usage="fss app [RUN] [options]",
+        exit_on_error=False,
+    )
+    page.add_argument("--debug", **debug)
+    page.add_function_arguments(serve, as_positional=True)
+    commands.add_subcommand("app", page, help="the same on a local web page")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)
     commands.add_subcommand("data", data, help="make or verify a data set")
@@ -241,7 +259,7 @@ def _prediction(debug: dict[str, Any]) -> ArgumentParser:
         ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one"),
         ("backbone", str, None, "without a run: its name; by default what the weights tell"),
         ("weights", str, None, "without a run: file of a pretrained backbone"),
-        ("size", int, None, "without a run: longer side of the network's input (default: 321)"),
+        ("size", int, None, "without a run: longer side of the network's input, pixels"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
@@ -310,6 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
             text = adapter_files(**options)
         elif settings.command == "export":
             text = export_run(**options)
+        elif settings.command == "app":
+            serve(**options)
+            return 0
         else:
             text = reproduce_table(**_given(options))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -356,6 +377,8 @@ def _message(error: Exception) -> str:
         text = text.splitlines()[-1].partition(": ")[2]
     if isinstance(error, ArgumentError):
         text = " ".join(text.split())
+    if len(text) > _LONGEST:  # a file may hold anything, and some errors quote it
+        text = f"{text[: _LONGEST - 200]} … {text[-200:]}"
     return text or type(error).__name__
 
 

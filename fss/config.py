@@ -8,7 +8,11 @@ is different.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import numbers
+import re
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,6 +73,7 @@ class DataConfig:
     seed: int = 321
 
     def __post_init__(self) -> None:
+        _check_types(self, "data.")
         self.scale = tuple(self.scale)
         _choice("data.source", self.source, ("folder", "pascal", "coco", "fss1000", "shapes"))
         _choice("data.protocol", self.protocol, ("pfenet", "hsnet"))
@@ -145,6 +150,7 @@ class ModelConfig:
     bins: tuple[float, ...] = (60, 30, 15, 8)
 
     def __post_init__(self) -> None:
+        _check_types(self, "model.")
         self.bins = tuple(self.bins)
         _choice("model.name", self.name, ("baseline", "pfenet", "bam"))
         _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101", "vgg16_bn"))
@@ -230,6 +236,7 @@ class RegimeConfig:
     strategy: Literal["auto", "reference", "fold", "chain", "gram"] = "auto"
 
     def __post_init__(self) -> None:
+        _check_types(self, "regime.")
         self.layers = tuple(self.layers)
         if self.factors is not None:
             self.factors = tuple(self.factors)
@@ -342,6 +349,7 @@ class OptimizerConfig:
     backbone_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self, "optimizer.")
         _choice("optimizer.name", self.name, ("sgd", "adamw"))
         _choice("optimizer.schedule", self.schedule, ("cosine", "poly", "constant"))
         _positive("optimizer.lr", self.lr)
@@ -432,6 +440,7 @@ class TrainConfig:
     seed: int = 321
 
     def __post_init__(self) -> None:
+        _check_types(self, "")
         self.test_seeds = tuple(self.test_seeds)
         counts = ("steps", "batch_size", "accumulate", "validation_episodes", "test_episodes")
         for name in (*counts, "log_every"):
@@ -493,6 +502,33 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """Raises TypeError unless the fields of a dataclass have the types that it declares."""
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if not _is(value, hint):
+            expected = _TYPES.get(hint) or re.sub(r"\w+\.", "", str(hint))
+            raise TypeError(f"{prefix}{name}: expected {expected}, got {value!r:.200}")
+
+
+_hints = functools.cache(typing.get_type_hints)
+_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _is(value: object, hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_is(item, arguments[0]) for item in value)
+    if typing.get_origin(hint) is Literal:
+        return True  # `_choice` tells which there are
+    if arguments:
+        return any(_is(value, argument) for argument in arguments)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:

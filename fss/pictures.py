@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
 from fss.colors import ORANGE
+from fss.data.scan import FORMATS
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[Any]
 """A file, a PIL image, or an array: [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4] RGBA."""
@@ -97,7 +98,7 @@ def open_picture(picture: str | os.PathLike[str] | Image.Image, name: str) -> Im
     try:
         if isinstance(picture, Image.Image):
             return _upright(picture)
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return _upright(image)
     except _DAMAGED as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error

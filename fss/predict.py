@@ -54,7 +54,7 @@ def predict_files(
             "x,y x,y x,y …" in pixels.
         out: folder of the results.
         run: of `fss train`; without one, training-free matching, see `FewShotSegmenter`.
-        backbone, weights, size: of matching; size is 321 by default, for a run its own.
+        backbone, weights, size: of matching, see `FewShotSegmenter`.
         checkpoint, adapter, threshold, device: see `FewShotSegmenter`.
         batch_size: pictures at a time.
         overwrite: replace earlier results.
@@ -74,9 +74,13 @@ def predict_files(
     if not supports:
         raise ValueError("support: expected at least one picture with its mask, got none")
     if run is None:
-        options = {} if size is None else {"size": size}
         segmenter = FewShotSegmenter(
-            backbone, weights, adapter=adapter, threshold=threshold, device=device, **options
+            backbone,
+            weights,
+            size=size,
+            adapter=adapter,
+            threshold=threshold,
+            device=device,
         )
     else:
         if (backbone, weights, size) != (None, None, None):

@@ -69,7 +69,8 @@ class FewShotSegmenter:
             "torchvision" (downloaded; the default if only `backbone` is given).
         stride_on: of a ResNet's bottlenecks, "conv1" or "conv2" (torchvision); by default what the
             weights' file says, else conv2.
-        size: longer side of the network's input, pixels, a multiple of 8 plus 1.
+        size: longer side of the network's input, pixels, a multiple of 8 plus 1; by default 321,
+            and 161 for the embedded backbone, which sees its shapes best at that size.
         adapter: file of `svf_fast.save_adapter` on this backbone, see `adapter`.
         threshold: probability above which a pixel belongs to the object.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
@@ -88,13 +89,15 @@ class FewShotSegmenter:
         backbone: str | None = None,
         weights: str | os.PathLike[str] | None = None,
         stride_on: str | None = None,
-        size: int = 321,
+        size: int | None = None,
         adapter: str | os.PathLike[str] | None = None,
         threshold: float = 0.5,
         device: Device = "auto",
     ) -> None:
         if weights is None:
             weights = "shapes" if backbone is None else "torchvision"
+        if size is None:
+            size = 161 if weights == "shapes" else 321
         model = Matching(backbone_of(str(weights), backbone, stride_on))
         self._prepare(model, None, EvalTransform(size), adapter, threshold, device)
 
@@ -196,7 +199,7 @@ class FewShotSegmenter:
                 number of masks than of pictures, or none.
         """
         if not isinstance(images, (list, tuple)):
-            images, masks = [images], [masks]  # type: ignore[assignment]
+            images, masks = [images], [masks]  # type: ignore[list-item, assignment]
         if not isinstance(masks, (list, tuple)) or len(images) != len(masks) or not images:
             got = len(masks) if isinstance(masks, (list, tuple)) else type(masks).__name__
             raise ValueError(

@@ -60,7 +60,7 @@ class LearntSupports(Supports):
     def segment(self, queries: Tensor) -> Tensor:
         batch = len(queries)
         # An attribute of the instance comes before the method of its class.
-        self.model.features = self._features  # type: ignore[method-assign]
+        self.model.features = self._features  # type: ignore[method-assign, assignment]
         try:
             images, masks = (
                 each.expand(batch, *each.shape[1:]) for each in (self._images, self._masks)

@@ -24,7 +24,7 @@ from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.nn.linear import SVFLinear
 from svf_fast.plan import fit
 from svf_fast.structure import find
-from svf_fast.svd import Factors, decompose
+from svf_fast.svd import Factors, compose, decompose
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -241,11 +241,26 @@ def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> F
     path = Path(cache).expanduser() / f"{digest.hexdigest()[:32]}.safetensors"
     try:
         kept = load_file(path, device=str(layer.weight.device))
-        return Factors(kept["U"], kept["S"], kept["V"])
-    except (FileNotFoundError, SafetensorError, KeyError):
+        return _checked(Factors(kept["U"], kept["S"], kept["V"]), layer.weight.detach(), groups)
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         factors = decompose(layer.weight, groups)
         save_atomically({k: v.cpu() for k, v in factors._asdict().items()}, path)
         return factors
+
+
+def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
+    """The factors; ValueError unless they are those of the weight, to rounding."""
+    folded = weight.reshape(groups, weight.shape[0] // groups, -1)
+    rank = min(folded.shape[1:])
+    shapes = [(weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:])]
+    if [tuple(f.shape) for f in factors] != shapes or {f.dtype for f in factors} != {weight.dtype}:
+        raise ValueError("factors of another weight")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    allowed = 4 * torch.finfo(weight.dtype).eps + 64 * torch.finfo(wide).eps
+    error = compose(*factors, groups).sub_(weight).norm()
+    if not error <= allowed * weight.to(wide).norm():
+        raise ValueError("damaged factors")
+    return factors
 
 
 def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:

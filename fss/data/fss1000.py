@@ -16,7 +16,7 @@ from fss.files import read_text
 
 from .listed import ListedSource
 from .lists import Pair, check_files
-from .scan import check_sizes, read_image, unreadable
+from .scan import FORMATS, check_sizes, read_image, unreadable
 from .source import IGNORE, Mask
 
 
@@ -92,7 +92,7 @@ class Fss1000Source(ListedSource):
 
     def _open_mask(self, path: Path) -> Image.Image:
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 return file.convert("L").point([0] * 128 + [1] * 128)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise unreadable(path, error) from error

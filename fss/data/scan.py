@@ -20,6 +20,9 @@ from fss.files import atomic_write
 
 from .source import IGNORE
 
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+"""Of files that are read, whatever their names end with: others may run programs to be decoded."""
+
 
 class Record(NamedTuple):
     """What the scan knows of an image: its height and width, and the pixels of each class."""
@@ -79,7 +82,7 @@ def scan(
 def inspect(image_path: Path, mask_path: Path, open_mask: Callable[[Path], Image.Image]) -> Record:
     """The record of one image; of the image itself only the header is read."""
     try:
-        with Image.open(image_path) as file:
+        with Image.open(image_path, formats=FORMATS) as file:
             width, height = file.size
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -98,7 +101,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         ValueError: a file that cannot be decoded.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             ImageOps.exif_transpose(file, in_place=True)  # without, it copies
             return np.array(file if file.mode == "RGB" else file.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -112,7 +115,7 @@ def open_classes(path: Path) -> Image.Image:
         ValueError: a file that cannot be decoded, or one with colours instead of ids.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             if file.mode not in ("P", "L"):
                 raise ValueError(
                     f"{path}: expected class ids in one 8-bit channel (mode P or L), got mode "

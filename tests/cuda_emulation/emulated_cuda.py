@@ -79,7 +79,7 @@ def build(
     """
     flags = [*flags, f"-I{sources}", *(f"-I{path}" for path in cpp_extension.include_paths())]
     facts = hashlib.sha256(f"{compiler()} {torch.__version__} {flags} {link}".encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*"), *sources.iterdir()]):
+    for path in sorted([*(ROOT / "csrc").rglob("*"), *sources.glob("*.h"), *sources.glob("*.cpp")]):
         if path.is_file():
             facts.update(path.read_bytes())
     folder = ROOT / "build" / sources.name / facts.hexdigest()[:16]

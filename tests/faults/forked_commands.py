@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,10 +41,19 @@ class Commands:
         self.output = output
         self._answer()
 
-    def start(self, *arguments: str, archives: dict[str, tuple[str, str]] | None = None) -> int:
-        """Starts `fss` with arguments; `archives` replaces those of fss.data.prepare."""
+    def start(
+        self,
+        *arguments: str,
+        archives: dict[str, tuple[str, str]] | None = None,
+        largest_file: int | None = None,
+    ) -> int:
+        """Starts `fss` with arguments; its process's id.
+
+        `archives` replaces those of fss.data.prepare, `largest_file` (bytes) limits what is written
+        as a full disk does.
+        """
         assert self._server.stdin is not None
-        order = {"arguments": arguments, "archives": archives or {}}
+        order = {"arguments": arguments, "archives": archives or {}, "largest_file": largest_file}
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
         return self._answer()
@@ -76,6 +86,8 @@ def kill(process: int) -> None:
 
 
 def _serve() -> None:
+    import torch._dynamo  # noqa: F401 (seconds that the first optimizer would take)
+
     from fss.cli import main
     from fss.data import prepare
     from fss.data.download import Archive
@@ -90,6 +102,9 @@ def _serve() -> None:
             os.setpgid(0, 0)
             os.dup2(2, 1)
             os.close(0)
+            if order["largest_file"]:
+                limit = order["largest_file"]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             for name, archive in order["archives"].items():
                 _replace(prepare, name, Archive(*archive))
             status = 70

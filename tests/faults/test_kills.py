@@ -1,5 +1,5 @@
-"""kill -9 at random moments of training and of `fss data prepare`; what is left is whole, and a
-second start ends with the very same bits.
+"""kill -9 at random moments of training and of `fss data prepare`, SIGTERM, full and read-only disks:
+what is left is whole, and a second start ends with the very same bits.
 
 SVF_LONG=1 kills twenty times each, else a few; SVF_SEED repeats the moments that a failure printed.
 """
@@ -13,7 +13,9 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import tarfile
 import threading
 import time
@@ -73,11 +75,11 @@ def settings(tmp_path: Path, **values) -> str:
         "data": {"source": "folder", "root": str(tmp_path / "photos"), "size": 33, "min_area": 9},
         "model": {"backbone": "resnet18", "width": 24, "weights": "shapes", "channels": 8},
         "optimizer": {"lr": 0.01},
-        "steps": 12,
+        "steps": 8,
         "batch_size": 2,
         "save_every": 1,
         "log_every": 1,
-        "validation_every": 4,
+        "validation_every": 3,
         "validation_episodes": 3,
         "test_episodes": 3,
         "test_seeds": [1, 2],
@@ -126,14 +128,16 @@ def assert_same_run(killed: Path, whole: Path) -> None:
     assert not list(killed.glob(".*.tmp"))
 
 
-def wait_for_a_write(folder: Path, process: int, seconds: float) -> bool:
-    """Waits until a checkpoint is being written; false when none is in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(name.endswith(".tmp") for name in os.listdir(folder) if ".pt." in name):
+def wait_for_a_write(folder: Path, process: int) -> bool:
+    """Waits until a checkpoint is being written; false when the process ended before."""
+    while True:
+        if any(folder.glob(".*.pt.*.tmp")):
             return True
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
         time.sleep(0.0002)
-    return False
 
 
 def test_a_killed_training_goes_on_bit_for_bit(commands, moments, tmp_path):
@@ -150,7 +154,8 @@ def test_a_killed_training_goes_on_bit_for_bit(commands, moments, tmp_path):
         process = commands.start("train", "--config", config, "--out", str(folder), flag)
         if moments.random() < 0.5:
             for _ in range(moments.randrange(1, 8)):
-                wait_for_a_write(folder, process, 2 * seconds)
+                if not wait_for_a_write(folder, process):
+                    break
                 time.sleep(moments.uniform(0, 0.003))
         else:
             time.sleep(moments.uniform(0, 1.1 * seconds))
@@ -170,6 +175,71 @@ def test_a_killed_training_goes_on_bit_for_bit(commands, moments, tmp_path):
     assert_same_run(folder, whole)
     print(f"{kills} kills, {torn} of them in a write, {finished + 1} runs ended")
     assert not LONG or torn > 2
+
+
+def test_sigterm_saves_and_says_how_to_go_on(commands, tmp_path):
+    config = settings(tmp_path)
+    run = ("train", "--config", config, "--out")
+    assert commands.run(*run, str(tmp_path / "whole"))[0] == 0, commands.output.read_text()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    process = commands.start(*run, str(folder), "--overwrite")
+    assert wait_for_a_write(folder, process)
+    os.kill(process, signal.SIGTERM)
+    assert commands.wait() == 128 + signal.SIGTERM
+    (last,) = [line for line in commands.output.read_text().splitlines() if "continue with" in line]
+    assert last.endswith(f"fss train --config {folder / 'config.yaml'} --resume")
+    assert not (folder / "result.json").exists()
+    assert commands.run("train", "--config", str(folder / "config.yaml"), "--resume")[0] == 0
+    assert_same_run(folder, tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(commands, tmp_path):
+    """Of the second checkpoint's first write; with more room the run goes on."""
+    config = settings(tmp_path)
+    run = ("train", "--config", config, "--out")
+    assert commands.run(*run, str(tmp_path / "whole"))[0] == 0, commands.output.read_text()
+    folder = tmp_path / "run"
+    size = (tmp_path / "whole" / "last.pt").stat().st_size
+    status, _ = commands.run(*run, str(folder), largest_file=size // 2)
+    assert status == 2
+    assert "cannot be written" in commands.output.read_text().splitlines()[-1]
+    assert not list(folder.glob("*.pt")) and not list(folder.glob(".*.tmp"))
+    assert commands.run(*run, str(folder), "--overwrite")[0] == 0
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 40 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this user may not mount a disk of its own")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_becomes_full_and_read_only(commands, small_disk, tmp_path):
+    config = settings(tmp_path)
+    folder = small_disk / "run"
+    run = ("train", "--config", config, "--out", str(folder))
+    full = small_disk / "full"
+    full.write_bytes(bytes(2**20))
+    with pytest.raises(OSError, match="No space"), full.open("ab") as file:
+        while True:
+            file.write(bytes(2**16))
+            file.flush()
+    assert commands.run(*run)[0] == 2
+    assert f"{folder} cannot be written (No space" in commands.output.read_text().splitlines()[-1]
+    full.unlink()
+    assert commands.run(*run, "--overwrite")[0] == 0, commands.output.read_text()
+    checkpoint = (folder / "last.pt").read_bytes()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert commands.run(*run, "--overwrite")[0] == 2
+    assert f"{folder} cannot be written (Read-only" in commands.output.read_text().splitlines()[-1]
+    assert (folder / "last.pt").read_bytes() == checkpoint
 
 
 class Served(BaseHTTPRequestHandler):

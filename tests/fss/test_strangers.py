@@ -154,6 +154,26 @@ def test_yaml_is_plain(tmp_path, trace, line, capsys) -> None:
     assert not trace.exists()
 
 
+def test_no_program_decodes_a_picture(tmp_path, monkeypatch) -> None:
+    """Pillow has Ghostscript draw PostScript, whatever the name of the file ends with."""
+    from PIL import EpsImagePlugin, Image
+
+    from fss.data.scan import open_classes, read_image
+    from fss.pictures import read_picture
+
+    def run(*arguments: object, **options: object) -> None:
+        raise AssertionError("a program was to run")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (9, 9)).save(path, "EPS")
+    with pytest.raises(AssertionError):
+        Image.open(path).load()
+    for read in (read_image, open_classes, read_picture):
+        with pytest.raises(ValueError, match="photo.jpg"):
+            read(path)
+
+
 # Calls that run what a file says, and what makes them harmless.
 FORBIDDEN = {"pickle.load", "pickle.loads", "dill.load", "joblib.load", "yaml.load", "eval", "exec"}
 FORBIDDEN |= {"yaml.unsafe_load", "yaml.full_load", "os.system", "marshal.loads", "np.load"}

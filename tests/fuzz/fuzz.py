@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from mutations import variant  # noqa: E402
 from readers import Reader, readers  # noqa: E402
 
-from fss.cli import _USER_ERRORS, ArgumentError, _expected  # noqa: E402
+from fss.cli import _USER_ERRORS, ArgumentError, _expected, _message  # noqa: E402
 
 SECONDS = 20.0  # of one input on a busy machine
 MEMORY = 1 << 30  # bytes that one input may need
@@ -53,7 +53,7 @@ def attempt(reader: Reader, path: Path) -> tuple[str, str]:
         reader.read(path)
         return "read", ""
     except (ArgumentError, *_USER_ERRORS) as error:
-        if _expected(error) and len(str(error)) < 20_000:
+        if _expected(error) and len(_message(error)) <= 4000:
             return "refused", type(error).__name__
         return "failed", traceback.format_exc(limit=-6)[-3000:]
     except BaseException:

@@ -281,6 +281,29 @@ def test_cache_gives_the_same_factors_and_survives_a_broken_file(net, tmp_path):
     assert (cache / files[0]).stat().st_size > 3
 
 
+@pytest.mark.parametrize("damage", ["a bit", "another shape", "another dtype", "NaN"])
+def test_a_cache_of_other_values_is_not_believed(net, tmp_path, damage):
+    """Nothing but the weight itself tells: the file is whole, and found by the weight's hash."""
+    from safetensors.torch import load_file, save_file
+
+    svf_fast.convert(copy.deepcopy(net), ("layer2",), cache=tmp_path)
+    path = min(tmp_path.iterdir())
+    kept = load_file(path)
+    if damage == "a bit":
+        kept["V"].view(-1).view(torch.int32)[7] ^= 1 << 25
+    elif damage == "another shape":
+        kept["S"] = kept["S"][:-1].contiguous()
+    elif damage == "another dtype":
+        kept = {key: value.double() for key, value in kept.items()}
+    else:
+        kept["S"][0] = torch.nan
+    save_file(kept, path)
+    x = torch.rand(1, 3, 33, 33)
+    expected = copy.deepcopy(net).eval()(x)
+    found = svf_fast.convert(copy.deepcopy(net), ("layer2",), cache=tmp_path).eval()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_real_resnet50_converts_exactly(shared):
     from safetensors.torch import load_file
 
