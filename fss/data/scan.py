@@ -20,7 +20,7 @@ from fss.files import atomic_write
 
 from .source import IGNORE
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Of files that are read, whatever their names end with: others may run programs to be decoded."""
 
 
