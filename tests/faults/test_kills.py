@@ -1,4 +1,4 @@
-"""kill -9 at random moments of training and of `fss data prepare`, SIGTERM, full and read-only disks:
+"""kill -9 at random moments of training and of `fss data prepare`, SIGTERM, full, read-only disks:
 what is left is whole, and a second start ends with the very same bits.
 
 SVF_LONG=1 kills twenty times each, else a few; SVF_SEED repeats the moments that a failure printed.
