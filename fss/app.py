@@ -219,7 +219,13 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
                     elem_id="mask",
                 )
                 added = gradio.Gallery(
-                    label="Supports", visible=False, columns=4, height=160, elem_id="supports"
+                    label="Supports",
+                    visible=False,
+                    columns=4,
+                    height=160,
+                    fit_columns=False,
+                    object_fit="contain",
+                    elem_id="supports",
                 )
             with gradio.Column():
                 queries = gradio.Gallery(

@@ -100,15 +100,17 @@ class Page:
 
     def upload_support(self, path) -> None:
         self.upload("editor", path)
-        self.until(lambda: not self.all("#editor .upload-message") and self.zoom())
-
-    def zoom(self) -> str:
-        return self.driver.find_element("id", "editor").text
+        self.until(lambda: not self.all("#editor .upload-message"))
+        time.sleep(2)  # until the picture has its place
 
     def results(self, count: int) -> list[Image.Image]:
         self.until(lambda: len(self.all("#results img")) == count)
         sources = [image.get_attribute("src") for image in self.all("#results img")]
         return [Image.open(io.BytesIO(urllib.request.urlopen(source).read())) for source in sources]
+
+    def mask(self) -> bool:
+        """Whether a mask file is shown; its name and its ending are in lines of their own."""
+        return "mask.png" in self.driver.find_element("id", "mask").text.replace("\n", "")
 
     def error(self) -> str:
         return self.until(lambda: self.all(".toast-body.error"))[0].text
@@ -158,7 +160,7 @@ def test_a_painted_object_is_found_in_uploads(page, segmenter, photos):
 
     page.upload_support(photos / "support.png")
     page.upload("queries", photos / "query.png")
-    time.sleep(2)  # until the picture has its place
+    page.until(lambda: page.all("#queries img"))
     canvas = page.all("#editor canvas")[0]
     chain = ActionChains(page.driver).move_to_element(canvas).click_and_hold()
     for _ in range(5):
@@ -182,10 +184,10 @@ def test_masks_several_supports_and_another_adapter(page, segmenter, photos):
     for count in (1, 2):
         page.upload_support(photos / "support.png")
         page.upload("mask", photos / "mask.png")
-        page.until(lambda: "mask.png" in page.driver.find_element("id", "mask").text)
+        page.until(page.mask)
         page.click("add")
         page.until(lambda count=count: len(page.all("#supports img")) == count)
-        page.until(lambda: "mask.png" not in page.driver.find_element("id", "mask").text)
+        page.until(lambda: not page.mask())
     page.click("segment")
     page.results(3)
     assert segmenter.chosen is None and len(segmenter.given) == 2
@@ -219,6 +221,7 @@ def test_a_picture_of_too_many_pixels_is_refused(page, tmp_path, photos):
     (tmp_path / "large.png").write_bytes(png)
     page.upload_support(photos / "support.png")
     page.upload("mask", photos / "mask.png")
+    page.until(page.mask)
     page.upload("queries", tmp_path / "large.png")
     page.until(lambda: page.all("#queries button img") or page.all("#queries img"))
     page.click("segment")
