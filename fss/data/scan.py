@@ -13,14 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import (
+    ExifTags,
+    Image,
+    ImageOps,
+    TiffImagePlugin,  # noqa: F401 (registers its format, as the next one does)
+    WebPImagePlugin,  # noqa: F401
+)
 from tqdm import tqdm
 
 from fss.files import atomic_write
 
 from .source import IGNORE
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Of files that are read, whatever their names end with: others may run programs to be decoded."""
 
 

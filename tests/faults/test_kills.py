@@ -1,4 +1,4 @@
-"""kill -9 at random moments of training and of `fss data prepare`, SIGTERM, disks full or read-only.
+"""kill -9 at random moments of training and `fss data prepare`, SIGTERM, full and read-only disks.
 
 What is left is whole, and a second start ends with the very same bits.
 
