@@ -57,7 +57,8 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguou
     elif layout == "sliced" and x.dim():
         x = torch.stack([x, x], dim=-1)[..., 1]
     elif layout == "reversed":
-        x = x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+        turned = tuple(reversed(range(x.dim())))
+        x = x.permute(turned).contiguous().permute(turned)
     elif layout == "expanded" and x.dim() and x.shape[0]:
         x = x[:1].expand(shape)
     found = x.to(dtype)
