@@ -378,7 +378,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, ArgumentError):
         text = " ".join(text.split())
     if len(text) > _LONGEST:  # a file may hold anything, and some errors quote it
-        text = f"{text[: _LONGEST - 200]} … {text[-200:]}"
+        text = f"{text[: _LONGEST - 203]} … {text[-200:]}"
     return text or type(error).__name__
 
 

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import (
+    ExifTags,
+    Image,
+    ImageOps,
+    TiffImagePlugin,  # noqa: F401 (registers its format, as the next one does)
+    WebPImagePlugin,  # noqa: F401
+)
 from tqdm import tqdm
 
 from fss.files import atomic_write

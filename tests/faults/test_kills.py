@@ -1,5 +1,6 @@
-"""kill -9 at random moments of training and of `fss data prepare`, SIGTERM, full, read-only disks:
-what is left is whole, and a second start ends with the very same bits.
+"""kill -9 at random moments of training and `fss data prepare`, SIGTERM, full and read-only disks.
+
+What is left is whole, and a second start ends with the very same bits.
 
 SVF_LONG=1 kills twenty times each, else a few; SVF_SEED repeats the moments that a failure printed.
 """

@@ -163,7 +163,7 @@ def _lists(folder: Path) -> list[Reader]:
 
     def pairs(path: Path) -> None:
         found = read_list(path, root, "JPEGImages", "SegmentationClass")
-        assert all(pair.image.is_file() and pair.mask.is_file() for pair in found)
+        assert all(path.exists() for pair in found for path in pair)
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         assert len(found) == len(lines) and len({pair.image for pair in found}) == len(found)
 

@@ -57,7 +57,8 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguou
     elif layout == "sliced" and x.dim():
         x = torch.stack([x, x], dim=-1)[..., 1]
     elif layout == "reversed":
-        x = x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+        turned = tuple(reversed(range(x.dim())))
+        x = x.permute(turned).contiguous().permute(turned)
     elif layout == "expanded" and x.dim() and x.shape[0]:
         x = x[:1].expand(shape)
     found = x.to(dtype)
@@ -202,9 +203,9 @@ def test_decompose_and_compose_are_inverse(shape, groups, dtype, scale, special,
         weight = weight.clone() * (scale if dtype in (torch.float32, torch.float64) else 1)
         if special == "rank one":
             weight[...] = weight.flatten()[0]
-        elif special == "equal":
+        elif special == "equal" and weight.dim():
             weight = torch.eye(*weight.reshape(weight.shape[0], -1).shape).reshape(shape).to(dtype)
-        elif special is not None:
+        elif isinstance(special, float):
             weight.view(-1)[-1] = special if weight.is_contiguous() else weight.reshape(-1)[-1]
     factors, error = outcome(lambda: svf_fast.decompose(weight, groups))
     finite = not dtype.is_floating_point or weight.isfinite().all()
