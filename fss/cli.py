@@ -212,7 +212,8 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     page.add_argument("--debug", **debug)
-    page.add_function_arguments(serve, as_positional=True)
+    page.add_argument("run", nargs="?", help="of fss train; without one, training-free matching")
+    page.add_function_arguments(serve, skip={"run"})
     commands.add_subcommand("app", page, help="the same on a local web page")
     data = ArgumentParser(description="Make or verify a data set.", exit_on_error=False)
     data.add_argument("--debug", **debug)

@@ -229,7 +229,7 @@ class Trainer:
 
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
         prediction = self.model(*(batch[name] for name in self.network.inputs))
-        targets = (batch[name].long() for name in self.network.targets)
+        targets = (batch[name] for name in self.network.targets)
         return self.network.loss(prediction, *targets, class_weight=self.class_weight)
 
     def _settle(self) -> None:

@@ -156,7 +156,7 @@ class BAM(Baseline):
 
         Args:
             prediction: of this model.
-            query_mask: int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
+            query_mask: uint8 or int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
             query_base_mask: int64 [B, H, W]; 0 background, 1 to n the base classes, 255 ignored.
             class_weight: weights of background and foreground [2], not for the base learner; each
                 mean is divided by the weights' sum.

@@ -90,13 +90,14 @@ def check_target(
     class_weight: Tensor | None,
     name: str = "query_mask",
 ) -> None:
-    """Raises if a mask [B, H, W] int64, called `name`, or a class weight [2] does not fit."""
+    """Raises if a mask [B, H, W], called `name`, or a class weight [2] does not fit."""
     logits = prediction.logits
     expected = [logits.shape[0], *logits.shape[2:]]
-    if not isinstance(query_mask, Tensor) or query_mask.dtype != torch.int64:
+    if not isinstance(query_mask, Tensor) or query_mask.dtype not in (torch.uint8, torch.int64):
         got = getattr(query_mask, "dtype", type(query_mask).__name__)
         raise TypeError(
-            f"{name}: expected int64 (0 background, from 1 on the classes, 255 ignored), got {got}"
+            f"{name}: expected uint8 or int64 (0 background, from 1 on the classes, 255 ignored), "
+            f"got {got}"
         )
     if list(query_mask.shape) != expected:
         raise ValueError(

@@ -125,7 +125,7 @@ class FewShotModel(nn.Module):
 
         Args:
             prediction: of this model.
-            query_mask: int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
+            query_mask: uint8 or int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
             class_weight: weights of background and foreground [2]; the mean is divided by the
                 weights' sum.
 
@@ -182,7 +182,7 @@ def cross_entropy(logits: Tensor, mask: Tensor, class_weight: Tensor | None = No
         logits = resize(logits, mask.shape[1:])
     if class_weight is not None:
         class_weight = class_weight.to(logits.dtype)
-    return functional.cross_entropy(logits, mask, weight=class_weight, ignore_index=255)
+    return functional.cross_entropy(logits, mask.long(), weight=class_weight, ignore_index=255)
 
 
 def _reduction(in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:

@@ -139,7 +139,7 @@ class PFENet(FewShotModel):
 
         Args:
             prediction: of this model.
-            query_mask: int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
+            query_mask: uint8 or int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
             class_weight: weights of background and foreground [2]; each mean is divided by the
                 weights' sum.
 

@@ -338,8 +338,8 @@ def test_bad_episodes(query_image, support_images, support_masks, error, message
 @pytest.mark.parametrize(
     "query_mask, class_weight, error, message",
     [
-        (None, None, TypeError, "query_mask: expected int64 .*got NoneType"),
-        (_target().int(), None, TypeError, "query_mask: expected int64 .*got torch.int32"),
+        (None, None, TypeError, "query_mask: expected uint8 or int64 .*got NoneType"),
+        (_target().int(), None, TypeError, "query_mask: expected uint8 or int64 .*got torch.int32"),
         (_target()[:, :40], None, ValueError, r"expected \[2, 41, 49\].*got \[2, 40, 49\]"),
         (_target().to("meta"), None, ValueError, "query_mask: .*device cpu, got meta"),
         (_target(), torch.ones(3), ValueError, r"class_weight: expected \[2\].*got \[3\]"),
