@@ -113,7 +113,7 @@ class Page:
         return "mask.png" in self.driver.find_element("id", "mask").text.replace("\n", "")
 
     def error(self) -> str:
-        return self.until(lambda: self.all(".toast-body.error"))[0].text
+        return self.until(lambda: " ".join(toast.text for toast in self.all(".toast-body.error")))
 
 
 @pytest.fixture(scope="module")
