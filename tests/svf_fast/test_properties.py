@@ -206,7 +206,7 @@ def test_decompose_and_compose_are_inverse(shape, groups, dtype, scale, special,
         elif special == "equal" and weight.dim():
             weight = torch.eye(*weight.reshape(weight.shape[0], -1).shape).reshape(shape).to(dtype)
         elif isinstance(special, float):
-            weight.view(-1)[-1] = special if weight.is_contiguous() else weight.reshape(-1)[-1]
+            weight[(-1,) * weight.dim()] = special
     factors, error = outcome(lambda: svf_fast.decompose(weight, groups))
     finite = not dtype.is_floating_point or weight.isfinite().all()
     fits = dtype.is_floating_point and weight.dim() >= 2 and weight.numel() and finite
