@@ -119,6 +119,10 @@ def help_names() -> list[str]:
 def test_blocks(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    # what a page sets stays with it: a port of its own would stop every later group of processes
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
     namespace: dict[str, object] = {"__name__": "__page__"}
     for block in blocks(path):
         where = f"{path.name}, line {block.line}"
