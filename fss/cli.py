@@ -47,6 +47,8 @@ _REPRODUCED = {
     "precision": "as for fss train",
 }
 
+_RAISING = ("fss", "svf_fast", "jsonargparse")
+_PARTS = ("data", "model", "regime", "optimizer")
 _LONGEST = 4000  # characters of a message
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
@@ -112,9 +114,13 @@ class SettingsFile(ActionConfigFile):
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         try:
             path = config_file(value)
-            read_yaml(path)
+            content = read_yaml(path)
         except (OSError, ValueError) as error:
             raise TypeError(str(error)) from error  # what jsonargparse takes for a user's error
+        for name in _PARTS:
+            part = content.get(name, {}) if isinstance(content, dict) else {}
+            if not isinstance(part, dict):
+                raise TypeError(f"{path}: {name}: expected settings by name, got {part!r:.200}")
         super().__call__(parser, namespace, str(path), option)
 
 
@@ -368,7 +374,7 @@ def _expected(error: Exception) -> bool:
     frames = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
-    return frames[-1].partition(".")[0] in ("fss", "svf_fast") or isinstance(error, OSError)
+    return frames[-1].partition(".")[0] in _RAISING or isinstance(error, OSError)
 
 
 def _message(error: Exception) -> str:

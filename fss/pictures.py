@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
 from fss.colors import ORANGE
-from fss.data.scan import FORMATS
+from fss.data.scan import DAMAGED, FORMATS, check_pixels
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[Any]
 """A file, a PIL image, or an array: [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4] RGBA."""
 
-MAX_PIXELS = 80_000_000
-"""Of a picture: more is refused before it is decoded."""
-
 _SIXTEEN_BIT = 257  # 65535 / 255
-
-# What Pillow's readers raise for damaged files.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError,
-            NotImplementedError, struct.error, Image.DecompressionBombError)  # fmt: skip
 
 
 def read_picture(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
@@ -100,16 +92,12 @@ def open_picture(picture: str | os.PathLike[str] | Image.Image, name: str) -> Im
             return _upright(picture)
         with Image.open(path, formats=FORMATS) as image:
             return _upright(image)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"expected at most {MAX_PIXELS // 10**6} million pixels, got "
-            f"{image.width}×{image.height}; make it smaller"
-        )
+    check_pixels(image)
     return ImageOps.exif_transpose(image)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -264,13 +265,23 @@ def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
 
 
 def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that a reader sees all of it or none."""
+    """Write a safetensors file so that a reader sees all of it or none.
+
+    Raises OSError when the disk is full or cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # not by tempfile or save_file, whose files nobody else may read
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         temporary.write_bytes(save(tensors, metadata))
         temporary.replace(path)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -16,7 +16,7 @@ from fss.files import read_text
 
 from .listed import ListedSource
 from .lists import Pair, check_files
-from .scan import FORMATS, check_sizes, read_image, unreadable
+from .scan import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
 from .source import IGNORE, Mask
 
 
@@ -93,8 +93,9 @@ class Fss1000Source(ListedSource):
     def _open_mask(self, path: Path) -> Image.Image:
         try:
             with Image.open(path, formats=FORMATS) as file:
+                check_pixels(file)
                 return file.convert("L").point([0] * 128 + [1] * 128)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except DAMAGED as error:
             raise unreadable(path, error) from error
 
 

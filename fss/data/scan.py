@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,14 @@ from .source import IGNORE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Of files that are read, whatever their names end with: others may run programs to be decoded."""
+
+
+MAX_PIXELS = 80_000_000
+"""Of a picture: more is refused before it is decoded."""
+
+# What Pillow's readers raise for damaged files; of a few bytes some ask for gigabytes.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
+DAMAGED += (NotImplementedError, MemoryError, struct.error, Image.DecompressionBombError)
 
 
 class Record(NamedTuple):
@@ -89,9 +98,10 @@ def inspect(image_path: Path, mask_path: Path, open_mask: Callable[[Path], Image
     """The record of one image; of the image itself only the header is read."""
     try:
         with Image.open(image_path, formats=FORMATS) as file:
+            check_pixels(file)
             width, height = file.size
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise unreadable(image_path, error) from error
     mask = open_mask(mask_path)
     size = (mask.height, mask.width)
@@ -108,9 +118,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
+            check_pixels(file)
             ImageOps.exif_transpose(file, in_place=True)  # without, it copies
             return np.array(file if file.mode == "RGB" else file.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise unreadable(path, error) from error
 
 
@@ -122,15 +133,25 @@ def open_classes(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
-            if file.mode not in ("P", "L"):
-                raise ValueError(
-                    f"{path}: expected class ids in one 8-bit channel (mode P or L), got mode "
-                    f"{file.mode}; save the mask with class ids, not colours"
-                )
+            check_pixels(file)
             file.load()
-            return file
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise unreadable(path, error) from error
+    if file.mode not in ("P", "L"):
+        raise ValueError(
+            f"{path}: expected class ids in one 8-bit channel (mode P or L), got mode "
+            f"{file.mode}; save the mask with class ids, not colours"
+        )
+    return file
+
+
+def check_pixels(image: Image.Image) -> None:
+    """Raises ValueError for a picture of more than `MAX_PIXELS`."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"expected at most {MAX_PIXELS // 10**6} million pixels, got "
+            f"{image.width}×{image.height}; make it smaller"
+        )
 
 
 def check_sizes(

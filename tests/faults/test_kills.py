@@ -232,7 +232,7 @@ def test_a_disk_becomes_full_and_read_only(commands, small_disk, tmp_path):
         while True:
             file.write(bytes(2**16))
             file.flush()
-    assert commands.run(*run)[0] == 2
+    assert commands.run(*run)[0] == 2, commands.output.read_text()
     assert f"{folder} cannot be written (No space" in commands.output.read_text().splitlines()[-1]
     full.unlink()
     assert commands.run(*run, "--overwrite")[0] == 0, commands.output.read_text()
