@@ -32,7 +32,7 @@ REGIMES = {
     "svf_1x1": {"name": "svf", "kernel": "1x1"},
     "svf_stem": {"name": "svf", "layers": ["conv1", "layer1"]},
     **{
-        f"svf_{''.join(factors)}": {"name": "svf", "factors": factors}
+        f"svf_{''.join(factors)}": {"name": "svf", "factors": tuple(factors)}
         for factors in ("U", "V", "SU", "SV", "UV", "SUV")
     },
     "svf_scale": {"name": "svf_scale"},

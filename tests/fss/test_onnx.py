@@ -81,6 +81,7 @@ def test_a_run_of_the_baseline(tiny, tmp_path, capsys):
     episodes = build_episodes(config.data, "test", 1, seed=0)
     batch = collate_episodes([episodes[0]])
     inputs = [batch[name] for name in INPUTS]
+    inputs[2] = inputs[2].long()
     model, _ = load_run(Path(config.out))
     with torch.no_grad():
         expected = model.eval()(*inputs).logits
