@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fss import pictures
+from fss.data import scan
 from fss.pictures import overlay, read_picture
 
 RNG = np.random.default_rng(0)
