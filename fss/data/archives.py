@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
-_DAMAGED += (UnicodeDecodeError,)
+_DAMAGED += (UnicodeDecodeError, IndexError)
 
 
 class MemberFile:

@@ -143,7 +143,7 @@ class FolderSource(ListedSource):
             return tuple(tuple(ids[k * part : (k + 1) * part]) for k in range(4))
         try:
             result = tuple(tuple(int(c) for c in fold) for fold in folds)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise TypeError(
                 f"folds: expected a list of class ids per fold, got {folds!r}"
             ) from error
