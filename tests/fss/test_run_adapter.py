@@ -89,4 +89,6 @@ def test_no_adapter_where_more_than_S_trains(tiny, regime):
     config = tiny(steps=1, regime=regime)
     train(tiny(steps=1))
     train(config, overwrite=True)
-    assert not list(Path(config.out).glob("*.safetensors"))
+    left = [path.name for path in Path(config.out).glob("*.safetensors")]
+    # where S trains its first values stay, for the report
+    assert left == (["pretrained.safetensors"] if "batch_norm" in regime else [])
