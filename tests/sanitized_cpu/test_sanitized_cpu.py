@@ -53,7 +53,7 @@ def run(root: Path, library: Path, capability: str, *arguments: str) -> tuple[in
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-p", "sanitized_cpu", "--capture=sys", *arguments]  # fd 2 is the sanitizers'
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    return done.returncode, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.returncode, f"{done.stdout[-6000:]}\n{done.stderr[:6000]}"  # its first lines tell
 
 
 def test_cpu_kernels_stay_within_their_buffers(root: Path, library: Path) -> None:
