@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -275,13 +274,6 @@ def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None =
     try:
         temporary.write_bytes(save(tensors, metadata))
         temporary.replace(path)
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -149,7 +149,7 @@ def _inside(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
 def _unpacked(counts: str) -> list[int]:
     """Run lengths from COCO's text of them: 5 bits a character, from the third on differences.
 
-    pycocotools reads behind the end of a text that is cut off.
+    Decoded here, so that a text that is cut off or is none is an error.
     """
     runs: list[int] = []
     value = shift = 0
