@@ -64,6 +64,8 @@ class BaseLearnerConfig:
         power: the learning rate of step n is lr·(1 - n/steps)^power.
         momentum: of SGD.
         weight_decay: of all parameters.
+        foreground_weight: weight of each base class in the cross-entropy, background has 1; above 1
+            where objects are small and steps are few.
         validation_every: steps between two validations on base classes of the test photos; 0
             validates only at the last step.
         validation_images: test photos of one validation, 0 for all.
@@ -85,6 +87,7 @@ class BaseLearnerConfig:
     power: float = 0.9
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    foreground_weight: float = 1.0
     validation_every: int = 1000
     validation_images: int = 0
     save_every: int = 500
@@ -104,8 +107,10 @@ class BaseLearnerConfig:
                 raise ValueError(
                     f"{name}: expected a number from {least} on, got {getattr(self, name)}"
                 )
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr: expected a number above 0, got {self.lr}")
+        for name in ("lr", "foreground_weight"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected 0 up to below 1, got {self.momentum}")
         if not self.out:
@@ -215,6 +220,9 @@ class BaseTrainer:
         )
         self.model, self.optimizer = fabric.setup(self.network, optimizer)
         fabric.seed_everything(config.seed + fabric.global_rank, verbose=False)
+        weight = torch.full((1 + len(self.classes),), config.foreground_weight)
+        weight[0] = 1.0
+        self.class_weight = fabric.to_device(weight)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
@@ -273,7 +281,8 @@ class BaseTrainer:
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad()
         prediction = self.model(batch["image"])
-        loss = functional.cross_entropy(prediction, batch["mask"], ignore_index=IGNORE)
+        weight = self.class_weight.to(prediction.dtype)
+        loss = functional.cross_entropy(prediction, batch["mask"], weight, ignore_index=IGNORE)
         self.fabric.backward(loss)
         self.optimizer.step()
         self.scheduler.step()

@@ -114,6 +114,17 @@ def test_learns_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
     assert logs[0] == logs[1] and logs[0].startswith("step,loss,lr,miou")
 
 
+def test_the_foreground_weight_is_of_every_base_class(tiny, monkeypatch):
+    weights = []
+    monkeypatch.setattr(
+        fss.base_learner.functional,
+        "cross_entropy",
+        lambda prediction, mask, weight, ignore_index: weights.append(weight) or prediction.mean(),
+    )
+    train_base(tiny(steps=1, foreground_weight=4.0))
+    assert weights[0].tolist() == [1.0] + [4.0] * 15
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step(tiny, tmp_path, monkeypatch, number):
     step = BaseTrainer._train_step
@@ -182,6 +193,7 @@ def test_a_run_is_not_overwritten_nor_mixed_up(tiny):
         ({"batch_size": 1}, "batch_size: expected a number from 2 on, got 1"),
         ({"steps": 0}, "steps: expected a number from 1 on, got 0"),
         ({"lr": float("nan")}, "lr: expected a number above 0, got nan"),
+        ({"foreground_weight": 0.0}, "foreground_weight: expected a number above 0, got 0.0"),
         ({"momentum": 1.0}, "momentum: .*got 1.0"),
         ({"out": ""}, "out: expected a folder"),
     ],
