@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fss.config import TrainConfig
-from fss.files import atomic_write
+from fss.files import atomic_write, causes
 
 _FORMAT = 1
 
@@ -59,8 +59,8 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         # torch's writer hides the error of the file behind one of its own
-        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        if cause is None and "PytorchStreamWriter" not in str(error):
+        cause = next((e for e in causes(error) if isinstance(e, OSError)), None)
+        if cause is None and ("PytorchStreamWriter" not in str(error) or error.__context__):
             raise
         kept = "the one written before is whole" if path.is_file() else "none was written before"
         raise OSError(

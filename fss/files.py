@@ -32,6 +32,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` as indented JSON, atomically."""
     with atomic_write(path) as file:

@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, Dataset
 
 from fss.data import collate_episodes
+from fss.files import causes
 
 _KILLED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+|exited unexpectedly)")
 
@@ -50,7 +51,8 @@ def _outlive_first_signal(worker: int) -> None:
 def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
     """Says in the user's words that a loading process was killed, and what became of the run.
 
-    torch notices it by a signal, wherever this process is then, not only where it loads.
+    torch notices it by a signal, wherever this process is then, not only where it loads: what is
+    interrupted, as the writing of a checkpoint, may fail with an error of its own.
 
     Raises:
         ChildProcessError: in the place of torch's RuntimeError.
@@ -58,7 +60,8 @@ def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        killed = _KILLED.search(str(error))
+        found = (_KILLED.search(str(cause)) for cause in causes(error))
+        killed = next(filter(None, found), None)
         if killed is None:
             raise
         raise ChildProcessError(

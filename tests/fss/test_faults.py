@@ -7,11 +7,15 @@ import multiprocessing
 import os
 import re
 import signal
+from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
 
+import fss.checkpoint
 from fss.checkpoint import load_checkpoint, save_checkpoint
 from fss.data import EpisodeDataset
 from fss.engine import train
@@ -88,6 +92,26 @@ def test_a_killed_loader_says_so_and_the_run_goes_on(tiny, monkeypatch):
     assert 1 <= load_checkpoint(Path(config.out) / "last.pt")["step"] <= 4
     resumed.append(True)
     assert train(config, resume=True)["steps"] == 6
+
+
+def test_a_loader_that_is_killed_while_a_checkpoint_is_written(tiny, monkeypatch):
+    """Its signal breaks into torch's writer, which then fails with an error of its own."""
+    original = fss.checkpoint.atomic_write
+
+    @contextmanager
+    def interrupted(path):
+        with original(path) as file:
+            if path.name == "last.pt" and path.exists():
+                error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+                results = chain([DEFAULT] * 12, [error], repeat(DEFAULT))
+                file = Mock(wraps=file, write=Mock(wraps=file.write, side_effect=results))
+            yield file
+
+    monkeypatch.setattr(fss.checkpoint, "atomic_write", interrupted)
+    config = tiny(steps=6, save_every=1)
+    with pytest.raises(ChildProcessError, match="data.workers: .* is killed by signal: Killed; if"):
+        train(config)
+    assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 1
 
 
 def test_an_unreadable_photo_ends_the_run_with_every_step_saved(tiny, monkeypatch):
