@@ -78,17 +78,11 @@ class EpisodeIoU:
             )
         if class_id not in self.classes:
             raise ValueError(f"class_id: expected one of {self.classes}, got {class_id}")
-        valid = mask != 255
-        truth = mask == 1
-        if not torch.equal(valid, truth | (mask == 0)):
+        if bool(((mask != 0) & (mask != 1) & (mask != 255)).any()):
             raise ValueError(
                 f"mask: expected the values 0, 1 and 255, got {mask.unique().tolist()}"
             )
-        predicted = prediction == 1
-        both = (predicted & truth).sum()
-        either = ((predicted | truth) & valid).sum()
-        neither = valid.sum() - either
-        row = torch.stack([neither, valid.sum() - both, both, either, torch.ones_like(both)])
+        row = episode_counts(prediction, mask)
         self.counts[self.classes.index(class_id)] += row.to(self.counts.device)
 
     def result(self) -> Score:
@@ -101,6 +95,22 @@ class EpisodeIoU:
             iou=dict(zip(self.classes, iou, strict=True)),
             episodes=dict(zip(self.classes, self.counts[:, 4].tolist(), strict=True)),
         )
+
+
+def episode_counts(prediction: Tensor, mask: Tensor) -> Tensor:
+    """What one episode, or each of several, adds to `EpisodeIoU.counts`; waits for no device.
+
+    Args:
+        prediction: integers or bool [..., h, w], 1 foreground.
+        mask: integers [..., h, w], 0 background, 1 foreground, 255 ignored.
+
+    Returns int64 [..., 5].
+    """
+    valid, truth, predicted = mask != 255, mask == 1, prediction == 1
+    pixels = valid.sum((-2, -1))
+    both = (predicted & truth).sum((-2, -1))
+    either = ((predicted | truth) & valid).sum((-2, -1))
+    return torch.stack([pixels - either, pixels - both, both, either, torch.ones_like(both)], -1)
 
 
 def foreground_iou(prediction: Tensor, mask: Tensor) -> float:

@@ -71,7 +71,7 @@ def draw_episodes(
 
 
 def draw_curves(path: Path, folder: Path) -> None:
-    """Draws a run's training loss and its validation mIoU and FB-IoU against the step."""
+    """Draws a run's training loss, its validation mIoU and FB-IoU and its mIoU in training."""
     train, validation = read_log(folder / "train.csv"), read_log(folder / "validation.csv")
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -90,8 +90,9 @@ def draw_curves(path: Path, folder: Path) -> None:
     for name, label, colour, marker in (
         ("miou", "mIoU", ORANGE, "o"),
         ("fb_iou", "FB-IoU", GREEN, "s"),
+        ("train_miou", "mIoU in training, base classes", BLUE, "D"),
     ):
-        if validation:
+        if name in validation:
             percent = [100 * value for value in validation[name]]
             style = {"marker": marker, **marks}
             iou.plot(validation["step"], percent, color=colour, label=label, **style)
@@ -100,7 +101,7 @@ def draw_curves(path: Path, folder: Path) -> None:
         step, score = validation["step"][best], 100 * validation["miou"][best]
         iou.axhline(score, color=ORANGE, linewidth=1, linestyle=":")
         iou.legend(loc="best", title=f"best mIoU {score:.1f} % at step {step:.0f}")
-    iou.set(title="validation, novel classes", xlabel="step", ylabel="IoU (%)")
+    iou.set(title="validation, novel classes; training", xlabel="step", ylabel="IoU (%)")
     iou.set_ylim(bottom=0)
     for ax in (loss, iou):
         ax.grid(alpha=0.25)

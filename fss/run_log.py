@@ -38,7 +38,7 @@ class RunLog:
         self._names = class_names
         self._train = folder / "train.csv"
         self._validation = folder / "validation.csv"
-        columns = ("step", "miou", "fb_iou", *class_names.values())
+        columns = ("step", "miou", "fb_iou", "train_miou", *class_names.values())
         for path, header in ((self._train, TRAIN), (self._validation, columns)):
             _truncate(path, header, step)
         # A step that is logged again after a resume must replace the earlier events.
@@ -49,11 +49,12 @@ class RunLog:
         _append(self._train, [row[name] for name in TRAIN])
         self._scalars("train", row, int(row["step"] or 0))
 
-    def validation(self, step: int, score: Score) -> None:
-        """Adds the score of a validation, IoU as fractions."""
-        _append(self._validation, [step, score.miou, score.fb_iou, *score.iou.values()])
+    def validation(self, step: int, score: Score, train_miou: float) -> None:
+        """Adds the score of a validation and the mIoU of the training since the last one."""
+        _append(self._validation, [step, score.miou, score.fb_iou, train_miou, *score.iou.values()])
         named = {f"class/{self._names[c]}": iou for c, iou in score.iou.items()}
         self._scalars("validation", {"miou": score.miou, "fb_iou": score.fb_iou, **named}, step)
+        self._scalars("train", {"miou": train_miou}, step)
 
     def close(self) -> None:
         self._events.close()

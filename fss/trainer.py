@@ -25,6 +25,7 @@ from fss.evaluation import episode_classes, evaluate
 from fss.files import atomic_write
 from fss.loading import episode_loader, explain_killed_worker
 from fss.measure import StepTimer, peak_memory, saved_bytes
+from fss.metrics import EpisodeIoU, episode_counts
 from fss.models import build_model
 from fss.processes import synchronise_batch_norms
 from fss.regimes import apply_regime, build_optimizer, build_scheduler
@@ -86,8 +87,8 @@ class Trainer:
         )
 
         fabric.seed_everything(config.seed, verbose=False)
-        base = episode_classes(self.source, config.data.fold, novel=False)
-        self.network = build_model(config.model, base, config.data.shots)
+        self.base_classes = episode_classes(self.source, config.data.fold, novel=False)
+        self.network = build_model(config.model, self.base_classes, config.data.shots)
         apply_regime(self.network, config.regime)
         if config.sync_batch_norm:
             self.network = synchronise_batch_norms(self.network, config.regime, fabric)
@@ -108,6 +109,10 @@ class Trainer:
         self.log: RunLog | None = None
         self._pending: list[tuple[int, float, torch.Tensor]] = []
         self._timer = StepTimer(fabric.device)
+        places = torch.zeros(max(self.base_classes) + 1, dtype=torch.int64)
+        places[list(self.base_classes)] = torch.arange(len(self.base_classes))
+        self._places = fabric.to_device(places)
+        self._counts = fabric.to_device(torch.zeros(len(self.base_classes), 5, dtype=torch.int64))
 
     def fit(self) -> None:
         """Trains from the current step to the last."""
@@ -171,8 +176,9 @@ class Trainer:
         self.saved_bytes = state["saved_bytes"]
         self.seconds = state["seconds"].tolist()
         self.losses = state["losses"]
-        if self.fabric.is_global_zero:
+        if self.fabric.is_global_zero:  # sums over the processes
             self.unreadable = Counter(state.get("unreadable", {}))
+            self._counts.copy_(state["counts"])
 
     @contextmanager
     def _open_log(self) -> Iterator[None]:
@@ -230,6 +236,8 @@ class Trainer:
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
         prediction = self.model(*(batch[name] for name in self.network.inputs))
         targets = (batch[name] for name in self.network.targets)
+        counts = episode_counts(prediction.logits.detach().argmax(1), batch["query_mask"])
+        self._counts.index_add_(0, self._places[batch["class_id"]], counts)
         return self.network.loss(prediction, *targets, class_weight=self.class_weight)
 
     def _settle(self) -> None:
@@ -293,8 +301,9 @@ class Trainer:
             self.config.resize,
             self.config.feature_cache,
         )
+        train_miou = self._train_miou()
         if self.log is not None:
-            self.log.validation(self.step, score)
+            self.log.validation(self.step, score, train_miou)
         if self.best is None or score.miou > self.best["miou"]:
             self.best = {"miou": score.miou, "fb_iou": score.fb_iou, "step": self.step}
             self.stale = 0
@@ -304,8 +313,18 @@ class Trainer:
         unsampled = f", {len(score.unsampled)} classes unsampled" if score.unsampled else ""
         return (
             f"step {self.step}: validation mIoU {100 * score.miou:.2f} %, "
-            f"FB-IoU {100 * score.fb_iou:.2f} %{unsampled}"
+            f"FB-IoU {100 * score.fb_iou:.2f} %{unsampled}; training mIoU {100 * train_miou:.2f} %"
         )
+
+    def _train_miou(self) -> float:
+        """Of the training episodes since the last validation, as they were when trained on."""
+        metric = EpisodeIoU(list(self.base_classes))
+        metric.counts = self._all_counts()
+        self._counts.zero_()
+        return metric.result().sampled_miou
+
+    def _all_counts(self) -> torch.Tensor:
+        return self.fabric.all_reduce(self._counts.clone(), reduce_op="sum").cpu()
 
     def _save(self, name: str) -> None:
         self._settle()
@@ -321,7 +340,7 @@ class Trainer:
             "stale": self.stale,
             "skipped": self.skipped,
             "model": self.network.state_dict(),
-            "base_classes": episode_classes(self.source, self.config.data.fold, novel=False),
+            "base_classes": self.base_classes,
         }
         if name == "last.pt":
             state |= {
@@ -330,6 +349,7 @@ class Trainer:
                 "saved_bytes": self.saved_bytes,
                 "seconds": torch.tensor(self.seconds),
                 "losses": self.losses,
+                "counts": self._all_counts(),
             }
         if self.fabric.is_global_zero:
             save_checkpoint(self.folder / name, self.config, state)

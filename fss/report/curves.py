@@ -1,4 +1,4 @@
-"""Training loss and validation IoU of runs against the step (the paper's Figures 2, 3 and 7)."""
+"""Loss and mIoU of runs, in training and on novel classes (the paper's Figures 2, 3 and 7)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,34 @@ from fss.report.run import Run
 
 
 def draw_curves(runs: Sequence[Run], folder: Path) -> Picture:
-    """Loss on the left, mIoU on the right, all runs in each; the test's mIoU with its spread."""
+    """The loss, mIoU in training, and mIoU of validation and, with its spread, of the test."""
     with figure_style():
-        figure = new_figure(10.4, 4.1)
-        loss, iou = figure.subplots(1, 2)
+        figure = new_figure(10.4, 3.9)
+        loss, seen, iou = figure.subplots(1, 3)
         for number, run in enumerate(runs):
             style = series_style(number)
             _draw_loss(loss, run, style)
+            _draw_percent(seen, run, "train_miou", style)
             _draw_iou(iou, run, style)
         loss.set(title="Training loss", xlabel="step", ylabel="loss (nats per pixel)")
+        seen.set(title="mIoU, training (base classes)", xlabel="step", ylabel="mIoU (%)")
         classes = {run.config.validation_classes for run in runs}
         which = f"{classes.pop()} classes" if len(classes) == 1 else "novel or base classes"
-        iou.set(title=f"mIoU, validation ({which}) and test", xlabel="step", ylabel="mIoU (%)")
+        iou.set(title=f"mIoU, validation ({which})", xlabel="step", ylabel="mIoU (%)")
         if any(run.result for run in runs):
             iou.plot([], [], "*", color=INK, markersize=10, linestyle="", label="test ± std")
-        for axes in (loss, iou):
+        for axes in (loss, seen, iou):
             axes.grid(True)
             axes.set_xlim(left=0)
-        iou.set_ylim(bottom=0)
+        for axes in (seen, iou):
+            axes.set_ylim(bottom=0)
         legend_above(figure, iou, 5)
     names = ", ".join(run.name for run in runs)
     return save_picture(
-        figure, folder, "curves", f"Training loss and mIoU against the step of {names}"
+        figure,
+        folder,
+        "curves",
+        f"Training loss, mIoU in training and in validation against the step of {names}",
     )
 
 
@@ -65,10 +71,7 @@ def _draw_loss(axes, run: Run, style: dict) -> None:
 
 def _draw_iou(axes, run: Run, style: dict) -> None:
     label = run.name if run.result else f"{run.name} (in progress)"
-    steps = run.validation.get("step", [])
-    percent = [100 * value for value in run.validation.get("miou", [])]
-    marks = {"markersize": 5} if len(steps) < 40 else {"marker": ""}
-    axes.plot(steps, percent, linewidth=1.8, label=label, **{**style, **marks})
+    _draw_percent(axes, run, "miou", style, label=label)
     if run.result:
         test = run.result["test"]
         spread = test["miou"].get("std")
@@ -84,3 +87,12 @@ def _draw_iou(axes, run: Run, style: dict) -> None:
             capsize=3,
             zorder=3,
         )
+
+
+def _draw_percent(axes, run: Run, column: str, style: dict, **settings) -> None:
+    steps, values = run.validation.get("step", []), run.validation.get(column)
+    if values is None:  # a log of before the column
+        steps, values = [], []
+    marks = {"markersize": 5} if len(steps) < 40 else {"marker": ""}
+    percent = [100 * value for value in values]
+    axes.plot(steps, percent, linewidth=1.8, **settings, **{**style, **marks})

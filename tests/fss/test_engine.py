@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from fss.engine import build_fabric, train
+from fss.metrics import EpisodeIoU
 from fss.run_log import read_log
 from fss.trainer import Trainer
 
@@ -129,6 +130,35 @@ def test_training_learns(tiny):
     train(config)
     loss = read_log(Path(config.out) / "train.csv")["loss"]
     assert sum(loss[-5:]) < 0.9 * sum(loss[:5])
+
+
+def test_the_miou_in_training_is_of_what_was_trained_on(tiny, monkeypatch):
+    """Each step's predictions, summed class by class until the validation."""
+    seen: list[tuple] = []
+    original = Trainer._loss
+
+    def loss(self, batch):
+        prediction = []
+        hook = self.model.register_forward_hook(lambda *call: prediction.append(call[2]))
+        result = original(self, batch)
+        hook.remove()
+        seen.append((prediction[0].logits.argmax(1), batch))
+        return result
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    config = tiny(steps=4, validation_every=2)
+    train(config)
+    expected = []
+    for steps in (seen[:2], seen[2:]):
+        metric = EpisodeIoU(sorted({int(c) for _, batch in steps for c in batch["class_id"]}))
+        for prediction, batch in steps:
+            for one, mask, c in zip(
+                prediction, batch["query_mask"], batch["class_id"], strict=True
+            ):
+                metric.update(one, mask, int(c))
+        expected.append(metric.result().miou)
+    assert read_log(Path(config.out) / "validation.csv")["train_miou"] == expected
+    assert expected[0] != expected[1]
 
 
 def test_foreground_weight_weighs_the_loss(tiny, tmp_path):

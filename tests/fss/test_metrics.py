@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fss.metrics import EpisodeIoU, foreground_iou
+from fss.metrics import EpisodeIoU, episode_counts, foreground_iou
 
 # Predicted and true foreground share 1 pixel of 4; one pixel is ignored, though predicted.
 PREDICTION = torch.tensor([[1, 1, 0], [1, 1, 0]])
@@ -50,6 +50,16 @@ def test_counts_of_two_halves_add_up():
             metric.update(prediction, mask, 1 + episode % 2)
     assert torch.equal(halves[0].counts + halves[1].counts, whole.counts)
     assert whole.counts.dtype == torch.int64
+
+
+def test_counts_of_a_batch_are_those_of_its_episodes():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randint(2, (4, 5, 7), generator=generator)
+    mask = torch.tensor([0, 1, 255])[torch.randint(3, (4, 5, 7), generator=generator)]
+    metric = EpisodeIoU([0, 1, 2, 3])
+    for episode in range(4):
+        metric.update(prediction[episode], mask[episode], episode)
+    assert torch.equal(episode_counts(prediction, mask), metric.counts)
 
 
 def test_foreground_iou_of_one_episode():

@@ -50,7 +50,7 @@ def test_curves(tmp_path):
                 "unreadable": 0,
             }
         )
-    log.validation(30, Score(0.2, 0.5, {1: 0.2}, {1: 4}))
+    log.validation(30, Score(0.2, 0.5, {1: 0.2}, {1: 4}), 0.4)
     log.close()
     draw_curves(tmp_path / "curves.png", tmp_path)
     full = cv2.imread(str(tmp_path / "curves.png"))

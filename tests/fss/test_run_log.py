@@ -27,7 +27,7 @@ def write(folder, steps, start=0):
     log = RunLog(folder, NAMES, start)
     for step in steps:
         log.train(row(step))
-        log.validation(step, SCORE)
+        log.validation(step, SCORE, 0.75)
     log.close()
 
 
@@ -40,6 +40,7 @@ def test_tables(tmp_path):
         "step": [1, 2],
         "miou": [0.25, 0.25],
         "fb_iou": [0.5, 0.5],
+        "train_miou": [0.75, 0.75],
         "cat": [0.5, 0.5],
         'dog, "big"': [0.0, 0.0],
     }
