@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from fss.checkpoint import explain_misfit, read_checkpoint, write_checkpoint
+from fss.checkpoint import check_types, explain_misfit, read_checkpoint, write_checkpoint
 from fss.config import DataConfig, ModelConfig
 from fss.data import IGNORE, Source, TrainTransform, build_episodes, build_source
 from fss.data import test_transform as validation_transform
@@ -271,6 +271,9 @@ class BaseTrainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from the content of last.pt."""
+        check_types(state, {"step": int, "best": dict | None, "history": list})
+        if not 0 <= state["step"] <= self.config.steps:
+            raise IndexError(f"step: expected 0 to {self.config.steps}, got {state['step']}")
         self.network.load_state_dict(state["state_dict"])
         restore_training(state, self.fabric, self.optimizer, self.scheduler)
         self.step, self.best, self.history = state["step"], state["best"], state["history"]

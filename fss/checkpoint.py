@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,9 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
         ValueError: a damaged file, one of another program, or of another model, regime or fold.
     """
     content = read_checkpoint(path)
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        got = f"format {content.get('format')!r}" if isinstance(content, dict) else repr(content)
+    stored = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(stored, int) or stored != _FORMAT:
+        got = f"format {stored!r}" if isinstance(content, dict) else repr(content)
         raise ValueError(
             f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got {got:.200}"
         )
@@ -130,6 +132,13 @@ def explain_misfit(path: Path) -> Iterator[None]:
             f"checkpoint: {path} is damaged, or was written by another version of fss "
             f"({type(error).__name__}: {line:.200})"
         ) from error
+
+
+def check_types(state: dict[str, Any], types: dict[str, type | UnionType]) -> None:
+    """Raises LookupError or TypeError unless the entries are there and of these types."""
+    for name, expected in types.items():
+        if not isinstance(state[name], expected):
+            raise TypeError(f"{name}: expected {expected}, got {type(state[name])}")
 
 
 def check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

@@ -67,7 +67,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     fabric = build_fabric(config, config.accumulate)
     if state is not None:
         # a setting that is newer than the checkpoint has its default there
-        state["config"] = TrainConfig.from_dict(state["config"]).to_dict()
+        with explain_misfit(path):
+            state["config"] = TrainConfig.from_dict(state["config"]).to_dict()
         check_resumable(state, config.to_dict(), FREE, path, fabric)
     with determinism(config.deterministic):
         trainer = Trainer(config, fabric)

@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 
-from fss.checkpoint import check_same, random_state, restore_random_state
+from fss.checkpoint import (
+    check_same,
+    check_types,
+    explain_misfit,
+    random_state,
+    restore_random_state,
+)
 
 T = TypeVar("T")
 
@@ -92,6 +98,7 @@ def training_state(fabric: Fabric, optimizer: Any, scheduler: Any) -> dict[str, 
 def restore_training(state: dict[str, Any], fabric: Fabric, optimizer: Any, scheduler: Any) -> None:
     """The inverse of `training_state`."""
     optimizer.load_state_dict(state["optimizer"])
+    check_types(state["scheduler"], dict.fromkeys(scheduler.state_dict(), object))
     scheduler.load_state_dict(state["scheduler"])
     fabric.strategy.precision.load_state_dict(state["precision"])
     restore_random_state(state["random"][fabric.global_rank])
@@ -110,6 +117,8 @@ def check_resumable(
         fabric: launched.
     """
     check_same(flat_settings(state["config"], free), flat_settings(config, free), path)
+    with explain_misfit(path):
+        check_types(state, {"random": list})
     if len(state["random"]) != fabric.world_size:
         raise ValueError(
             f"devices: the checkpoint was written by {len(state['random'])} processes, these are "

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lightning_fabric import Fabric
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from fss.checkpoint import save_checkpoint
+from fss.checkpoint import check_types, save_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes, build_source
 from fss.evaluation import episode_classes, evaluate
@@ -45,6 +46,10 @@ from fss.run_state import (
 FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
 FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
 FREE |= {"model.weights", "model.base_weights", "model.official"}
+
+# Of what last.pt holds, the plain values.
+_PROGRESS: dict[str, type | UnionType] = {"step": int, "stale": int, "skipped": int, "losses": list}
+_PROGRESS |= {"best": dict | None, "saved_bytes": int | None, "unreadable": dict}
 
 
 class Trainer:
@@ -169,15 +174,19 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from the content of last.pt, see `check_resumable`."""
+        check_types(state, _PROGRESS)
+        if not 0 <= state["step"] <= self.config.steps:
+            raise IndexError(f"step: expected 0 to {self.config.steps}, got {state['step']}")
+        if (best := state["best"]) is not None:
+            self.best = {name: best[name] + 0 for name in ("miou", "fb_iou", "step")}
         self.network.load_state_dict(state["model"])
         restore_training(state, self.fabric, self.optimizer, self.scheduler)
-        self.step, self.best = state["step"], state["best"]
-        self.stale, self.skipped = state["stale"], state["skipped"]
+        self.step, self.stale, self.skipped = state["step"], state["stale"], state["skipped"]
         self.saved_bytes = state["saved_bytes"]
         self.seconds = state["seconds"].tolist()
         self.losses = state["losses"]
         if self.fabric.is_global_zero:  # sums over the processes
-            self.unreadable = Counter(state.get("unreadable", {}))
+            self.unreadable = Counter(state["unreadable"])
             self._counts.copy_(state["counts"])
 
     @contextmanager

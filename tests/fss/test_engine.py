@@ -274,3 +274,26 @@ def test_two_processes_compute_what_one_does(tiny, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
     episodes = [json.loads((tmp_path / x / "result.json").read_text()) for x in ("one", "two")]
     assert episodes[0]["test"]["episodes"] == episodes[1]["test"]["episodes"]
+
+
+def test_resuming_says_which_checkpoint_is_damaged(tiny, interrupt):
+    """Each entry left out, or of another type: an error of one line, or the run as it was."""
+    config = tiny(steps=2, validation_every=1)
+    interrupt(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    path = Path(config.out) / "last.pt"
+    whole = torch.load(path, weights_only=True)
+    refused = set()
+    for name in whole:
+        left_out = {key: value for key, value in whole.items() if key != name}
+        for damaged in (left_out, whole | {name: "x"}, whole | {name: {}}):
+            torch.save(damaged, path)
+            try:
+                train(config, resume=True)
+            except ValueError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                refused.add(name)
+                continue
+            assert name in {"base_classes", "precision", "saved_bytes", "unreadable"}
+    assert refused >= whole.keys() - {"base_classes"}
