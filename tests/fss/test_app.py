@@ -20,6 +20,7 @@ from PIL import Image
 from fss import app
 from fss.cli import main
 from fss.data import ShapesSource
+from fss.engine import train
 from fss.segmenter import FewShotSegmenter
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -103,10 +104,14 @@ class Page:
         self.until(lambda: not self.all("#editor .upload-message"))
         time.sleep(2)  # until the picture has its place
 
+    def sources(self) -> list[str]:
+        images = "[...document.querySelectorAll('#results img')]"
+        return self.driver.execute_script(f"return {images}.map(image => image.src)")
+
     def results(self, count: int) -> list[Image.Image]:
-        self.until(lambda: len(self.all("#results img")) == count)
-        sources = [image.get_attribute("src") for image in self.all("#results img")]
-        return [Image.open(io.BytesIO(urllib.request.urlopen(source).read())) for source in sources]
+        self.until(lambda: len(self.sources()) == count)
+        read = [urllib.request.urlopen(source).read() for source in self.sources()]
+        return [Image.open(io.BytesIO(content)) for content in read]
 
     def mask(self) -> bool:
         """Whether a mask file is shown; its name and its ending are in lines of their own."""
@@ -200,6 +205,35 @@ def test_masks_several_supports_and_another_adapter(page, segmenter, photos):
     page.until(lambda: not page.all("#supports img"))
     page.click("segment")
     assert "Support: " in page.error()
+
+
+def test_a_run_and_its_pretrained_backbone_by_a_click(driver, tiny, photos):
+    pytest.importorskip("gradio", reason='gradio is not installed: pip install "svf-fast[app]"')
+    config = tiny(steps=2, optimizer={"backbone_lr": 3.0})
+    train(config)
+    tuned = FewShotSegmenter.load(config.out, device="cpu")
+    served = app.build_page(tuned, app.find_adapters(config.out, ()), "a test")
+    driver.get(app.launch(served))
+    page = Page(driver)
+    page.upload("queries", photos / "query.png")
+    page.upload_support(photos / "support.png")
+    page.upload("mask", photos / "mask.png")
+    page.until(page.mask)
+    page.click("add")
+    page.until(lambda: page.all("#supports img"))
+    names = [label.text for label in page.all("#choice label")]
+    assert names == ["fine-tuned (SVF)", "pretrained (frozen)"]
+    seen: list[bytes] = []
+    for choice in (0, 1, 0):
+        former = page.sources()
+        page.all("#choice input")[choice].click()
+        time.sleep(1)  # until the adapter is set
+        page.click("segment")
+        # a picture's address tells its content: it changes when the switch changes the result
+        page.until(lambda former=former: page.sources() not in ([], former))
+        seen.append(page.results(3)[1].convert("RGB").tobytes())
+    served.close()
+    assert seen[0] == seen[2] != seen[1]
 
 
 def test_what_is_missing_is_said(page, photos):
