@@ -19,7 +19,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from training import make_run
+from training import make_run, score_elsewhere
 
 MIB = 2**20
 COLOURS = {"freeze": "#7f7f7f", "svf": "#0072B2", "full": "#E69F00"}  # Okabe-Ito
@@ -80,6 +80,12 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
         metavar=("NAME", "KEY=VALUE"),
         help="a setting of one model or regime alone, {fold} in it is replaced; repeatable",
     )
+    parser.add_argument(
+        "--elsewhere",
+        metavar="ARGUMENTS",
+        help="of `fss eval`: other data that each run is tested on too; they name a --source and a "
+        "--fold",
+    )
     return parser.parse_known_args()
 
 
@@ -126,6 +132,12 @@ def _row(options: argparse.Namespace, runs: dict[Run, dict], model: str, regime:
             "std": _std(means),
         }
     every = list(results.values())
+    if options.elsewhere:
+        scores = [
+            score_elsewhere(_folder(options, run), options.elsewhere)["miou_sampled"]["mean"]
+            for run in results
+        ]
+        row["elsewhere"] = {"mean": statistics.fmean(scores), "std": _std(scores)}
     row["saved_bytes"] = max(result["saved_bytes_per_step"] for result in every)
     row["step_seconds"] = statistics.median(result["step_seconds_median"] for result in every)
     row["peak_memory_bytes"] = max(result["peak_memory_bytes"] for result in every)
@@ -145,19 +157,21 @@ def _table(
     several = len(options.models) > 1
     folds = "".join(f" fold {fold} |" for fold in options.folds)
     compared = options.regimes[0]
+    elsewhere = bool(options.elsewhere)
     lines = [
         f"{'| model ' * several}| regime | trains in the backbone |{folds} mIoU, novel "
-        f"| − {compared} | FB-IoU | saved MiB | s/step |",
-        "| --- " * several + "| --- | ---: |" + " ---: |" * (len(options.folds) + 5),
+        f"| − {compared} | FB-IoU |{' mIoU, other data |' * elsewhere} saved MiB | s/step |",
+        "| --- " * several + "| --- | ---: |" + " ---: |" * (len(options.folds) + 5 + elsewhere),
     ]
     for row in rows:
-        miou, fb = row["miou"], row["fb_iou"]
+        miou, fb, other = row["miou"], row["fb_iou"], row.get("elsewhere")
+        more = f" {100 * other['mean']:.1f} ± {100 * other['std']:.1f} |" if other else ""
         per_fold = "".join(f" {100 * value:.1f} |" for value in miou["folds"])
         lines.append(
             f"| {row['model']} " * several + f"| {row['regime']} | {row['trained_backbone']:,} |"
             f"{per_fold} **{100 * miou['mean']:.1f}** ± {100 * miou['std']:.1f} | "
             f"{_difference(rows, row, compared)} | "
-            f"{100 * fb['mean']:.1f} ± {100 * fb['std']:.1f} | "
+            f"{100 * fb['mean']:.1f} ± {100 * fb['std']:.1f} |{more} "
             f"{row['saved_bytes'] / MIB:.0f} | {row['step_seconds']:.2f} |"
         )
     gpu = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
@@ -172,13 +186,25 @@ def _table(
         f"{config['data']['size']} px, batch {config['batch_size']}, {config['steps']} steps each; "
         f"{test['episodes_per_seed']} novel episodes for each of {len(test['seeds'])} seeds, "
         f"{over}; the column after it is the difference, seed by seed. Saved: bytes autograd keeps "
-        "for one step.",
+        "for one step." + _of_elsewhere(options, next(iter(runs))),
         f"{gpu}, torch {first['versions']['torch']}, commit {first['commit']}.",
         "",
         f"    {command}",
         "",
     ]
     return "\n".join(lines)
+
+
+def _of_elsewhere(options: argparse.Namespace, run: Run) -> str:
+    if not options.elsewhere:
+        return ""
+    result = score_elsewhere(_folder(options, run), options.elsewhere)
+    classes = sum(count > 0 for count in result["episodes"].values())
+    return (
+        f" Other data: {result['source']}, fold {result['fold']}, "
+        f"{result['episodes_per_seed']} episodes for each of {len(result['seeds'])} seeds; mean "
+        f"over the {classes} classes that these showed."
+    )
 
 
 def _difference(rows: list[dict], row: dict, regime: str) -> str:

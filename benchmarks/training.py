@@ -41,6 +41,29 @@ def make_run(
     return json.loads(result.read_text())
 
 
+def score_elsewhere(folder: Path, arguments: str) -> dict:
+    """What `fss eval` with these arguments says of a run on other data, made now or earlier.
+
+    Args:
+        folder: of the run.
+        arguments: of `fss eval` after the run, as one would type them; they name --source and
+            --fold.
+
+    Raises:
+        SystemExit: the evaluation failed.
+    """
+    words = shlex.split(arguments)
+    source, fold = (words[words.index(name) + 1] for name in ("--source", "--fold"))
+    result = folder / f"eval_{source}_fold{fold}.json"
+    if not result.is_file():
+        command = [sys.executable, "-m", "fss.cli", "eval", str(folder), *words]
+        print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
+        status = subprocess.run(command).returncode
+        if status:
+            raise SystemExit(f"{folder}: the evaluation ended with {status}")
+    return json.loads(result.read_text())
+
+
 def held_out(root: str, fold: int, view: Path) -> Path:
     """A view of a folder of photos in which base classes are validated on photos never trained on.
 
