@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -47,6 +48,18 @@ _REPRODUCED = {
     "precision": "as for fss train",
 }
 
+_USAGE = {
+    "train": "fss train [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+    "train-base": "fss train-base [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+    "eval": "fss eval RUN [options], or fss eval SETTINGS.yaml --official FILE [options]",
+    "reproduce": "fss reproduce TABLE [--list] [options]",
+    "report": "fss report RUN... [--out FOLDER] [--photo FILE] [--layers NAME...]",
+    "app": "fss app [RUN] [options]",
+    "predict": "fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out FOLDER",
+    "adapter": "fss adapter FILE..., or fss adapter A B --interpolate T --out FILE",
+    "export": "fss export RUN [--out FILE.onnx] [options]",
+    "data": "fss data prepare|verify pascal|coco ROOT [options]",
+}
 _RAISING = ("fss", "svf_fast", "jsonargparse")
 _PARTS = ("data", "model", "regime", "optimizer")
 _LONGEST = 4000  # characters of a message
@@ -138,7 +151,7 @@ def build_parser() -> ArgumentParser:
     training = ArgumentParser(
         description="Train, validate and test a model as configured; a YAML file and options "
         "override the defaults, the last one wins.",
-        usage="fss train [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        usage=_USAGE["train"],
         epilog=_EXITS,
         exit_on_error=False,
     )
@@ -149,7 +162,7 @@ def build_parser() -> ArgumentParser:
     training.add_class_arguments(TrainConfig)
     base = ArgumentParser(
         description="Train BAM's base learner, a PSPNet that segments the base classes of a fold.",
-        usage="fss train-base [--config FILE_OR_NAME] [--resume | --overwrite] [options]",
+        usage=_USAGE["train-base"],
         epilog=_EXITS,
         exit_on_error=False,
     )
@@ -160,14 +173,14 @@ def build_parser() -> ArgumentParser:
     base.add_class_arguments(BaseLearnerConfig)
     evaluation = ArgumentParser(
         description="Score a trained model on test episodes, print a table and write it.",
-        usage="fss eval RUN [options], or fss eval SETTINGS.yaml --official FILE [options]",
+        usage=_USAGE["eval"],
         exit_on_error=False,
     )
     evaluation.add_argument("--debug", **debug)
     evaluation.add_function_arguments(evaluate_run, as_positional=True)
     reproduction = ArgumentParser(
         description="Make or resume the runs of a table of the paper and compare the numbers.",
-        usage="fss reproduce TABLE [--list] [options]",
+        usage=_USAGE["reproduce"],
         exit_on_error=False,
     )
     reproduction.add_argument("--debug", **debug)
@@ -190,7 +203,7 @@ def build_parser() -> ArgumentParser:
     report = ArgumentParser(
         description="Write one self-contained page about runs: results, curves, classes, episodes, "
         "what happened to the singular values, memory and time; the plots also as PNG and SVG.",
-        usage="fss report RUN... [--out FOLDER] [--photo FILE] [--layers NAME...]",
+        usage=_USAGE["report"],
         exit_on_error=False,
     )
     report.add_argument("--debug", **debug)
@@ -214,7 +227,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("export", _export(debug), help="write a trained model as ONNX")
     page = ArgumentParser(
         description="Serve a page to paint an object in a picture and to find it in others.",
-        usage="fss app [RUN] [options]",
+        usage=_USAGE["app"],
         exit_on_error=False,
     )
     page.add_argument("--debug", **debug)
@@ -240,7 +253,7 @@ def _prediction(debug: dict[str, Any]) -> ArgumentParser:
     parser = ArgumentParser(
         description="Segment pictures by the example of a few others; without a run, by matching "
         "features of a pretrained backbone, by default of the small embedded one.",
-        usage="fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out FOLDER",
+        usage=_USAGE["predict"],
         exit_on_error=False,
     )
     parser.add_argument("--debug", **debug)
@@ -275,7 +288,7 @@ def _prediction(debug: dict[str, Any]) -> ArgumentParser:
 def _adapter(debug: dict[str, Any]) -> ArgumentParser:
     parser = ArgumentParser(
         description="Show what is in adapter files, or interpolate two.",
-        usage="fss adapter FILE..., or fss adapter A B --interpolate T --out FILE",
+        usage=_USAGE["adapter"],
         exit_on_error=False,
     )
     parser.add_argument("--debug", **debug)
@@ -288,7 +301,7 @@ def _adapter(debug: dict[str, Any]) -> ArgumentParser:
 def _export(debug: dict[str, Any]) -> ArgumentParser:
     parser = ArgumentParser(
         description="Write a trained model as ONNX, checked in onnxruntime.",
-        usage="fss export RUN [--out FILE.onnx] [options]",
+        usage=_USAGE["export"],
         exit_on_error=False,
     )
     parser.add_argument("--debug", **debug)
@@ -384,6 +397,9 @@ def _message(error: Exception) -> str:
         text = text.splitlines()[-1].partition(": ")[2]
     if isinstance(error, ArgumentError):
         text = " ".join(text.split())
+        missing = re.search(r"arguments are required: ([a-z-]+)", text)
+        if missing and missing[1] in _USAGE:  # the parser names what no user types
+            text = f"something is missing; expected: {_USAGE[missing[1]]}"
     if len(text) > _LONGEST:  # a file may hold anything, and some errors quote it
         text = f"{text[: _LONGEST - 203]} … {text[-200:]}"
     return text or type(error).__name__

@@ -119,6 +119,19 @@ def test_interrupt_says_how_to_go_on(config_file, monkeypatch, capsys):
     assert "continue with: fss train --resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("predict", "fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out"),
+        ("eval", "fss eval RUN [options]"),
+        ("data prepare", "fss data prepare|verify pascal|coco ROOT"),
+    ],
+)
+def test_what_is_missing_is_told_as_it_is_typed(capsys, command, usage):
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err.startswith(f"fss: something is missing; expected: {usage}")
+
+
 def test_version_and_help(capsys):
     for arguments, text in (
         (["--version"], fss.__version__),
