@@ -1,7 +1,8 @@
 """A vision transformer of timm: singular values of its linear layers train, and nothing else.
 
-It begins with random weights, so that nothing is downloaded: it learns to tell five rendered shapes
-from what its singular values can do. Give `pretrained=True` for a network worth tuning.
+It begins with random weights, so that nothing is downloaded: what its singular values can do is to
+learn 160 pictures by heart, others it would not know. Give `pretrained=True` for a network worth
+tuning.
 """
 
 import timm
@@ -16,7 +17,7 @@ from fss.pretrain import ObjectImages
 
 torch.manual_seed(0)
 pictures = ShapesSource(
-    65, train=160, test=100, classes=FEW_SHOT_CLASSES[:5], objects=(1, 1), radius=(0.3, 0.42)
+    65, train=160, test=1, classes=FEW_SHOT_CLASSES[:5], objects=(1, 1), radius=(0.3, 0.42)
 )
 model = timm.create_model(
     "vit_tiny_patch16_224", img_size=64, patch_size=16, depth=2, num_classes=5, pretrained=False
@@ -43,10 +44,11 @@ for _ in range(12):
     means.append(sum(losses) / len(losses))
 print(f"loss {means[0]:.2f} in the first pass, {means[-1]:.2f} in the last")
 
-images, labels = next(iter(DataLoader(ObjectImages(pictures, "test"), 100)))
+images, labels = next(iter(DataLoader(ObjectImages(pictures, "train"), 160)))
 images = images[..., :64, :64]
 with torch.no_grad():
     converted = model(images)
     merged = svf_fast.merge(model)(images)  # a plain timm model again
-print(f"{(merged.argmax(1) == labels).float().mean():.2f} of 100 pictures right (chance 0.20)")
+right = (merged.argmax(1) == labels).float().mean()
+print(f"{right:.2f} of the 160 pictures told apart (chance 0.20)")
 print(f"merging changes the logits by at most {(merged - converted).abs().max():.0e}")

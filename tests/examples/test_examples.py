@@ -61,8 +61,8 @@ def test_vision_transformer(run):
     text = run("vision_transformer.py")
     trained, whole = numbers(r"^(\d+) values train of (\d+)", text)
     first, last = numbers(r"loss (\d\.\d+) in the first pass, (\d\.\d+) in the last", text)
-    (right,) = numbers(r"(\d\.\d+) of 100 pictures right", text)
+    (right,) = numbers(r"(\d\.\d+) of the 160 pictures told apart", text)
     (change,) = numbers(r"merging changes the logits by at most (\S+)", text)
     assert trained < 0.01 * whole
-    assert last < first and 0 <= right <= 1  # from random weights there is little to expect
+    assert last < first and right > 0.5  # chance is 0.2
     assert change < 1e-3
