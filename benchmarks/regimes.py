@@ -272,7 +272,7 @@ def _draw_costs(axes: Axes, rows: list[dict]) -> None:
     if len(markers) > 1:
         for model, marker in markers.items():
             axes.scatter([], [], s=45, color="#555555", marker=marker, label=model)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
     axes.set_xlabel("time of a step, s")
     axes.set_ylabel("saved for the backward pass, MiB")
     axes.set_xlim(0, 1.35 * max(row["step_seconds"] for row in rows))
