@@ -6,10 +6,13 @@ run that was cut goes on when started again.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import numpy as np
@@ -176,12 +179,19 @@ def _convert_json(archive: Path, split: str, folder: Path) -> None:
         targets = {made / f"{Path(image.file).stem}.png": image for image in images}
         jobs = [(path, image) for path, image in targets.items() if not path.is_file()]
         try:
-            with ProcessPoolExecutor() as pool:
+            with ProcessPoolExecutor(initializer=_end_with_parent) as pool:
                 done = pool.map(_draw, jobs, chunksize=16)
                 for _ in tqdm(done, f"masks of {split}", len(jobs), unit="mask", delay=2):
                     pass
         except ValueError as error:
             raise ValueError(f"{archive}, {wanted}: {error}") from error
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that made it is gone: kill -9 gives that no time to say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _draw(job: tuple[Path, Annotated]) -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -326,3 +328,42 @@ def test_a_shape_that_does_not_fit_is_one_line(coco, tmp_path, monkeypatch, caps
     assert main(["data", "prepare", "coco", str(tmp_path / "x"), "--archives", str(coco)]) == 2
     (line,) = [r for r in capsys.readouterr().err.splitlines() if r.startswith("fss: ")]
     assert "COCO_train2014_000000000900.jpg: expected polygons" in line
+
+
+_POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from fss.data.prepare import _end_with_parent
+
+def work(i):
+    time.sleep(0.3)
+    return os.getpid()
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(3, initializer=_end_with_parent) as pool:
+        print(*set(pool.map(work, range(6))), flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
+def test_processes_that_draw_masks_end_with_a_parent_that_was_killed(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(_POOL)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    children = [Path("/proc", number) for number in parent.stdout.readline().split()]
+    assert len(children) >= 2 and all(alive(child) for child in children)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while any(alive(child) for child in children):
+        assert time.monotonic() < end, "they outlive their parent"
+        time.sleep(0.05)
+
+
+def alive(process: Path) -> bool:
+    """Whether a process runs; one that ended may wait in vain to be asked for its status."""
+    try:
+        return ") Z " not in (process / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
