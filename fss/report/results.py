@@ -26,12 +26,16 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Data", each(lambda run: f"{run.config.data.source}, fold {run.config.data.fold}")),
         ("Machine", each(_machine)),
         ("Episodes", each(lambda run: f"{run.config.data.shots}-shot, {run.config.data.size} px")),
-        ("Commit", each(lambda run: run.result and run.result["commit"])),
+        ("Commit", each(_commit)),
         ("Model", each(lambda run: f"{run.config.model.name}, {run.config.model.backbone}")),
         ("Test", each(_test)),
         ("Steps", each(lambda run: f"{run.config.steps:,}, batch {run.config.batch_size}")),
         ("Seed", each(lambda run: run.config.seed)),
     ]
+
+
+def _commit(run: Run) -> str | None:
+    return run.result and (run.result["commit"] or "none: not run from a checkout")
 
 
 def _machine(run: Run) -> str | None:

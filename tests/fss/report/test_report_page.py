@@ -147,6 +147,13 @@ def test_hostile_names(runs, tmp_path):
     assert "{{ 7 * 7 }}" in "".join(root.itertext()) and "\x07" not in page
 
 
+def test_a_run_of_an_installed_package_has_no_commit(runs, tmp_path):
+    path = runs[1] / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": None}))
+    page = write_report([runs[1]], str(tmp_path / "page")).read_text(encoding="utf-8")
+    assert "none: not run from a checkout" in page
+
+
 def test_a_run_in_progress(runs):
     svf = runs[0]
     (svf / "result.json").unlink()
