@@ -88,7 +88,9 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
         raise ValueError(
             f"checkpoint: expected a checkpoint of fss, format {_FORMAT}, at {path}, got {got:.200}"
         )
-    wrong = [name for name in ("signature", "config") if not isinstance(content.get(name), dict)]
+    wrong = [
+        name for name in ("signature", "config", "model") if not isinstance(content.get(name), dict)
+    ]
     if wrong:
         raise ValueError(f"checkpoint: {path} is damaged: it holds no {' and no '.join(wrong)}")
     if config is not None:

@@ -101,7 +101,7 @@ def test_what_computes_the_same_may_differ(path, tiny):
 
 
 def test_random_states_come_back(path, tiny):
-    save_checkpoint(path, tiny(), {"random": random_state()})
+    save_checkpoint(path, tiny(), {"model": {}, "random": random_state()})
 
     def draw() -> list:
         legacy = np.random.rand(3)  # noqa: NPY002

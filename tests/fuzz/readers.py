@@ -343,6 +343,7 @@ def _checkpoints(folder: Path) -> list[Reader]:
     def checkpoint(path: Path) -> None:
         content = load_checkpoint(path, config)
         assert content["format"] == 1 and isinstance(content["config"], dict)
+        assert isinstance(content["model"], dict)
 
     return [Reader("checkpoint", ".pt", 8, seeds, checkpoint), *_runs(folder)]
 
