@@ -40,7 +40,7 @@ LAYOUTS = st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", 
 
 def examples(count: int) -> Callable:
     return settings(
-        max_examples=10 * count if LONG else count,
+        max_examples=20 * count if LONG else count,
         deadline=None,
         derandomize=not LONG,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
