@@ -4,8 +4,11 @@
 
 STABLE_TORCH_LIBRARY(svf_fast, library) {
   library.def(
-      "activation_grams(Tensor grad, Tensor y, Tensor scale, Tensor shift, bool before, "
-      "bool after) -> (Tensor, Tensor, Tensor)");
+      "activation_gradients(Tensor grad, Tensor y, Tensor scale, Tensor shift, Tensor[] before, "
+      "Tensor[] after) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "activation_gradients_(Tensor(a!) grad, Tensor y, Tensor scale, Tensor shift, "
+      "Tensor[] before, Tensor[] after) -> (Tensor, Tensor)");
   library.def(
       "affine_act(Tensor y, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, "
       "bool relu, bool mask) -> (Tensor, Tensor)");
@@ -20,14 +23,22 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
       "Tensor? shift) -> ()");
   library.def("channel_dot(Tensor a, Tensor b) -> Tensor");
   library.def("channel_dot_scale_(Tensor(a!) a, Tensor v, Tensor s) -> Tensor");
-  library.def("compose(Tensor U, Tensor S, Tensor V, int groups, ScalarType dtype) -> Tensor");
+  library.def(
+      "compose(Tensor U, Tensor S, Tensor V, int groups, ScalarType dtype, Tensor? scale) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "compose_all(Tensor[] U, Tensor[] S, Tensor[] V, int[] groups, Tensor?[] scale, "
+      "ScalarType dtype, Tensor table) -> Tensor[]");
   library.def("cosine_max(Tensor query, Tensor support, Tensor mask) -> (Tensor, Tensor)");
   library.def(
       "cosine_max_backward(Tensor grad, Tensor query, Tensor support, Tensor mask, Tensor values, "
       "Tensor index) -> (Tensor, Tensor)");
   library.def("gram(Tensor a, Tensor b, int groups, Tensor? scale, Tensor? shift) -> Tensor");
   library.def("gram_gradient(Tensor M, Tensor left, Tensor right, Tensor S) -> Tensor");
-  library.def("guard_holds(Tensor S, Tensor? tail, int groups, float limit) -> Tensor");
+  library.def(
+      "scale_gradient(Tensor a, Tensor b, Tensor? scale, Tensor? shift, Tensor left, Tensor right, "
+      "Tensor S) -> Tensor");
+  library.def("guards_hold(Tensor S, Tensor guarded, Tensor layers, float limit) -> Tensor");
   library.def(
       "pointwise(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? in_mask, "
       "Tensor? scale, Tensor? shift, Tensor? residual, Tensor? residual_scale, "

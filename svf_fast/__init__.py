@@ -2,6 +2,7 @@
 
 from svf_fast._library import build_info
 from svf_fast.adapter import Adapter, interpolate_adapters, load_adapter, save_adapter
+from svf_fast.capture import composed, follow
 from svf_fast.convert import convert, merge, svf_parameters
 from svf_fast.nn import SVFBasicBlock, SVFBottleneck, SVFConv2d, SVFConvBNAct, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
@@ -17,9 +18,11 @@ __all__ = [
     "SVFLinear",
     "build_info",
     "compose",
+    "composed",
     "convert",
     "cosine_max",
     "decompose",
+    "follow",
     "interpolate_adapters",
     "load_adapter",
     "memory_report",

@@ -22,6 +22,7 @@ from svf_fast.nn.block import Fused, FusedSequential, SVFBasicBlock, SVFBottlene
 from svf_fast.nn.conv2d import SVFConv2d
 from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.nn.linear import SVFLinear
+from svf_fast.nn.network import Network
 from svf_fast.plan import fit
 from svf_fast.structure import find
 from svf_fast.svd import Factors, compose, decompose
@@ -109,6 +110,9 @@ def convert(
                 replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
             _move_hooks(layer, replaced[layer])
         model.set_submodule(name, replaced[layer])
+    network = Network()
+    for factored in svf_layers(model).values():
+        network.join(factored)
     undo = _fuse(model, _within(layers)) if fuse else []
     if budget is not None and input_shape is not None:
         try:

@@ -76,24 +76,28 @@ def compose(U: Tensor, S: Tensor, V: Tensor, groups: int = 1) -> Tensor:
         return reference_compose(U, S, V, groups)
 
 
-def guarded_directions(S: Tensor, groups: int = 1) -> Tensor:
+def guarded_directions(S: Tensor, groups: int = 1, multiple: int = 1) -> Tensor:
     """Indices ``[G, T]`` of the smallest |S_r| per group, whose gradient must not divide by S_r.
 
     They ascend; T is the smallest number, the same in every group, that leaves the root mean
     square of ``S_rms / |S_r|`` over the other directions at most 2: by this factor a rounding error
-    of the layer's output weighs more in dS_r than the same error of ``v_r = Vᵀ_r x`` does.
+    of the layer's output weighs more in dS_r than the same error of ``v_r = Vᵀ_r x`` does. Where
+    there are any, T is filled up to a multiple of ``multiple`` as far as there are directions.
     """
     # on the host in numpy: this runs after every change of S
-    square = np.square(S.detach().cpu().double().numpy().reshape(groups, -1))
+    square = np.square(S.detach().cpu().double().numpy()).reshape(groups, -1)
+    rank = square.shape[1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(square > 0, square.mean(axis=1, keepdims=True) / square, np.inf)
-    if ratio.mean() <= GUARD_LIMIT**2:
+        ratio = np.add.reduce(square, axis=1, keepdims=True) / (rank * square)
+    ratio[~(square > 0)] = np.inf
+    if np.add.reduce(ratio, axis=None) <= GUARD_LIMIT**2 * ratio.size:
         return torch.empty(groups, 0, dtype=torch.int64, device=S.device)
-    counts = groups * np.arange(1, ratio.shape[1] + 1)
+    counts = groups * np.arange(1, rank + 1)
     mean_square = np.sort(ratio, axis=1).sum(axis=0).cumsum() / counts
-    unguarded = int((mean_square <= GUARD_LIMIT**2).sum())
+    guarded = rank - int((mean_square <= GUARD_LIMIT**2).sum())
+    guarded = min(rank, -(-guarded // multiple) * multiple)
     order = np.argsort(ratio, axis=1, kind="stable")
-    return torch.from_numpy(np.sort(order[:, unguarded:], axis=1)).to(S.device)
+    return torch.from_numpy(np.sort(order[:, rank - guarded :], axis=1)).to(S.device)
 
 
 def dual(U: Tensor, groups: int = 1) -> Tensor | None:

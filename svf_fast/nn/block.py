@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from svf_fast.nn.conv2d import SVFConv2d
 from svf_fast.nn.state import host_values, is_hooked, state
 from svf_fast.ops.block import Stage, block
-from svf_fast.ops.svf_conv2d import Factors
 from svf_fast.structure import ResidualBlock, Unit, examine
 from svf_fast.structure import Stage as Names
 
@@ -71,28 +70,31 @@ def fuse(module: nn.Module, mixin: type[_F]) -> _F:
     return cast(_F, module)
 
 
+Affine = tuple[Tensor, Tensor]
+
+
 class _Reading(NamedTuple):
-    """What was found of a fused module in a state: why its parts are not fused, and the stages."""
+    """What was found of a fused module in a state: why its parts are not fused, and its norms."""
 
     state: tuple[Any, ...] | None
     values: list[tuple[Tensor, Tensor]]
     reasons: list[str]
-    stages: dict[tuple[str, torch.dtype], Stage]
+    norms: dict[tuple[str, torch.dtype], Affine]
 
     def holds(self, now: tuple[Any, ...] | None) -> bool:
         if now is None or self.state != now:
             return False
         return all(torch.equal(tensor, before) for tensor, before in self.values)
 
-    def stage(self, module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
-        conv, found = _conv(module, names), self.stages.get((names.conv, dtype))
-        if conv._is_captured():  # what is made now is there only when the graph runs
-            if found is None:
-                return _stage(module, names, dtype)
-            return found._replace(factors=_factors(conv, dtype))
-        if found is None:
-            found = self.stages[names.conv, dtype] = _stage(module, names, dtype)
-        return found
+    def stage(self, module: nn.Module, names: Names, dtype: torch.dtype, folds: bool) -> Stage:
+        """The convolution and batch norm of a stage, as the op takes them."""
+        conv, at = _conv(module, names), (names.conv, dtype)
+        affine = self.norms.get(at)
+        if affine is None:
+            affine = _affine(module, names, dtype)
+            if not conv._is_captured():  # what is made now is there only when the graph runs
+                self.norms[at] = affine
+        return _stage(conv, affine, dtype, folds)
 
 
 def _read(module: Fused) -> _Reading:
@@ -179,10 +181,11 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        stages = [reading.stage(self, stage, dtype) for stage in names.stages]
+        last = len(names.stages) - 1  # the scale of its batch norm is folded in: `Stage`
+        stages = [reading.stage(self, s, dtype, i == last) for i, s in enumerate(names.stages)]
         shortcut: Stage | str = "identity"
         if names.shortcut is not None:
-            shortcut = reading.stage(self, names.shortcut, dtype)
+            shortcut = reading.stage(self, names.shortcut, dtype, True)
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
 
@@ -261,7 +264,7 @@ class FusedSequential(Fused):
                 x = self.get_submodule(name)(x)
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
-            stage = reading.stage(self, unit.stage, dtype)
+            stage = reading.stage(self, unit.stage, dtype, not unit.stage.relu)
             x = block(x.to(dtype), [stage], relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
@@ -320,7 +323,8 @@ class SVFConvBNAct(nn.Module):
             out = out if residual is None else out + residual
             return out.relu() if self.relu else out
         dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
-        stage = _stage(self, Names("conv", "bn", self.relu), dtype)
+        names, folds = Names("conv", "bn", self.relu), residual is not None or not self.relu
+        stage = _stage(self.conv, _affine(self, names, dtype), dtype, folds)
         if residual is None:
             return block(x.to(dtype), [stage], relu=self.relu)
         return block(x.to(dtype), [stage], "given", residual.to(dtype), self.relu)
@@ -340,21 +344,18 @@ def _conv(module: nn.Module, names: Names) -> SVFConv2d:
     return cast(SVFConv2d, module.get_submodule(names.conv))
 
 
-def _stage(module: nn.Module, names: Names, dtype: torch.dtype) -> Stage:
-    """The convolution and batch norm of a stage, as the op takes them."""
-    conv, bn = _conv(module, names), cast(_BatchNorm, module.get_submodule(names.bn))
-    factors = _factors(conv, dtype)
-    return Stage(factors, *_affine(bn, conv.bias, torch.promote_types(dtype, torch.float32)))
+def _stage(conv: SVFConv2d, affine: Affine, dtype: torch.dtype, folds: bool) -> Stage:
+    """As the op takes it; ``folds``: :func:`svf_fast.ops.block.folds_scale`."""
+    layer = conv.layer(dtype, affine[0] if folds else None)
+    assert layer is not None  # `_reason` has seen to it
+    return Stage(layer, *affine)
 
 
-def _factors(conv: SVFConv2d, dtype: torch.dtype) -> Factors:
-    strategy, frozen = conv._strategy_and_frozen(dtype)
-    return Factors.of(conv.U, conv.S, conv.V, conv._geometry(), strategy, frozen, dtype)
-
-
-def _affine(bn: _BatchNorm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _affine(module: nn.Module, names: Names, dtype: torch.dtype) -> Affine:
     """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
+    bias, bn = _conv(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
     assert bn.running_mean is not None and bn.running_var is not None
+    dtype = torch.promote_types(dtype, torch.float32)
     with torch.no_grad():
         scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
         if bn.weight is not None:

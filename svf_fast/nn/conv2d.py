@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from svf_fast.nn.factored import Factored
 from svf_fast.ops.convolution import Geometry
-from svf_fast.ops.svf_conv2d import svf_conv2d
+from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
 from svf_fast.svd import Factors
 
 
@@ -104,6 +104,9 @@ class SVFConv2d(Factored):
         padding = (0, 0) if self.pads_outside else (top, left)
         return Geometry(self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
+    def _kernel(self) -> Tensor:
+        return self.V
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._compute_dtype(x, "SVFConv2d")
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
@@ -113,13 +116,14 @@ class SVFConv2d(Factored):
             )
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        geometry = self._geometry()
         x = x.to(dtype)
         if self.pads_outside:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = functional.pad(x, self._explicit_padding, mode=mode)
-        strategy, frozen = self._strategy_and_frozen(dtype)
-        return svf_conv2d(x, self.U, self.S, self.V, self.bias, geometry, strategy, frozen)
+        layer = self.layer(dtype)
+        if layer is not None:
+            return svf_conv2d(x, layer, self.bias)
+        return paper_layers(x, self.U, self.S, self.V, self.bias, self._geometry())
 
     def merged(self) -> nn.Conv2d:
         """The plain ``nn.Conv2d`` with the composed weight; shares no memory with this layer."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast import svd
-from svf_fast.ops.compose import compose
-from svf_fast.ops.convolution import Geometry
-from svf_fast.ops.guard import guard_holds
-from svf_fast.ops.svf_conv2d import STRATEGIES, Frozen, reads_input
+from svf_fast.nn.network import Network, assert_guarded
+from svf_fast.nn.values import Made, Plan, Reading, Values
+from svf_fast.ops import maps
+from svf_fast.ops.compose import Entry, compose
+from svf_fast.ops.convolution import Geometry, directions_first, directions_last
+from svf_fast.ops.svf_conv2d import STRATEGIES, Constants, Kind, Layer, reads_input, weights
 from svf_fast.svd import (
-    GUARD_LIMIT,
     Factors,
     decompose,
     dual,
@@ -31,54 +32,8 @@ def fingerprint(weight: Tensor) -> Tensor:
     return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
 
 
-class _Arrival:
-    """Values of S on their way from a GPU to the host."""
-
-    def __init__(self, S: Tensor):
-        self.values = torch.empty(S.shape, dtype=S.dtype, pin_memory=True)
-        self._event = torch.cuda.Event()
-        self._started = False
-
-    def start(self, S: Tensor) -> None:
-        """Nothing where the last ones have not arrived: the host is ahead, they are read first."""
-        if not self._started:
-            self.values.copy_(S.detach(), non_blocking=True)
-            self._event.record()
-            self._started = True
-
-    def here(self) -> bool:
-        """Whether values have come since this was last true."""
-        if self._started and self._event.query():
-            self._started = False
-            return True
-        return False
-
-
-def _sent(tail: Tensor, device: torch.device) -> Tensor:
-    return tail.pin_memory().to(device, non_blocking=True)
-
-
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
-
-
-@dataclasses.dataclass(eq=False)
-class _Plan:
-    """What follows from the factors' present values; never saved.
-
-    Another object whenever they change: who has the same plan may keep what follows from it.
-    """
-
-    factors_key: tuple
-    scale_key: tuple
-    S: Tensor  # the values the plan was made for
-    strategy: str
-    tail: Tensor | None
-    dual_U: Tensor | None
-    dual_V: Tensor | None
-    weights: dict[torch.dtype, Tensor] = dataclasses.field(default_factory=dict)
-    host_tail: Tensor | None = None  # of a GPU's tail
-    arrival: _Arrival | None = None
 
 
 def svf_layers(model: nn.Module) -> dict[str, Factored]:
@@ -94,6 +49,7 @@ class Factored(nn.Module):
     V: Tensor
     bias: Tensor | None
     fingerprint: Tensor
+    _network: Network
 
     def __init__(self, strategy: str):
         super().__init__()
@@ -101,7 +57,9 @@ class Factored(nn.Module):
             expected = ", ".join(("auto", *STRATEGIES))
             raise ValueError(f"strategy: expected one of {expected}, got {strategy!r}")
         self.strategy = strategy
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
+        self._values = Values()
+        Network().join(self)
         self._register_load_state_dict_pre_hook(_explain_weight_key, with_module=True)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, factors: Factors | None) -> None:
@@ -117,6 +75,10 @@ class Factored(nn.Module):
 
     def _geometry(self) -> Geometry:
         """Stride, padding inside the convolution, dilation and groups."""
+        raise NotImplementedError
+
+    def _kernel(self) -> Tensor:
+        """V as the weight [G·R, Ci/G, kh, kw] of a convolution."""
         raise NotImplementedError
 
     def merged(self) -> nn.Module:
@@ -151,7 +113,7 @@ class Factored(nn.Module):
 
     def composed_weight(self) -> Tensor:
         """``U diag(S) V`` in the shape of the original weight and the dtype of S, detached."""
-        return compose(self.U, self.S, self.V, self._geometry().groups, self.S.dtype)
+        return compose(self.U, self.S, self.V, self._geometry().groups, self.S.dtype)[0]
 
     def refresh(self) -> None:
         """Plan anew from the values of U, S and V: strategy, guarded directions, composed weight.
@@ -160,20 +122,30 @@ class Factored(nn.Module):
         forward pass keeps the guarded directions of the last plan, and stops with an error once S
         has moved so far that they are too few; then call this, and capture the graph again.
         """
-        self._plan = None
+        self._plan, self._values = None, Values()
         if not self._has_values():
             return
         groups = self._geometry().groups
         with torch.no_grad():
+            self._arrange()
+            factors_key, scale_key = self._keys()
             strategy, host_tail = self._choose(self.S)
             tail = None if host_tail is None else host_tail.to(self.U.device)
-            plan = _Plan(*self._keys(), self.S.detach().clone(), strategy, tail, None, None)
-            plan.host_tail = None if host_tail is None else host_tail.cpu()
+            plan = Plan(factors_key, strategy, tail, host_tail)
             if self.strategy in ("auto", "gram"):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
                 plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
+        self._values = Values(scale_key, self._host_copy())
         self._plan = plan
+
+    def _arrange(self) -> None:
+        """Lays V down as what composes W reads it: on a GPU its directions innermost."""
+        if self.strategy == "reference":
+            return
+        inside = self.V.is_cuda
+        if inside != (self.V.stride(0) == 1) and self.V.dim() > 1:
+            self._buffers["V"] = directions_last(self.V) if inside else directions_first(self.V)
 
     @torch.no_grad()
     def assign(self, S: Tensor) -> None:
@@ -189,17 +161,13 @@ class Factored(nn.Module):
         if self._plan is None or self._plan.factors_key != factors_key:
             self.refresh()
             return
-        strategy, tail = self._choose(S.to(self.S.dtype))
-        self._plan = dataclasses.replace(
-            self._plan,
-            scale_key=scale_key,
-            S=self.S.detach().clone(),
-            strategy=strategy,
-            tail=_sent(tail, self.S.device) if tail is not None and self.S.is_cuda else tail,
-            weights={},
-            host_tail=tail,
-            arrival=None,
-        )
+        self._network.forget()
+        self._values.moved(scale_key, self._host_copy())
+        self._plan_for(S.to(self.S.dtype))
+
+    def _host_copy(self) -> Tensor | None:
+        """The values of S, where looking at them means waiting for nothing."""
+        return None if self.S.is_cuda else self.S.detach().clone()
 
     def _has_values(self) -> bool:
         return not (self.U.is_meta or isinstance(self.U, FakeTensor))
@@ -209,14 +177,29 @@ class Factored(nn.Module):
         return self.S.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _choose(self, S: Tensor) -> tuple[str, Tensor | None]:
-        """Strategy and guarded directions for the values S."""
+        """Strategy and, on the CPU, guarded directions for the values S."""
         strategy = self.strategy
         if strategy not in ("auto", "gram"):
             return strategy, None
-        tail = guarded_directions(S, self._geometry().groups)
+        # as weights of a GPU's products they come in multiples of eight
+        tail = guarded_directions(S, self._geometry().groups, 8 if self.U.is_cuda else 1)
         if strategy == "auto":
             strategy = "gram" if self._gram_is_cheaper(tail.shape[1]) else "chain"
         return strategy, tail if strategy == "gram" and tail.shape[1] else None
+
+    def _plan_for(self, S: Tensor) -> None:
+        """Plans for the values S; keeps the plan where nothing changes but W."""
+        plan = self._plan
+        assert plan is not None
+        strategy, host_tail = self._choose(S)
+        if strategy == plan.strategy and _same(host_tail, plan.host_tail):
+            return
+        tail = host_tail
+        if tail is not None and self.S.is_cuda:
+            tail = tail.pin_memory().to(self.S.device, non_blocking=True)
+        self._plan = dataclasses.replace(
+            plan, strategy=strategy, tail=tail, host_tail=host_tail, readings={}
+        )
 
     def _gram_is_cheaper(self, guarded: int) -> bool:
         """Fewer multiplications than ``chain``, per group and position, beyond plain conv's own.
@@ -224,89 +207,125 @@ class Factored(nn.Module):
         ``gram`` keeps a map that is kept already, or the smaller one: memory never speaks for
         ``chain``.
         """
+        matrix, both, chain = self._costs()
+        return matrix**2 + guarded * both <= chain
+
+    def _costs(self) -> tuple[int, int, int]:
+        """Side of the Gram matrix, fan-in and fan-out together, multiplications of ``chain``."""
         groups = self._geometry().groups
         fan_in, fan_out = self.V[0].numel(), len(self.U) // groups
         weight_shape = torch.Size((len(self.U), *self.V.shape[1:], 1, 1)[:4])
         matrix = fan_in if reads_input(weight_shape, self._geometry()) else fan_out
-        gram = matrix**2 + guarded * (fan_in + fan_out)
-        chain = 2 * self.rank * (fan_in + fan_out) - 2 * fan_in * fan_out
-        return gram <= chain
+        both = fan_in + fan_out
+        return matrix, both, 2 * self.rank * both - 2 * fan_in * fan_out
 
     def _keys(self) -> tuple[tuple, tuple]:
         """Of the factors and of S: another key whenever one is replaced or written to."""
-        if self.S.is_inference() or self.U.is_inference():  # no version counter: never equal
+        U, V, S = self.U, self.V, self.S
+        if S.is_inference() or U.is_inference():  # no version counter: never equal
             return (object(),), (object(),)
-        factors = tuple((t.data_ptr(), t._version, t.dtype) for t in (self.U, self.V))
-        return factors, (self.S.data_ptr(), self.S._version)
+        return (
+            (U.data_ptr(), U._version, U.dtype, V.data_ptr(), V._version, V.dtype),
+            (S.data_ptr(), S._version),
+        )
 
-    def _current_plan(self) -> _Plan | None:
+    def _current_plan(self) -> Plan | None:
+        """The plan for the present values of U, S and V; what was made of other ones is dropped."""
         if not self._has_values():  # shapes alone: the plan of the last values, or none
             return self._plan
         factors_key, scale_key = self._keys()
         if self._plan is None or self._plan.factors_key != factors_key:
             self.refresh()
             return self._plan
-        plan = self._plan
-        if self.S.is_cuda:
-            return self._follow_on_device(plan, scale_key)
+        S, values = self.S, self._values
+        if S.is_cuda:
+            if not torch.cuda.is_current_stream_capturing():
+                self._network.follow(S.device, values.key != scale_key)
         # writes through `param.data` pass the version counter by: the values decide
-        if plan.scale_key != scale_key or not torch.equal(plan.S, self.S):
-            S = self.S.detach().clone()
-            strategy, tail = self._choose(S)
-            self._plan = dataclasses.replace(
-                plan, scale_key=scale_key, S=S, strategy=strategy, tail=tail, weights={}
-            )
+        elif values.key != scale_key or values.S is None or not torch.equal(values.S, S):
+            values.moved(scale_key, S.detach().clone())
+            self._plan_for(S)
         return self._plan
 
-    def _follow_on_device(self, plan: _Plan, scale_key: tuple) -> _Plan:
-        """The plan for a changed S on a GPU, without waiting for it.
+    def layer(self, dtype: torch.dtype, scale: Tensor | None = None) -> Layer | None:
+        """What the next forward pass computes with, in the compute dtype; None for ``reference``.
 
-        The values travel to the host while the step runs, so the guarded directions follow a
-        change of S or two behind: an optimizer step moves S by far less than the guard's margin.
+        With ``scale`` [Co] the gradient of y will come without it: ``back`` of
+        :class:`svf_fast.ops.svf_conv2d.Layer`.
         """
-        if self._is_captured():
-            return plan
-        arrival = plan.arrival
-        if arrival is not None and arrival.here():
-            strategy, tail = self._choose(arrival.values)
-            if strategy != plan.strategy or not _same(tail, plan.host_tail):
-                on_device = None if tail is None else _sent(tail, self.S.device)
-                plan = dataclasses.replace(plan, strategy=strategy, tail=on_device, host_tail=tail)
-        if plan.scale_key != scale_key:
-            arrival = arrival or _Arrival(self.S)
-            arrival.start(self.S)
-            plan = dataclasses.replace(plan, scale_key=scale_key, weights={}, arrival=arrival)
-        self._plan = plan
-        return plan
-
-    def _strategy_and_frozen(self, dtype: torch.dtype) -> tuple[str, Frozen]:
-        """Strategy and constants of the next forward pass in the compute dtype."""
+        compiling = torch.compiler.is_compiling()
         # a graph runs again with other values of S: it composes W and checks the guard itself
-        graph = torch.compiler.is_compiling() or self._is_captured()
-        if graph:
-            plan = self._plan
-            if plan is not None and plan.strategy == "gram":
-                self._assert_guarded(plan)
+        in_graph = compiling or (self._is_captured() and not self._network.composed)
+        plan = self._plan if in_graph else self._current_plan()
+        if plan is None or plan.strategy == "reference":
+            return None
+        if in_graph and plan.strategy == "gram":
+            layers = self.S.new_tensor([[0, self._geometry().groups], [len(self.S), 0]])
+            assert_guarded(self.S, self._guarded(), layers.long())
+        V = self._kernel()
+        kind, constants = self._reading(plan, V, dtype, scale, keep=not compiling)
+        if in_graph or not self._has_values():
+            pair = weights(kind, self.U, self.S, V, dtype, scale)
         else:
-            plan = self._current_plan()
-        if plan is None:  # no values to plan from: meta and fake tensors, where shapes are all
-            return "reference", Frozen()
-        weight = None
-        folds = plan.strategy in ("fold", "gram") or not self.S.requires_grad
-        if folds and not graph and self._has_values():
-            weight = plan.weights.get(dtype)
-            if weight is None:
-                weight = compose(self.U, self.S, self.V, self._geometry().groups, dtype)
-                plan.weights[dtype] = weight
-        return plan.strategy, Frozen(weight, plan.tail, plan.dual_U, plan.dual_V)
+            pair = self._made(kind, V, dtype, scale)
+        return Layer(kind, self.S, self.U, V, *pair, *constants)
 
-    def _assert_guarded(self, plan: _Plan) -> None:
-        torch._assert_async(
-            guard_holds(self.S, plan.tail, self._geometry().groups, 2 * GUARD_LIMIT),
-            "SVF layer under torch.compile or in a CUDA graph: S has moved so far that more "
-            "directions need the exact gradient; call refresh() on the converted layers and "
-            "capture the graph again, or use strategy='chain'.",
-        )
+    def _reading(
+        self, plan: Plan, V: Tensor, dtype: torch.dtype, scale: Tensor | None, keep: bool
+    ) -> tuple[Kind, Constants]:
+        """What a plan's gradients take of U and V, made once where it can be kept."""
+        geometry, trains, at = self._geometry(), self.S.requires_grad, (dtype, scale is not None)
+        found = plan.readings.get(at)
+        if found is not None and keep and found[:2] == (geometry, trains) and found[2] is scale:
+            return found.kind, found.constants
+        with torch.no_grad():
+            strategy = plan.strategy if trains else "frozen"
+            kind = Kind.of(torch.Size((len(self.U), *V.shape[1:])), geometry, strategy)
+            constants = Constants.of(
+                kind, self.U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale
+            )
+        if keep and self._has_values() and not self._is_captured():
+            plan.readings[at] = Reading(geometry, trains, scale, kind, constants)
+        return kind, constants
+
+    def _made(
+        self, kind: Kind, V: Tensor, dtype: torch.dtype, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """W, and with a scale scale ⊙ W, for the present values of S."""
+        values, chain = self._values, kind.strategy == "chain"
+        made = values.take(dtype, scale, chain)
+        if made is None:
+            values.made.pop(dtype, None)
+            values.scales[dtype] = scale
+            if self._composes(dtype) and not self._is_captured():
+                self._network.compose(self._network.to_compose(dtype, self.S.device), dtype)
+            else:
+                pair = weights(kind, self.U, self.S, V, dtype, scale)
+                values.made[dtype] = Made(scale, chain, *pair)
+            made = values.take(dtype, scale, chain)
+            assert made is not None
+        return made.weight, None if scale is None else made.scaled
+
+    def _composes(self, dtype: torch.dtype) -> bool:
+        """Whether W in a dtype was asked for and one launch makes it with those of other layers."""
+        plan = self._plan
+        chain = plan is not None and plan.strategy == "chain" and self.S.requires_grad
+        alike = {x.dtype for x in (self.U, self.S, self.V)} == {torch.float32}
+        known = dtype in self._values.scales and dtype != torch.float64
+        return maps.on_gpu(self.U) and known and alike and not chain
+
+    def _entry(self, dtype: torch.dtype) -> Entry:
+        """What :func:`svf_fast.ops.compose.compose_all` takes of this layer."""
+        groups, scale = self._geometry().groups, self._values.scales[dtype]
+        return Entry(self.U, self.S.detach(), self._kernel(), groups, scale)
+
+    def _guarded(self) -> Tensor:
+        """Which directions are guarded: bool [G·R]."""
+        groups, tail = self._geometry().groups, None if self._plan is None else self._plan.tail
+        guarded = torch.zeros_like(self.S, dtype=torch.bool)
+        if tail is None:
+            return guarded
+        return guarded.reshape(groups, -1).scatter(1, tail, True).flatten()
 
     def _compute_dtype(self, x: Tensor, layer: str) -> torch.dtype:
         """The dtype the layer computes in; checks type, dtype and device of x."""
@@ -338,10 +357,12 @@ class Factored(nn.Module):
         self.refresh()
 
     def __getstate__(self):
-        return {**self.__dict__, "_plan": None}
+        return {**self.__dict__, "_plan": None, "_values": None}
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        network = state.get("_network") or Network()
+        super().__setstate__({key: value for key, value in state.items() if key != "_network"})
+        network.join(self)
         self.refresh()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from svf_fast.nn.factored import Factored
 from svf_fast.ops.convolution import Geometry
-from svf_fast.ops.svf_conv2d import svf_conv2d
+from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
 from svf_fast.svd import Factors
 
 
@@ -53,16 +53,22 @@ class SVFLinear(Factored):
     def _geometry(self) -> Geometry:
         return Geometry()
 
+    def _kernel(self) -> Tensor:
+        return self.V[:, :, None, None]
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._compute_dtype(x, "SVFLinear")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"SVFLinear: expected x of shape [..., {self.in_features}], got {list(x.shape)}"
             )
-        strategy, frozen = self._strategy_and_frozen(dtype)
-        V = self.V[:, :, None, None]  # a 1×1 convolution over a batch of single positions
+        # a 1×1 convolution over a batch of single positions
         positions = x.to(dtype).reshape(-1, self.in_features, 1, 1)
-        y = svf_conv2d(positions, self.U, self.S, V, self.bias, Geometry(), strategy, frozen)
+        layer = self.layer(dtype)
+        if layer is not None:
+            y = svf_conv2d(positions, layer, self.bias)
+        else:
+            y = paper_layers(positions, self.U, self.S, self._kernel(), self.bias, Geometry())
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def merged(self) -> nn.Linear:

@@ -54,7 +54,7 @@ def _look(module: nn.Module, found: list[Any]) -> None:
             if not child._has_values():
                 raise RuntimeError("no values to look at")
             S, bias = own["_parameters"]["S"], own["_parameters"]["bias"]
-            found += (child._current_plan(), S.requires_grad, own["stride"], own["padding_mode"])
+            found += (child.strategy_in_use, S.requires_grad, own["stride"], own["padding_mode"])
             found += (own["dilation"], own["_explicit_padding"])
             _look_at(bias, found)
         elif isinstance(child, _BatchNorm):

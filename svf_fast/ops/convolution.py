@@ -40,6 +40,28 @@ def match_layout(weight: Tensor, x: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
+def directions_last(V: Tensor) -> Tensor:
+    """V [G·R, Ci/G, *kernel] with its directions innermost in memory; the rest lies as it lay.
+
+    So tensor cores take it from memory as it is: the product U diag(S) V sums over the directions.
+    """
+    order = [*_order(V)[1:], 0]
+    return V.permute(order).contiguous().permute([order.index(dim) for dim in range(V.dim())])
+
+
+def directions_first(V: Tensor) -> Tensor:
+    """V as a convolution's weight lies: the directions outermost, the rest as it lay."""
+    order = _order(V)
+    return V.permute(order).contiguous().permute([order.index(dim) for dim in range(V.dim())])
+
+
+def _order(V: Tensor) -> list[int]:
+    """Dimensions from outermost to innermost, the first one first: channels last, or as written."""
+    spatial = list(range(2, V.dim()))
+    last = V.dim() == 4 and V.stride(1) < V.stride(3) and V.shape[2:].numel() > 1
+    return [0, *spatial, 1] if last else list(range(V.dim()))
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``conv2d`` of x [N, Ci, H, W] with weight [Co, Ci/G, kh, kw] -> [N, Co, Ho, Wo]."""
     if bias is None and _is_product(x, weight, geometry):
@@ -71,7 +93,8 @@ def convolution_input_gradient(
     )
     if product and shape[2:] == grad_y.shape[2:]:
         return _product(weight.flatten(1).mT, grad_y, into)
-    stand_in = grad_y.new_empty(1).expand(shape)  # the aten operator reads its shape alone
+    # the operator reads of x its shape, and cuDNN its memory format
+    stand_in = grad_y if shape == grad_y.shape else _like(grad_y, shape)
     grad_x = torch.ops.aten.convolution_backward(
         grad_y,
         stand_in,
@@ -86,6 +109,14 @@ def convolution_input_gradient(
         (True, False, False),
     )[0]
     return grad_x if into is None else into.add_(grad_x)
+
+
+def _like(x: Tensor, shape: torch.Size) -> Tensor:
+    """Uninitialised, in the memory format of x; on the CPU a single element stands for all."""
+    if x.device.type == "cpu":
+        return x.new_empty(1).expand(shape)
+    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:

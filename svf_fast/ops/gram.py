@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,22 +44,54 @@ def gram(
         return torch.ops.svf_fast.gram(a, b, groups, scale, shift)
 
 
-def activation_grams(
-    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, before: int, after: int
+def scale_gradient(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor,
+    right: Tensor,
+    S: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``dS_r = left_rᵀ M right_r / S_r`` with ``M = Σ_p a'_p b_pᵀ``, per group.
+
+    a, b, scale and shift as for :func:`gram`; left [G, Ca/G, R], right [G, Cb/G, R], S [G·R] ->
+    [G, R] in the dtype that maps are accumulated in, not finite where S is 0. Not differentiable.
+    Definition: :func:`svf_fast.reference.gram.scale_gradient`.
+    """
+    return torch.ops.svf_fast.scale_gradient.default(a, b, scale, shift, left, right, S.detach())
+
+
+Reading = tuple[Tensor, Tensor, Tensor]  # left, right and S of `scale_gradient`
+
+
+def activation_gradients(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    before: Reading | None,
+    after: Reading | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The way back through ``x = relu(y · scale + shift)``, and the Gram matrices on both sides.
+    """The way back through ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
 
     grad = dL/dx and y [N, C, H, W] of one dense layout, scale and shift [C] -> ``g = dL/dy``, and
-    where its number of groups is not 0, ``before = Σ_p g_p y_pᵀ`` of the convolution that made y
-    and ``after = Σ_p x_p grad_pᵀ`` of the one that read x. grad may be overwritten by g.
-    On a GPU one kernel reads grad and y once and writes g once. Not differentiable.
+    as far as they are asked for :func:`scale_gradient` of g and y, for the layer that made y, and
+    of x and grad, for the one that read x. grad may be overwritten by g: on a GPU one kernel reads
+    grad and y once and writes g once. Not differentiable.
     """
-    if maps.on_gpu(y) and max(before, after) == 1 and y.dtype != torch.float64:
-        found = torch.ops.svf_fast.activation_grams(grad, y, scale, shift, before == 1, after == 1)
-        return found[0], found[1] if before else None, found[2] if after else None
-    behind = gram(y, grad, after, scale, shift) if after else None
-    g = affine_act_backward_(grad, y=y, scale=scale, shift=shift)
-    return g, gram(g, y, before) if before else None, behind
+    own, other = (
+        [] if reading is None else [*reading[:2], reading[2].detach()]
+        for reading in (before, after)
+    )
+    grouped = (own and len(own[0]) > 1) or (other and len(other[0]) > 1)
+    if maps.on_gpu(y) and not grouped and y.dtype != torch.float64:
+        op = torch.ops.svf_fast.activation_gradients.default
+        g, *found = op(grad, y, scale, shift, own, other)
+    else:
+        op = torch.ops.svf_fast.activation_gradients_.default
+        g, found = grad, op(grad, y, scale, shift, own, other)
+    return g, found[0] if own else None, found[1] if other else None
 
 
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
@@ -88,37 +122,63 @@ def gram_gradient_by_definition(M: Tensor, left: Tensor, right: Tensor, S: Tenso
         return reference.gram_gradient(M, left, right, S)
 
 
+def scale_gradient_by_gram(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    S: Tensor,
+) -> Tensor:
+    """Two ops, for what has no kernel that does both."""
+    M = torch.ops.svf_fast.gram.default(a, b, len(left), scale, shift)
+    return torch.ops.svf_fast.gram_gradient.default(M, left, right, S.reshape(len(left), -1))
+
+
+def activation_gradients_by_gram(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """:func:`activation_gradients` in the place of grad, one after the other."""
+    nothing = scale.new_empty(0)
+    behind = nothing
+    if after:
+        left, right, S = after
+        behind = scale_gradient_by_gram(y, grad, scale, shift, left, right, S)
+    affine_act_backward_(grad, y=y, scale=scale, shift=shift)
+    if not before:
+        return nothing.clone(), behind
+    left, right, S = before
+    return scale_gradient_by_gram(grad, y, None, None, left, right, S), behind
+
+
 _gram_kernel = _library.triton_kernel("gram", "gram")
+_scale_gradient_kernel = _library.triton_kernel("gram", "scale_gradient")
 
 
 def _gram_on_gpu(a: Tensor, *others) -> Tensor:
     return (gram_by_images if a.dtype == torch.float64 else _gram_kernel)(a, *others)
 
 
-def gram_gradient_by_channel_dot(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
-    """On GPUs: the product by cuBLAS, then one pass over it and left, summed in a fixed order.
-
-    Made as ``rightᵀ Mᵀ`` [G, R, C], the memory order of ``left = Vᵀ``, so V is read as it lies. In
-    float32 12·G·R·C bytes move behind the operands of the product (written, read, and left);
-    the definition, which writes and reads the element-wise product too, moves 20.
-    """
-    shape = 1, left.shape[0] * left.shape[2], left.shape[1]
-    with torch.autocast(M.device.type, enabled=False):
-        product = right.to(M.dtype).mT @ M.mT
-        dot = torch.ops.svf_fast.channel_dot(
-            product.reshape(shape), left.to(M.dtype).mT.reshape(shape)
-        )
-        return dot.reshape(S.shape) / S.to(M.dtype)
+def _scale_gradient_on_gpu(a: Tensor, *others) -> Tensor:
+    wide = a.dtype == torch.float64
+    return (scale_gradient_by_gram if wide else _scale_gradient_kernel)(a, *others)
 
 
 torch.library.impl("svf_fast::gram", "default", gram_by_images)
 _library.register_gpu("gram", _gram_on_gpu)
-_library.register_gpu(
-    "activation_grams", _library.triton_kernel("activation_grams", "activation_grams")
-)
 torch.library.impl("svf_fast::gram_gradient", "default", gram_gradient_by_definition)
-if not _library.cuda_missing:
-    _library.register_gpu("gram_gradient", gram_gradient_by_channel_dot)
+torch.library.impl("svf_fast::scale_gradient", "default", scale_gradient_by_gram)
+_library.register_gpu("scale_gradient", _scale_gradient_on_gpu)
+torch.library.impl("svf_fast::activation_gradients_", "default", activation_gradients_by_gram)
+_library.register_gpu(
+    "activation_gradients", _library.triton_kernel("activation_gradients", "activation_gradients")
+)
 
 
 @torch.library.register_fake("svf_fast::gram_gradient")
@@ -132,11 +192,32 @@ def _(a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | N
     return a.new_empty(shape, dtype=torch.promote_types(a.dtype, torch.float32))
 
 
-@torch.library.register_fake("svf_fast::activation_grams")
-def _(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, before: bool, after: bool):
-    channels = y.shape[1]
-    sizes = ((1, channels, channels) if wanted else (0,) for wanted in (before, after))
-    return torch.empty_like(y), *(scale.new_empty(size) for size in sizes)
+@torch.library.register_fake("svf_fast::scale_gradient")
+def _(a: Tensor, b: Tensor, scale, shift, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
+    return _gradient_like(left, a)
+
+
+@torch.library.register_fake("svf_fast::activation_gradients")
+def _(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, before, after):
+    return torch.empty_like(y), *_gradients_like(y, before, after)
+
+
+@torch.library.register_fake("svf_fast::activation_gradients_")
+def _(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, before, after):
+    return _gradients_like(y, before, after)
+
+
+def _gradients_like(y: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]):
+    nothing = torch.promote_types(y.dtype, torch.float32)
+    return tuple(
+        _gradient_like(side[0], y) if side else y.new_empty(0, dtype=nothing)
+        for side in (before, after)
+    )
+
+
+def _gradient_like(left: Tensor, maps: Tensor) -> Tensor:
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    return maps.new_empty((left.shape[0], left.shape[2]), dtype=dtype)
 
 
 def _check(a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None) -> None:

@@ -33,7 +33,7 @@ from svf_fast.triton.tuning import OPTIONS, SHIPPED, Config, Tunable, read_table
 ARCHITECTURES = (80, 90)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
 MODULES = (
-    "activation_grams",
+    "activation_gradients",
     "compose",
     "cosine_max",
     "cosine_max_backward",

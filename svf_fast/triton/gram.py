@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import affine_relu, dot
+from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
     Splits,
     configurations,
@@ -110,10 +111,44 @@ def gram(
     Raises:
         TypeError: another dtype than float32, bfloat16 and float16.
     """
+    if a.numel() == 0 or b.numel() == 0:
+        widths = a.shape[1] // groups, b.shape[1] // groups
+        return a.new_zeros((groups, *widths), dtype=torch.float32)
+    return _partial(a, b, groups, scale, shift, config).sum(dim=0)
+
+
+def scale_gradient(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    S: Tensor,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """``dS_r = left_rᵀ M right_r / S_r`` of M = :func:`gram`, per group, in two launches and a sum.
+
+    left [G, Ca/G, R], right [G, Cb/G, R] in any strides, S [G·R] -> [G, R] in float32.
+    """
+    if a.numel() == 0 or b.numel() == 0:
+        return a.new_zeros((len(left), left.shape[2]), dtype=torch.float32)
+    partial = _partial(a, b, len(left), scale, shift, config)
+    return read_off(partial, [(left, right, S)])[0]
+
+
+def _partial(
+    a: Tensor,
+    b: Tensor,
+    groups: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    config: Config | None,
+) -> Tensor:
+    """The sums over each split of the positions [splits, G, Ca/G, Cb/G]."""
     refuse_float64("gram", "a", a)
     width_a, width_b = a.shape[1] // groups, b.shape[1] // groups
-    if a.numel() == 0 or b.numel() == 0:
-        return a.new_zeros((groups, width_a, width_b), dtype=torch.float32)
     maps = sequences(a, b)
     images, positions, _ = maps[0].shape
     count, rebuild, vectors = images * positions, scale is not None, loads_vectors(maps)
@@ -139,7 +174,7 @@ def gram(
             PRECISION=product_precision(a.dtype),
             **options,
         )
-        return partial.sum(dim=0)
+        return partial
 
 
 class Problem(NamedTuple):

@@ -15,6 +15,7 @@ from svf_fast.ops import maps, pointwise
 from svf_fast.reference import gram as gram_definition
 from svf_fast.reference import pointwise as definition
 from svf_fast.reference.affine_act import pack_mask
+from svf_fast.reference.guard import guards_hold
 
 
 def defined_pointwise(x, weight, *arguments):
@@ -27,23 +28,36 @@ def defined_pointwise(x, weight, *arguments):
     return out, y if keep else x.new_empty(0), bits
 
 
-def defined_activation_grams(grad, y, scale, shift, before, after):
-    g, M_before, M_after = gram_definition.activation_grams(grad, y, scale, shift)
-    nothing = scale.new_empty(0)
+def defined_scale_gradient(a, b, scale, shift, left, right, S):
+    return gram_definition.scale_gradient(a, b, left, right, S, scale, shift)
+
+
+def defined_activation_gradients(grad, y, scale, shift, before, after):
+    g, *found = gram_definition.activation_gradients(grad, y, scale, shift, before, after)
     g = g.contiguous(memory_format=torch.channels_last)
-    return g, M_before if before else nothing, M_after if after else nothing
+    return g, *(scale.new_empty(0) if dS is None else dS for dS in found)
 
 
-def defined_compose(U, S, V, groups, dtype):
-    return svd.compose(U, S, V, groups).to(dtype)
+def defined_compose(U, S, V, groups, dtype, scale):
+    W = svd.compose(U, S, V, groups)
+    scaled = W.new_empty(0) if scale is None else W * scale.reshape(-1, 1, 1, 1)
+    return W.to(dtype), scaled.to(dtype)
+
+
+def defined_compose_all(U, S, V, groups, scale, dtype, table):
+    layers = zip(U, S, V, groups, scale, strict=True)
+    return [W for u, s, v, g, c in layers for W in defined_compose(u, s, v, g, dtype, c)]
 
 
 def defined() -> dict[str, Callable]:
     return {
+        "guards_hold": guards_hold,
         "compose": defined_compose,
+        "compose_all": defined_compose_all,
         "pointwise": defined_pointwise,
         "pointwise_dot": definition.pointwise_dot,
-        "activation_grams": defined_activation_grams,
+        "scale_gradient": defined_scale_gradient,
+        "activation_gradients": defined_activation_gradients,
     }
 
 
@@ -51,13 +65,14 @@ def interpreted() -> dict[str, Callable]:
     """The Triton kernels, which Triton's interpreter runs on CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from svf_fast.triton.activation_grams import activation_grams
-    from svf_fast.triton.compose import compose
-    from svf_fast.triton.gram import gram
+    from svf_fast.triton.activation_gradients import activation_gradients
+    from svf_fast.triton.compose import compose, compose_all
+    from svf_fast.triton.gram import gram, scale_gradient
     from svf_fast.triton.pointwise import pointwise, pointwise_dot
 
-    kernels = (activation_grams, compose, gram, pointwise, pointwise_dot)
-    return {kernel.__name__: kernel for kernel in kernels}
+    kernels = (compose, compose_all, gram, scale_gradient, pointwise, pointwise_dot)
+    found = {kernel.__name__: kernel for kernel in (activation_gradients, *kernels)}
+    return {**found, "guards_hold": guards_hold}
 
 
 @contextlib.contextmanager
@@ -67,8 +82,7 @@ def on_gpu(kernels: dict[str, Callable]) -> Iterator[Counter[str]]:
 
     def counted(name: str, kernel: Callable) -> Callable:
         def call(*arguments):
-            if name != "compose":  # once per change of S
-                calls[name] += 1
+            calls[name] += 1
             return kernel(*arguments)
 
         return call

@@ -63,17 +63,19 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
     step(model, x)
     (block,) = (module for module in model.modules() if isinstance(module, Fused))
     reading = block._reading
-    constants = {at: stage.scale for at, stage in reading.stages.items()}
-    weights = {at: stage.factors.weight.clone() for at, stage in reading.stages.items()}
+    norms = dict(reading.norms)
+    convs = {names.conv: block.get_submodule(names.conv) for names in block._names.stages}
+    weights = {name: conv._values.made[torch.float32].weight for name, conv in convs.items()}
+    before = {name: weight.clone() for name, weight in weights.items()}
     monkeypatch.setattr(SVFConv2d, "_is_captured", lambda self: True)
-    stages = [reading.stage(block, names, torch.float32) for names in block._names.stages]
-    for names, stage in zip(block._names.stages, stages, strict=True):
-        kept = reading.stages[names.conv, torch.float32]
-        assert stage.scale is constants[names.conv, torch.float32]
-        assert stage.factors.weight is not kept.factors.weight
-        assert torch.equal(kept.factors.weight, weights[names.conv, torch.float32])
-    assert len(stages) < len(reading.stages)  # the shortcut's too
+    for names in block._names.stages:
+        stage = reading.stage(block, names, torch.float32, False)
+        assert stage.scale is norms[names.conv, torch.float32][0]
+        assert stage.layer.weight is not weights[names.conv]
+        assert convs[names.conv]._values.made[torch.float32].weight is weights[names.conv]
+        assert torch.equal(weights[names.conv], before[names.conv])
+    assert len(convs) < len(norms)  # the shortcut's too
     with torch.no_grad():
         first(model).S[-1] = 1e-9  # no longer guarded enough
     with pytest.raises(RuntimeError, match="capture the graph again"):
-        reading.stage(block, block._names.stages[0], torch.float32)
+        reading.stage(block, block._names.stages[0], torch.float32, False)

@@ -12,7 +12,7 @@ from torch import nn
 
 import svf_fast
 from svf_fast import _library
-from svf_fast.nn.factored import svf_layers
+from svf_fast.nn.factored import Factored, svf_layers
 
 KERNELS = {"definition": defined, "triton": interpreted}
 BLOCKS = {
@@ -73,15 +73,17 @@ def test_a_bottleneck_takes_three_products_and_two_passes():
     model = converted("bottleneck", orthogonal=True)
     with on_gpu(defined()) as calls:
         step(model, image(model))
+    del calls["compose_all"]  # once per change of S
     # forward: conv1 and conv3; backward: dgrad of conv3 and of conv1
-    assert calls == {"pointwise": 4, "activation_grams": 2}
+    assert calls == {"pointwise": 4, "activation_gradients": 2}
 
 
 def test_a_downsample_block_never_writes_the_masked_gradient():
     model = converted("bottleneck widening", orthogonal=True)
     with on_gpu(defined() | {"affine_act_backward": never, "affine_act": never}) as calls:
         step(model, image(model))
-    assert calls == {"pointwise": 5, "activation_grams": 2}
+    del calls["compose_all"]
+    assert calls == {"pointwise": 5, "activation_gradients": 2, "scale_gradient": 1}
 
 
 def never(*arguments):
@@ -114,6 +116,72 @@ def test_under_compile_the_kernels_are_called_whole(name):
         eager = calls.copy()
         calls.clear()
         got = step(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    for name in ("compose", "compose_all", "guards_hold"):  # a graph does both for each layer
+        del calls[name], eager[name]
     assert calls == eager and eager
     for mine, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, wanted)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_captured_step_composes_all_weights_and_tests_all_guards_once(kernels, monkeypatch):
+    blocks = [converted(name)[0] for name in ("bottleneck downsample", "bottleneck")]
+    model = svf_fast.convert(nn.Sequential(*blocks, nn.Conv2d(32, 8, 1)), ["2"])
+    layers = svf_layers(model).values()
+    x = image(model)
+    with on_gpu(KERNELS[kernels]()) as calls:
+        step(model, x)
+        key = svf_fast.follow(model)
+        with torch.no_grad():
+            for layer in layers:
+                layer.S.mul_(1.01)
+        assert svf_fast.follow(model) == key
+        expected = step(model, x)
+        calls.clear()
+        monkeypatch.setattr(Factored, "_is_captured", lambda self: True)
+        with svf_fast.composed(model):
+            got = step(model, x)
+        assert calls["compose_all"] == 1 and calls["guards_hold"] == 1 and not calls["compose"]
+        assert all(map(torch.equal, got, expected))
+        calls.clear()
+        step(model, x)  # without it each layer composes its own
+        assert calls["compose"] == len(layers) == calls["guards_hold"] and not calls["compose_all"]
+        monkeypatch.undo()
+        with torch.no_grad():
+            first = next(iter(layers))
+            first.S[: len(first.S) // 2] *= 1e-6  # no longer guarded
+        assert svf_fast.follow(model) != key
+
+
+def test_what_a_captured_graph_rests_on():
+    model = converted("bottleneck")
+    model(image(model))
+    key = svf_fast.follow(model)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    layer = next(iter(svf_layers(model).values()))
+    changes = {
+        "norm": lambda: norm.running_mean.add_(1),
+        "factors": lambda: layer.U.mul_(1),
+        "frozen": lambda: layer.S.requires_grad_(False),
+        "frozen value": lambda: layer.S.mul_(1.01),
+    }
+    for name, change in changes.items():
+        with torch.no_grad():
+            change()
+        assert (before := key) != (key := svf_fast.follow(model)), name
+        assert before != key
+
+
+def test_weights_of_a_network_are_composed_together_once_they_were_asked_for():
+    model = converted("bottleneck downsample")
+    with on_gpu(defined()) as calls:
+        for expected in (4, 1, 1):  # alone at first, then all at once
+            with torch.no_grad():
+                for layer in svf_layers(model).values():
+                    layer.S.mul_(1.01)
+            calls.clear()
+            step(model, image(model))
+            assert calls["compose_all"] == expected
+        copied = copy.deepcopy(model)
+        names = {layer._network for layer in svf_layers(copied).values()}
+        assert len(names) == 1 and names.isdisjoint(x._network for x in svf_layers(model).values())

@@ -96,11 +96,11 @@ def test_composed_weight_follows_every_way_to_change_S():
 
 
 def test_weight_is_composed_once_for_all_calls_between_two_changes_of_S(monkeypatch):
-    import svf_fast.nn.factored as factored
+    import svf_fast.ops.svf_conv2d as op
 
     calls = []
-    compose = factored.compose
-    monkeypatch.setattr(factored, "compose", lambda *a: calls.append(1) or compose(*a))
+    compose = op.compose
+    monkeypatch.setattr(op, "compose", lambda *a: calls.append(1) or compose(*a))
     layer = SVFConv2d(4, 6, 3, strategy="gram")
     x = torch.randn(1, 4, 6, 6)
     for _ in range(3):

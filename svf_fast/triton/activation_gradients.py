@@ -7,7 +7,7 @@ are neighbours in launch order: what one of them reads from DRAM the others read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import dot, narrow
+from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
     Splits,
     configurations,
@@ -103,6 +104,27 @@ def activation_grams_partial_kernel(
     tl.store(partial + at, total, mask=(row[:, None] < channels) & (column[None, :] < channels))
 
 
+def activation_gradients(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g = dL/dy`` of ``x = relu(y · scale + shift)``, and dS read off the matrices of both sides.
+
+    grad, y, scale, shift as for :func:`activation_grams`. before: left, right [1, C, R] and S [R]
+    of the layer that made y, whose matrix is ``Σ_p g_p y_pᵀ``; after: of the one that reads x,
+    whose matrix is ``Σ_p x_p grad_pᵀ``; empty for none -> g, dS [1, R] of each, empty for none.
+    """
+    g, partial = _partial(grad, y, scale, shift, bool(before), bool(after), None)
+    sides = [(side[0], side[1], side[2]) for side in (before, after) if side]
+    found = read_off(partial, sides) if sides else []
+    own = found.pop(0) if before else partial.new_empty(0)
+    return g, own, found[0] if after else partial.new_empty(0)
+
+
 def activation_grams(
     grad: Tensor,
     y: Tensor,
@@ -125,12 +147,28 @@ def activation_grams(
     Raises:
         TypeError: another dtype than float32, bfloat16 and float16.
     """
-    refuse_float64("activation_grams", "y", y)
+    g, partial = _partial(grad, y, scale, shift, before, after, config)
+    none = partial.new_empty(0)
+    first = partial[:, 0].sum(dim=0, keepdim=True) if before else none
+    return g, first, partial[:, -1].sum(dim=0, keepdim=True) if after else none
+
+
+def _partial(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    before: bool,
+    after: bool,
+    config: Config | None,
+) -> tuple[Tensor, Tensor]:
+    """g, and of the matrices that are asked for the sums over each split [splits, sides, C, C]."""
+    refuse_float64("activation_gradients", "y", y)
     scale, shift = scale.contiguous(), shift.contiguous()
     sides = before + after
     if not sides:
         g = torch.ops.svf_fast.affine_act_backward(grad, y, None, scale, shift)
-        return g, *(y.new_empty(0, dtype=torch.float32) for _ in range(2))
+        return g, y.new_empty(0, dtype=torch.float32)
     channels = y.shape[1]
     if not (y.is_contiguous() or y.movedim(1, -1).is_contiguous()):
         y = y.contiguous()
@@ -139,12 +177,12 @@ def activation_grams(
     g = torch.empty_like(y)
     if y.numel() == 0:
         partial = y.new_zeros((1, sides, channels, channels), dtype=torch.float32)
-        return g, *_matrices(partial, before, after)
+        return g, partial
     maps = sequences(grad, y, g)
     images, positions, _ = maps[0].shape
     problem = Problem(channels, images * positions, sides, y.dtype, loads_vectors(maps))
     with torch.cuda.device_of(y):
-        options = dict(config or find("activation_grams", problem.key(), problem.rule))
+        options = dict(config or find("activation_gradients", problem.key(), problem.rule))
         splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
         block_a, block_b = options["BLOCK_A"], options["BLOCK_B"]
         tiles = triton.cdiv(channels, block_a) * triton.cdiv(channels, block_b)
@@ -166,14 +204,7 @@ def activation_grams(
             PRECISION=product_precision(y.dtype),
             **options,
         )
-        return g, *_matrices(partial, before, after)
-
-
-def _matrices(partial: Tensor, before: bool, after: bool) -> tuple[Tensor, Tensor]:
-    """Sums over the splits, of [splits, sides, C, C]."""
-    none = partial.new_empty(0)
-    first = partial[:, 0].sum(dim=0, keepdim=True) if before else none
-    return first, partial[:, -1].sum(dim=0, keepdim=True) if after else none
+        return g, partial
 
 
 class Problem(NamedTuple):
@@ -225,5 +256,5 @@ def problems() -> list[Problem]:
 
 
 TUNABLES = [
-    Tunable("activation_grams", Problem.key, Problem.candidates, Problem.launcher, problems)
+    Tunable("activation_gradients", Problem.key, Problem.candidates, Problem.launcher, problems)
 ]

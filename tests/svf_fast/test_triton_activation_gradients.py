@@ -11,7 +11,7 @@ from svf_fast.reference import gram as reference
 from svf_fast.reference.affine_act import affine_act_backward
 
 pytest.importorskip("triton")
-from svf_fast.triton.activation_grams import TUNABLES, Problem, activation_grams
+from svf_fast.triton.activation_gradients import TUNABLES, Problem, activation_grams
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]  # cpu: the interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,7 +166,7 @@ def test_nan_and_the_edge_of_the_relu(device) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_refuses_float64(device) -> None:
     x = torch.randn(1, 2, 3, dtype=torch.float64, device=device)
-    with pytest.raises(TypeError, match="activation_grams: y: expected float32, bfloat16 or"):
+    with pytest.raises(TypeError, match="activation_gradients: y: expected float32, bfloat16 or"):
         activation_grams(x, x, x[0, :, 0], x[0, :, 0], True, True)
 
 

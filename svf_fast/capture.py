@@ -1,0 +1,61 @@
+"""Converted models in CUDA graphs: when a graph still holds, and W composed once for all of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from svf_fast.nn.factored import Factored, svf_layers
+from svf_fast.nn.network import Network
+
+
+def follow(model: nn.Module) -> Hashable:
+    """Follow a model's S without waiting for a GPU, and name what a CUDA graph of it rests on.
+
+    Call it before the graph is captured and before each replay, and capture anew when what it
+    returns is not equal to what it was: S has moved so far that more directions need their exact
+    gradient, or something else than the values of a trained S was written to or replaced. Equal
+    throughout for a model without SVF layers and batch norms.
+    """
+    found: list[Hashable] = []
+    networks: set[Network] = set()
+    for module in model.modules():
+        if isinstance(module, Factored):
+            plan, S = module._current_plan(), module.S
+            found += (plan, S.data_ptr(), S.requires_grad)
+            if not S.requires_grad:  # then W is a constant of the graph
+                found.append(module._values.key)
+            networks.add(module._network)
+        elif isinstance(module, _BatchNorm):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and tensor is not module.num_batches_tracked:
+                    found += (tensor.data_ptr(), 0 if module.training else tensor._version)
+    for network in networks:
+        network.prepare()
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def composed(model: nn.Module) -> Iterator[None]:
+    """Within a capture of a CUDA graph: compose W of all SVF layers once, and check their guards.
+
+    The body of a capture goes into it, forward and backward pass. Each replay then begins with one
+    launch that composes every W from the S of that moment, and with one that asserts that the
+    guarded directions still suffice; without this each layer does both for itself. Before the
+    capture a step must have run eagerly, and :func:`follow` after S last changed. Does nothing
+    outside a capture and for models without SVF layers on a GPU.
+
+    Raises RuntimeError when a layer has not been called or followed before.
+    """
+    layers = [layer for layer in svf_layers(model).values() if layer._is_captured()]
+    networks = {(layer._network, layer.S.device) for layer in layers}
+    try:
+        for network, device in networks:
+            network.compose_captured(device)
+        yield
+    finally:
+        for network, device in networks:
+            network.end_capture(device)
