@@ -1,8 +1,13 @@
-// svf_fast._C: what is known only to the build or to the compiled code.
+// svf_fast._C: what is known only to the build or to the compiled code, and what the host asks so
+// often that Python would be slow at it. Tensors come as addresses.
+#include <cstring>
+
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <build_facts.h>
 
+#include "cpu/guarded.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -30,4 +35,28 @@ PYBIND11_MODULE(_C, module) {
         return facts;
       },
       "Facts fixed when the package was built, and the instruction set chosen on this machine.");
+  module.def(
+      "guarded_directions",
+      [](uintptr_t S, bool is_double, int64_t groups, int64_t rank, double limit,
+         int64_t multiple) {
+        return is_double ? svf_fast::guarded_directions(reinterpret_cast<const double*>(S), groups,
+                                                        rank, limit, multiple)
+                         : svf_fast::guarded_directions(reinterpret_cast<const float*>(S), groups,
+                                                        rank, limit, multiple);
+      },
+      "Of float or double [groups * rank] at an address: svf_fast.svd.guarded_directions.");
+  module.def(
+      "same_bytes",
+      [](const py::list& memory) {
+        for (const auto& item : memory) {
+          const auto entry = py::reinterpret_borrow<py::tuple>(item);
+          const auto* a = reinterpret_cast<const void*>(entry[0].cast<uintptr_t>());
+          const auto* b = reinterpret_cast<const void*>(entry[1].cast<uintptr_t>());
+          if (std::memcmp(a, b, entry[2].cast<size_t>()) != 0) {
+            return false;
+          }
+        }
+        return true;
+      },
+      "Whether all (address, address, bytes) hold the same.");
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from svf_fast._library import _C
 from svf_fast.reference.compose import compose as reference_compose
 
 # S_rms / |S_r| may reach this root mean square over the directions whose gradient is read off the
@@ -84,20 +84,22 @@ def guarded_directions(S: Tensor, groups: int = 1, multiple: int = 1) -> Tensor:
     of the layer's output weighs more in dS_r than the same error of ``v_r = Vᵀ_r x`` does. Where
     there are any, T is filled up to a multiple of ``multiple`` as far as there are directions.
     """
-    # on the host in numpy: this runs after every change of S
-    square = np.square(S.detach().cpu().double().numpy()).reshape(groups, -1)
-    rank = square.shape[1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.add.reduce(square, axis=1, keepdims=True) / (rank * square)
-    ratio[~(square > 0)] = np.inf
-    if np.add.reduce(ratio, axis=None) <= GUARD_LIMIT**2 * ratio.size:
+    values = S.detach()
+    plain = values.dtype in (torch.float32, torch.float64) and values.is_contiguous()
+    if not plain or values.device.type != "cpu":
+        values = values.cpu().double().contiguous()
+    # compiled: this runs after every change of S
+    found = _C.guarded_directions(
+        values.data_ptr(),
+        values.dtype == torch.float64,
+        groups,
+        values.numel() // groups,
+        GUARD_LIMIT,
+        multiple,
+    )
+    if not found[0]:
         return torch.empty(groups, 0, dtype=torch.int64, device=S.device)
-    counts = groups * np.arange(1, rank + 1)
-    mean_square = np.sort(ratio, axis=1).sum(axis=0).cumsum() / counts
-    guarded = rank - int((mean_square <= GUARD_LIMIT**2).sum())
-    guarded = min(rank, -(-guarded // multiple) * multiple)
-    order = np.argsort(ratio, axis=1, kind="stable")
-    return torch.from_numpy(np.sort(order[:, rank - guarded :], axis=1)).to(S.device)
+    return torch.tensor(found, device=S.device)
 
 
 def dual(U: Tensor, groups: int = 1) -> Tensor | None:

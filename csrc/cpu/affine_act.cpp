@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "dispatch.h"
+#include "gram.h"
 #include "isa.h"
 #include "vector.h"
 
@@ -331,6 +332,12 @@ struct Passes {
 };
 
 }  // namespace
+
+void affine_act_backward_in_place(const Tensor& grad, const Tensor& y, const Tensor& scale,
+                                  const Tensor& shift) {
+  AffineActOps<Passes>::backward_in_place(grad, y, std::nullopt, scale, shift);
+}
+
 }  // namespace svf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CPU, library) {

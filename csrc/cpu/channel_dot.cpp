@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "gram.h"
 #include "isa.h"
 #include "vector.h"
 
@@ -300,15 +301,16 @@ Tensor dispatch(const ChannelDotOperands& operands, const Tensor* s) {
   return out;
 }
 
-Tensor channel_dot(const Tensor& a, const Tensor& b) {
-  return dispatch<false>(channel_dot_operands(a, b), nullptr);
-}
-
 Tensor channel_dot_scale_(const Tensor& a, const Tensor& v, const Tensor& s) {
   return dispatch<true>(channel_dot_scale_operands(a, v, s), &s);
 }
 
 }  // namespace
+
+Tensor channel_dot(const Tensor& a, const Tensor& b) {
+  return dispatch<false>(channel_dot_operands(a, b), nullptr);
+}
+
 }  // namespace svf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CPU, library) {

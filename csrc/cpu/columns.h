@@ -37,6 +37,15 @@ inline bool is_channels_inner(const Tensor& x) {
   return x.size(1) > 1 && x.stride(1) == 1 && x.stride(2) > 1;
 }
 
+inline Tensor as_type(const Tensor& x, ScalarType type) {
+  return x.scalar_type() == type ? x : torch::stable::to(x, type);
+}
+
+// x as it lies in memory where that is as written, else a copy.
+inline Tensor dense_rows(const Tensor& x) {
+  return is_dense(x, false) ? x : torch::stable::contiguous(x);
+}
+
 inline Tensor readable(const Tensor& x) {
   return x.stride(2) == 1 || is_channels_inner(x) ? x : torch::stable::contiguous(x);
 }

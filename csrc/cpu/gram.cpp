@@ -9,6 +9,7 @@
 #include "blas.h"
 #include "columns.h"
 #include "dispatch.h"
+#include "gram.h"
 #include "widen.h"
 
 namespace svf_fast {
@@ -212,8 +213,10 @@ Tensor channel_values(const char* name, const std::optional<Tensor>& values, con
   STD_TORCH_CHECK(values->device() == a.device(), "gram: ", name, " is on another device");
   STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == a.size(1), "gram: ", name,
                   " must be [C], C the channels of a");
-  return torch::stable::contiguous(*values);
+  return dense_rows(*values);
 }
+
+}  // namespace
 
 Tensor gram(const Tensor& a, const Tensor& b, int64_t groups, const std::optional<Tensor>& scale,
             const std::optional<Tensor>& shift) {
@@ -242,7 +245,6 @@ Tensor gram(const Tensor& a, const Tensor& b, int64_t groups, const std::optiona
   return out;
 }
 
-}  // namespace
 }  // namespace svf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CPU, library) {

@@ -8,6 +8,7 @@
 #include "blas.h"
 #include "columns.h"
 #include "dispatch.h"
+#include "gram.h"
 #include "widen.h"
 
 namespace svf_fast {
@@ -92,6 +93,8 @@ void reduce(const Tensor& M, const Tensor& left, const Tensor& right, const Tens
   }
 }
 
+}  // namespace
+
 Tensor gram_gradient(const Tensor& M, const Tensor& left, const Tensor& right, const Tensor& S) {
   const auto type = M.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
@@ -112,8 +115,8 @@ Tensor gram_gradient(const Tensor& M, const Tensor& left, const Tensor& right, c
   if (M.numel() == 0 || S.numel() == 0) {
     return torch::stable::zero_(out);
   }
-  const Tensor l = readable(torch::stable::to(left, type)), r = torch::stable::to(right, type);
-  const Tensor s = torch::stable::contiguous(torch::stable::to(S, type));
+  const Tensor l = readable(as_type(left, type)), r = as_type(right, type);
+  const Tensor s = dense_rows(as_type(S, type));
   if (type == ScalarType::Double) {
     reduce<double>(M, l, r, s, out);
   } else {
@@ -122,7 +125,6 @@ Tensor gram_gradient(const Tensor& M, const Tensor& left, const Tensor& right, c
   return out;
 }
 
-}  // namespace
 }  // namespace svf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CPU, library) {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.nn.conv2d import SVFConv2d
-from svf_fast.nn.state import host_values, is_hooked, state
+from svf_fast.nn.state import Watch, is_hooked, watch
 from svf_fast.ops.block import Stage, block
 from svf_fast.structure import ResidualBlock, Unit, examine
 from svf_fast.structure import Stage as Names
@@ -74,17 +74,11 @@ Affine = tuple[Tensor, Tensor]
 
 
 class _Reading(NamedTuple):
-    """What was found of a fused module in a state: why its parts are not fused, and its norms."""
+    """What was found of a fused module: why its parts are not fused, and its norms."""
 
-    state: tuple[Any, ...] | None
-    values: list[tuple[Tensor, Tensor]]
+    watch: Watch | None
     reasons: list[str]
     norms: dict[tuple[str, torch.dtype], Affine]
-
-    def holds(self, now: tuple[Any, ...] | None) -> bool:
-        if now is None or self.state != now:
-            return False
-        return all(torch.equal(tensor, before) for tensor, before in self.values)
 
     def stage(self, module: nn.Module, names: Names, dtype: torch.dtype, folds: bool) -> Stage:
         """The convolution and batch norm of a stage, as the op takes them."""
@@ -99,13 +93,13 @@ class _Reading(NamedTuple):
 
 def _read(module: Fused) -> _Reading:
     """The reading of the module as it is now, kept until something in it changes."""
-    now = state(module)
     known = module.__dict__.get("_reading")
-    if known is not None and known.holds(now):
+    compiling = torch.compiler.is_compiling()
+    if known is not None and not compiling and known.watch.holds():
         return known
-    values = [] if now is None else host_values(module)
-    reading = _Reading(now, values, module._reasons(), {})
-    if now is not None:
+    seen = watch(module)
+    reading = _Reading(seen, module._reasons(), {})
+    if seen is not None:
         module.__dict__["_reading"] = reading
     return reading
 

@@ -1,7 +1,8 @@
-"""What a fused block's forward depends on besides its input, as a tuple that is cheap to compare.
+"""What a fused block's forward depends on besides its input, watched for changes.
 
-Reading a block (may it be fused, with which weights?) takes several times as long as launching its
-kernels. It is read again only when this tuple is another.
+Reading a block (may it be fused, with which constants?) takes several times as long as launching
+its kernels, and what it depends on hardly ever changes. So it is looked at in each forward pass, and
+read again when something is not as it was.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from svf_fast._library import _C
 from svf_fast.nn.conv2d import SVFConv2d
 
 _HOOKS = (
@@ -21,6 +23,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_OF_CONV = ("stride", "padding_mode", "dilation", "_explicit_padding")
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -29,63 +32,111 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
 
 
-def state(module: nn.Module) -> tuple[Any, ...] | None:
-    """Of all modules inside `module`; None where it cannot be told by looking.
+class Watch:
+    """All modules inside a module, as they are now.
+
+    Raises RuntimeError where a change could not be seen: fake and inference tensors.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._children: list[tuple] = []
+        self._counts: list[tuple[dict, int]] = []
+        self._values: list[tuple[dict[str, Any], str, Any]] = []
+        self._convs: list[tuple[SVFConv2d, str, bool]] = []
+        self._tensors: list[tuple] = []
+        # writes through `tensor.data` pass the version counter by; on the CPU the bytes decide, on a
+        # GPU looking would mean waiting
+        self._bytes: list[tuple[int, int, int]] = []
+        self._copies: list[Tensor] = []
+        self._look(module)
+
+    def _look(self, module: nn.Module) -> None:
+        self._counts.append((module._modules, len(module._modules)))
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            own = child.__dict__
+            state = own["training"], is_hooked(child), "forward" in own
+            self._children.append((module._modules, name, child, type(child), own, *state))
+            if isinstance(child, SVFConv2d):
+                if not child._has_values():
+                    raise RuntimeError("no values to look at")
+                self._values += [(own, attribute, own[attribute]) for attribute in _OF_CONV]
+                self._convs.append((child, child.strategy_in_use, child.S.requires_grad))
+                self._tensor(own["_parameters"], "bias")
+            elif isinstance(child, _BatchNorm):
+                self._values.append((own, "eps", own["eps"]))
+                for at in ("_parameters", "weight"), ("_parameters", "bias"):
+                    self._tensor(own[at[0]], at[1], copied=True)
+                for name_ in ("running_mean", "running_var"):
+                    self._tensor(own["_buffers"], name_, copied=True)
+            else:
+                self._look(child)
+
+    def _tensor(self, of: dict[str, Tensor | None], name: str, copied: bool = False) -> None:
+        tensor = of[name]
+        if tensor is None:
+            self._values.append((of, name, None))
+            return
+        if isinstance(tensor, FakeTensor):
+            raise RuntimeError("no values to look at")
+        version = tensor._version  # raises for inference tensors
+        self._tensors.append((of, name, tensor, tensor.data_ptr(), version, tensor.requires_grad))
+        if copied and tensor.device.type == "cpu" and tensor.is_contiguous():
+            copy = tensor.detach().clone()
+            self._copies.append(copy)
+            self._bytes.append((tensor.data_ptr(), copy.data_ptr(), copy.nbytes))
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        if torch.is_grad_enabled() != self._grad:
+            return False
+        for modules, count in self._counts:
+            if len(modules) != count:
+                return False
+        for modules, name, child, cls, own, training, hooked, own_forward in self._children:
+            if (
+                modules.get(name) is not child
+                or child.__class__ is not cls
+                or own["training"] is not training
+                or ("forward" in own) is not own_forward
+                or hooked
+                is not bool(
+                    own["_forward_hooks"]
+                    or own["_forward_pre_hooks"]
+                    or own["_backward_hooks"]
+                    or own["_backward_pre_hooks"]
+                )
+            ):
+                return False
+        for of, name, tensor, pointer, version, requires_grad in self._tensors:
+            if (
+                of.get(name) is not tensor
+                or tensor._version != version
+                or tensor.data_ptr() != pointer
+                or tensor.requires_grad is not requires_grad
+            ):
+                return False
+        for of, name, value in self._values:
+            if of.get(name) != value:
+                return False
+        for conv, strategy, requires_grad in self._convs:
+            plan = conv._current_plan()
+            assert plan is not None
+            if plan.strategy != strategy or conv.S.requires_grad is not requires_grad:
+                return False
+        return _C.same_bytes(self._bytes)
+
+
+def watch(module: nn.Module) -> Watch | None:
+    """None where a change could not be told by looking.
 
     That is while torch.compile traces, and for tensors without values or version.
     """
     if torch.compiler.is_compiling():
         return None
-    found: list[Any] = [torch.is_grad_enabled()]
     try:
-        _look(module, found)
+        return Watch(module)
     except RuntimeError:  # fake and inference tensors
         return None
-    return tuple(found)
-
-
-def _look(module: nn.Module, found: list[Any]) -> None:
-    for child in module._modules.values():
-        if child is None:
-            continue
-        own = child.__dict__
-        found += (child, type(child), own["training"], is_hooked(child), "forward" in own)
-        if isinstance(child, SVFConv2d):
-            if not child._has_values():
-                raise RuntimeError("no values to look at")
-            S, bias = own["_parameters"]["S"], own["_parameters"]["bias"]
-            found += (child.strategy_in_use, S.requires_grad, own["stride"], own["padding_mode"])
-            found += (own["dilation"], own["_explicit_padding"])
-            _look_at(bias, found)
-        elif isinstance(child, _BatchNorm):
-            found.append(own["eps"])
-            for tensor in _constants(child):
-                _look_at(tensor, found)
-        else:
-            _look(child, found)
-
-
-def host_values(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The constants of the batch norms inside `module`, on the CPU, each with a copy.
-
-    Writes through ``tensor.data`` pass the version counter by; there the values decide. On a GPU
-    looking would mean waiting.
-    """
-    norms = (inner for inner in module.modules() if isinstance(inner, _BatchNorm))
-    tensors = (tensor for norm in norms for tensor in _constants(norm))
-    return [(t, t.detach().clone()) for t in tensors if t is not None and t.device.type == "cpu"]
-
-
-def _constants(norm: _BatchNorm) -> tuple[Tensor | None, ...]:
-    parameters, buffers = norm._parameters, norm._buffers
-    affine = parameters["weight"], parameters["bias"]
-    return *affine, buffers["running_mean"], buffers["running_var"]
-
-
-def _look_at(tensor: Tensor | None, found: list[Any]) -> None:
-    if isinstance(tensor, FakeTensor):
-        raise RuntimeError("no values to look at")
-    if tensor is not None:
-        found += (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.dtype)
-    else:
-        found.append(None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svf_fast import _library, svd
-from svf_fast.ops import maps
+from svf_fast.ops.convolution import channels_innermost
 
 
 def compose(
@@ -20,14 +20,8 @@ def compose(
     scale [Co] in float32 (float64 for float64). Multiplied in float32 at least, rounded once. Not
     differentiable. On a GPU one kernel reads the factors and writes both, in V's order of memory.
     """
-    S = S.detach()
-    if maps.on_gpu(U) and torch.float64 not in (U.dtype, S.dtype, V.dtype, dtype):
-        W, scaled = torch.ops.svf_fast.compose(U, S, V, groups, dtype, scale)
-        return W, None if scale is None else scaled
-    wide = svd.compose(U, S, V, groups)
-    if scale is None:
-        return wide.to(dtype), None
-    return wide.to(dtype), (wide * scale.reshape(-1, *[1] * (V.dim() - 1))).to(dtype)
+    made = torch.ops.svf_fast.compose.default(U, S.detach(), V, groups, dtype, scale)
+    return made[0], None if scale is None else made[1]
 
 
 class Entry(NamedTuple):
@@ -66,7 +60,24 @@ def scaled_columns(U: Tensor, S: Tensor, groups: int, dtype: torch.dtype) -> Ten
     return scaled.reshape(*U.shape, 1, 1).to(dtype)
 
 
-_library.register_gpu("compose", _library.triton_kernel("compose", "compose"))
+def compose_by_definition(
+    U: Tensor, S: Tensor, V: Tensor, groups: int, dtype: torch.dtype, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For devices without a kernel, and float64 on a GPU."""
+    wide = svd.compose(U, S, V, groups)
+    rows = None if scale is None else scale.reshape(-1, *[1] * (V.dim() - 1))
+    scaled = wide.new_empty(0) if rows is None else wide * rows
+    return wide.to(dtype), scaled.to(dtype)
+
+
+def _compose_on_gpu(U: Tensor, S: Tensor, V: Tensor, groups: int, dtype: torch.dtype, scale):
+    wide = torch.float64 in (U.dtype, S.dtype, V.dtype, dtype)
+    return (compose_by_definition if wide else _compose_kernel)(U, S, V, groups, dtype, scale)
+
+
+_compose_kernel = _library.triton_kernel("compose", "compose")
+torch.library.impl("svf_fast::compose", "default", compose_by_definition)
+_library.register_gpu("compose", _compose_on_gpu)
 _library.register_gpu("compose_all", _library.triton_kernel("compose", "compose_all"))
 _table = _library.triton_kernel("compose", "table")
 
@@ -74,4 +85,6 @@ _table = _library.triton_kernel("compose", "table")
 @torch.library.register_fake("svf_fast::compose")
 def _(U, S, V, groups, dtype, scale):
     W = U.new_empty((U.shape[0], *V.shape[1:]), dtype=dtype)
-    return W, W.new_empty(W.shape if scale is not None else 0)
+    if channels_innermost(V):
+        W = W.contiguous(memory_format=torch.channels_last)
+    return W, W.new_empty(0) if scale is None else torch.empty_like(W)

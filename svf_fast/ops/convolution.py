@@ -55,11 +55,16 @@ def directions_first(V: Tensor) -> Tensor:
     return V.permute(order).contiguous().permute([order.index(dim) for dim in range(V.dim())])
 
 
+def channels_innermost(V: Tensor) -> bool:
+    """Whether V [G·R, Ci/G, kh, kw] has its channels inside its positions in memory."""
+    if V.dim() != 4 or V.shape[2:].numel() == 1 or V.shape[1] == 1:
+        return False
+    return V.stride(1) < V.stride(3 if V.shape[3] > 1 else 2)
+
+
 def _order(V: Tensor) -> list[int]:
     """Dimensions from outermost to innermost, the first one first: channels last, or as written."""
-    spatial = list(range(2, V.dim()))
-    last = V.dim() == 4 and V.stride(1) < V.stride(3) and V.shape[2:].numel() > 1
-    return [0, *spatial, 1] if last else list(range(V.dim()))
+    return [0, 2, 3, 1] if channels_innermost(V) else list(range(V.dim()))
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

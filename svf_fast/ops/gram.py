@@ -132,7 +132,7 @@ def scale_gradient_by_gram(
     S: Tensor,
 ) -> Tensor:
     """Two ops, for what has no kernel that does both."""
-    M = torch.ops.svf_fast.gram.default(a, b, len(left), scale, shift)
+    M = gram(a, b, len(left), scale, shift)
     return torch.ops.svf_fast.gram_gradient.default(M, left, right, S.reshape(len(left), -1))
 
 
@@ -165,9 +165,12 @@ def _gram_on_gpu(a: Tensor, *others) -> Tensor:
     return (gram_by_images if a.dtype == torch.float64 else _gram_kernel)(a, *others)
 
 
-def _scale_gradient_on_gpu(a: Tensor, *others) -> Tensor:
-    wide = a.dtype == torch.float64
-    return (scale_gradient_by_gram if wide else _scale_gradient_kernel)(a, *others)
+def _scale_gradient_on_gpu(a: Tensor, b: Tensor, scale, shift, left, right, S) -> Tensor:
+    one_by_one = left.shape[1] == right.shape[1] == 1 and scale is None
+    by_gram = one_by_one or a.dtype == torch.float64
+    return (scale_gradient_by_gram if by_gram else _scale_gradient_kernel)(
+        a, b, scale, shift, left, right, S
+    )
 
 
 torch.library.impl("svf_fast::gram", "default", gram_by_images)
