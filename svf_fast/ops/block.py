@@ -14,12 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from svf_fast.ops.affine_act import (
-    affine_act,
-    affine_act_,
-    affine_act_backward,
-    affine_act_backward_,
-)
 from svf_fast.ops.convolution import convolution
 from svf_fast.ops.gram import activation_gradients
 from svf_fast.ops.pointwise import fuses, pointwise
@@ -31,6 +25,16 @@ from svf_fast.ops.svf_conv2d import (
     memory_format,
     no_autocast,
     saved,
+)
+
+# of svf_fast.ops.affine_act, whose checks are the caller's here
+_activate, _activate_ = (
+    torch.ops.svf_fast.affine_act.default,
+    torch.ops.svf_fast.affine_act_.default,
+)
+_back, _back_ = (
+    torch.ops.svf_fast.affine_act_backward.default,
+    torch.ops.svf_fast.affine_act_backward_.default,
 )
 
 
@@ -60,6 +64,11 @@ class Form(NamedTuple):
     shortcut: str
     relu: bool
     recompute: bool
+
+    @property
+    def count(self) -> int:
+        """Stages beside that of the shortcut."""
+        return len(self.kinds) - (self.shortcut == "convolution")
 
 
 def folds_scale(index: int, count: int, shortcut: bool, relu: bool) -> bool:
@@ -96,8 +105,10 @@ def block(
     kind = shortcut if isinstance(shortcut, str) else "convolution"
     kinds = tuple(stage.layer.kind for stage in every)
     form = Form(kinds, kind, relu, recompute and len(stages) > 1)
-    tensors = [t for stage in every for t in (*stage.layer[1:], stage.scale, stage.shift)]
-    return _Block.apply(x, shortcut_x, form, *tensors)
+    if torch.compiler.is_compiling():  # a trace wants to see every tensor
+        tensors = [t for stage in every for t in (*stage.layer[1:], stage.scale, stage.shift)]
+        return _Block.apply(x, shortcut_x, form, None, *tensors)
+    return _Block.apply(x, shortcut_x, form, every, *[stage.layer.S for stage in every])
 
 
 _TENSORS = len(Layer._fields) + 1  # of a stage: those of its layer, scale, shift
@@ -121,8 +132,9 @@ class _Kept(NamedTuple):
     again: bool  # y and v are computed a second time instead
 
     @classmethod
-    def of(cls, form: Form, count: int, index: int) -> _Kept:
-        """Of the stage ``index`` of ``count`` beside the shortcut."""
+    def of(cls, form: Form, index: int) -> _Kept:
+        """Of a stage beside the shortcut."""
+        count = form.count
         y = form.kinds[index].keeps == "y"
         again = form.recompute and index == 1
         if index == count - 1:
@@ -161,7 +173,7 @@ def _forward(
     """What the next stage reads, and what of this one is kept; the last one adds the residual."""
     layer, scale, shift = stages[index]
     last = index == len(stages) - 1
-    keep = _Kept.of(form, len(stages), index)
+    keep = _Kept.of(form, index)
     keeps_y = keep.y and not keep.again
     relu = form.relu or not last
     read, geometry, v = layer.last(h)
@@ -189,9 +201,9 @@ def _forward(
         if keeps_y and not last and _rebuilds(form, stages, index + 1, y):
             return Activation(y, scale, shift), _Maps(v, y, None)
         if keeps_y:
-            out, mask = affine_act(y, scale, shift, residual, residual_scale, relu, keep.mask)
+            out, mask = _activate(y, scale, shift, residual, residual_scale, relu, keep.mask)
         else:  # y is this node's own and read by nobody else
-            mask = affine_act_(y, scale, shift, residual, residual_scale, relu, keep.mask)
+            mask = _activate_(y, scale, shift, residual, residual_scale, relu, keep.mask)
             out = y
     kept = y if keeps_y else None
     return Activation(out), _Maps(None if keep.again else v, kept, mask if keep.mask else None)
@@ -199,7 +211,7 @@ def _forward(
 
 def _rebuilds(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> bool:
     """Whether a stage rebuilds its input from the y before as it reads it."""
-    layer, keep = stages[index].layer, _Kept.of(form, len(stages), index)
+    layer, keep = stages[index].layer, _Kept.of(form, index)
     if layer.kind.strategy == "chain":
         return False
     ends = _ends(form, keep, index == len(stages) - 1)
@@ -208,8 +220,9 @@ def _rebuilds(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> boo
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shortcut_x, form, *tensors):
-        stages = _stages(form, tensors)
+    def forward(ctx, x, shortcut_x, form, stages, *tensors):
+        traced, every = stages is None, stages or _stages(form, tensors)
+        stages = list(every)
         shortcut = stages.pop() if form.shortcut == "convolution" else None
         sources, shapes, formats = [], [], []
         kept: list[Tensor | None] = []  # v, y and mask of each stage
@@ -236,14 +249,11 @@ class _Block(torch.autograd.Function):
             formats.append(memory_format(h.y))
             kept += maps
 
-        SUV = [t for at in range(0, len(tensors), _TENSORS) for t in tensors[at : at + _FACTORS]]
-        ctx.save_for_backward(*sources, *kept, *leaves, *SUV)
-        ctx.constants = tuple(
-            t
-            for at in range(0, len(tensors), _TENSORS)
-            for t in tensors[at + _FACTORS : at + _TENSORS]
-        )
-        ctx.form, ctx.shapes, ctx.formats = form, shapes, formats
+        # the factors too: a change of theirs in place is noticed
+        factors = [t for stage in every for t in stage.layer[1 : 1 + _FACTORS]]
+        ctx.save_for_backward(*sources, *kept, *leaves, *factors)
+        ctx.others = [(*stage.layer[1 + _FACTORS :], *stage[1:]) for stage in every]
+        ctx.form, ctx.shapes, ctx.formats, ctx.traced = form, shapes, formats, traced
         ctx.shortcut_shape = None if shortcut_x is None else shortcut_x.shape
         return h.y
 
@@ -260,12 +270,12 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     sources = tensors[: 2 if form.shortcut == "convolution" else 1]
     rest = tensors[len(sources) :]
     kept = [_Maps(*rest[3 * index : 3 * index + 3]) for index in range(count)]
-    every: list[Any] = []
-    others = _TENSORS - _FACTORS
-    for index in range(count):
-        every += rest[3 * count + _FACTORS * index :][:_FACTORS]
-        every += ctx.constants[others * index :][:others]
-    stages = _stages(form, every)
+    stages, factors = [], rest[3 * count :]
+    for index, (kind, (*others, scale, shift)) in enumerate(
+        zip(form.kinds, ctx.others, strict=True)
+    ):
+        own = factors[_FACTORS * index : _FACTORS * (index + 1)]
+        stages.append(Stage(Layer(kind, *own, *others), scale, shift))
     shortcut, shortcut_kept = None, None
     if form.shortcut == "convolution":
         shortcut, shortcut_kept = stages.pop(), kept.pop()
@@ -322,8 +332,9 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
     if grad_x is not None and identity and not form.relu:
         grad_x = grad_x + total.tensor()
-    grads = [g for grad_S in grads_S for g in (grad_S, *[None] * (_TENSORS - 1))]
-    return grad_x, grad_shortcut_x, None, *grads
+    none = [None] * (_TENSORS - 1 if ctx.traced else 0)
+    grads = [g for grad_S in grads_S for g in (grad_S, *none)]
+    return grad_x, grad_shortcut_x, None, None, *grads
 
 
 def _through_first(
@@ -380,7 +391,8 @@ def _between(
         grad_x = layer.spread(grad_x, ctx.shapes[index])
     grad_x = grad_x.contiguous(memory_format=ctx.formats[index - 1])
     if mask is not None:
-        return affine_act_backward_(grad_x, mask=mask, scale=before.scale), None, strided
+        _back_(grad_x, None, mask, before.scale, None)
+        return grad_x, None, strided
     assert y is not None
     own = before.layer if before.layer.kind.keeps == "y" else None
     g, read_off, found = activation_gradients(
@@ -397,8 +409,8 @@ def _between(
 def _through(grad: Tensor, stage: Stage, kept: _Maps) -> Tensor:
     """From the gradient of a stage's ReLU to that of its y."""
     if kept.mask is not None:
-        return affine_act_backward(grad, mask=kept.mask, scale=stage.scale)
-    return affine_act_backward(grad, y=kept.y, scale=stage.scale, shift=stage.shift)
+        return _back(grad, None, kept.mask, stage.scale, None)
+    return _back(grad, kept.y, None, stage.scale, stage.shift)
 
 
 def _again(stages: Sequence[Stage], kept: Sequence[_Maps]) -> _Maps:

@@ -159,15 +159,16 @@ def _product(matrix: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
     last = is_channels_last(x)
     if into is not None and is_channels_last(into) != last:
         return into.add_(_product(matrix, x))
-    images, _, height, width = x.shape
-    beta = 0 if into is None else 1
+    images, channels, height, width = x.shape
+    outputs, beta = matrix.shape[0], 0 if into is None else 1
     if into is None:
         memory_format = torch.channels_last if last else torch.contiguous_format
-        shape = (images, len(matrix), height, width)
+        shape = (images, outputs, height, width)
         into = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if last:
-        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-        into.permute(0, 2, 3, 1).flatten(0, 2).addmm_(rows, matrix.mT, beta=beta)
+        positions = images * height * width
+        rows = x.as_strided((positions, channels), (channels, 1))
+        into.as_strided((positions, outputs), (outputs, 1)).addmm_(rows, matrix.t(), beta=beta)
     else:
         matrices = matrix.expand(images, -1, -1)
         into.flatten(2).baddbmm_(matrices, x.flatten(2), beta=beta)
