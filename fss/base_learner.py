@@ -120,6 +120,15 @@ class BaseLearnerConfig:
         if not self.out:
             raise ValueError("out: expected a folder for the run, got nothing")
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BaseLearnerConfig:
+        """The inverse of `plain`; a setting that is newer than the values has its default."""
+        parts = {
+            "data": DataConfig(**values["data"]),
+            "model": ModelConfig(**values["model"]),
+        }
+        return cls(**{**values, **parts})
+
 
 # What a run leaves in its folder.
 _FILES = ("last.pt", "base.pt", "log.csv", "result.json")
@@ -393,6 +402,8 @@ def train_base(
     if state is not None:
         if not isinstance(state, dict) or "history" not in state:
             raise ValueError(f"checkpoint: expected a checkpoint of fss train-base at {path}")
+        with explain_misfit(path):
+            state["config"] = plain(BaseLearnerConfig.from_dict(state["config"]))
         check_resumable(state, plain(config), FREE, path, fabric)
     trainer = BaseTrainer(config, fabric)
     with float32_products(config.tf32), explain_unwritable(folder):

@@ -73,7 +73,7 @@ class CudaGraph:
         self.discard()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
-        generator = torch.cuda.default_generators[current.device_index]
+        generator = torch.cuda.default_generators[self.device.index]
         random_state = generator.clone_state()
         try:
             # thread_local: a thread of the loader pins the next batches meanwhile

@@ -110,7 +110,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"regime": {"name": "full"}},
     "statistics of the batch": {
         "regime": {"batch_norm": "both", "batch_norm_statistics": "batch"},
-        "validation_every": 4,
     },
     "pfenet": {"model": {"name": "pfenet", "bins": [1, 0.5]}},
     "bam": {"model": {"name": "bam", "base_weights": "none"}, "data": {"shots": 2}},
