@@ -399,10 +399,11 @@ class TrainConfig:
         pictures: episodes drawn at the end.
         precision: as Lightning Fabric names it; "mixed" keeps the weights in float32. "16-mixed"
             scales the loss and skips steps whose gradients overflow; the log counts them.
-        tf32: which float32 products of a GPU round their factors to TF32, 10 bits, for up to eight
-            times the speed, in training and `fss eval`: "convolutions", as torch does by itself
-            and published results were made, while the few matrix products that W and the gradient
-            of S come from stay exact; "none"; or "all".
+        tf32: which float32 products of a GPU round their factors to TF32, 10 bits after the point,
+            in training and `fss eval`; datasheets promise up to eight times the rate.
+            "convolutions", as torch does by itself, so that a run is as fast and as exact as one
+            expects of torch: the few matrix products that W and the gradient of S come from stay
+            exact. "none" for the error of float32 everywhere, or "all".
         graph: on a GPU, "auto" launches the forward and backward passes of a step as one CUDA
             graph after a few steps, which spares the host's time; the graph keeps the memory of a
             step also while the run validates. Steps that cannot be captured run one by one, and a
