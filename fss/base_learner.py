@@ -28,7 +28,7 @@ from fss.evaluation import episode_classes
 from fss.files import atomic_write, write_json
 from fss.loading import episode_loader, explain_killed_worker
 from fss.models import PSPNet, build_backbone, load_backbone
-from fss.processes import build_fabric
+from fss.processes import build_fabric, fixed_shapes, float32_products, lay_out
 from fss.run_state import (
     Stopped,
     agreed,
@@ -72,6 +72,7 @@ class BaseLearnerConfig:
         save_every: steps between two writes of the last checkpoint.
         log_every: steps between two rows of the log.
         precision: as Lightning Fabric names it; "mixed" keeps the weights in float32.
+        tf32: which float32 products of a GPU round to TF32, see `TrainConfig`.
         accelerator: "auto", "cpu" or "cuda".
         devices: processes, one per device: a number, or "auto".
         out: folder of the run.
@@ -93,6 +94,7 @@ class BaseLearnerConfig:
     save_every: int = 500
     log_every: int = 10
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
+    tf32: Literal["none", "convolutions", "all"] = "convolutions"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int | Literal["auto"] = 1
     out: str = "runs/base"
@@ -111,10 +113,21 @@ class BaseLearnerConfig:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if self.tf32 not in ("none", "convolutions", "all"):
+            raise ValueError(f"tf32: expected one of none, convolutions, all; got {self.tf32!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected 0 up to below 1, got {self.momentum}")
         if not self.out:
             raise ValueError("out: expected a folder for the run, got nothing")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BaseLearnerConfig:
+        """The inverse of `plain`; a setting that is newer than the values has its default."""
+        parts = {
+            "data": DataConfig(**values["data"]),
+            "model": ModelConfig(**values["model"]),
+        }
+        return cls(**{**values, **parts})
 
 
 # What a run leaves in its folder.
@@ -212,6 +225,7 @@ class BaseTrainer:
         self.network: nn.Module = PSPNet(backbone, len(self.classes))
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        lay_out(self.network, fabric.device)
         optimizer = torch.optim.SGD(
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
@@ -246,6 +260,7 @@ class BaseTrainer:
         )
         self.model.train()
         with (
+            fixed_shapes(),
             postponed_stop() as statuses,
             bar,
             explain_killed_worker(lambda: last_good(self.folder)),
@@ -387,9 +402,11 @@ def train_base(
     if state is not None:
         if not isinstance(state, dict) or "history" not in state:
             raise ValueError(f"checkpoint: expected a checkpoint of fss train-base at {path}")
+        with explain_misfit(path):
+            state["config"] = plain(BaseLearnerConfig.from_dict(state["config"]))
         check_resumable(state, plain(config), FREE, path, fabric)
     trainer = BaseTrainer(config, fabric)
-    with explain_unwritable(folder):
+    with float32_products(config.tf32), explain_unwritable(folder):
         if fabric.is_global_zero:
             remove_leftovers(folder)
         if state is not None:

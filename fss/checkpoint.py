@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,12 +53,14 @@ def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> N
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors and plain values; the file at `path` is the former one until all is written.
 
+    What a GPU keeps in channels_last is written as if it did not: a reader adopts what it finds.
+
     Raises:
         OSError: a disk that is full or fails.
     """
     try:
         with atomic_write(path) as file:
-            torch.save(content, file)
+            torch.save(_contiguous(content), file)
     except (OSError, RuntimeError) as error:
         # torch's writer hides the error of the file behind one of its own
         cause = next((e for e in causes(error) if isinstance(e, OSError)), None)
@@ -68,6 +71,17 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             f"checkpoint: {path} cannot be written ({cause.strerror if cause else 'disk full?'}), "
             f"{kept}; make room on the disk, then go on with --resume"
         ) from error
+
+
+def _contiguous(content: Any) -> Any:
+    """The content with its tensors [N, C, H, W] in the memory format that is torch's own."""
+    if isinstance(content, torch.Tensor):
+        return content.contiguous() if content.ndim == 4 else content
+    if isinstance(content, dict):
+        result = copy.copy(content)  # a state dict has attributes of its own
+        result.update((name, _contiguous(value)) for name, value in content.items())
+        return result
+    return content
 
 
 def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, Any]:

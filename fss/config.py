@@ -399,6 +399,15 @@ class TrainConfig:
         pictures: episodes drawn at the end.
         precision: as Lightning Fabric names it; "mixed" keeps the weights in float32. "16-mixed"
             scales the loss and skips steps whose gradients overflow; the log counts them.
+        tf32: which float32 products of a GPU round their factors to TF32, 10 bits after the point,
+            in training and `fss eval`; datasheets promise up to eight times the rate.
+            "convolutions", as torch does by itself, so that a run is as fast and as exact as one
+            expects of torch: the few matrix products that W and the gradient of S come from stay
+            exact. "none" for the error of float32 everywhere, or "all".
+        graph: on a GPU, "auto" launches the forward and backward passes of a step as one CUDA
+            graph after a few steps, which spares the host's time; the graph keeps the memory of a
+            step also while the run validates. Steps that cannot be captured run one by one, and a
+            line says why. "off" never captures. The weights are the same up to rounding.
         deterministic: the same bits from run to run on the same machine and number of processes;
             an operation that cannot do that is an error.
         sync_batch_norm: batch norms that train on statistics of the batch take those of all
@@ -432,6 +441,8 @@ class TrainConfig:
     log_every: int = 10
     pictures: int = 6
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
+    tf32: Literal["none", "convolutions", "all"] = "convolutions"
+    graph: Literal["auto", "off"] = "auto"
     deterministic: bool = False
     sync_batch_norm: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -471,6 +482,8 @@ class TrainConfig:
             self.precision,
             ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"),
         )
+        _choice("tf32", self.tf32, ("none", "convolutions", "all"))
+        _choice("graph", self.graph, ("auto", "off"))
         _choice("accelerator", self.accelerator, ("auto", "cpu", "cuda"))
         if self.devices != "auto":
             _at_least("devices", self.devices, 1)

@@ -17,7 +17,7 @@ from fss.evaluation import evaluate_seeds
 from fss.files import write_json
 from fss.measure import peak_memory
 from fss.plots import draw_curves, draw_episodes
-from fss.processes import build_fabric, determinism, is_restart
+from fss.processes import build_fabric, determinism, float32_products, is_restart
 from fss.provenance import provenance
 from fss.run_state import (
     check_folder,
@@ -70,7 +70,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         with explain_misfit(path):
             state["config"] = TrainConfig.from_dict(state["config"]).to_dict()
         check_resumable(state, config.to_dict(), FREE, path, fabric)
-    with determinism(config.deterministic):
+    with determinism(config.deterministic), float32_products(config.tf32):
         trainer = Trainer(config, fabric)
         with explain_unwritable(folder):
             if fabric.is_global_zero:

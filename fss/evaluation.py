@@ -20,6 +20,7 @@ from fss.feature_cache import FeatureCache, Names
 from fss.intervals import bootstrap_miou, over_seeds
 from fss.loading import episode_loader
 from fss.metrics import EpisodeIoU, Score
+from fss.processes import fixed_shapes
 
 
 def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, str]:
@@ -144,19 +145,20 @@ def evaluate_all(
     cache = FeatureCache(model, feature_cache, [names[place] for place in share if names])
     places = iter(share)
     episodes = Subset(ConcatDataset(datasets), share)
-    for batch in episode_loader(episodes, batch_size, workers, fabric):
-        labels = zip(
-            predict(model, batch, resize, cache),
-            batch["query_mask" if resize == "network" else "query_mask_original"],
-            batch["class_id"].tolist(),
-            strict=True,
-        )
-        for prediction, mask, class_id in labels:
-            one = EpisodeIoU(classes)
-            one.update(prediction, mask, class_id)
-            row = rows[next(places)]
-            row[0] = place = one.classes.index(class_id)
-            row[1:] = one.counts[place]
+    with fixed_shapes(cache.model is None):  # else a batch computes what it lacks
+        for batch in episode_loader(episodes, batch_size, workers, fabric):
+            labels = zip(
+                predict(model, batch, resize, cache),
+                batch["query_mask" if resize == "network" else "query_mask_original"],
+                batch["class_id"].tolist(),
+                strict=True,
+            )
+            for prediction, mask, class_id in labels:
+                one = EpisodeIoU(classes)
+                one.update(prediction, mask, class_id)
+                row = rows[next(places)]
+                row[0] = place = one.classes.index(class_id)
+                row[1:] = one.counts[place]
     rows = fabric.all_reduce(rows.to(fabric.device), reduce_op="sum").cpu()
     return [_score(part, classes) for part in rows.split([len(d) for d in datasets])]
 

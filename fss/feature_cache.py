@@ -110,13 +110,13 @@ class FeatureCache:
         missing = [needed[n] for n in _places([_photo(photos[n]) for n in needed], found)]
         if missing:
             self.photos += len(missing)
-            seen = zip(*backbone.features(images[missing]), strict=True)
-            self._add(found, [_photo(photos[n]) for n in missing], seen)
+            seen = (maps.split(1) for maps in backbone.features(images[missing]))
+            self._add(found, [_photo(photos[n]) for n in missing], zip(*seen, strict=True))
         missing = _places(queries, found)
         if missing:
             self.layer4 += len(missing)
             _, middle = _stacked([found[_photo(photos[n])] for n in missing])
-            self._add(found, [queries[n] for n in missing], zip(backbone.layer4(middle)))
+            self._add(found, [queries[n] for n in missing], zip(backbone.layer4(middle).split(1)))
         if unseen:
             self.layer4 += len(unseen)
             low, middle = _stacked([found[_photo(photos[batch + n])] for n in unseen])
@@ -193,8 +193,11 @@ def _places(keys: Sequence[Hashable], found: Mapping[Hashable, Any]) -> list[int
 
 
 def _stacked(entries: Sequence[_Maps]) -> list[Tensor]:
-    """The maps of several entries, one batch for each kind."""
-    return [torch.stack(kind) for kind in zip(*entries, strict=True)]
+    """The maps [1, C, h, w] of several entries, one batch for each kind.
+
+    torch.stack of maps without the first dimension would give up channels_last.
+    """
+    return [torch.cat(kind) for kind in zip(*entries, strict=True)]
 
 
 def _padded(maps: Sequence[Tensor]) -> Tensor:

@@ -1,11 +1,11 @@
-"""The processes of a run: devices, precision, torchrun, determinism."""
+"""The processes of a run: devices, memory format, precision, torchrun, determinism."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -14,6 +14,8 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import distributed, nn
 
 from fss.config import RegimeConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Launched(Protocol):
@@ -169,3 +171,54 @@ def determinism(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
         cudnn.deterministic, cudnn.benchmark = former[2:]
+
+
+def takes_channels_last(device: torch.device) -> bool:
+    """Whether networks run in channels_last on a device: on a GPU.
+
+    The fused kernels of a GPU take nothing else, and cuDNN transposes around 16-bit convolutions of
+    other maps. On a CPU no format is the faster one for all shapes.
+    """
+    return device.type == "cuda"
+
+
+def lay_out(network: Network, device: torch.device) -> Network:
+    """Gives a network's kernels the memory format for a device, in place; values stay.
+
+    Maps follow the kernels: the first convolution lays out the images.
+    """
+    if takes_channels_last(device):
+        network.to(memory_format=torch.channels_last)
+    return network
+
+
+@contextmanager
+def fixed_shapes(fixed: bool = True) -> Iterator[None]:
+    """Lets cuDNN time its algorithms once for each shape of a convolution; undone at the end.
+
+    Args:
+        fixed: the same shapes come again and again; where they do not, timing costs more than it
+            gains. Within `determinism` nothing is timed: the outcome could be another each time.
+    """
+    cudnn = torch.backends.cudnn
+    former = cudnn.benchmark
+    cudnn.benchmark = fixed and not cudnn.deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark = former
+
+
+@contextmanager
+def float32_products(tf32: Literal["none", "convolutions", "all"]) -> Iterator[None]:
+    """Says which float32 products of a GPU round to TF32, see `TrainConfig`; undone at the end."""
+    # not `allow_tf32`: reading it raises once `fp32_precision` was set
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matrices: Any = torch.backends.cuda.matmul
+    former = convolutions.fp32_precision, matrices.fp32_precision
+    convolutions.fp32_precision = "ieee" if tf32 == "none" else "tf32"
+    matrices.fp32_precision = "tf32" if tf32 == "all" else "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision, matrices.fp32_precision = former

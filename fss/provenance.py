@@ -46,10 +46,13 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, "-dirty" with local changes, if any."""
+    """The commit of the checkout this package runs from, "-dirty" with local changes, if any.
+
+    Of a copy without `.git`, what the environment variable SVF_COMMIT says.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("SVF_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

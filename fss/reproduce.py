@@ -12,7 +12,7 @@ from typing import Any
 
 from fss.base_learner import FREE as BASE_FREE
 from fss.base_learner import BaseLearnerConfig, plain, train_base
-from fss.checkpoint import check_same
+from fss.checkpoint import check_same, explain_misfit
 from fss.comparison import BaseRun, Run, compared_rows, markdown
 from fss.config import TrainConfig
 from fss.engine import train
@@ -21,7 +21,7 @@ from fss.paper import FOLDS, Row, Table, base_values, merged, read_settings, run
 from fss.run_state import INTERRUPTED, Stopped, flat_settings
 
 # What may differ between a finished run and the one that is asked for: not what was measured.
-_FREE = {"out", "log_every", "save_every", "pictures", "accelerator", "devices"}
+_FREE = {"out", "log_every", "save_every", "pictures", "accelerator", "devices", "graph"}
 _FREE |= {"data.root", "data.workers", "model.weights", "model.base_weights", "model.official"}
 # What the settings of all rows must not say, and what says it.
 _OWN = {
@@ -231,16 +231,32 @@ def _plan_base(
 def _check_settings(run: Run) -> None:
     """Raises ValueError where a folder holds a finished run of other settings."""
     assert run.config is not None
-    _check_finished(run.folder, run.config.to_dict(), _FREE)
+    _check_finished(run.folder, run.config.to_dict(), _FREE, _run_settings)
     if run.base is not None:
-        _check_finished(run.base.folder, plain(run.base.config), BASE_FREE)
+        _check_finished(run.base.folder, plain(run.base.config), BASE_FREE, _base_settings)
 
 
-def _check_finished(folder: Path, config: dict[str, Any], free: set[str]) -> None:
+def _check_finished(
+    folder: Path,
+    config: dict[str, Any],
+    free: set[str],
+    settings: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
     path = folder / "result.json"
     if path.is_file():
-        stored = parse_json(read_text(path), path)["config"]
+        with explain_misfit(path):
+            stored = settings(parse_json(read_text(path), path)["config"])
         check_same(flat_settings(stored, free), flat_settings(config, free), path)
+
+
+def _run_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of settings that are newer than the result."""
+    return TrainConfig.from_dict(stored).to_dict()
+
+
+def _base_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """As `_run_settings`, of a base learner."""
+    return plain(BaseLearnerConfig.from_dict(stored))
 
 
 def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -> None:

@@ -98,6 +98,11 @@ def training_state(fabric: Fabric, optimizer: Any, scheduler: Any) -> dict[str, 
 def restore_training(state: dict[str, Any], fabric: Fabric, optimizer: Any, scheduler: Any) -> None:
     """The inverse of `training_state`."""
     optimizer.load_state_dict(state["optimizer"])
+    # as its parameter lies: torch updates all at once only what lies alike
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     check_types(state["scheduler"], dict.fromkeys(scheduler.state_dict(), object))
     scheduler.load_state_dict(state["scheduler"])
     fabric.strategy.precision.load_state_dict(state["precision"])

@@ -18,7 +18,7 @@ from fss.files import write_json
 from fss.models import build_model
 from fss.models.weights import read_state
 from fss.paper import read_settings
-from fss.processes import launch, torchrun_layout
+from fss.processes import float32_products, launch, lay_out, torchrun_layout
 from fss.regimes import apply_regime
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -170,18 +170,19 @@ def evaluate_run(
         apply_regime(network, config.regime)
         with explain_misfit(Path(run)):
             network.load_state_dict(trained.weights)
-    result = described | evaluate_seeds(
-        fabric.setup(network),
-        photos,
-        config.data,
-        fabric,
-        config.test_seeds,
-        config.test_episodes,
-        config.batch_size,
-        classes == "novel",
-        config.resize,
-        config.feature_cache,
-    )
+    with float32_products(config.tf32):
+        result = described | evaluate_seeds(
+            fabric.setup(lay_out(network, fabric.device)),
+            photos,
+            config.data,
+            fabric,
+            config.test_seeds,
+            config.test_episodes,
+            config.batch_size,
+            classes == "novel",
+            config.resize,
+            config.feature_cache,
+        )
     if fabric.is_global_zero:
         name = "eval" if source is None else f"eval_{source}_fold{config.data.fold}"
         trained.folder.mkdir(parents=True, exist_ok=True)

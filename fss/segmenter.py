@@ -24,6 +24,7 @@ from fss.evaluation import enlarge
 from fss.masks import MaskLike, read_mask
 from fss.models import FewShotModel, Matching, backbone_of, build_model
 from fss.pictures import Picture, overlay, read_picture
+from fss.processes import lay_out
 from fss.regimes import apply_regime
 from fss.supports import Supports, see_supports
 
@@ -135,7 +136,8 @@ class FewShotSegmenter:
         device: Device,
     ) -> None:
         self.device = _device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        model = model.to(self.device).eval().requires_grad_(False)
+        self.model = lay_out(model, self.device)
         self.config = config
         self.threshold = threshold
         self._transform = transform
@@ -179,7 +181,7 @@ class FewShotSegmenter:
             if not any(True for _ in svf_fast.svf_parameters(backbone)):
                 _check_layers(backbone, adapter)
                 svf_fast.convert(backbone, list(adapter.S), fuse=False)
-                backbone.requires_grad_(False)
+                lay_out(backbone, self.device).requires_grad_(False)
             self._own = svf_fast.Adapter.of(backbone)
         if adapter is not None:
             adapter.apply(backbone)

@@ -19,6 +19,7 @@ from lightning_fabric import Fabric
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from fss.captured import captured
 from fss.checkpoint import check_types, save_checkpoint
 from fss.config import TrainConfig
 from fss.data import build_episodes, build_source
@@ -28,7 +29,7 @@ from fss.loading import episode_loader, explain_killed_worker
 from fss.measure import StepTimer, peak_memory, saved_bytes
 from fss.metrics import EpisodeIoU, episode_counts
 from fss.models import build_model
-from fss.processes import synchronise_batch_norms
+from fss.processes import fixed_shapes, lay_out, synchronise_batch_norms
 from fss.regimes import apply_regime, build_optimizer, build_scheduler
 from fss.run_log import RunLog
 from fss.run_state import (
@@ -45,7 +46,7 @@ from fss.run_state import (
 # What may differ between the two halves of a resumed run: it does not change what is trained.
 FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
 FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
-FREE |= {"model.weights", "model.base_weights", "model.official"}
+FREE |= {"graph", "model.weights", "model.base_weights", "model.official"}
 
 # Of what last.pt holds, the plain values.
 _PROGRESS: dict[str, type | UnionType] = {"step": int, "stale": int, "skipped": int, "losses": list}
@@ -97,6 +98,7 @@ class Trainer:
         apply_regime(self.network, config.regime)
         if config.sync_batch_norm:
             self.network = synchronise_batch_norms(self.network, config.regime, fabric)
+        lay_out(self.network, fabric.device)
         optimizer = build_optimizer(self.network, config.optimizer)
         self.scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
         self.model, self.optimizer = fabric.setup(self.network, optimizer)
@@ -118,6 +120,10 @@ class Trainer:
         places[list(self.base_classes)] = torch.arange(len(self.base_classes))
         self._places = fabric.to_device(places)
         self._counts = fabric.to_device(torch.zeros(len(self.base_classes), 5, dtype=torch.int64))
+        inputs = (*self.network.inputs, *self.network.targets, "query_mask", "class_id")
+        self._run_parts = captured(
+            self._backward_parts, self.network, inputs, fabric, config.graph, self._tell
+        )
 
     def fit(self) -> None:
         """Trains from the current step to the last."""
@@ -139,6 +145,7 @@ class Trainer:
         self.model.train()
         window = self.step, time.perf_counter()
         with (
+            fixed_shapes(),
             self._open_log(),
             postponed_stop() as statuses,
             bar,
@@ -168,6 +175,8 @@ class Trainer:
                         f"fss train --config {self.folder / 'config.yaml'} --resume",
                         status,
                     )
+        self._run_parts = self._backward_parts  # the test needs a graph's memory
+        self.optimizer.zero_grad()
         self.unreadable = self._all_unreadable()
         if self.unreadable:
             self._tell(self._unreadable_line())
@@ -213,7 +222,7 @@ class Trainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self._timer.start()
         self.optimizer.zero_grad()
-        losses = [self._backward(part, part is parts[-1]) for part in parts]
+        losses = self._run_parts(parts)
         self._step_optimizer()
         self._timer.stop()
         self.scheduler.step()
@@ -221,7 +230,11 @@ class Trainer:
         for part in parts:
             for errors in part.get("unreadable", ()):
                 self.unreadable.update(errors)
-        self._pending.append((self.step, learning_rate, torch.stack(losses).mean()))
+        self._pending.append((self.step, learning_rate, losses.mean()))
+
+    def _backward_parts(self, parts: list[dict[str, Any]]) -> torch.Tensor:
+        """Adds the gradients of the parts of a step; returns the loss of each."""
+        return torch.stack([self._backward(part, part is parts[-1]) for part in parts])
 
     def _backward(self, part: dict[str, Any], last: bool) -> torch.Tensor:
         """Adds the gradients of a part of a step; only the last waits for other processes."""

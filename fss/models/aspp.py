@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from fss.models.pooling import cat_maps
 
 
 class ASPP(nn.Module):
@@ -26,6 +27,6 @@ class ASPP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pooled(x.mean(dim=(2, 3), keepdim=True)).expand_as(x)
+        pooled = self.pooled(x.mean(dim=(2, 3), keepdim=True))
         views = [pooled, self.pointwise(x)] + [conv(x) for conv in self.atrous]
-        return torch.cat(views, dim=1).relu()
+        return cat_maps(views, like=x).relu()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fss.models.aspp import ASPP
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel, classifier, pointwise, two_convolutions
-from fss.models.pooling import resize
+from fss.models.pooling import cat_maps, resize
 
 
 class Baseline(FewShotModel):
@@ -59,8 +58,7 @@ class Baseline(FewShotModel):
 
     def compare(self, query: Tensor, prototype: Tensor, prior: Tensor) -> Tensor:
         """Query [B, C, h, w], prototype [B, C, 1, 1], prior [B, 1, h, w] to logits [B, 2, h, w]."""
-        parts = [query, prototype.expand_as(query), prior.to(query.dtype)]
-        merged = self.merge(torch.cat(parts, dim=1))
+        merged = self.merge(cat_maps([query, prototype, prior.to(query.dtype)], like=query))
         merged = self.project(self.aspp(merged))
         merged = merged + self.residual(merged)
         return self.classifier(merged)

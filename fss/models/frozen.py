@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.grad import conv2d_input
 
 
 def frozen_conv2d(x: Tensor, weight: Tensor, padding: int | tuple[int, int] = 0) -> Tensor:
@@ -30,7 +29,7 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, padding: int | tuple[int, int]) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.dtype, ctx.padding = x.shape, x.dtype, padding
+        ctx.dtype, ctx.padding = x.dtype, padding
         return functional.conv2d(x, weight, padding=padding)
 
     @staticmethod
@@ -39,4 +38,6 @@ class _FrozenConvolution(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         # under autocast the convolution ran in the dtype of its output
         weight = weight.to(grad.dtype)
-        return conv2d_input(ctx.shape, weight, grad, padding=ctx.padding).to(ctx.dtype), None, None
+        # not `torch.nn.grad.conv2d_input`, whose stand-in for x has a GPU lay grad out and back
+        grad_x = functional.conv_transpose2d(grad, weight, padding=ctx.padding)
+        return grad_x.to(ctx.dtype), None, None

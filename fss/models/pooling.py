@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,3 +33,15 @@ def masked_average_pool(features: Tensor, mask: Tensor) -> Tensor:
     """
     area = mask.sum(dim=(2, 3), keepdim=True) + 0.0005
     return (features * mask).sum(dim=(2, 3), keepdim=True) / area
+
+
+def cat_maps(maps: Sequence[Tensor], like: Tensor) -> Tensor:
+    """``cat(maps, dim=1)`` at the size [h, w] and in the memory format of the map `like`.
+
+    A map [B, C, 1, 1] stands for one value per channel. torch.cat leaves channels_last where such a
+    map or one of a single channel is among them, and whatever reads the result lays it out anew.
+    """
+    maps = [each.expand(-1, -1, *like.shape[2:]) for each in maps]
+    if like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
+        return torch.cat(maps, dim=1)
+    return torch.cat([each.permute(0, 2, 3, 1) for each in maps], dim=3).permute(0, 3, 1, 2)

@@ -13,6 +13,7 @@ from fss.report.run import Run
 # What may differ between runs of which a mean makes sense: folds and seeds, places and speed.
 _FREE = {"out", "data.fold", "data.seed", "data.root", "data.workers", "seed", "model.base_weights"}
 _FREE |= {"accelerator", "devices", "feature_cache", "log_every", "save_every", "pictures"}
+_FREE |= {"graph"}
 
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from fss.config import TrainConfig
 from fss.data import build_source
@@ -58,3 +59,19 @@ def tiny(tmp_path) -> Callable[..., TrainConfig]:
         return TrainConfig.from_dict(values)
 
     return make
+
+
+@pytest.fixture
+def same() -> Callable[[object, object], bool]:
+    """``same(a, b)``: whether two values of a checkpoint are equal to the last bit."""
+
+    def equal(a, b) -> bool:
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+
+    return equal

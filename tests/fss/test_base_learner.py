@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fss.base_learner
+from fss import processes
 from fss.base_learner import BaseImages, BaseLearnerConfig, BaseTrainer, confusion, train_base
 from fss.cli import main
 from fss.config import DataConfig, ModelConfig
@@ -187,6 +188,35 @@ def test_a_run_is_not_overwritten_nor_mixed_up(tiny):
     train_base(tiny(steps=1, lr=0.1), overwrite=True)
 
 
+def test_a_checkpoint_from_before_a_setting_has_its_default(tiny, tmp_path):
+    path = tmp_path / "base" / "last.pt"
+    train_base(tiny())
+    state = torch.load(path)
+    del state["config"]["tf32"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="tf32: expected 'all', the checkpoint has 'convolutions'"):
+        train_base(tiny(tf32="all"), resume=True)
+    assert train_base(tiny(), resume=True)["step"] == 4
+
+
+def test_what_a_step_asks_of_torch(tiny, monkeypatch):
+    """The network as on a GPU, cuDNN's search, and the run's float32 products."""
+    monkeypatch.setattr(processes, "takes_channels_last", lambda device: True)
+    step, seen = BaseTrainer._train_step, []
+
+    def noted(self, batch):
+        weight = self.network.base_learner.classifier[0].weight
+        layout = weight.is_contiguous(memory_format=torch.channels_last)
+        cudnn = torch.backends.cudnn
+        seen.append((layout, cudnn.benchmark, cudnn.conv.fp32_precision))
+        return step(self, batch)
+
+    monkeypatch.setattr(BaseTrainer, "_train_step", noted)
+    train_base(tiny(steps=1, tf32="none"))
+    assert seen == [(True, True, "ieee")]
+    assert not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -195,6 +225,7 @@ def test_a_run_is_not_overwritten_nor_mixed_up(tiny):
         ({"lr": float("nan")}, "lr: expected a number above 0, got nan"),
         ({"foreground_weight": 0.0}, "foreground_weight: expected a number above 0, got 0.0"),
         ({"momentum": 1.0}, "momentum: .*got 1.0"),
+        ({"tf32": "some"}, "tf32: expected one of none, convolutions, all; got 'some'"),
         ({"out": ""}, "out: expected a folder"),
     ],
 )

@@ -41,18 +41,8 @@ def last(config) -> dict:
     return torch.load(Path(config.out) / "last.pt", weights_only=True)
 
 
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.mark.parametrize(("optimizer", "workers"), [("sgd", 1), ("adamw", 0)])
-def test_resume_is_bit_for_bit(tiny, tmp_path, interrupt, optimizer, workers):
+def test_resume_is_bit_for_bit(tiny, tmp_path, interrupt, same, optimizer, workers):
     """6 steps at once, and 3 + 3 with ctrl-C in the third: dropout, momentum, schedule and logs."""
     settings = {
         "steps": 6,
@@ -84,7 +74,9 @@ def test_resume_is_bit_for_bit(tiny, tmp_path, interrupt, optimizer, workers):
     assert results[0]["test"] == results[1]["test"]
 
 
-def test_dropout_makes_the_resumed_random_state_matter(tiny, tmp_path, interrupt, monkeypatch):
+def test_dropout_makes_the_resumed_random_state_matter(
+    tiny, tmp_path, interrupt, same, monkeypatch
+):
     """The test above would notice: without the random state the weights differ."""
     whole, halves = (tiny(out=str(tmp_path / x), steps=4) for x in ("whole", "halves"))
     train(whole)

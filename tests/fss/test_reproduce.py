@@ -161,6 +161,18 @@ def test_other_settings_are_not_mixed_with_finished_runs(command, capsys):
     assert "result.json belongs to another run: steps: expected 4, the checkpoint has 3" in error
 
 
+def test_a_run_from_before_a_setting_has_its_default(command, trained, tmp_path, capsys):
+    assert command("T16", "--rows", "4", "--folds", "0") == 0
+    (path,) = (tmp_path / "out").rglob("result.json")
+    finished = json.loads(path.read_text())
+    del finished["config"]["tf32"], finished["config"]["graph"]
+    path.write_text(json.dumps(finished))
+    assert command("T16", "--rows", "4", "--folds", "0", graph="off") == 0
+    assert command("T16", "--rows", "4", "--folds", "0", tf32="all") == 2
+    assert "tf32: expected 'all', the checkpoint has 'convolutions'" in capsys.readouterr().err
+    assert trained == ["r50-baseline-svf False"]
+
+
 def test_more_test_episodes_need_no_other_training(command, trained, tmp_path):
     """Scaled down in proportion: 4 of 1000, so 16 of 4000."""
     assert command("T14", "--rows", "r50-baseline-svf", "--folds", "1") == 0

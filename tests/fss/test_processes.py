@@ -1,0 +1,148 @@
+"""What a run asks of torch for its device, and gives back at its end."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from fss import FewShotSegmenter, processes
+from fss.checkpoint import read_checkpoint, write_checkpoint
+from fss.engine import train
+from fss.models import Baseline, build_backbone
+from fss.processes import (
+    build_fabric,
+    determinism,
+    fixed_shapes,
+    float32_products,
+    lay_out,
+    takes_channels_last,
+)
+from fss.trainer import Trainer
+
+CONVOLUTIONS, MATRICES = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+
+
+def is_channels_last(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch) -> None:
+    """The decision that a GPU would bring about, for the CPU."""
+    monkeypatch.setattr(processes, "takes_channels_last", lambda device: True)
+
+
+def test_networks_of_a_gpu_lie_in_channels_last():
+    assert takes_channels_last(torch.device("cuda", 1))
+    assert not takes_channels_last(torch.device("cpu"))
+    network = build_backbone("resnet18", width=4)
+    before = copy.deepcopy(network.state_dict())
+    assert lay_out(network, torch.device("cpu")) is network
+    assert network.layer1[0].conv1.weight.is_contiguous()
+    lay_out(network, torch.device("cuda"))
+    assert is_channels_last(network.layer1[0].conv1.weight)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_every_network_is_laid_out(tiny, as_on_gpu):
+    config = tiny()
+    trainer = Trainer(config, build_fabric(config))
+    for name in (
+        "backbone.layer1.0.conv1.weight",
+        "backbone.layer2.0.conv1.V",
+        "residual.0.weight",
+    ):
+        assert is_channels_last(trainer.network.state_dict()[name]), name
+    assert is_channels_last(FewShotSegmenter().model.backbone.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_times_its_algorithms_for_fixed_shapes_alone(wanted):
+    cudnn = torch.backends.cudnn
+    assert not cudnn.benchmark
+    with pytest.raises(KeyError), fixed_shapes(wanted):
+        assert cudnn.benchmark is wanted
+        with fixed_shapes(False):
+            assert not cudnn.benchmark
+        assert cudnn.benchmark is wanted
+        raise KeyError
+    assert not cudnn.benchmark
+    with determinism(True), fixed_shapes():
+        assert not cudnn.benchmark
+
+
+@pytest.mark.parametrize("cache", [0.0, 1.0])
+def test_training_has_fixed_shapes_and_evaluation_without_kept_features(tiny, monkeypatch, cache):
+    seen: dict[str, set[bool]] = {"train": set(), "eval": set()}
+    original = Baseline.forward
+
+    def noted(self, *arguments):
+        seen["train" if self.training else "eval"].add(torch.backends.cudnn.benchmark)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Baseline, "forward", noted)
+    train(tiny(feature_cache=cache, steps=1))
+    assert seen == {"train": {True}, "eval": {not cache}}
+
+
+@pytest.mark.parametrize(
+    ("tf32", "convolutions", "matrices"),
+    [("none", "ieee", "ieee"), ("convolutions", "tf32", "ieee"), ("all", "tf32", "tf32")],
+)
+def test_tf32_of_a_run_and_after_it(tiny, monkeypatch, tf32, convolutions, matrices):
+    before = CONVOLUTIONS.fp32_precision, MATRICES.fp32_precision
+    original = Trainer._loss
+    seen = []
+
+    def noted(self, batch):
+        seen.append((CONVOLUTIONS.fp32_precision, MATRICES.fp32_precision))
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", noted)
+    train(tiny(tf32=tf32, steps=1))
+    assert seen == [(convolutions, matrices)]
+    assert (CONVOLUTIONS.fp32_precision, MATRICES.fp32_precision) == before
+    # Fabric asks this of a GPU whenever a run begins; it raises where switches contradict
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_tf32_is_undone_after_an_error():
+    before = CONVOLUTIONS.fp32_precision, MATRICES.fp32_precision
+    with pytest.raises(KeyError), float32_products("all"):
+        raise KeyError
+    assert (CONVOLUTIONS.fp32_precision, MATRICES.fp32_precision) == before
+
+
+def test_a_checkpoint_has_torchs_own_memory_format(tmp_path):
+    network = build_backbone("resnet18", width=4).to(memory_format=torch.channels_last)
+    state = network.state_dict()
+    write_checkpoint(tmp_path / "x.pt", {"model": state, "optimizer": {"state": {0: state}}})
+    content = read_checkpoint(tmp_path / "x.pt")
+    for read in (content["model"], content["optimizer"]["state"][0]):
+        for name, value in state.items():
+            assert torch.equal(read[name], value)
+            assert read[name].is_contiguous(), name
+    assert is_channels_last(state["layer1.0.conv1.weight"])  # what is written stays as it was
+    assert content["model"]._metadata == state._metadata
+
+
+def test_a_run_of_a_gpu_is_read_and_resumed_anywhere(tiny, monkeypatch):
+    """Momentum lies as its parameter does, in whichever format the run goes on."""
+    config = tiny(steps=2, save_every=1, optimizer={"schedule": "constant"})
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "takes_channels_last", lambda device: True)
+        train(config)
+    state = read_checkpoint(Path(config.out) / "last.pt")
+    for laid_out in (False, True):
+        monkeypatch.setattr(
+            processes, "takes_channels_last", lambda device, answer=laid_out: answer
+        )
+        trainer = Trainer(config, build_fabric(config))
+        trainer.restore(copy.deepcopy(state))
+        momenta = trainer.optimizer.optimizer.state
+        kinds = [(p.stride(), momenta[p]["momentum_buffer"].stride()) for p in momenta]
+        assert kinds and all(one == other for one, other in kinds)
+        assert trainer.network.residual[0].weight.is_contiguous() is not laid_out
