@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
       "Tensor index) -> (Tensor, Tensor)");
   library.def("gram(Tensor a, Tensor b, int groups, Tensor? scale, Tensor? shift) -> Tensor");
   library.def("gram_gradient(Tensor M, Tensor left, Tensor right, Tensor S) -> Tensor");
-  library.def("guard_holds(Tensor S, Tensor? tail, int groups, float limit) -> Tensor");
+  library.def("guards_hold(Tensor S, Tensor guarded, Tensor layers, float limit) -> Tensor");
   library.def(
       "pointwise(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? in_mask, "
       "Tensor? scale, Tensor? shift, Tensor? residual, Tensor? residual_scale, "

@@ -1,5 +1,5 @@
-// guard_holds on CUDA: one block, because a layer has a few thousand singular values at most. Sums
-// are in double, as in the definition.
+// guards_hold on CUDA: a block a layer, which has a few thousand singular values at most. Sums are
+// in double, as in the definition.
 #include <cstdint>
 
 #include <torch/csrc/stable/library.h>
@@ -26,61 +26,55 @@ __device__ double sum_block(double value) {
   return values[0];
 }
 
-// Whether the ascending indices [count] hold `index`.
-__device__ bool contains(const int64_t* indices, int64_t count, int64_t index) {
-  int64_t first = 0;
-  while (count > 0) {
-    const int64_t half = count / 2;
-    if (indices[first + half] < index) {
-      first += half + 1;
-      count -= half + 1;
-    } else if (indices[first + half] > index) {
-      count = half;
-    } else {
-      return true;
-    }
-  }
-  return false;
-}
-
 __global__ void __launch_bounds__(kThreads)
-    guard_holds_kernel(const float* S, const int64_t* tail, bool* holds, int64_t groups,
-                       int64_t rank, int64_t guarded, double limit) {
-  double ratio = 0;
-  for (int64_t group = 0; group < groups; ++group, S += rank, tail += guarded) {
+    guards_hold_kernel(const float* S, const bool* guarded, const int64_t* layers, bool* holds,
+                       double limit) {
+  layers += 2 * static_cast<int64_t>(blockIdx.x);
+  const int64_t first = layers[0], groups = layers[1], rank = (layers[2] - first) / groups;
+  S += first;
+  guarded += first;
+  double ratio = 0, others = 0;
+  for (int64_t group = 0; group < groups; ++group, S += rank, guarded += rank) {
     double square = 0;
     for (int64_t r = threadIdx.x; r < rank; r += kThreads) {
       square += static_cast<double>(S[r]) * S[r];
     }
     const double mean = sum_block(square) / rank;
     for (int64_t r = threadIdx.x; r < rank; r += kThreads) {
-      if (!contains(tail, guarded, r)) {
+      if (!guarded[r]) {
         ratio += mean / (static_cast<double>(S[r]) * S[r]);
+        others += 1;
       }
     }
   }
   ratio = sum_block(ratio);
+  others = sum_block(others);
   if (threadIdx.x == 0) {
-    *holds = ratio <= groups * (rank - guarded) * limit * limit;
+    holds[blockIdx.x] = ratio <= others * (limit * limit);
   }
 }
 
-Tensor guard_holds(const Tensor& S, const std::optional<Tensor>& tail, int64_t groups,
-                   double limit) {
+Tensor guards_hold(const Tensor& S, const Tensor& guarded, const Tensor& layers, double limit) {
   STD_TORCH_CHECK(S.scalar_type() == ScalarType::Float && S.is_contiguous() && S.dim() == 1,
-                  "guard_holds: S must be a contiguous float32 [G * R]");
-  STD_TORCH_CHECK(groups > 0 && S.size(0) % groups == 0,
-                  "guard_holds: groups do not divide the values of S");
-  STD_TORCH_CHECK(
-      !tail || (tail->scalar_type() == ScalarType::Long && tail->is_contiguous() &&
-                tail->dim() == 2 && tail->size(0) == groups && tail->device() == S.device()),
-      "guard_holds: tail must be a contiguous int64 [G, T] on the device of S");
-  Tensor holds = torch::stable::new_empty(S, {}, ScalarType::Bool);
-  const Stream stream(S);
-  stream.launch(guard_holds_kernel, 1, kThreads, static_cast<const float*>(S.const_data_ptr()),
-                tail ? static_cast<const int64_t*>(tail->const_data_ptr()) : nullptr,
-                static_cast<bool*>(holds.mutable_data_ptr()), groups, S.size(0) / groups,
-                tail ? tail->size(1) : int64_t(0), limit);
+                  "guards_hold: S must be a contiguous float32 [n]");
+  STD_TORCH_CHECK(guarded.scalar_type() == ScalarType::Bool && guarded.is_contiguous() &&
+                      guarded.dim() == 1 && guarded.size(0) == S.size(0) &&
+                      guarded.device() == S.device(),
+                  "guards_hold: guarded must be a contiguous bool [n] on the device of S");
+  STD_TORCH_CHECK(layers.scalar_type() == ScalarType::Long && layers.is_contiguous() &&
+                      layers.dim() == 2 && layers.size(0) > 0 && layers.size(1) == 2 &&
+                      layers.device() == S.device(),
+                  "guards_hold: layers must be a contiguous int64 [L + 1, 2] on the device of S");
+  const int64_t count = layers.size(0) - 1;
+  Tensor holds = torch::stable::new_empty(guarded, {&count, 1});
+  if (count > 0) {
+    const Stream stream(S);
+    stream.launch(guards_hold_kernel, count, kThreads,
+                  static_cast<const float*>(S.const_data_ptr()),
+                  static_cast<const bool*>(guarded.const_data_ptr()),
+                  static_cast<const int64_t*>(layers.const_data_ptr()),
+                  static_cast<bool*>(holds.mutable_data_ptr()), limit);
+  }
   return holds;
 }
 
@@ -88,5 +82,5 @@ Tensor guard_holds(const Tensor& S, const std::optional<Tensor>& tail, int64_t g
 }  // namespace svf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(svf_fast, CUDA, library) {
-  library.impl("guard_holds", TORCH_BOX(&svf_fast::guard_holds));
+  library.impl("guards_hold", TORCH_BOX(&svf_fast::guards_hold));
 }

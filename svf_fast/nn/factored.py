@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from svf_fast import svd
 from svf_fast.ops.compose import compose
 from svf_fast.ops.convolution import Geometry
-from svf_fast.ops.guard import guard_holds
+from svf_fast.ops.guard import guards_hold
 from svf_fast.ops.svf_conv2d import STRATEGIES, Frozen, reads_input
 from svf_fast.svd import (
     GUARD_LIMIT,
@@ -301,8 +301,14 @@ class Factored(nn.Module):
         return plan.strategy, Frozen(weight, plan.tail, plan.dual_U, plan.dual_V)
 
     def _assert_guarded(self, plan: _Plan) -> None:
+        groups = self._geometry().groups
+        guarded = torch.zeros_like(self.S, dtype=torch.bool).reshape(groups, -1)
+        if plan.tail is not None:
+            guarded = guarded.scatter(1, plan.tail, True)
+        layers = self.S.new_zeros((2, 2), dtype=torch.int64)
+        layers[0, 1], layers[1, 0] = groups, self.S.numel()
         torch._assert_async(
-            guard_holds(self.S, plan.tail, self._geometry().groups, 2 * GUARD_LIMIT),
+            guards_hold(self.S, guarded.flatten(), layers, 2 * GUARD_LIMIT).all(),
             "SVF layer under torch.compile or in a CUDA graph: S has moved so far that more "
             "directions need the exact gradient; call refresh() on the converted layers and "
             "capture the graph again, or use strategy='chain'.",

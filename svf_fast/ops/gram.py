@@ -117,8 +117,7 @@ _library.register_gpu(
     "activation_grams", _library.triton_kernel("activation_grams", "activation_grams")
 )
 torch.library.impl("svf_fast::gram_gradient", "default", gram_gradient_by_definition)
-if not _library.cuda_missing:
-    _library.register_gpu("gram_gradient", gram_gradient_by_channel_dot)
+_library.register_gpu("gram_gradient", gram_gradient_by_channel_dot)
 
 
 @torch.library.register_fake("svf_fast::gram_gradient")

@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 
 from svf_fast import _library
-from svf_fast.ops import maps
-from svf_fast.reference.guard import guard_holds as definition
+from svf_fast.reference.guard import guards_hold as definition
 
 
-def guard_holds(S: Tensor, tail: Tensor | None, groups: int, limit: float) -> Tensor:
-    """:func:`svf_fast.reference.guard.guard_holds`; on a GPU one launch instead of eight."""
-    if maps.on_gpu(S) and not _library.cuda_missing:
-        return torch.ops.svf_fast.guard_holds(S.detach().float(), tail, groups, limit)
-    return definition(S.detach(), tail, groups, limit)
+def guards_hold(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Tensor:
+    """:func:`svf_fast.reference.guard.guards_hold`; on a GPU one launch for all layers.
+
+    S [n] of any dtype, guarded bool [n], layers int64 [L + 1, 2], all contiguous and on one device
+    -> bool [L]. Not differentiable.
+    """
+    return torch.ops.svf_fast.guards_hold(S.detach().float(), guarded, layers, limit)
 
 
-@torch.library.register_fake("svf_fast::guard_holds")
-def _(S: Tensor, tail: Tensor | None, groups: int, limit: float) -> Tensor:
-    return S.new_empty((), dtype=torch.bool)
+torch.library.impl("svf_fast::guards_hold", "default", definition)
+_library.register_gpu("guards_hold", _library.triton_kernel("guard", "guards_hold"))
+
+
+@torch.library.register_fake("svf_fast::guards_hold")
+def _(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Tensor:
+    return guarded.new_empty(layers.shape[0] - 1)

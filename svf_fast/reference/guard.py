@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
+import torch
 from torch import Tensor
 
 
-def guard_holds(S: Tensor, tail: Tensor | None, groups: int, limit: float) -> Tensor:
-    """Whether ``S_rms / |S_r|`` has a root mean square of at most ``limit`` beside the tail.
+def guards_hold(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Tensor:
+    """Whether ``S_rms / |S_r|`` has a root mean square of at most ``limit`` beside the guarded.
 
-    S [G·R]; tail [G, T] indices of the guarded directions per group -> bool []. The mean is over
-    the other directions of all groups, S_rms that of each group; False where one is 0 or NaN.
+    S [n], the values of L layers one after another; guarded bool [n]; layers int64 [L + 1, 2]: row
+    l says where the values of layer l begin and how many groups they are of, the last row is (n, 0)
+    -> bool [L]. The mean is over the other directions of all groups of a layer, S_rms that of each
+    group; False where one is 0 or NaN.
     """
-    square = S.double().reshape(groups, -1).square()
-    ratio = square.mean(dim=1, keepdim=True) / square
-    kept = ratio.numel()
-    if tail is not None:
-        ratio = ratio.scatter(1, tail, 0.0)
-        kept -= tail.numel()
-    return ratio.sum() <= kept * limit**2
+    holds = []
+    rows = layers.tolist()
+    for (first, groups), (end, _) in itertools.pairwise(rows):
+        square = S[first:end].double().reshape(groups, -1).square()
+        others = ~guarded[first:end].reshape(groups, -1)
+        ratio = torch.where(others, square.mean(dim=1, keepdim=True) / square, 0)
+        holds.append(ratio.sum() <= others.sum() * limit**2)
+    return torch.stack(holds) if holds else guarded.new_empty(0)

@@ -355,7 +355,7 @@ def _splits(problem: Problem, tile: Config, arch: int) -> int:
     Of all supports and of half of them; a program costs the half of a tile beside its tiles.
     """
     programs = problem.batch * triton.cdiv(problem.queries, tile["QUERIES"])
-    processors = tuning.PROCESSORS.get(arch, tuning.PROCESSORS[90])
+    processors = tuning.processors(arch)
     most = triton.cdiv(problem.supports, tile["SUPPORTS"])
 
     def time(splits: int) -> float:

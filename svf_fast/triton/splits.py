@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svf_fast.ops.maps import TRITON_DTYPES
 from svf_fast.triton.language import precision
-from svf_fast.triton.tuning import PROCESSORS, Config
+from svf_fast.triton.tuning import PROCESSORS, Config, processors
 
 
 class Splits(NamedTuple):
@@ -116,9 +116,7 @@ def configurations(
         b = min(shape.columns, max(16, triton.next_power_of_2(width_b)))
         programs = triton.cdiv(width_a, a) * triton.cdiv(width_b, b) * matrices
         tiles = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": shape.positions}
-        splits = {
-            "SPLITS": _splits_for(programs, shape.blocks * PROCESSORS.get(arch, PROCESSORS[80]))
-        }
+        splits = {"SPLITS": _splits_for(programs, shape.blocks * processors(arch))}
         options = {"num_warps": shape.warps, "num_stages": shape.stages}
         found.append(tiles | splits | options)
     fewer = [found[0]["SPLITS"] // part for part in (2, 4)]
