@@ -318,6 +318,8 @@ class _Launch(NamedTuple):
 
 
 def _launch_with(problem: Problem, config: Config) -> _Launch:
+    if "fused" in config:  # the rule or a table would rather not, the caller insists
+        config = problem.tiles(gpu().arch) | TRITON_OPTIONS
     positions, K, D = problem[:3]
     block_d, block_k = config["BLOCK_D"], config["BLOCK_K"]
     tiles = triton.cdiv(positions, config["BLOCK_P"])
@@ -334,10 +336,7 @@ def _launch_with(problem: Problem, config: Config) -> _Launch:
 
 @per_gpu
 def _launch_of(problem: Problem) -> _Launch:
-    config = _config(problem)
-    if "fused" in config:  # the rule or a table would rather not, the caller insists
-        config = problem.tiles(gpu().arch) | TRITON_OPTIONS
-    return _launch_with(problem, config)
+    return _launch_with(problem, _config(problem))
 
 
 def _launch(
@@ -362,7 +361,7 @@ def _launch(
     D, K = weight.shape
     problem = Problem(x.numel() // K, K, D, _number(x.dtype), options)
     with torch.cuda.device_of(x):
-        launch = _launch_of(problem) if config is None else _launch_with(problem, config)
+        launch = _launch_with(problem, config) if config else _launch_of(problem)
         dots = None if v is None else x.new_empty((launch.tiles, D), dtype=torch.float32)
         pointwise_kernel[launch.grid](
             x,

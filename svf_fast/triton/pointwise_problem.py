@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from svf_fast.triton.tuning import SEPARATE, Config, bucket, processors, shared_memory
+from svf_fast.triton.tuning import SEPARATE, Config, bucket, has_room, processors
 
 Options = tuple[bool, ...]
 OPTIONS = ("in_scale", "in_mask", "scale", "residual", "residual_mask", "keep", "mask", "dot")
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
             return _config(64, 64 if self.D > 32 else 32, 32, slices=1, warps=4, stages=3)
         blocks = triton.cdiv(self.positions, 128) * (self.D // 128)
         block_p = 64 if blocks < processors(arch) else 128
-        if not _has_room(arch):
+        if not has_room(arch):
             slices = 4 if self.has("in_scale") else 2
             return _config(block_p, 128, 32, slices, warps=4, stages=4)
         if block_p == 64:
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
                 _config(128, 64, 32, slices=2, warps=8, stages=3),
                 _config(64, 128, 32, slices=2, warps=8, stages=3),
             ]
-        elif _has_room(arch):
+        elif has_room(arch):
             others = [
                 _config(64, 128, 64, slices=2, warps=4, stages=4),
                 _config(128, 128, 32, slices=2, warps=8, stages=5, maxnreg=128),
@@ -118,11 +118,6 @@ def problems() -> list[Problem]:
         for C in (128, 256, 512)
         for k, d, names in calls
     ]
-
-
-def _has_room(arch: int) -> bool:
-    """For the tiles of an H100, up to 192 KiB of them; 96 KiB are enough for those of an A100."""
-    return arch >= 90 and shared_memory(arch) >= 200 * 1024
 
 
 def _config(

@@ -122,6 +122,11 @@ def shared_memory(arch: int) -> int:
     return 1024 * SHARED_MEMORY.get(arch, 99)
 
 
+def has_room(arch: int) -> bool:
+    """Whether the tiles of an H100 fit, up to 196 KiB of them; those of an A100 take 96 KiB."""
+    return arch >= 90 and shared_memory(arch) >= 200 * 1024
+
+
 def cache_path(name: str) -> Path:
     """Where the search leaves its table for GPUs of that name and this Triton."""
     root = os.environ.get("SVF_FAST_CACHE")
