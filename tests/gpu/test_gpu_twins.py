@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,13 +44,8 @@ def every_op(ops, y: Tensor, residual: Tensor, scale: Tensor, shift: Tensor) -> 
     return [out, mask, plain, none, in_place, again, *grads, mine]
 
 
-class Twins:
-    affine_act = staticmethod(affine_act.affine_act)
-    affine_act_ = staticmethod(affine_act.affine_act_)
-    affine_act_backward = staticmethod(affine_act.affine_act_backward)
-    affine_act_backward_ = staticmethod(affine_act.affine_act_backward_)
-
-
+OPS = ("affine_act", "affine_act_", "affine_act_backward", "affine_act_backward_")
+TWINS = SimpleNamespace(**{name: getattr(affine_act, name) for name in OPS})
 compiled = pytest.mark.skipif(bool(_library.cuda_missing), reason=_library.cuda_missing)
 
 
@@ -61,7 +57,7 @@ def test_affine_act_is_the_cuda_kernel_bit_by_bit(shape, dtype, last):
     y, residual = maps(shape, dtype, last, 2)
     wide = torch.promote_types(dtype, torch.float32)
     vectors = torch.randn(2, shape[1], device="cuda", dtype=wide)
-    twins = every_op(Twins, y, residual, *vectors)
+    twins = every_op(TWINS, y, residual, *vectors)
     kernels = every_op(torch.ops.svf_fast, y, residual, *vectors)
     for twin, kernel in zip(twins, kernels, strict=True):
         assert twin.stride() == kernel.stride()
@@ -120,7 +116,7 @@ def test_twins_in_a_graph_and_without_a_wait(last):
         scaled = y.clone(memory_format=torch.preserve_format)
         dots = [channel_dot.channel_dot(y, residual)]
         dots.append(channel_dot.channel_dot_scale_(scaled, residual, scale))
-        return [*every_op(Twins, y, residual, scale, shift), *dots, scaled]
+        return [*every_op(TWINS, y, residual, scale, shift), *dots, scaled]
 
     expected = call()
     torch.cuda.synchronize()
