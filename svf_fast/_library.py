@@ -1,4 +1,8 @@
-"""Loads the compiled ops into torch: `_C` (CPU, always) and `_C_cuda` (where torch has CUDA)."""
+"""Loads the compiled ops into torch: `_C` (CPU, always) and `_C_cuda` (where torch has CUDA).
+
+Each op of `_C_cuda` has a Triton twin, which serves GPUs where that library is missing: what
+`pip install torch` brings along is CUDA and Triton, but no compiler for CUDA sources.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +44,20 @@ def _load_cuda() -> str:
 cuda_missing = _load_cuda()
 
 
+@functools.cache
+def triton_missing() -> str:
+    """Why there are no Triton kernels; empty where Triton can be imported."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return ""
+
+
 def register_gpu(op: str, kernel: Callable) -> None:
-    """Makes `kernel` what svf_fast::`op` runs on CUDA tensors."""
-    torch.library.impl(f"svf_fast::{op}", "CUDA", kernel)
+    """Makes `kernel` what svf_fast::`op` runs on CUDA tensors, unless `_C_cuda` has a kernel."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"svf_fast::{op}", "CUDA"):
+        torch.library.impl(f"svf_fast::{op}", "CUDA", kernel)
 
 
 def triton_kernel(module: str, name: str) -> Callable:
@@ -69,27 +84,35 @@ def check_device(op: str, tensor: Tensor) -> None:
         return
     if device != "cuda":
         raise ValueError(f"{op}: expected CPU or CUDA tensors, got device {tensor.device}")
-    if cuda_missing:
+    if cuda_missing and triton_missing():
         raise RuntimeError(
-            f"{op}: got a tensor on {tensor.device}, but the CUDA ops are not there: "
-            f"{cuda_missing}. Reinstall svf_fast with SVF_FAST_CUDA=1, which stops with the "
-            "reason if they cannot be built, or move the tensors to the CPU."
+            f"{op}: got a tensor on {tensor.device}, but neither are the CUDA ops there: "
+            f"{cuda_missing}; nor their Triton twins: {triton_missing()}. Install Triton (torch's "
+            "CUDA builds for Linux bring it along; elsewhere: pip install triton), or reinstall "
+            "svf_fast with SVF_FAST_CUDA=1, which stops with the reason if they cannot be built, "
+            "or move the tensors to the CPU."
         )
 
 
 def build_info() -> dict[str, str | bool | int]:
     """How svf_fast was built and what it uses here: for bug reports and benchmark tables.
 
-    `cuda_decision` is what the build decided and why; `cuda_ops` says whether the CUDA ops are
-    loaded now, and why not.
+    `cuda_decision` is what the build decided and why; `cuda_ops` says what serves GPUs now, and why
+    it is not the CUDA ops.
     """
+    if not cuda_missing:
+        cuda_ops = "loaded"
+    elif torch.version.cuda is not None and not triton_missing():
+        cuda_ops = f"Triton, {cuda_missing}"
+    else:
+        cuda_ops = f"no, {cuda_missing}"
     return {
         "svf_fast": _version("svf-fast"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         **_C.build_facts(),
-        "cuda_ops": f"no, {cuda_missing}" if cuda_missing else "loaded",
+        "cuda_ops": cuda_ops,
         "threads": torch.get_num_threads(),
     }
 

@@ -260,8 +260,9 @@ class Factored(nn.Module):
         if plan is None or plan.strategy == "reference":
             return None
         if in_graph and plan.strategy == "gram":
-            layers = self.S.new_tensor([[0, self._geometry().groups], [len(self.S), 0]])
-            assert_guarded(self.S, self._guarded(), layers.long())
+            layers = self.S.new_zeros((2, 2), dtype=torch.int64)  # filled where it is captured
+            layers[0, 1], layers[1, 0] = self._geometry().groups, self.S.numel()
+            assert_guarded(self.S, self._guarded(), layers)
         V = self._kernel()
         kind, constants = self._reading(plan, V, dtype, scale, keep=not compiling)
         if in_graph or not self._has_values():

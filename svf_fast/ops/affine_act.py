@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svf_fast import _library
 from svf_fast.ops.maps import check_maps
 from svf_fast.reference.affine_act import mask_bytes
 
@@ -136,6 +137,10 @@ def _dense_like(x: Tensor) -> Tensor:
     if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
         return torch.empty_like(x, memory_format=torch.preserve_format)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+for _name in ("affine_act", "affine_act_", "affine_act_backward", "affine_act_backward_"):
+    _library.register_gpu(_name, _library.triton_kernel("affine_act", _name))
 
 
 @torch.library.register_fake("svf_fast::affine_act")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from svf_fast import _library
 from svf_fast.ops.maps import check_maps
 
 
@@ -74,6 +75,10 @@ class _ChannelDot(Function):
         grad_a = (grad_out * b).to(a.dtype) if ctx.needs_input_grad[0] else None
         grad_b = (grad_out * a).to(b.dtype) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b
+
+
+for _name in ("channel_dot", "channel_dot_scale_"):
+    _library.register_gpu(_name, _library.triton_kernel("channel_dot", _name))
 
 
 @torch.library.register_fake("svf_fast::channel_dot")

@@ -32,7 +32,7 @@ def is_channels_last(x: Tensor) -> bool:
 def match_layout(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in the memory format of x: a backend takes its output's format from either."""
     if not is_channels_last(x):
-        return weight
+        return weight.contiguous()
     in_channels, height, width = weight.shape[1:]
     if height == width == 1:  # both formats at once: only strides that say channels_last decide
         stride = (in_channels, 1, in_channels, in_channels)
@@ -41,11 +41,12 @@ def match_layout(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def directions_last(V: Tensor) -> Tensor:
-    """V [G·R, Ci/G, *kernel] with its directions innermost in memory; the rest lies as it lay.
+    """V [G·R, Ci/G, *kernel] with its directions innermost in memory, and channels next to them.
 
-    So tensor cores take it from memory as it is: the product U diag(S) V sums over the directions.
+    So tensor cores take it from memory as it is, because the product U diag(S) V sums over the
+    directions; and W, in V's order of the rest, is a weight for channels_last maps.
     """
-    order = [*_order(V)[1:], 0]
+    order = [*range(2, V.dim()), 1, 0]
     return V.permute(order).contiguous().permute([order.index(dim) for dim in range(V.dim())])
 
 

@@ -35,7 +35,7 @@ def pack_mask(out: Tensor) -> Tensor:
     passes = ~(_in_memory_order(out) <= 0)
     bits = passes.new_zeros(8 * mask_bytes(out.numel()))
     bits[: passes.numel()] = passes
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=out.device)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=out.device)
     return (bits.reshape(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
 
 

@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that are not here: registers, spills and shared memory of each.
 
 ``python -m svf_fast.triton.check`` prints a table for sm_80 and sm_90 and fails on a spill or on
-more shared memory than a block can have.
+more shared memory than a block can have; ``--architectures 89 120`` for other GPUs.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from svf_fast.triton.tuning import OPTIONS, SHIPPED, Config, Tunable, read_table
+from svf_fast.triton.tuning import OPTIONS, SEPARATE, Config, Tunable, shared_memory
 
 ARCHITECTURES = (80, 90)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
 MODULES = (
     "activation_gradients",
+    "affine_act",
+    "channel_dot",
     "compose",
     "cosine_max",
     "cosine_max_backward",
     "gram",
+    "guard",
     "pointwise",
 )
 
@@ -159,9 +161,8 @@ def allow_tf32(allowed: bool) -> Iterator[None]:
 
 
 def chosen(case: Case, arch: int) -> Config:
-    """The configuration of a case on an architecture: as shipped, or else by the rule."""
-    shipped = read_table(SHIPPED / f"sm_{arch}.json").get(case.tunable.name, {})
-    return shipped.get(case.key) or case.candidates(arch)[0]
+    """The first configuration of a case's kernel on an architecture, which the rule says."""
+    return next(config for config in case.candidates(arch) if config != SEPARATE)
 
 
 class Compilation(NamedTuple):
@@ -182,6 +183,8 @@ def compilations(found: Sequence[tuple[Case, int, Config]]) -> list[Compilation]
     """
     apart: dict[tuple, tuple[int, Compilation]] = {}
     for case, arch, config in found:
+        if config == SEPARATE:
+            continue
         place = case.tunable.problems().index(case.problem)
         alike = case.tunable.name, case.tf32, arch, tuple(sorted(config.items())), *_kind(case)
         size = math.prod(x for x in case.problem if type(x) is int and x > 0)
@@ -223,22 +226,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m svf_fast.triton.check", description=__doc__)
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="all of them if not given")
     parser.add_argument("--processes", type=int, help="as many as there are processors")
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", default=ARCHITECTURES, metavar="N", help="80 90"
+    )
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: nothing can be compiled. Unset it.", file=sys.stderr)
         return 1
     kernels = named(tunables(), options.kernels)
-    wanted = [(case, arch, chosen(case, arch)) for case in cases(kernels) for arch in ARCHITECTURES]
-    todo = compilations(wanted)
+    found = cases(kernels)
+    todo = compilations(
+        [(case, arch, chosen(case, arch)) for case in found for arch in options.architectures]
+    )
     print("| kernel | arch | configuration | registers | spilled | shared |")
     print("| --- | --- | --- | --- | --- | --- |")
     bad, seen = 0, set()
     with processes(options.processes) as pool:
-        for one, found in zip(todo, pool.map(compile_one, todo), strict=True):
-            for usage in found:
+        for one, used in zip(todo, pool.map(compile_one, todo), strict=True):
+            for usage in used:
                 row = one.arch, *usage[:4]
                 if row not in seen:
-                    wrong = usage.spilled > 0 or usage.shared > SHARED_MEMORY[one.arch]
+                    wrong = usage.spilled > 0 or usage.shared > shared_memory(one.arch)
                     print(_row(one, usage) + (" <- too much" if wrong else ""), flush=True)
                     bad += wrong
                 seen.add(row)

@@ -340,9 +340,11 @@ def _rule(problem: Problem, arch: int) -> Config:
         tile |= {"QUERIES": 16, "SUPPORTS": 32, "CHANNELS": 64}
     elif kind == "16-bit":
         tile |= (
-            {"QUERIES": 256, "CHANNELS": 64} if arch >= 90 else {"CHANNELS": 64, "num_stages": 4}
+            {"QUERIES": 256, "CHANNELS": 64}
+            if tuning.has_room(arch)
+            else {"CHANNELS": 64, "num_stages": 4}
         )
-    elif kind == "tf32x3" and arch < 90:
+    elif kind == "tf32x3" and not tuning.has_room(arch):
         tile |= {"CHANNELS": 16, "num_stages": 4}
     else:
         tile |= {"CHANNELS": 32}
@@ -355,7 +357,7 @@ def _splits(problem: Problem, tile: Config, arch: int) -> int:
     Of all supports and of half of them; a program costs the half of a tile beside its tiles.
     """
     programs = problem.batch * triton.cdiv(problem.queries, tile["QUERIES"])
-    processors = tuning.PROCESSORS.get(arch, tuning.PROCESSORS[90])
+    processors = tuning.processors(arch)
     most = triton.cdiv(problem.supports, tile["SUPPORTS"])
 
     def time(splits: int) -> float:

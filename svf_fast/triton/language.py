@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from svf_fast.triton import tuning
+
+INTERPRETED = tl.constexpr(tuning.INTERPRETED)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ Definition: :mod:`svf_fast.reference.pointwise`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,8 @@ from svf_fast.ops.maps import TRITON_DTYPES
 from svf_fast.reference.affine_act import mask_bytes
 from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
 from svf_fast.triton.pointwise_problem import OPTIONS, Options, Problem, problems
-from svf_fast.triton.tuning import Config, Tunable, architecture, find
+from svf_fast.triton.tuning import INTERPRETED, Config, Tunable, find, gpu, per_gpu
+from svf_fast.triton.tuning import OPTIONS as TRITON_OPTIONS
 
 
 @triton.jit
@@ -75,7 +76,6 @@ def pointwise_kernel(
     y,
     mask,
     dots,  # [cdiv(positions, BLOCK_P), D]
-    numbers,  # 0 .. 63
     positions,
     in_eighths,  # K / 8
     out_eighths,  # D / 8
@@ -110,8 +110,10 @@ def pointwise_kernel(
     x += first * K
 
     acc = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
-    if in_mask is not None:  # numbers that were loaded may move to where tensor cores want them
-        bit = tl.load(numbers + tl.arange(0, IN_WORD))
+    if in_mask is not None:  # what was loaded may move to where tensor cores want it: none is
+        number = tl.arange(0, IN_WORD)
+        somewhere = in_mask.to(tl.pointer_type(tl.int32), bitcast=True) + number
+        bit = tl.load(somewhere, mask=number < -positions, other=number)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         inside_x = inside_p[:, None] if EVEN_K else inside_p[:, None] & (k < K)[None, :]
@@ -163,8 +165,8 @@ def pointwise_kernel(
             added = tl.load(residual + first * D + at, mask=inside, other=0.0)
             if residual_mask is not None:
                 start = residual_mask + first * out_eighths
-                bit = tl.arange(0, OUT_WORD)
-                passes = load_bit_rows(start, bit, row, inside_p, d0, D, WIDTH, OUT_WORD)
+                bits = tl.arange(0, OUT_WORD)
+                passes = load_bit_rows(start, bits, row, inside_p, d0, D, WIDTH, OUT_WORD)
                 added = tl.where(passes, added, 0.0)
             added = added.to(tl.float32)
             if residual_scale is not None:
@@ -176,8 +178,8 @@ def pointwise_kernel(
         tl.store(out + first * D + at, result, mask=inside)
         if mask is not None:
             passes = (result.to(tl.float32) <= 0) == 0  # as NaN does
-            bits = pack_bits(passes, BLOCK_P, WIDTH)
-            tl.store(mask + first * out_eighths + at_bits, bits, mask=inside_bits)
+            packed = pack_bits(passes, BLOCK_P, WIDTH)
+            tl.store(mask + first * out_eighths + at_bits, packed, mask=inside_bits)
     if mask is not None and tl.program_id(0) == 0:  # bytes that hold no element
         end = positions.to(tl.int64) * out_eighths
         pad = end + tl.arange(0, 16)
@@ -286,7 +288,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def wanted(x: Tensor, weight: Tensor, names: Sequence[str]) -> bool:
+def wanted(x: Tensor, weight: Tensor, names: tuple[str, ...]) -> bool:
     """Whether one kernel is the way here: it serves, and no table says that passes are faster.
 
     names: which of :data:`svf_fast.triton.pointwise_problem.OPTIONS` the call will come with;
@@ -296,9 +298,45 @@ def wanted(x: Tensor, weight: Tensor, names: Sequence[str]) -> bool:
         return False
     if x.numel() == 0:
         return True
-    options = tuple(name in names for name in OPTIONS)
+    D, K = weight.shape
     with torch.cuda.device_of(x):
-        return "fused" not in _config(_problem(x, weight, options))
+        return _wins(x.numel() // K, K, D, _number(x.dtype), names)
+
+
+@per_gpu
+def _wins(positions: int, K: int, D: int, number: str, names: tuple[str, ...]) -> bool:
+    options = tuple(name in names for name in OPTIONS)
+    return "fused" not in _config(Problem(positions, K, D, number, options))
+
+
+class _Launch(NamedTuple):
+    """What a problem's launch needs besides tensors; tiles: of rows."""
+
+    tiles: int
+    grid: tuple[int]
+    constants: dict[str, Any]
+
+
+def _launch_with(problem: Problem, config: Config) -> _Launch:
+    if "fused" in config:  # the rule or a table would rather not, the caller insists
+        config = problem.tiles(gpu().arch) | TRITON_OPTIONS
+    positions, K, D = problem[:3]
+    block_d, block_k = config["BLOCK_D"], config["BLOCK_K"]
+    tiles = triton.cdiv(positions, config["BLOCK_P"])
+    constants = {
+        "PRECISION": "ieee" if problem.number == "16bit" else problem.number,
+        "EVEN_K": K % block_k == 0,
+        "EVEN_D": D % block_d == 0,
+        "IN_WORD": min(K & -K, 64, block_k),
+        "OUT_WORD": min(D & -D, 64, block_d // config["SLICES"]),
+        **config,
+    }
+    return _Launch(tiles, (tiles * triton.cdiv(D, block_d),), constants)
+
+
+@per_gpu
+def _launch_of(problem: Problem) -> _Launch:
+    return _launch_with(problem, _config(problem))
 
 
 def _launch(
@@ -320,16 +358,12 @@ def _launch(
     options,
     config=None,
 ) -> Tensor | None:
-    problem = _problem(x, weight, options)
-    positions, K, D = problem[:3]
+    D, K = weight.shape
+    problem = Problem(x.numel() // K, K, D, _number(x.dtype), options)
     with torch.cuda.device_of(x):
-        config = _config(problem) if config is None else config
-        if "fused" in config:  # the table would rather not, the caller insists
-            config = problem.tiles(architecture())
-        block_d, block_k = config["BLOCK_D"], config["BLOCK_K"]
-        tiles = triton.cdiv(positions, config["BLOCK_P"])
-        dots = None if v is None else x.new_empty((tiles, D), dtype=torch.float32)
-        pointwise_kernel[(tiles * triton.cdiv(D, block_d),)](
+        launch = _launch_with(problem, config) if config else _launch_of(problem)
+        dots = None if v is None else x.new_empty((launch.tiles, D), dtype=torch.float32)
+        pointwise_kernel[launch.grid](
             x,
             weight,
             in_scale,
@@ -345,45 +379,28 @@ def _launch(
             y,
             mask,
             dots,
-            None if in_mask is None else _numbers(x.device),
-            positions,
+            problem.positions,
             K // 8,
             D // 8,
-            weight.stride(0),
-            weight.stride(1),
+            *weight.stride(),
             RELU=relu,
-            PRECISION=_precision(x.dtype),
-            EVEN_K=K % block_k == 0,
-            EVEN_D=D % block_d == 0,
-            IN_WORD=min(K & -K, 64, block_k),
-            OUT_WORD=min(D & -D, 64, block_d // config["SLICES"]),
-            **config,
+            **launch.constants,
         )
     return dots
-
-
-def _problem(x: Tensor, weight: Tensor, options: Options) -> Problem:
-    D, K = weight.shape
-    number = "16bit" if x.dtype != torch.float32 else _precision(x.dtype)
-    return Problem(x.numel() // K, K, D, number, options)
 
 
 def _config(problem: Problem) -> Config:
     return find("pointwise", problem.key(), problem.rule)
 
 
+def _number(dtype: torch.dtype) -> str:
+    """How products are made, as :class:`Problem` names it."""
+    return precision(convolves=True) if dtype == torch.float32 else "16bit"
+
+
 def _options(in_scale, in_mask, scaled, residual, residual_mask, keep, mask, dot=False) -> Options:
     given = in_scale is not None, in_mask is not None, scaled
     return (*given, residual is not None, residual_mask is not None, keep, mask, dot)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return precision(convolves=True) if dtype == torch.float32 else "ieee"
-
-
-@functools.cache
-def _numbers(device: torch.device) -> Tensor:
-    return torch.arange(64, dtype=torch.int32, device=device)
 
 
 def _maps(x: Tensor, channels: int) -> Tensor:
@@ -438,8 +455,8 @@ def passes(
     relu: bool = False,
     keep: bool = False,
     mask: bool = False,
-) -> Any:
-    """What :func:`pointwise` is raced against: cuBLAS between the element-wise ops."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`pointwise` as it is raced against: cuBLAS between the element-wise ops."""
     ops = torch.ops.svf_fast
     if in_scale is not None:
         x = ops.affine_act(x, in_scale, in_shift, None, None, True, False)[0]
@@ -447,20 +464,32 @@ def passes(
         x = ops.affine_act_backward(x, None, in_mask, None, None)
     if residual_mask is not None:
         residual = ops.affine_act_backward(residual, None, residual_mask, None, None)
-    rows = x.movedim(1, -1).flatten(end_dim=-2)
-    if scale is None and residual is not None:
-        return torch.addmm(residual.movedim(1, -1).flatten(end_dim=-2), rows, weight.t())
-    y = (rows @ weight.t()).reshape(*x.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
-    if scale is None:
-        return y
-    after = ops.affine_act if keep else ops.affine_act_
-    return after(y, scale, shift, residual, residual_scale, relu, mask)
+    none, D = x.new_empty(0), len(weight)
+    bits = none.to(torch.uint8)
+    out = _maps(x, D)
+    rows, product = x.movedim(1, -1).flatten(end_dim=-2), out.movedim(1, -1).flatten(end_dim=-2)
+    ends = relu or scale is not None or shift is not None
+    if residual is not None and not (ends or keep or mask):
+        torch.addmm(residual.movedim(1, -1).flatten(end_dim=-2), rows, weight.t(), out=product)
+        return out, none, bits
+    torch.mm(rows, weight.t(), out=product)
+    if residual is None and not (ends or mask):
+        return out, out if keep else none, bits
+    scale = x.new_ones(D, dtype=torch.float32) if scale is None else scale
+    shift = torch.zeros_like(scale) if shift is None else shift
+    after = scale, shift, residual, residual_scale, relu, mask
+    if keep:
+        y = out
+        out, bits = ops.affine_act(y, *after)
+        return out, y, bits
+    return out, none, ops.affine_act_(out, *after)
 
 
 def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
     forward = problem.has("scale") and not problem.has("dot")
     # values matter where kernels run, not where they are only compiled
-    filled = functools.partial(torch.randn if device.type == "cuda" else torch.empty, device=device)
+    runs = device.type == "cuda" or INTERPRETED
+    filled = functools.partial(torch.randn if runs else torch.empty, device=device)
 
     def maps(channels: int) -> Tensor:
         shape = 1, problem.positions, 1, channels
@@ -475,9 +504,10 @@ def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]
     if problem.has("dot"):
         v, s = maps(problem.D), filled(problem.D)
 
-        def dot_product(config: Config) -> Any:
+        def dot_product(config: Config) -> tuple[Tensor, Tensor]:
             if "fused" in config:
-                return torch.ops.svf_fast.channel_dot_scale_(passes(x, weight), v, s)
+                a = passes(x, weight)[0]
+                return a, torch.ops.svf_fast.channel_dot_scale_(a, v, s)
             return pointwise_dot(x, weight, v, s, config=config)
 
         return dot_product
@@ -497,7 +527,7 @@ def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]
         given["residual_mask"] = bits(given["residual"])
     given["keep"], given["mask"] = problem.has("keep"), problem.has("mask")
 
-    def product(config: Config) -> Any:
+    def product(config: Config) -> tuple[Tensor, Tensor, Tensor]:
         if "fused" in config:
             return passes(x, weight, **given)
         return pointwise(x, weight, **given, config=config)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from svf_fast.triton.tuning import PROCESSORS, Config, bucket
+from svf_fast.triton.tuning import SEPARATE, Config, bucket, has_room, processors
 
 Options = tuple[bool, ...]
 OPTIONS = ("in_scale", "in_mask", "scale", "residual", "residual_mask", "keep", "mask", "dot")
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     def rule(self, arch: int) -> Config:
         """What to launch where nothing was measured; sums that cuBLAS makes as well are its own."""
         spares = any(self.has(name) for name in OPTIONS if name != "residual")
-        return self.tiles(arch) if spares else {"fused": 0}
+        return self.tiles(arch) if spares else SEPARATE
 
     def tiles(self, arch: int) -> Config:
         """Tiles that do not spill, two or more blocks on a multiprocessor, all of them at work."""
@@ -50,13 +50,13 @@ class Problem(NamedTuple):
         if uneven or self.number != "16bit" or (self.has("in_scale") and self.has("in_mask")):
             return _config(64, 64 if self.D > 32 else 32, 32, slices=1, warps=4, stages=3)
         blocks = triton.cdiv(self.positions, 128) * (self.D // 128)
-        block_p = 64 if blocks < PROCESSORS[90 if arch >= 90 else 80] else 128
-        if arch < 90:
+        block_p = 64 if blocks < processors(arch) else 128
+        if not has_room(arch):
             slices = 4 if self.has("in_scale") else 2
             return _config(block_p, 128, 32, slices, warps=4, stages=4)
         if block_p == 64:
             return _config(64, 128, 64, slices=2, warps=4, stages=4)
-        if self.K >= 1024 and self.D % 256 == 0 and blocks >= 2 * PROCESSORS[90]:
+        if self.K >= 1024 and self.D % 256 == 0 and blocks >= 2 * processors(arch):
             # L2 delivers 64 FLOP a byte to the other tiles, 85 to these
             return _config(128, 256, 64, slices=4, warps=8, stages=4)
         if self.has("in_scale") or self.has(
@@ -66,13 +66,13 @@ class Problem(NamedTuple):
         return _config(128, 128, 64, slices=2, warps=8, stages=3, maxnreg=128)
 
     def candidates(self, arch: int) -> list[Config]:
-        """The rule's tiles, others that suit the architecture, and separate passes."""
+        """The rule's, its tiles, others that suit the architecture, and separate passes."""
         if self.number != "16bit":
             others = [
                 _config(128, 64, 32, slices=2, warps=8, stages=3),
                 _config(64, 128, 32, slices=2, warps=8, stages=3),
             ]
-        elif arch >= 90:
+        elif has_room(arch):
             others = [
                 _config(64, 128, 64, slices=2, warps=4, stages=4),
                 _config(128, 128, 32, slices=2, warps=8, stages=5, maxnreg=128),
@@ -90,8 +90,8 @@ class Problem(NamedTuple):
                 _config(64, 256, 32, slices=4, warps=4, stages=4),
             ]
         others = [config for config in others if config["BLOCK_D"] <= max(64, self.D)]
-        first = self.tiles(arch)
-        return [first, *[config for config in others if config != first], {"fused": 0}]
+        found = [self.rule(arch), self.tiles(arch), *others, SEPARATE]
+        return [config for at, config in enumerate(found) if config not in found[:at]]
 
 
 def problems() -> list[Problem]:

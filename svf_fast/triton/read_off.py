@@ -1,8 +1,7 @@
 """dS read off the partial sums of one or two Gram matrices: ``colsum(left ⊙ (M right)) / S``.
 
-One launch adds the splits of a matrix as it reads them, multiplies by ``right``, and takes the
-products with ``left`` over a part of the rows; the parts are added in a fixed order by a second,
-tiny one.
+Every program adds the splits of one tile of a matrix, once, and multiplies it from both sides by the
+factors of all directions. What it leaves for each direction is added in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from torch import Tensor
 from svf_fast.triton.language import dot
 from svf_fast.triton.tuning import OPTIONS, Config
 
-PARTS = 8  # of the rows of a matrix
 
-
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "matrices", "groups", "rank", "rank_after"])
 def read_off_kernel(
     partial,  # [splits, matrices, rows, columns]
     left,  # [rows, rank] of each group, of the first of two matrices
@@ -29,7 +26,7 @@ def read_off_kernel(
     left_after,  # of the second
     right_after,
     S_after,
-    out,  # [PARTS, groups * rank, then groups * rank_after]
+    out,  # [tiles, groups * rank, then rank_after]
     splits,
     matrices,
     groups,
@@ -50,54 +47,47 @@ def read_off_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
-    """One part of the rows, for BLOCK_R directions of one group."""
-    part = tl.program_id(0) % PARTS
-    block = tl.program_id(0) // PARTS
-    blocks = tl.cdiv(rank, BLOCK_R)  # of a group
-    after = block >= blocks * groups  # then groups are 1
-    group = tl.where(after, 0, block // blocks)
-    first = tl.where(after, block - blocks * groups, block % blocks) * BLOCK_R
-    r = first + tl.arange(0, BLOCK_R)
-    inside_r = r < tl.where(after, rank_after, rank)
-    matrix = tl.where(after, matrices - 1, group)
-    source = partial + matrix.to(tl.int64) * rows * columns
-    split_stride = matrices.to(tl.int64) * rows * columns
+    """One tile [BLOCK_A, BLOCK_B] of one matrix, for all directions of it."""
+    tiles_b = tl.cdiv(columns, BLOCK_B)
+    tiles = tl.cdiv(rows, BLOCK_A) * tiles_b
+    tile, matrix = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    after = matrix >= groups
+    group = tl.where(after, 0, matrix)
+    row = tile // tiles_b * BLOCK_A + tl.arange(0, BLOCK_A)
+    column = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside_row, inside_column = row < rows, column < columns
 
-    l_base = tl.where(after, left_after, left + group.to(tl.int64) * left_group)
-    r_base = tl.where(after, right_after, right + group.to(tl.int64) * right_group)
+    size = tl.cast(rows, tl.int64) * columns
+    at = partial + matrix * size + row[:, None] * columns + column[None, :]
+    inside = inside_row[:, None] & inside_column[None, :]
+    M = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for split in range(splits):
+        M += tl.load(at + split * matrices * size, mask=inside, other=0.0)
+
+    left = tl.where(after, left_after, left + group * left_group)
+    right = tl.where(after, right_after, right + group * right_group)
     l_row = tl.where(after, left_after_row, left_row)
     l_rank = tl.where(after, left_after_rank, left_rank)
     r_row = tl.where(after, right_after_row, right_row)
     r_rank = tl.where(after, right_after_rank, right_rank)
-
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(part * BLOCK_A, rows, PARTS * BLOCK_A):
-        row = start + tl.arange(0, BLOCK_A)
-        product = tl.zeros((BLOCK_A, BLOCK_R), tl.float32)
-        for k0 in range(0, columns, BLOCK_B):
-            column = k0 + tl.arange(0, BLOCK_B)
-            at = row[:, None].to(tl.int64) * columns + column[None, :]
-            inside = (row[:, None] < rows) & (column[None, :] < columns)
-            M = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-            for split in range(splits):
-                M += tl.load(source + split * split_stride + at, mask=inside, other=0.0)
-            at = column[:, None].to(tl.int64) * r_row + r[None, :].to(tl.int64) * r_rank
-            inside = (column[:, None] < columns) & inside_r[None, :]
-            factor = tl.load(r_base + at, mask=inside, other=0.0).to(tl.float32)
-            product = dot(M, factor, product, "tf32x3")
-        at = row[:, None].to(tl.int64) * l_row + r[None, :].to(tl.int64) * l_rank
-        inside = (row[:, None] < rows) & inside_r[None, :]
-        total += tl.sum(
-            product * tl.load(l_base + at, mask=inside, other=0.0).to(tl.float32), axis=0
-        )
-
     values = tl.where(after, S_after, S + group * rank)
-    total = total / tl.load(values + r, mask=inside_r, other=1.0).to(tl.float32)
-    width = groups * rank + rank_after
-    place = part * width + tl.where(after, groups * rank, group * rank) + r
-    tl.store(out + place, total, mask=inside_r)
+    directions = tl.where(after, rank_after, rank)
+    place = out + tile * (groups * rank + rank_after)
+    place += tl.where(after, groups * rank, group * rank)
+    for first in range(0, directions, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        inside_r = r < directions
+        at = column[:, None] * r_row + r[None, :] * r_rank
+        inside = inside_column[:, None] & inside_r[None, :]
+        factor = tl.load(right + at, mask=inside, other=0.0).to(tl.float32)
+        product = dot(M, factor, tl.zeros((BLOCK_A, BLOCK_R), tl.float32), "tf32x3")
+        at = row[:, None] * l_row + r[None, :] * l_rank
+        inside = inside_row[:, None] & inside_r[None, :]
+        product *= tl.load(left + at, mask=inside, other=0.0).to(tl.float32)
+        total = tl.sum(product, axis=0)
+        total /= tl.load(values + r, mask=inside_r, other=1.0).to(tl.float32)
+        tl.store(place + r, total, mask=inside_r)
 
 
 def read_off(
@@ -106,20 +96,18 @@ def read_off(
     """dS [G, R] of each side from ``partial`` [splits, matrices, Ca, Cb] in float32.
 
     A side: left [G, Ca, R], right [G, Cb, R] in any strides, S [G·R]. One side has a matrix a
-    group; of two each has one. A side's left and right are of one dtype with the other's.
+    group; of two each has one. The operands of one side are of the dtypes of the other's.
     """
     splits, matrices, rows, columns = partial.shape
     (left, right, S), *more = sides
     groups, _, rank = left.shape
     left_after, right_after, S_after = more[0] if more else sides[0]
     rank_after = left_after.shape[2] if more else 0
-    width = groups * rank + rank_after
-    out = partial.new_empty((PARTS, width))
-    config = config or rule(rows)
-    blocks = groups * triton.cdiv(rank, config["BLOCK_R"])
-    blocks += triton.cdiv(rank_after, config["BLOCK_R"])
+    config = config or rule(rows, columns)
+    tiles = -(-rows // config["BLOCK_A"]) * -(-columns // config["BLOCK_B"])
+    out = partial.new_empty((tiles, groups * rank + rank_after))
     with torch.cuda.device_of(partial):
-        read_off_kernel[(PARTS * blocks,)](
+        read_off_kernel[(tiles * matrices,)](
             partial,
             left,
             right,
@@ -139,7 +127,6 @@ def read_off(
             *right.stride(),
             *left_after.stride()[1:],
             *right_after.stride()[1:],
-            PARTS=PARTS,
             **config,
         )
     total = out.sum(dim=0)
@@ -147,7 +134,7 @@ def read_off(
     return [*found, total[groups * rank :].view(1, rank_after)] if more else found
 
 
-def rule(rows: int) -> Config:
-    """All parts at work, of at most 64 rows at once."""
-    block_a = min(64, max(16, triton.next_power_of_2(triton.cdiv(rows, PARTS))))
-    return {"BLOCK_A": block_a, "BLOCK_B": 32, "BLOCK_R": 32, "num_warps": 4, **OPTIONS}
+def rule(rows: int, columns: int) -> Config:
+    """Tiles enough to fill a good part of a GPU: 16 of 128 channels, 64 of 512."""
+    block = 64 if min(rows, columns) > 256 else 32 if min(rows, columns) > 16 else 16
+    return {"BLOCK_A": block, "BLOCK_B": block, "BLOCK_R": 64, "num_warps": 4, **OPTIONS}

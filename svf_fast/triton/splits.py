@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svf_fast.ops.maps import TRITON_DTYPES
 from svf_fast.triton.language import precision
-from svf_fast.triton.tuning import PROCESSORS, Config
+from svf_fast.triton.tuning import PROCESSORS, Config, processors
 
 
 class Splits(NamedTuple):
@@ -98,8 +98,9 @@ def shapes_for(width: int, dtype: torch.dtype, vectors: bool, arch: int) -> list
     few = [square, Shape(128, 128, 64, 8, 3, 1), Shape(64, 128, 32, 4, 3, 3)]
     if width <= 128 or arch not in PROCESSORS:  # others may have less shared memory
         return few
-    stages = 4 if arch >= 90 else 3
-    return [Shape(128, 256, 32, 8, stages, 1), Shape(64, 256, 32, 8, 3, 1), *few]
+    # 32 positions spill on sm_80 with Triton 3.6
+    large = Shape(128, 256, 32 if arch >= 90 else 16, 8, 4, 1)
+    return [large, Shape(64, 256, 32, 8, 3, 1), *few]
 
 
 def configurations(
@@ -116,9 +117,7 @@ def configurations(
         b = min(shape.columns, max(16, triton.next_power_of_2(width_b)))
         programs = triton.cdiv(width_a, a) * triton.cdiv(width_b, b) * matrices
         tiles = {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_P": shape.positions}
-        splits = {
-            "SPLITS": _splits_for(programs, shape.blocks * PROCESSORS.get(arch, PROCESSORS[80]))
-        }
+        splits = {"SPLITS": _splits_for(programs, shape.blocks * processors(arch))}
         options = {"num_warps": shape.warps, "num_stages": shape.stages}
         found.append(tiles | splits | options)
     fewer = [found[0]["SPLITS"] // part for part in (2, 4)]

@@ -1,11 +1,9 @@
-"""Which block sizes a kernel is launched with: measured on this GPU, else shipped, else derived.
+"""Which block sizes a kernel is launched with: measured on this GPU, else by the kernel's rule.
 
 A configuration is a dict of compile-time constants, ``num_warps`` and ``num_stages``. It is looked
-up by the kernel's name and a key that the kernel makes of its problem, in this order:
-
-1. the table that ``python -m svf_fast.triton.tune`` left for this GPU in the user's cache folder,
-2. the table shipped for its compute capability, ``configs/sm_80.json`` or ``configs/sm_90.json``,
-3. the kernel's own rule.
+up by the kernel's name and a key that the kernel makes of its problem, in the table that
+``python -m svf_fast.triton.tune`` left for this GPU in the user's cache folder; what that does not
+have, the kernel's own rule says.
 
 Nothing is timed while a model trains: a search would wait for the device and break graph capture.
 """
@@ -18,7 +16,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -26,12 +24,29 @@ from triton import knobs
 from triton.runtime import driver
 
 Config = dict[str, int]
+INTERPRETED: bool = knobs.runtime.interpret  # read when a kernel is defined
+SEPARATE: Config = {"fused": 0}  # no kernel: the passes that it joins
 # multiprocessors of an A100 and of an H100 or H200; for the interpreter a few
 PROCESSORS = {0: 2, 80: 108, 90: 132}
+# KiB of shared memory that a block can have, by architecture; others have 99 at least
+SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
 # products may join sums: named because Triton's default changes between versions
 OPTIONS: Config = {"enable_fp_fusion": True}
-SHIPPED = Path(__file__).with_name("configs")
-_found: dict[tuple[int, str, str, str], Config] = {}
+_MOST_KEPT = 4096
+_found: dict[tuple[int, str, str], Config] = {}
+_kept: list[dict[tuple, Any]] = [_found]
+Result = TypeVar("Result")
+
+
+class Gpu(NamedTuple):
+    """arch: 80 for an A100, 90 for an H100 or H200, 0 for the interpreter.
+
+    name: empty where kernels are interpreted or only compiled.
+    """
+
+    arch: int
+    name: str
+    processors: int
 
 
 class Tunable(NamedTuple):
@@ -50,17 +65,39 @@ class Tunable(NamedTuple):
     problems: Callable[[], list[Any]]
 
 
+def per_gpu(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keeps what a function makes of hashable arguments for the current GPU, until :func:`forget`.
+
+    What a launch needs besides its tensors is so made once; asking for it takes a microsecond.
+    """
+    results: dict[tuple, Result] = {}
+    _kept.append(results)
+
+    @functools.wraps(function)
+    def ask(*arguments):
+        at = _device(), *arguments
+        if at not in results:
+            if len(results) == _MOST_KEPT:  # maps may be of any size
+                results.clear()
+            results[at] = function(*arguments)
+        return results[at]
+
+    return ask
+
+
 def find(kernel: str, key: str, rule: Callable[[int], Config]) -> Config:
     """The configuration on the current GPU; where no table has it, the rule's for its architecture.
 
     Call it with the device of the operands as the current one (``torch.cuda.device_of``).
     """
-    arch, name = architecture(), _name()
-    at = arch, name, kernel, key
-    if at not in _found:
-        listed = _tables(arch, name).get(kernel, {}).get(key)
-        _found[at] = {**(rule(arch) if listed is None else listed), **OPTIONS}
-    return _found[at]
+    at = _device(), kernel, key
+    found = _found.get(at)
+    if found is None:
+        own = gpu()
+        path = cache_path(own.name) if own.name else None
+        listed = {} if path is None else _table(path).get(kernel, {})
+        found = _found[at] = {**(listed.get(key) or rule(own.arch)), **OPTIONS}
+    return found
 
 
 def bucket(positions: int) -> int:
@@ -68,9 +105,26 @@ def bucket(positions: int) -> int:
     return max(1024, triton.next_power_of_2(positions))
 
 
-def architecture() -> int:
-    """80 for an A100, 90 for an H100 or H200; 0 for the interpreter."""
-    return 0 if knobs.runtime.interpret else driver.active.get_current_target().arch
+def gpu() -> Gpu:
+    """The current GPU."""
+    return _gpu(_device())
+
+
+def processors(arch: int) -> int:
+    """Multiprocessors to keep busy: of the current GPU if it is of that architecture."""
+    if not INTERPRETED and torch.cuda.is_available() and gpu().arch == arch:
+        return gpu().processors
+    return PROCESSORS.get(arch, PROCESSORS[90 if arch >= 90 else 80])
+
+
+def shared_memory(arch: int) -> int:
+    """Bytes of shared memory that a block can have."""
+    return 1024 * SHARED_MEMORY.get(arch, 99)
+
+
+def has_room(arch: int) -> bool:
+    """Whether the tiles of an H100 fit, up to 196 KiB of them; those of an A100 take 96 KiB."""
+    return arch >= 90 and shared_memory(arch) >= 200 * 1024
 
 
 def cache_path(name: str) -> Path:
@@ -99,18 +153,25 @@ def read_table(path: Path) -> dict[str, dict[str, Config]]:
 
 def forget() -> None:
     """Read the tables again at the next launch."""
-    _tables.cache_clear()
-    _found.clear()
+    _table.cache_clear()
+    for results in _kept:
+        results.clear()
 
 
-def _name() -> str:
-    """Of the current GPU; empty where kernels are interpreted or only compiled."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def _device() -> int:
+    """The current one, by which what is known of it is kept."""
+    return -1 if INTERPRETED else driver.active.get_current_device()
 
 
 @functools.cache
-def _tables(arch: int, name: str) -> dict[str, dict[str, Config]]:
-    shipped = read_table(SHIPPED / f"sm_{arch}.json")
-    own = read_table(cache_path(name)) if name else {}
-    kernels = shipped.keys() | own.keys()
-    return {kernel: shipped.get(kernel, {}) | own.get(kernel, {}) for kernel in kernels}
+def _gpu(device: int) -> Gpu:
+    if INTERPRETED:
+        return Gpu(0, "", PROCESSORS[0])
+    arch = driver.active.get_current_target().arch
+    if torch.cuda.is_available() and device < torch.cuda.device_count():
+        properties = torch.cuda.get_device_properties(device)
+        return Gpu(arch, properties.name, properties.multi_processor_count)
+    return Gpu(arch, "", PROCESSORS.get(arch, PROCESSORS[80]))
+
+
+_table = functools.cache(read_table)

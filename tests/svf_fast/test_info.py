@@ -53,10 +53,43 @@ class CudaTensor:
     device = torch.device("cuda", 0)
 
 
-def test_missing_cuda_library_is_named_with_its_reason(monkeypatch) -> None:
+def test_without_the_cuda_library_triton_serves(monkeypatch) -> None:
     monkeypatch.setattr(_library, "cuda_missing", "svf_fast was built without them (no, reasons)")
-    with pytest.raises(RuntimeError, match=r"cuda:0.*no, reasons.*SVF_FAST_CUDA=1"):
-        _library.check_device("channel_dot", CudaTensor())
+    monkeypatch.setattr(_library, "triton_missing", lambda: "")
+    _library.check_device("channel_dot", CudaTensor())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    expected = "Triton, svf_fast was built without them (no, reasons)"
+    assert svf_fast.build_info()["cuda_ops"] == expected
+
+
+def test_without_triton_too_both_are_named_with_their_reasons(monkeypatch) -> None:
+    monkeypatch.setattr(_library, "cuda_missing", "svf_fast was built without them (no, reasons)")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    _library.triton_missing.cache_clear()
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            _library.check_device("channel_dot", CudaTensor())
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        assert svf_fast.build_info()["cuda_ops"].startswith("no, svf_fast was built without")
+    finally:
+        _library.triton_missing.cache_clear()
+    for words in ("cuda:0", "no, reasons", "pip install triton", "SVF_FAST_CUDA=1"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("op", ["affine_act", "affine_act_", "affine_act_backward", "channel_dot"])
+def test_every_op_of_the_cuda_library_has_a_kernel_without_it(op) -> None:
+    """What torch finds for a GPU: the compiled kernel, or else its Triton twin."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"svf_fast::{op}", "CUDA")
+
+
+def test_a_kernel_that_is_there_is_not_replaced() -> None:
+    with torch.library._scoped_library("svf_fast", "FRAGMENT") as library:
+        library.define("only_here(Tensor x) -> Tensor")
+        library.impl("only_here", lambda x: x, "CUDA")
+        before = torch._C._dispatch_dump("svf_fast::only_here")
+        _library.register_gpu("only_here", lambda x: x + 1)
+        assert torch._C._dispatch_dump("svf_fast::only_here") == before
 
 
 def test_device_without_kernels_is_refused() -> None:

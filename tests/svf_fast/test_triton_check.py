@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from svf_fast.triton import check, cosine_max, cosine_max_backward
+from svf_fast.triton import check, cosine_max, cosine_max_backward, tuning
 from svf_fast.triton.check import Case
 
 
@@ -35,7 +35,7 @@ def test_registers_spills_and_shared_memory_per_architecture():
     assert found.keys() == {"80", "90"}
     for arch, (registers, spilled, shared, wgmma, mma) in found.items():
         assert 32 <= int(registers) <= 255 and spilled == "0"
-        assert 2 * 64 * 32 * 2 <= int(shared) <= check.SHARED_MEMORY[int(arch)]
+        assert 2 * 64 * 32 * 2 <= int(shared) <= tuning.shared_memory(int(arch))
         assert (wgmma, mma) == (("True", "False") if arch == "90" else ("False", "True"))
 
 

@@ -250,7 +250,7 @@ def test_a_configuration_is_looked_up_by_the_key(monkeypatch):
 
     def find(kernel, key, rule):
         sought.append((kernel, key))
-        return rule(tuning.architecture())
+        return rule(tuning.gpu().arch)
 
     monkeypatch.setattr(tuning, "find", find)
     arguments = _inputs((1, 4, 5, 6), torch.float16, DEVICES[0])

@@ -1,14 +1,15 @@
 """Tables of configurations, and the search that writes them, with a timer of its own."""
 
-import json
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 
-from svf_fast.triton import check, tune, tuning
+from svf_fast.triton import check, pointwise_problem, tune, tuning
 from svf_fast.triton.check import Case
 from svf_fast.triton.tuning import Tunable
 
@@ -27,11 +28,9 @@ WRONG, TOO_LARGE = 128, 256
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    """Folders of their own for the shipped tables and those of the user; a GPU by name."""
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    """A folder of its own for the user's tables; a GPU by name."""
     monkeypatch.setenv("SVF_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "architecture", lambda: 90)
-    monkeypatch.setattr(tuning, "_name", lambda: "Some GPU")
+    monkeypatch.setattr(tuning, "gpu", lambda: tuning.Gpu(90, "Some GPU", 132))
     tuning.forget()
     yield tmp_path
     tuning.forget()
@@ -76,20 +75,86 @@ def _search(table, budget=math.inf, clock=lambda: 0.0):
     return found, launched
 
 
-def test_an_own_entry_is_found_before_a_shipped_one_before_the_rule(tables):
+def test_an_entry_of_the_table_is_found_before_the_rule(tables):
     def find(key):
         return tuning.find("kernel", key, lambda arch: {"BLOCK": arch})
 
-    shipped = {"kernels": {"kernel": {"a": {"BLOCK": 1}, "b": {"BLOCK": 2}}}}
     own = {"kernels": {"kernel": {"a": {"BLOCK": 3}}}}
-    tune.write(tuning.SHIPPED / "sm_90.json", shipped)
     tune.write(tuning.cache_path("Some GPU"), own)
-    assert [find(key)["BLOCK"] for key in "abc"] == [3, 2, 90]
+    assert [find(key)["BLOCK"] for key in "ab"] == [3, 90]
     assert find("a")["enable_fp_fusion"] is True
     tune.write(tuning.cache_path("Some GPU"), {"kernels": {}})
     assert find("a")["BLOCK"] == 3  # read once
     tuning.forget()
-    assert find("a")["BLOCK"] == 1
+    assert find("a")["BLOCK"] == 90
+
+
+class TwoGpus:
+    """A driver with an A100 and an H100, as Triton asks for them."""
+
+    current = 0
+    asked = 0
+
+    def get_current_device(self):
+        return self.current
+
+    def get_current_target(self):
+        self.asked += 1
+        return GPUTarget("cuda", (80, 90)[self.current], 32)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    gpus = TwoGpus()
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "driver", SimpleNamespace(active=gpus))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tuning.forget()
+    tuning._gpu.cache_clear()
+    yield gpus
+    tuning.forget()
+    tuning._gpu.cache_clear()
+
+
+def test_each_of_two_gpus_has_its_own_configuration_and_is_asked_once(two_gpus):
+    @tuning.per_gpu
+    def launch(block):
+        return tuning.find("kernel", "a", lambda arch: {"BLOCK": arch})["BLOCK"] * block
+
+    for _ in range(3):
+        for two_gpus.current, arch in ((0, 80), (1, 90)):
+            assert tuning.gpu().arch == arch
+            assert tuning.find("kernel", "a", lambda arch: {"BLOCK": arch})["BLOCK"] == arch
+            assert launch(2) == 2 * arch
+    assert two_gpus.asked == 2
+
+
+def test_what_was_made_is_made_again_after_forget(two_gpus):
+    made = []
+    make = tuning.per_gpu(lambda value: made.append(value) or len(made))
+    assert [make(5), make(5), make(6)] == [1, 1, 2]
+    tuning.forget()
+    assert make(5) == 3
+
+
+def test_processors_are_those_of_the_gpu_itself(two_gpus, monkeypatch):
+    two_gpus.current = 1
+    pcie = SimpleNamespace(name="H100 PCIe", multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: pcie)
+    assert tuning.gpu() == (90, "H100 PCIe", 114)
+    assert [tuning.processors(arch) for arch in (80, 90)] == [108, 114]
+
+
+def test_tiles_fit_into_shared_memory():
+    """In the tiles' own bytes: what Triton adds shows in `make cuda-check`."""
+    for arch in (80, 86, 89, 90, 100, 120):
+        for problem in pointwise_problem.problems():
+            tile = problem.tiles(arch)
+            rows = tile["BLOCK_P"] + tile["BLOCK_D"]
+            used = tile["num_stages"] * rows * tile["BLOCK_K"] * 2
+            assert used <= tuning.shared_memory(arch), (arch, problem)
 
 
 def test_the_cache_is_of_one_gpu_and_one_triton(tables):
@@ -198,13 +263,19 @@ def test_the_table_says_where_it_is_from(tmp_path):
     assert {"origin", "triton", "torch", "date", "microseconds"} <= table.keys()
 
 
-@pytest.mark.parametrize("arch", check.ARCHITECTURES)
-def test_shipped_tables_follow_the_rules_or_were_timed(arch):
-    table = json.loads((tuning.SHIPPED / f"sm_{arch}.json").read_text())
-    derived = tune.derive(check.cases(check.tunables()), arch)
-    if table["origin"] == derived["origin"]:
-        for kernel, configs in table["kernels"].items():
-            assert configs == derived["kernels"][kernel], "python -m svf_fast.triton.tune --derive"
+def test_bits_of_a_mask_are_counted_one_by_one():
+    expected = torch.randint(256, (1000,), dtype=torch.uint8)
+    for bytes_with_another_bit, equal in ((8, True), (9, False)):
+        actual = expected.clone()
+        actual[:bytes_with_another_bit] ^= 16
+        assert tune.agree([actual], [expected]) is equal
+
+
+def test_the_problems_of_a_race():
+    cases = list(filter(tune.of_a_race, check.cases(check.tunables())))
+    assert {case.tunable.name for case in cases} == {"activation_grams", "gram", "pointwise"}
+    assert {case.problem.positions for case in cases} == {6561, 39366}
+    assert not any("1024 x" in case.key or "dot" in case.key for case in cases)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
