@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exactness import gradients, relative_error, renew, step
 from levels import LEVELS, Inputs, Level, Settings, trained
-from race import gradients, relative_error, renew, step, write_results
+from race import write_results
 from torch import nn
 
 from fss.measure import StepTimer

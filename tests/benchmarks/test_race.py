@@ -9,10 +9,11 @@ import cv2
 import pytest
 import render
 import torch
+from exactness import relative_error
 from levels import LEVELS, Settings
 from memory import saved_measured, saved_on_shapes
 from peers import PEERS, REGIMES, Peer, official
-from race import Contest, defaults, measure_peaks, relative_error, variant, write_results
+from race import Contest, defaults, measure_peaks, variant, write_results
 from torch import nn
 
 TINY = Settings(size=33, width=8, batch=1)
