@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from levels import LEVELS, Settings
-from race import Contest, defaults, variant, write_results
+from race import Contest, defaults, earlier_groups, variant, write_results
 from render import markdown
 
 import svf_fast
@@ -125,13 +124,10 @@ class Race:
 
     def _earlier(self, level: str, group: str) -> list[dict]:
         """The rows of a run with the same settings, if they are to be kept."""
-        path = self._path(level)
-        if not self._config.getoption("race_resume") or not path.is_file():
+        if not self._config.getoption("race_resume"):
             return []
-        found = json.loads(path.read_text())
-        if found["settings"] != dataclasses.asdict(self.settings(level)):
-            return []
-        return [row for other in found["groups"] if other["name"] == group for row in other["rows"]]
+        groups = earlier_groups(self._path(level), self.settings(level))
+        return [row for other in groups if other["name"] == group for row in other["rows"]]
 
     def _write(self, name: str) -> None:
         """Writes what there is of a level."""

@@ -22,9 +22,16 @@ class Results:
         found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         self._results = {path: r for path, r in found.items() if "level" in r}
 
-    def of(self, level: str, cuda: bool = False, **settings: Any) -> Iterator[Result]:
-        """Those of a level with these settings, on a GPU if asked for."""
+    def of(
+        self, level: str, cuda: bool = False, every: bool = False, **settings: Any
+    ) -> Iterator[Result]:
+        """Those of a level with these settings, on a GPU if asked for.
+
+        Those with a suffix, races of some peers apart from the one that counts, only with `every`.
+        """
         for result in self._results.values():
+            if result.get("suffix") and not every:
+                continue
             given = result["settings"]
             device = str(given.get("device", "cpu")).startswith("cuda")
             same = all(given.get(key) == value for key, value in settings.items())

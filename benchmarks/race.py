@@ -341,3 +341,11 @@ def write_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path
+
+
+def earlier_groups(path: Path, settings: Settings) -> list[dict]:
+    """The groups of an earlier file of results; none unless it has the same settings."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return found["groups"] if found["settings"] == dataclasses.asdict(settings) else []

@@ -15,7 +15,9 @@ from typing import Any
 
 import figures
 import loading
+from gpu_profile import profile_table
 from gpu_tables import TABLES, Results
+from gpu_train import train_table
 from race_picture import draw
 
 from fss.files import atomic_write
@@ -33,44 +35,53 @@ Row = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[FOLDER], help="folders of results, each alone"
+    )
     parser.add_argument("--page", type=Path, default=PAGE, help="of which a block is replaced")
     options = parser.parse_args()
-    for path in sorted(options.results.glob("*.json")):
+    for folder in options.results:
+        render(folder, options.page)
+    return 0
+
+
+def render(folder: Path, page: Path) -> None:
+    """Writes the tables and pictures of a folder, and the page where it is about them."""
+    for path in sorted(folder.glob("*.json")):
         if _raced(path):
             _write(path.with_suffix(".md"), markdown(path))
             print(path.with_suffix(".md"))
-    _write(options.results / FIGURES, figures.markdown(Results(options.results)))
-    print(options.results / FIGURES)
-    on_gpu = [path for path in sorted(options.results.glob("*.json")) if _on_gpu(path)]
+    _write(folder / FIGURES, figures.markdown(Results(folder)))
+    print(folder / FIGURES)
+    on_gpu = [path for path in sorted(folder.glob("*.json")) if _on_gpu(path)]
     if on_gpu:
-        picture = options.results / "race-gpu.png"
+        picture = folder / "race-gpu.png"
         draw([json.loads(path.read_text()) for path in on_gpu], picture)
         print(picture)
-    paths = [options.results / f"{name}.json" for name in PAGE_RESULTS]
+    paths = [folder / f"{name}.json" for name in PAGE_RESULTS]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        print(f"no {' or '.join(PAGE_RESULTS)} among {options.results}: page left as it is")
-        return 0
-    picture = options.results / "race.png"
+        print(f"no {' or '.join(PAGE_RESULTS)} among {folder}: page left as it is")
+        return
+    picture = folder / "race.png"
     draw([json.loads(path.read_text()) for path in paths], picture)
     print(picture)
-    text = options.page.read_text()
+    text = page.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise SystemExit(f"{options.page}: expected the lines {BEGIN} and {END}, found not both")
-    block = _block(paths, picture, options.page)
-    _write(options.page, f"{before}{begin}\n{block}{end}{after}")
-    print(options.page)
-    return 0
+        raise SystemExit(f"{page}: expected the lines {BEGIN} and {END}, found not both")
+    block = _block(paths, picture, page)
+    _write(page, f"{before}{begin}\n{block}{end}{after}")
+    print(page)
 
 
 def markdown(path: Path) -> str:
     """The table of one file of results, with where it comes from."""
     result = json.loads(path.read_text())
-    if result["level"] in TABLES:
-        table = TABLES[result["level"]](result, Results(path.parent))
+    tables = TABLES | {"profile": profile_table, "train": train_table}
+    if result["level"] in tables:
+        table = tables[result["level"]](result, Results(path.parent))
         return f"{table}\n\n{_machine(result)}\n"
     if result["level"] == "loading":
         return f"{loading.table(result)}\n\n{_machine(result)}\n"

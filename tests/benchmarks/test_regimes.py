@@ -40,7 +40,7 @@ def tabulated(monkeypatch, tmp_path):
     def run(*arguments: str) -> tuple[str, dict]:
         name = tmp_path / "results" / "table"
         monkeypatch.setattr(
-            regimes, "make_run", lambda config, folder, settings, extra: result(settings)
+            regimes, "make_run", lambda config, folder, settings, *_: result(settings)
         )
         command = ["regimes.py", "--config", "demo", "--folds", "0", "--out", str(tmp_path)]
         command += ["--regimes", "freeze", "svf", "--results", str(name), *arguments]
