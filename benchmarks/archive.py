@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 EVERY = 20.0  # seconds between two writes
-LEFT_OUT = ("cache/svd", "cache/fss", "site", "photos")  # folders that can be made again
+LEFT_OUT = ("cache/svd", "cache/fss", "cache/matplotlib", "site", "photos")  # can be made again
 LARGE = {".pt", ".safetensors"}
 
 

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.weights:
         room -= (options.shared / WEIGHTS).stat().st_size
     packed = {
-        split: _packed(source, _pairs(source, split), options.side, options.quality)
+        split: _packed(_pairs(source, split), options.side, options.quality)
         for split in ("train", "val")
     }
     total = sum(one.bytes for every in packed.values() for one in every)
@@ -98,7 +98,7 @@ def _pairs(source: Path, split: str) -> list[tuple[Path, Path]]:
     return [(source / image, source / mask) for image, mask in map(str.split, lines)]
 
 
-def _packed(source: Path, pairs: list[tuple[Path, Path]], side: int, quality: int) -> list[Packed]:
+def _packed(pairs: list[tuple[Path, Path]], side: int, quality: int) -> list[Packed]:
     with ProcessPoolExecutor() as pool:
         sides, qualities = [side] * len(pairs), [quality] * len(pairs)
         return list(pool.map(_encoded, pairs, sides, qualities, chunksize=32))

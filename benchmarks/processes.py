@@ -68,6 +68,7 @@ def run(
             status = process.wait(max(limit, 0))
         except subprocess.TimeoutExpired:
             file.write(f"\nstopped after {limit:.0f} s\n")
+            file.flush()
             if grace:
                 os.killpg(process.pid, signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
