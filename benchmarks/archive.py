@@ -1,4 +1,4 @@
-"""A compressed tar of a folder of results that is whole at any moment."""
+"""A compressed tar of a folder of results, and other files, that are whole at any moment."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from types import TracebackType
 EVERY = 20.0  # seconds between two writes
 LEFT_OUT = ("cache/svd", "cache/fss", "cache/matplotlib", "site", "photos")  # can be made again
 LARGE = {".pt", ".safetensors"}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that takes the place of `path` when it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 class Archive:

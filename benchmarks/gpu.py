@@ -34,7 +34,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from archive import Archive
+from archive import Archive, write_whole
 from gpu_phases import IMAGENET, PASCAL, PHASES, Options, Phase
 from processes import ROOT, Ended, run
 
@@ -251,9 +251,7 @@ def _keep(path: Path, found: dict[str, Any], rows: list[Row]) -> None:
     """Writes the summary of all calls in the order of the phases."""
     order = [phase.name for phase in PHASES]
     rows.sort(key=lambda row: order.index(row["phase"]) if row["phase"] in order else len(order))
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"machine": found, "phases": rows}, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps({"machine": found, "phases": rows}, indent=1) + "\n")
 
 
 def _shared(given: str | None, name: str, dry: bool) -> str:

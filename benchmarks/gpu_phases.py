@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from archive import write_whole
 from processes import ROOT
 
 MARGIN = 8.0  # seconds between the time a phase is told and its limit
@@ -125,7 +126,7 @@ def compiled(name: str) -> Callable[[Options, int], list[str]]:
     return race("backbone", *SIX, "--race-suffix", f"compiled_{name}", "--race-peers", names)
 
 
-def measured(name: str) -> Callable[[Options, int], list[str]]:
+def measured(name: str, *tiny: str) -> Callable[[Options, int], list[str]]:
     """Steps of layers 2-4 by another script than the race's: see there."""
 
     def command(options: Options, _: int) -> list[str]:
@@ -133,7 +134,7 @@ def measured(name: str) -> Callable[[Options, int], list[str]]:
         words += ["--weights", options.weights, "--stride-on", options.stride_on]
         words += ["--svd-cache", str(options.svd_cache)]
         if options.dry:
-            words += ["--size", "33", "--width", "8", "--batches", "1"]
+            words += ["--size", "33", "--width", "8", "--batches", "1", *tiny]
         return words
 
     return command
@@ -158,7 +159,8 @@ def regimes(options: Options, seconds: int) -> list[str]:
     if not planned.is_file():
         planned.parent.mkdir(parents=True, exist_ok=True)
         of_fold = (seconds / 2 - REGIME_OVERHEAD) / REGIME_STEP
-        planned.write_text(json.dumps({"steps": max(200, min(2000, int(of_fold) // 100 * 100))}))
+        plan = {"steps": max(200, min(2000, int(of_fold) // 100 * 100))}
+        write_whole(planned, json.dumps(plan))
     steps = 2 if options.dry else json.loads(planned.read_text())["steps"]
     words = script("regimes.py", "--folds", 0, "--at-once", 3, "--seconds", seconds)
     words += ["--out", str(options.out / "runs"), "--results", str(folder / "regimes")]
@@ -212,9 +214,9 @@ PHASES = (
     Phase("facts", 30, 10, facts),
     Phase("tests-first", 60, 30, tests("first")),
     Phase("race", 150, 60, race("backbone", *SIX, "--race-peers", FOUR)),
-    Phase("profile", 70, 30, measured("gpu_profile.py")),
+    Phase("profile", 70, 30, measured("gpu_profile.py", "--steps", "1")),
     Phase("one-image", 80, 40, race("backbone", *AT_ONE, folder=ONE)),
-    Phase("replay", 60, 30, measured("replay.py")),
+    Phase("replay", 60, 30, measured("replay.py", "--rounds", "1")),
     Phase("train", 170, 50, train, needs=OF_FSS),
     Phase("step", 75, 40, race("step", *EPISODE)),
     Phase("prior", 30, 15, race("prior")),

@@ -28,6 +28,7 @@ from PIL import Image
 from race import write_results
 
 from fss.data import ShapesSource
+from fss.files import write_json
 from fss.run_log import read_log
 
 FOLDER = Path(__file__).with_name("results")
@@ -207,7 +208,7 @@ def _rendered(results: Path) -> Path:
         Image.fromarray(image).save(folder / "JPEGImages" / f"{source.name(index)}.jpg")
         Image.fromarray(mask).save(folder / "SegmentationClass" / f"{source.name(index)}.png")
     classes = {"classes": source.class_names, "folds": source.folds}
-    (folder / "classes.json").write_text(json.dumps(classes))
+    write_json(folder / "classes.json", classes)  # the last: without it all is made again
     return folder
 
 

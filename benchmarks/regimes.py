@@ -10,7 +10,6 @@ Writes NAME.json, NAME.md and NAME.png:
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -23,6 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from training import make_run, score_elsewhere
+
+from fss.files import write_json
 
 MIB = 2**20
 COLOURS = {"freeze": "#7f7f7f", "svf": "#0072B2", "full": "#E69F00"}  # Okabe-Ito
@@ -65,7 +66,7 @@ def main() -> int:
     command = "python " + shlex.join(sys.argv)
     compact = [{**run._asdict(), **result} for run, result in runs.items()]
     summary = {"command": command, "rows": rows, "runs": compact}
-    base.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(base.with_suffix(".json"), summary)
     table = _table(options, runs, rows, command)
     base.with_suffix(".md").write_text(table)
     _picture(options, rows, base.with_suffix(".png"))
