@@ -201,7 +201,8 @@ def roofline(options: Options, _: int) -> list[str]:
 
 
 def render(options: Options, _: int) -> list[str]:
-    return script("render.py", "--results", options.out, options.out / ONE)
+    folders = [folder for folder in (options.out, options.out / ONE) if (ROOT / folder).is_dir()]
+    return script("render.py", "--results", *folders)
 
 
 ONE = "one_image"

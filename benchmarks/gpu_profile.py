@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from exactness import renew, step
-from gpu_tables import Result, Results, table
 from levels import LEVELS, Inputs, Level, Settings
 from race import earlier_groups, write_results
 from torch import nn
@@ -31,7 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 FOLDER = Path(__file__).with_name("results")
 PEERS = ("svf_fast", "official", "frozen bound")
 WARMUP, TIMED = 4, 15  # steps
-SHOWN = 12  # kernels of each peer in the table
 
 
 def main() -> int:
@@ -126,27 +124,6 @@ def measure(
         "kernel_seconds": sum(kernel["microseconds"] for kernel in listed) / 1e6,
         "kernels": listed,
     }
-
-
-def profile_table(result: Result, _: Results) -> str:
-    """A line a peer and batch, then what takes longest of each."""
-    lines, parts = [], []
-    for group in result["groups"]:
-        for row in group["rows"]:
-            cells = [statistics.median(row["seconds"]), statistics.median(row["host_seconds"])]
-            cells.append(row["kernel_seconds"])
-            shown = [f"{1e3 * value:.2f}" for value in cells]
-            lines.append([row["peer"], group["name"], *shown, f"{row['launches']:.0f}"])
-            kernels = [
-                [f"`{kernel['name'][:90]}`", f"{kernel['launches']:.1f}", f"{taken:.0f}"]
-                for kernel in row["kernels"][:SHOWN]
-                for taken in [kernel["microseconds"]]
-            ]
-            head = [f"{row['peer']}, {group['name']}", "launches", "µs a step"]
-            parts.append(table(head, kernels))
-    head = ["", "", "step, ms", "host, ms", "kernels, ms", "launches"]
-    note = "Host: until the step is queued. Kernels: the sum of their times, one after another."
-    return "\n\n".join([table(head, lines), note, *parts])
 
 
 def _rows(groups: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:

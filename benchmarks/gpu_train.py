@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_tables import Result, Results, table
 from PIL import Image
 from race import write_results
 
@@ -43,7 +42,6 @@ REGIMES = {
 GRAPHS = {"eager": "off", "captured": "auto"}
 STEPS, LOGGED = 24, 8  # of which the last so many are reported: all is warm by then
 RENDERED, RENDERED_SIDE = 120, 257  # photos of the embedded data, where there are no others
-GIB = 2**30
 
 
 class Row(NamedTuple):
@@ -59,7 +57,9 @@ def main() -> int:
     options = _arguments()
     path = options.results / "train.json"
     settings = {"device": options.device, "dtype": "bfloat16", "backbone": options.backbone}
-    settings |= {"weights": options.weights, "batch": options.batch, "photos": options.photos}
+    sizes = {case.partition("x")[0]: None for case in options.cases}
+    batch = {size: options.batch or BATCH[int(size)] for size in sizes}
+    settings |= {"weights": options.weights, "photos": options.photos, "batch": batch}
     done = _earlier(path, settings)
     deadline = time.monotonic() + options.seconds
     runs = options.results / "runs" / "train"
@@ -248,40 +248,6 @@ def _write(path: Path, settings: dict[str, Any], done: dict[Row, dict[str, Any]]
     listed = [{"name": name, "rows": rows} for name, rows in groups.items()]
     title = "`fss train`, the baseline model"
     write_results(path, "train", title, settings, listed, "python " + shlex.join(sys.argv))
-
-
-def train_table(result: Result, _: Results) -> str:
-    lines = []
-    for group in result["groups"]:
-        rows = group["rows"]
-        for row in rows:
-            if "step_seconds" not in row:
-                cells = [row.get("reason", "not finished"), *["–"] * 4]
-            else:
-                theirs = [
-                    other["step_seconds"]
-                    for other in rows
-                    if (other["regime"], other["mode"]) == ("paper's layers", "eager")
-                    and "step_seconds" in other
-                ]
-                taken = row["step_seconds"]
-                cells = [
-                    f"{1e3 * taken:.1f}",
-                    f"{taken / theirs[0]:.2f}" if theirs else "–",
-                    f"{row['images_per_second']:.0f}",
-                    f"{row['peak_bytes'] / GIB:.2f}",
-                    f"{row['saved_bytes'] / GIB:.2f}",
-                ]
-            lines.append([f"{row['regime']}, {row['mode']}", group["name"], *cells])
-    head = ["", "", "step, ms", "÷ paper's layers, eager", "images/s", "peak GiB", "saved GiB"]
-    settings = result["settings"]
-    batch = settings["batch"] or ", ".join(f"{n} at {size} px" for size, n in BATCH.items())
-    photos = "rendered photos" if settings["photos"] == "none" else "Pascal-5i in part"
-    note = (
-        f"{settings['backbone']}, bfloat16, episodes of a step: {batch}; {photos}. Step: median "
-        "of the last steps, without loading; images per second with it. Peak: of the whole run."
-    )
-    return f"{table(head, lines)}\n\n{note}"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-import loading
-from gpu_profile import profile_table
 from gpu_tables import TABLES, Results
-from gpu_train import train_table
 from race_picture import draw
 
 from fss.files import atomic_write
@@ -79,11 +76,12 @@ def render(folder: Path, page: Path) -> None:
 def markdown(path: Path) -> str:
     """The table of one file of results, with where it comes from."""
     result = json.loads(path.read_text())
-    tables = TABLES | {"profile": profile_table, "train": train_table}
-    if result["level"] in tables:
-        table = tables[result["level"]](result, Results(path.parent))
+    if result["level"] in TABLES:
+        table = TABLES[result["level"]](result, Results(path.parent))
         return f"{table}\n\n{_machine(result)}\n"
     if result["level"] == "loading":
+        import loading  # needs packages that a machine for races may not have
+
         return f"{loading.table(result)}\n\n{_machine(result)}\n"
     if result["level"] == "memory":
         return f"{_memory(result['groups'])}\n\n{_memory_origin(result)}\n"

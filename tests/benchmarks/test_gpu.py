@@ -139,7 +139,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_done(tmp_path, root):
         with subprocess.Popen(
             call(out, *words), cwd=root, stdout=subprocess.PIPE, text=True, bufsize=1
         ) as process:
-            time.sleep(moments.uniform(1, 25 if LONG else 15))
+            time.sleep(moments.uniform(1, 30 if LONG else 20))
             process.kill()
             said = done(process.stdout.read())
         known |= said
@@ -226,6 +226,27 @@ def test_real_weights_and_photos_are_found(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "regimes/plan.json").read_text())["steps"] == 1800
     steps = [word for word in gpu_phases.regimes(options, 90) if word.startswith("--steps")]
     assert steps == ["--steps=1800"]  # those of the first call
+
+
+BARE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Missing())
+import conftest, elementwise, facts, gpu_profile, render, replay, roofline
+"""
+
+
+def test_races_and_tables_need_less_than_training(root):
+    """A machine with a GPU may have torch and little else."""
+    lacking = {name for name in gpu_phases.OF_FSS if name not in ("cv2", "yaml")}
+    paths = os.pathsep.join([str(root / "benchmarks"), str(root)])
+    command = [sys.executable, "-c", BARE, *lacking]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_wheels_are_unpacked(tmp_path):
