@@ -209,7 +209,8 @@ def train_table(result: Result, _: Results) -> str:
                     f"{row['peak_bytes'] / GIB:.2f}",
                     f"{row['saved_bytes'] / GIB:.2f}",
                 ]
-            lines.append([f"{row['regime']}, {row['mode']}", group["name"], *cells])
+            name = ", ".join([row["regime"], row["mode"], *row.get("told", ())])
+            lines.append([name, group["name"], *cells])
     head = ["", "", "step, ms", "÷ paper's layers, eager", "images/s", "peak GiB", "saved GiB"]
     settings = result["settings"]
     batch = ", ".join(f"{count} at {size} px" for size, count in settings["batch"].items())

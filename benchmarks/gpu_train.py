@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import io
 import json
 import os
 import shlex
@@ -138,11 +139,11 @@ def _measured(row: Row, options: argparse.Namespace, runs: Path) -> dict[str, An
         torch.cuda.reset_peak_memory_stats()
     command = _command(row, options, runs)
     print(f"\n$ fss {shlex.join(command)}", flush=True)
-    last = _LastLine()
-    with contextlib.redirect_stderr(last):
+    told = _Told()
+    with contextlib.redirect_stderr(told):
         status = fss(command)
     if status:
-        raise RuntimeError(f"fss train ended with {status}: {last.text}")
+        raise RuntimeError(f"fss train ended with {status}: {told.lines[-1]}")
     result = json.loads((runs / "result.json").read_text())
     log = read_log(runs / "train.csv")
     return {
@@ -152,6 +153,8 @@ def _measured(row: Row, options: argparse.Namespace, runs: Path) -> dict[str, An
         "peak_bytes": result["peak_memory_bytes"],
         "saved_bytes": result["saved_bytes_per_step"],
         "loss": log["loss"][-1],
+        # where a step was not captured the command says why
+        "told": [line.strip()[:200] for line in told.lines if line.startswith("graph: ")],
     }
 
 
@@ -218,21 +221,16 @@ def _rendered(results: Path) -> Path:
     return folder
 
 
-class _LastLine:
-    """Standard error that also keeps the last line that was written."""
-
-    def __init__(self) -> None:
-        self._stream, self.text = sys.stderr, ""
+class _Told(io.StringIO):
+    """Standard error, which is also kept."""
 
     def write(self, text: str) -> int:
-        self.text = text.strip().rpartition("\n")[2] or self.text
-        return self._stream.write(text)
+        sys.__stderr__.write(text)
+        return super().write(text)
 
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def isatty(self) -> bool:
-        return False
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.getvalue().splitlines() if line.strip()] or [""]
 
 
 def _earlier(path: Path, settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:

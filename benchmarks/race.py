@@ -324,18 +324,15 @@ def write_results(
 ) -> Path:
     """Results with all that is needed to get them again; returns the path.
 
-    The commit is that of the checkout; where .git did not come along, what $SVF_COMMIT says. A
-    suffix, what the file's name ends with, tells a race of its own from the one that counts.
+    A suffix, what the file's name ends with, tells a race of its own from the one that counts.
     """
     given = settings if isinstance(settings, dict) else dataclasses.asdict(settings)
-    origin = provenance(torch.device(given["device"]))
-    origin["commit"] = origin["commit"] or os.environ.get("SVF_COMMIT")
     content = {
         "level": level,
         "title": title,
         "settings": given,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        **origin,
+        **provenance(torch.device(given["device"])),
         "suffix": suffix,
         "command": command,
         "groups": groups,

@@ -95,6 +95,9 @@ def test_a_run_that_fails_says_why_and_the_others_go_on(called, tmp_path):
     table = gpu_tables.train_table(result, gpu_tables.Results(tmp_path))
     assert "| svf, eager | 473 px, 1-shot | 100.0 | 0.50 | 80 | 1.00 | 0.50 |" in table
     assert "| full, captured | 473 px, 1-shot | RuntimeError: no memory for that |" in table
+    result["groups"][0]["rows"][4]["told"] = ["graph: steps run eagerly, because"]
+    told = gpu_tables.train_table(result, gpu_tables.Results(tmp_path))
+    assert "| svf, captured, graph: steps run eagerly, because | 473 px" in told
     assert "8 at 473 px" in table and "rendered photos" in table
     assert render.markdown(tmp_path / "train.json").startswith(table)
 
