@@ -25,8 +25,11 @@ import gpu_tests
 import processes
 import pytest
 import race
+import regimes
 import torch
 from levels import LEVELS, Settings
+
+from fss.cli import build_parser
 
 LONG = os.environ.get("SVF_LONG", "") not in ("", "0")
 QUICK = "build,facts,race,roofline,elementwise,render"
@@ -226,6 +229,26 @@ def test_real_weights_and_photos_are_found(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "regimes/plan.json").read_text())["steps"] == 1800
     steps = [word for word in gpu_phases.regimes(options, 90) if word.startswith("--steps")]
     assert steps == ["--steps=1800"]  # those of the first call
+
+
+@pytest.mark.parametrize("photos", ["none", "packed", "400 px"])
+def test_regimes_are_asked_of_fss_as_it_takes_them(tmp_path, monkeypatch, photos):
+    (tmp_path / "pascal").mkdir()
+    if photos == "packed":
+        config = "data: {source: pascal, min_area: 541}"
+        (tmp_path / "pascal/pascal.yaml").write_text(config)
+    folder = "none" if photos == "none" else str(tmp_path / "pascal")
+    options = gpu.Options(tmp_path, False, "resnet50.safetensors", folder)
+    _, script, *words = gpu_phases.regimes(options, 300)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    given, extra = regimes._arguments()
+    assert given.regimes == ["freeze", "svf", "full"] and given.seconds == 265
+    assert given.folds == ([0] if photos == "none" else [0, 2])
+    config = build_parser().parse_args(["train", "--config", given.config, *extra]).train
+    assert config.data.source == ("shapes" if photos == "none" else "pascal")
+    assert config.data.min_area == {"none": 0.02, "packed": 541, "400 px": 1311}[photos]
+    assert (config.data.size, config.precision) == (225, "bf16-mixed")
+    assert (config.steps, config.model.stride_on) == (1200, "conv1")
 
 
 BARE = """
