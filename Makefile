@@ -57,7 +57,7 @@ bench-loading: venv ## episodes a core loads, against what a step consumes
 render: venv ## tables, picture and docs/benchmarks.md from benchmarks/results
 	$(BIN)/python benchmarks/render.py
 
-gpu: ## everything a GPU can show, in 10 minutes, with the torch of PYTHON; ARGS="--phases tests"
+gpu: ## everything a GPU can show, in 13 minutes, with the torch of PYTHON; ARGS="--seconds 570"
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 cuda-check: venv ## compile all GPU kernels for sm_80 and sm_90: registers, spills; no GPU needed

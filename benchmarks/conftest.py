@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from levels import LEVELS, Settings
-from race import Contest, defaults, variant, write_results
+from race import Contest, defaults, earlier_groups, variant, write_results
 from render import markdown
 
 import svf_fast
@@ -33,6 +35,11 @@ def pytest_addoption(parser) -> None:
     group.addoption("--race-no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--race-no-peak", action="store_true", help="measure no peaks")
     group.addoption("--race-suffix", help="what the names of the results end with")
+    group.addoption("--race-seconds", type=float, help="after them fewer rounds and no peaks")
+    group.addoption("--race-svd-cache", type=Path, help="folder of decompositions, kept")
+    group.addoption(
+        "--race-resume", action="store_true", help="keep what an earlier run has measured"
+    )
     group.addoption("--race-results", type=Path, default=FOLDER, help="folder of the results")
 
 
@@ -64,6 +71,9 @@ class Race:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._results: dict[str, dict[str, dict]] = {}
+        seconds = config.getoption("race_seconds")
+        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
+        self.written: list[Path] = []
 
     def settings(self, level: str) -> Settings:
         given = {name: self._config.getoption(f"race_{name}") for name in GIVEN}
@@ -93,29 +103,48 @@ class Race:
             settings = self.settings(level)
             rounds = ROUNDS[level] if settings.device == "cpu" else GPU_ROUNDS
             rounds = self._config.getoption("race_rounds") or rounds
-            contest = Contest(LEVELS[level], group, settings, names)
-            groups[group] = contest.run(rounds, not self._config.getoption("race_no_peak"))
+            cache, earlier = self._config.getoption("race_svd_cache"), self._earlier(level, group)
+            contest = Contest(LEVELS[level], group, settings, names, cache, earlier)
+
+            def save(result: dict) -> None:
+                groups[group] = result
+                self._write(level)
+
+            contest.run(rounds, self.peaks, save, self._deadline)
         return next(row for row in groups[group]["rows"] if row["peer"] == name)
 
-    def write(self) -> list[Path]:
+    @property
+    def peaks(self) -> bool:
+        return not self._config.getoption("race_no_peak")
+
+    def _path(self, level: str) -> Path:
+        suffix = self._config.getoption("race_suffix")
+        words = [variant(LEVELS[level], self.settings(level)), *([suffix] if suffix else [])]
+        return self._config.getoption("race_results") / f"{'-'.join(words)}.json"
+
+    def _earlier(self, level: str, group: str) -> list[dict]:
+        """The rows of a run with the same settings, if they are to be kept."""
+        if not self._config.getoption("race_resume"):
+            return []
+        groups = earlier_groups(self._path(level), self.settings(level))
+        return [row for other in groups if other["name"] == group for row in other["rows"]]
+
+    def _write(self, name: str) -> None:
+        """Writes what there is of a level."""
         command = "pytest " + shlex.join(self._config.invocation_params.args)
-        folder = self._config.getoption("race_results")
-        written = []
-        for name, groups in self._results.items():
-            level, settings = LEVELS[name], self.settings(name)
-            suffix = self._config.getoption("race_suffix")
-            words = [variant(level, settings), *([suffix] if suffix else [])]
-            path = folder / f"{'-'.join(words)}.json"
-            rows = list(groups.values())
-            written.append(write_results(path, name, level.title, settings, rows, command))
-        return written
+        level, groups = LEVELS[name], list(self._results[name].values())
+        suffix = self._config.getoption("race_suffix")
+        path = self._path(name)
+        write_results(path, name, level.title, self.settings(name), groups, command, suffix)
+        if path not in self.written:
+            self.written.append(path)
 
 
 @pytest.fixture(scope="session")
 def race(request) -> Iterator[Race]:
     race = Race(request.config)
     yield race
-    request.config.stash[WRITTEN] = race.write()
+    request.config.stash[WRITTEN] = race.written
 
 
 WRITTEN: pytest.StashKey[list[Path]] = pytest.StashKey()
@@ -130,7 +159,10 @@ def contestant(race, benchmark):
         if "reason" in row:
             (pytest.skip if row.get("skipped") else pytest.fail)(row["reason"])
         error = row.get("error", float("nan"))
-        assert row["exact"], f"relative error {error:.1e} against float64: no speed"
+        of_blocks = f", of a block {row['block_error']:.1e}" if "block_error" in row else ""
+        assert row["exact"], f"relative error {error:.1e}{of_blocks} against float64: no speed"
+        if race.peaks and not row.keys() & {"peak_bytes", "peak_reason"}:
+            pytest.fail("out of time before its peak was measured")
         benchmark.group = f"{level}: {group}"
         benchmark.extra_info |= {key: value for key, value in row.items() if key != "seconds"}
         seconds = iter(row["seconds"])

@@ -1,35 +1,44 @@
-"""Everything a GPU can show, in under ten minutes: builds, tests, tunes, races, renders.
+"""Everything a GPU can show, in 13 minutes: builds, tests, races, profiles, trains, renders.
 
     make gpu                                # or python benchmarks/gpu.py
-    python benchmarks/gpu.py --phases build,tests --out runs/gpu
-    python benchmarks/gpu.py --dry-run      # no GPU needed: the same steps, tiny, on the CPU
+    python benchmarks/gpu.py --seconds 570 --archive gpu.tgz; python benchmarks/gpu.py --seconds 200
+    python benchmarks/gpu.py --dry-run --out runs/dry   # no GPU needed: the same, tiny, on the CPU
 
-Uses the Python and the torch it is run with and installs nothing. Each phase is a process of its
-own with a time limit and a log; when one fails or runs out of time the next goes on. What a phase
-leaves of its time is added to the next one's limit. Results are JSON in the folder of results,
-tables and pictures beside them, logs in its folder ``logs``, the table of tuned configurations in
-``cache``: SVF_FAST_CACHE names it to later runs.
+Uses the Python and the torch it is run with, no network, and installs nothing; wheels in a folder
+``wheels`` are unpacked for its processes alone. Weights and photos are looked for in $SVF_SHARED,
+in ``shared`` beside the checkout and in it.
+
+The phases run in the order of their worth, as many as the time allows. Each is a process of its
+own with a time limit and a log; when one fails or runs out of time the next goes on. Called again
+with the same folder it runs what is missing. Results are JSON in the folder, tables and pictures
+beside them, logs in its folder ``logs``, the table of tuned configurations in ``cache``:
+SVF_FAST_CACHE names it to later runs. The archive has all of it but what can be made again, and is
+whole at any moment.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from archive import Archive, write_whole
+from gpu_phases import IMAGENET, PASCAL, PHASES, Options, Phase
 from processes import ROOT, Ended, run
 
-TOTAL = 580  # seconds, of the ten minutes
-TUNE_SECONDS = 60  # at most: what others leave is for the races
+TOTAL = 780  # seconds
 NEEDED = (
     "torch", "triton", "numpy", "safetensors", "tqdm", "matplotlib", "pytest", "pytest_benchmark",
     "hypothesis", "pybind11", "ninja", "setuptools",
@@ -41,189 +50,102 @@ found = torch.cuda.is_available()
 print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": found and
     torch.cuda.get_device_name(), "capability": found and torch.cuda.get_device_capability()}))
 """
+OK, SUMMARY = "ok", "gpu.json"
 
-
-class Options(NamedTuple):
-    """out, weights: as the commands get them, relative to the repository where that is shorter."""
-
-    out: Path
-    dry: bool
-    weights: str
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
-
-
-class Phase(NamedTuple):
-    """seconds: its share of the whole time. command: what it runs, given those it may take."""
-
-    name: str
-    seconds: int
-    command: Callable[[Options, int], list[str]]
-
-
-def script(name: str, *arguments: str | Path) -> list[str]:
-    return [sys.executable, f"benchmarks/{name}", *map(str, arguments)]
-
-
-def build(options: Options, _: int) -> list[str]:
-    if options.dry:
-        return [sys.executable, "-c", "import svf_fast; print(svf_fast.build_info())"]
-    return [sys.executable, "setup.py", "build_ext", "--inplace"]
-
-
-def facts(options: Options, _: int) -> list[str]:
-    return script("facts.py", "--device", options.device, "--results", options.out)
-
-
-def tests(options: Options, seconds: int) -> list[str]:
-    command = script("gpu_tests.py", "--seconds", str(seconds - 3), "--out", options.out)
-    if options.dry:  # the kernels' tests run on the CPU with all others
-        files = (ROOT / "tests/gpu").glob("test_gpu_*.py")
-        names = sorted(path.relative_to(ROOT) for path in files)
-        command += ["--files", *map(str, names)]
-    return command
-
-
-def tune(options: Options, seconds: int) -> list[str]:
-    command = [sys.executable, "-m", "svf_fast.triton.tune"]
-    if options.dry:
-        return [*command, "--help"]
-    return [*command, "--budget-seconds", str(max(min(seconds - 10, TUNE_SECONDS), 1))]
-
-
-def race(level: str, *arguments: str) -> Callable[[Options, int], list[str]]:
-    """A level of the race, as `make bench-…` runs it."""
-
-    def command(options: Options, _: int) -> list[str]:
-        words = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib"]
-        words += ["-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet"]
-        words += [f"benchmarks/bench_{level}.py", "--race-dtype", "bfloat16"]
-        words += ["--race-device", options.device, "--race-results", str(options.out)]
-        if level != "prior":
-            words += ["--race-channels-last", "--race-weights", options.weights]
-            words += ["--race-stride-on", _stride_on(options)]
-        words += arguments
-        if options.dry:  # what comes later counts
-            words += ["--race-size", "33", "--race-width", "8", "--race-rounds", "1"]
-            words += ["--race-batch", "1", "--race-weights", "none", "--race-no-peak"]
-            words += ["--race-peers", "official;svf_fast"]
-        return words
-
-    return command
-
-
-def elementwise(options: Options, _: int) -> list[str]:
-    return script("elementwise.py", "--device", options.device, "--results", options.out)
-
-
-def roofline(options: Options, _: int) -> list[str]:
-    return script("roofline.py", "--results", options.out, "--stride-on", _stride_on(options))
-
-
-def replay(options: Options, _: int) -> list[str]:
-    command = script("replay.py", "--device", options.device, "--results", options.out)
-    command += ["--weights", options.weights, "--stride-on", _stride_on(options)]
-    if options.dry:
-        tiny = ["--size", "33", "--width", "8", "--batches", "1", "--rounds", "1"]
-        command += [*tiny, "--weights", "none"]
-    return command
-
-
-def render(options: Options, _: int) -> list[str]:
-    return script("render.py", "--results", options.out)
-
-
-def _stride_on(options: Options) -> str:
-    """Where the ImageNet weights at hand have it; the usual place for drawn ones."""
-    return "conv2" if options.weights == "none" else "conv1"
-
-
-LARGE = ("--race-size", "641", "--race-batch", "6")  # as many images as a 5-shot episode
-EPISODE = ("--race-size", "641", "--race-batch", "1", "--race-shots", "5")
-
-
-def compiled(name: str) -> Callable[[Options, int], list[str]]:
-    """One peer with torch.compile, which takes a minute and more to compile, beside ours."""
-    names = f"official;svf_fast;torch.compile of {name}"
-    return race("backbone", *LARGE, "--race-suffix", f"compiled_{name}", "--race-peers", names)
-
-
-PHASES = (
-    Phase("build", 100, build),
-    Phase("facts", 25, facts),
-    Phase("tests", 110, tests),
-    Phase("tune", 45, tune),
-    Phase("race", 75, race("backbone", *LARGE, "--race-no-compile")),
-    Phase("step", 65, race("step", *EPISODE, "--race-no-compile")),
-    Phase("prior", 25, race("prior")),
-    Phase("elementwise", 20, elementwise),
-    Phase("roofline", 10, roofline),
-    Phase("replay", 30, replay),
-    Phase("compiled-official", 40, compiled("official")),
-    Phase("compiled-recomposed", 30, compiled("recomposed")),
-    Phase("render", 15, render),
-)
+Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [phase.name for phase in PHASES]
     parser.add_argument("--phases", default=",".join(names), help="some of them, with commas")
-    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the results")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all phases together")
+    parser.add_argument("--archive", type=Path, help="file for all results, .tgz")
     parser.add_argument("--weights", help="of the ResNet-50, a file; none: drawn ones")
+    parser.add_argument("--photos", help="folder of Pascal-5i; none: embedded ones")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of packages")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     given = parser.parse_args(arguments)
     chosen = given.phases.split(",")
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--phases: expected some of {','.join(names)}, got {','.join(unknown)}")
-    if given.dry_run and given.out is None:
-        parser.error("--out: needed with --dry-run, which measures nothing worth keeping")
     started = time.monotonic()
-    out = _short(given.out or ROOT / "benchmarks/results")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    out = _short(given.out)
+    (ROOT / out).mkdir(parents=True, exist_ok=True)
+    unpack(given.wheels, ROOT / out / "site")
     found = probe()
     print(describe(found), flush=True)
     if lacking := missing(found, given.dry_run):
         print("make gpu: missing here:", *lacking, sep="\n  ")
         return 2
-    weights = Path(given.weights) if given.weights not in (None, "none") else None
-    weights = _weights() if given.weights is None else weights
-    options = Options(out, given.dry_run, "none" if weights is None else str(_short(weights)))
+    earlier = earlier_rows(ROOT / out / SUMMARY, found, parser.error)
+    weights = _shared(given.weights, IMAGENET, given.dry_run)
+    photos = _shared(given.photos, PASCAL, given.dry_run)
+    print(f"weights: {weights}, photos: {photos}", flush=True)
+    if not (ROOT / ".git").exists() and "SVF_COMMIT" not in os.environ:
+        print("no .git here: set SVF_COMMIT, and the results say which commit they are of")
+    options = Options(out, given.dry_run, weights, photos)
     left = given.seconds - (time.monotonic() - started)
-    rows = run_all([p for p in PHASES if p.name in chosen], options, left, found)
+    phases = [phase for phase in PHASES if phase.name in chosen]
+    with contextlib.ExitStack() as stack:
+        archive = given.archive and stack.enter_context(Archive(given.archive, ROOT / out))
+        rows = run_all(phases, options, left, found, earlier, archive)
     print(summary(rows, out))
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+    return 0 if all(row["status"] == OK for row in rows) else 1
 
 
 def run_all(
-    phases: list[Phase], options: Options, total: float, found: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """One phase after another, each in its share of the time and what is left of those before."""
-    share = min(1.0, total / sum(phase.seconds for phase in phases))
+    phases: Sequence[Phase],
+    options: Options,
+    total: float,
+    found: dict[str, Any],
+    earlier: Sequence[Row] = (),
+    archive: Archive | None = None,
+) -> list[Row]:
+    """One phase after another while there is time; what `earlier` rows call ok is not repeated.
+
+    Returns the rows of these phases. `gpu.json` has all others too.
+    """
     end = time.monotonic() + total
-    # where the search leaves its table, and where the kernels look for it
-    environment = {"SVF_FAST_CACHE": str((ROOT / options.out / "cache").resolve())}
+    folder = ROOT / options.out
+    # where the search leaves its table, and where the kernels look for it; areas of masks
+    environment = {"SVF_FAST_CACHE": str((folder / "cache").resolve())}
+    environment["XDG_CACHE_HOME"] = environment["SVF_FAST_CACHE"]
+    if (site := folder / "site").is_dir():
+        paths = [str(site.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
     if found["capability"] and not options.dry:
         environment["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, found["capability"]))
         environment["SVF_FAST_CUDA"] = "1"
-    rows: list[dict[str, Any]] = []
+    rows = {row["phase"]: row for row in earlier}
     for index, phase in enumerate(phases):
-        later = share * sum(other.seconds for other in phases[index + 1 :])
-        limit = max(1, int(end - later - time.monotonic()))
-        log = ROOT / options.out / "logs" / f"{phase.name}.log"
-        log.unlink(missing_ok=True)
-        print(f"{phase.name}: at most {limit} s …", end=" ", flush=True)
-        ended = run(phase.command(options, limit), log, limit, **environment)
-        print(f"{ended.word}, {ended.seconds:.0f} s", flush=True)
-        rows.append(row(phase, ended, limit, log))
-        summary_file = ROOT / options.out / "gpu.json"
-        summary_file.write_text(json.dumps({"machine": found, "phases": rows}, indent=1) + "\n")
-    return rows
+        if rows.get(phase.name, {}).get("status") == OK and not phase.repeats:
+            print(f"{phase.name}: done before", flush=True)
+            continue
+        kept = sum(later.seconds for later in phases[index + 1 :] if later.repeats)
+        limit = int(min(phase.seconds, end - kept - time.monotonic()))
+        log = folder / "logs" / f"{phase.name}.log"
+        if lacking := [name for name in phase.needs if not _is_here(name, folder / "site")]:
+            status = f"not run: {', '.join(lacking)} not installed, nor in wheels"
+            rows[phase.name] = {"phase": phase.name, "status": status}
+        elif limit < min(phase.least, phase.seconds):
+            rows.setdefault(phase.name, {"phase": phase.name, "status": "no time left"})
+        else:
+            log.unlink(missing_ok=True)
+            print(f"{phase.name}: at most {limit} s …", end=" ", flush=True)
+            ended = run(phase.command(options, limit), log, limit, **environment)
+            rows[phase.name] = row(phase, ended, limit, log)
+        _keep(folder / SUMMARY, found, list(rows.values()))
+        if archive:
+            archive.write()
+        # what is said to be done is in the archive
+        print(f"{phase.name}: {_outcome(rows[phase.name])}", flush=True)
+    return [rows[phase.name] for phase in phases]
 
 
-def row(phase: Phase, ended: Ended, limit: int, log: Path) -> dict[str, Any]:
+def row(phase: Phase, ended: Ended, limit: int, log: Path) -> Row:
     lines = log.read_text(errors="replace").splitlines()
     last = [text for line in lines if (text := line.strip(" ="))]
     return {
@@ -235,7 +157,7 @@ def row(phase: Phase, ended: Ended, limit: int, log: Path) -> dict[str, Any]:
     }
 
 
-def summary(rows: list[dict[str, Any]], out: Path) -> str:
+def summary(rows: list[Row], out: Path) -> str:
     """The end of what is printed: figures, then a line a phase."""
     width = max(len(row["phase"]) for row in rows)
     lines = []
@@ -243,9 +165,21 @@ def summary(rows: list[dict[str, Any]], out: Path) -> str:
     if figures.is_file():
         lines += [figures.read_text()]
     for row in rows:
-        status = f"{row['status']}, {row['seconds']:.0f} of {row['limit']} s"
-        lines.append(f"{row['phase']:{width}}  {status:28}  {row['last_line'][:100]}")
+        lines.append(
+            f"{row['phase']:{width}}  {_outcome(row):28}  {row.get('last_line', '')[:100]}"
+        )
     return "\n".join([*lines, f"results, tables, logs: {out}"])
+
+
+def earlier_rows(path: Path, found: dict[str, Any], error: Callable[[str], Any]) -> list[Row]:
+    """The rows of an earlier call in the same folder; those of another GPU are an error."""
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text())
+    if content["machine"]["gpu"] != found["gpu"]:
+        there, here = (machine["gpu"] or "no GPU" for machine in (content["machine"], found))
+        error(f"--out: expected results of {here}, {path} has those of {there}; name another --out")
+    return content["phases"]
 
 
 def probe() -> dict[str, Any]:
@@ -294,11 +228,43 @@ def missing(found: dict[str, Any], dry: bool) -> list[str]:
     return lacking
 
 
-def _weights() -> Path | None:
-    """ImageNet weights beside the repository or in $SVF_SHARED, where there are some."""
-    folder = Path(os.environ.get("SVF_SHARED", ROOT.parent / "shared"))
-    path = folder / "weights/resnet50_imagenet.safetensors"
-    return path if path.is_file() else None
+def unpack(wheels: Path, site: Path) -> None:
+    """Makes the pure-Python packages in a folder of wheels importable from `site`."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(site)
+
+
+def _is_here(name: str, site: Path) -> bool:
+    """Whether a module is installed or was unpacked."""
+    places = (site / name, site / f"{name}.py")
+    return any(place.exists() for place in places) or importlib.util.find_spec(name) is not None
+
+
+def _outcome(row: Row) -> str:
+    if "limit" not in row:
+        return row["status"]
+    return f"{row['status']}, {row['seconds']:.0f} of {row['limit']} s"
+
+
+def _keep(path: Path, found: dict[str, Any], rows: list[Row]) -> None:
+    """Writes the summary of all calls in the order of the phases."""
+    order = [phase.name for phase in PHASES]
+    rows.sort(key=lambda row: order.index(row["phase"]) if row["phase"] in order else len(order))
+    write_whole(path, json.dumps({"machine": found, "phases": rows}, indent=1) + "\n")
+
+
+def _shared(given: str | None, name: str, dry: bool) -> str:
+    """A file or folder of real data: as given, else the first place that has it, else "none"."""
+    if given is not None:
+        return given if given == "none" else str(_short(Path(given)))
+    if dry:
+        return "none"
+    places = [ROOT.parent / "shared", ROOT / "shared"]
+    if folder := os.environ.get("SVF_SHARED"):
+        places.insert(0, Path(folder))
+    found = [place / name for place in places if (place / name).exists()]
+    return str(_short(found[0])) if found else "none"
 
 
 def _short(path: Path) -> Path:

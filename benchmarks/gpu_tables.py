@@ -1,4 +1,4 @@
-"""Tables of what a GPU showed: its ceilings, the roofline, element-wise ops, replays."""
+"""Tables of what a GPU showed: ceilings, roofline, single ops, replays, kernels, `fss train`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 from levels import Settings
 from roofline import ATTAINABLE, CEILINGS, measured_ceilings, passes, seconds
 
+GIB = 2**30
+KERNELS = 12  # of each peer that the table of a profile shows
+
 Result = dict[str, Any]
 
 
@@ -22,9 +25,16 @@ class Results:
         found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         self._results = {path: r for path, r in found.items() if "level" in r}
 
-    def of(self, level: str, cuda: bool = False, **settings: Any) -> Iterator[Result]:
-        """Those of a level with these settings, on a GPU if asked for."""
+    def of(
+        self, level: str, cuda: bool = False, every: bool = False, **settings: Any
+    ) -> Iterator[Result]:
+        """Those of a level with these settings, on a GPU if asked for.
+
+        Those with a suffix, races of some peers apart from the one that counts, only with `every`.
+        """
         for result in self._results.values():
+            if result.get("suffix") and not every:
+                continue
             given = result["settings"]
             device = str(given.get("device", "cpu")).startswith("cuda")
             same = all(given.get(key) == value for key, value in settings.items())
@@ -156,6 +166,62 @@ def of_roofline(name: str, taken: float | None, settings: Result, results: Resul
     return seconds(step, measured_ceilings(results.facts)) / taken
 
 
+def profile_table(result: Result, _: Results) -> str:
+    """A line a peer and batch, then what takes longest of each."""
+    lines, parts = [], []
+    for group in result["groups"]:
+        for row in group["rows"]:
+            cells = [statistics.median(row["seconds"]), statistics.median(row["host_seconds"])]
+            cells.append(row["kernel_seconds"])
+            shown = [f"{1e3 * value:.2f}" for value in cells]
+            lines.append([row["peer"], group["name"], *shown, f"{row['launches']:.0f}"])
+            kernels = [
+                [f"`{kernel['name'][:90]}`", f"{kernel['launches']:.1f}", f"{taken:.0f}"]
+                for kernel in row["kernels"][:KERNELS]
+                for taken in [kernel["microseconds"]]
+            ]
+            head = [f"{row['peer']}, {group['name']}", "launches", "µs a step"]
+            parts.append(table(head, kernels))
+    head = ["", "", "step, ms", "host, ms", "kernels, ms", "launches"]
+    note = "Host: until the step is queued. Kernels: the sum of their times, one after another."
+    return "\n\n".join([table(head, lines), note, *parts])
+
+
+def train_table(result: Result, _: Results) -> str:
+    lines = []
+    for group in result["groups"]:
+        rows = group["rows"]
+        for row in rows:
+            if "step_seconds" not in row:
+                cells = [row.get("reason", "not finished"), *["–"] * 4]
+            else:
+                theirs = [
+                    other["step_seconds"]
+                    for other in rows
+                    if (other["regime"], other["mode"]) == ("paper's layers", "eager")
+                    and "step_seconds" in other
+                ]
+                taken = row["step_seconds"]
+                cells = [
+                    f"{1e3 * taken:.1f}",
+                    f"{taken / theirs[0]:.2f}" if theirs else "–",
+                    f"{row['images_per_second']:.0f}",
+                    f"{row['peak_bytes'] / GIB:.2f}",
+                    f"{row['saved_bytes'] / GIB:.2f}",
+                ]
+            name = ", ".join([row["regime"], row["mode"], *row.get("told", ())])
+            lines.append([name, group["name"], *cells])
+    head = ["", "", "step, ms", "÷ paper's layers, eager", "images/s", "peak GiB", "saved GiB"]
+    settings = result["settings"]
+    batch = ", ".join(f"{count} at {size} px" for size, count in settings["batch"].items())
+    photos = "rendered photos" if settings["photos"] == "none" else "Pascal-5i in part"
+    note = (
+        f"{settings['backbone']}, bfloat16, episodes of a step: {batch}; {photos}. Step: median "
+        "of the last steps, without loading; images per second with it. Peak: of the whole run."
+    )
+    return f"{table(head, lines)}\n\n{note}"
+
+
 def settings_of(given: Result) -> Settings:
     """Settings as a file of results has them."""
     return Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
@@ -182,6 +248,8 @@ def _line(cells: list[str]) -> str:
 TABLES: dict[str, Callable[[Result, Results], str]] = {
     "facts": facts_table,
     "elementwise": elementwise_table,
+    "profile": profile_table,
     "replay": replay_table,
     "roofline": roofline_table,
+    "train": train_table,
 }

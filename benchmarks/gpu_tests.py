@@ -1,10 +1,11 @@
-"""Runs the tests that need a GPU, each file in a process of its own: tests.json.
+"""Runs the tests that need a GPU, each file in a process of its own: tests-PART.json.
 
-    python benchmarks/gpu_tests.py --seconds 120 --out benchmarks/results
+    python benchmarks/gpu_tests.py --part first --seconds 60 --out runs/gpu
 
-The files of `tests/gpu`, and those whose cases run on a GPU where there is one; kernels first. An
-illegal access in one file cannot spoil another. Files that have not ended in time are stopped and
-counted as far as they came.
+First the files of `tests/gpu`, small ones; the rest are those whose cases run on a GPU where there
+is one, kernels first. An illegal access in one file cannot spoil another. Files that have not ended
+in time are stopped and counted as far as they came. Written after each file; those that have ended
+before are kept.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from processes import ROOT, run
 
+from fss.files import write_json
+
 WORDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors", "SKIPPED": "skipped"}
 SWITCH = "cuda.is_available()"  # in a file that runs elsewhere too
 NOTHING = 5  # exit status of pytest without a test
+OUT_OF_TIME = "out of time"
 
 
 def main() -> int:
@@ -31,37 +35,65 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--at-once", type=int, default=min(6, max(1, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--files", nargs="*", type=Path, help="instead of all")
+    parser.add_argument("--part", choices=["first", "rest"], required=True)
+    parser.add_argument("--files", nargs="*", type=Path, help="instead of all of the part")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
-    chosen = files() if options.files is None else [path.resolve() for path in options.files]
+    chosen = options.files and [path.resolve() for path in options.files]
+    names = [str(path.relative_to(ROOT)) for path in chosen or files(options.part)]
+    path = options.out / f"tests-{options.part}.json"
+    found = _earlier(path)
     with ThreadPoolExecutor(options.at_once) as pool:
-        rows = list(pool.map(lambda path: tested(path, options.out / "logs", deadline), chosen))
-    total = {word: sum(row[word] for row in rows) for word in WORDS.values()}
-    unfinished = sum(row["status"] == "out of time" for row in rows)
-    options.out.mkdir(parents=True, exist_ok=True)
-    summary = {**total, "unfinished_files": unfinished, "files": rows}
-    (options.out / "tests.json").write_text(json.dumps(summary, indent=1) + "\n")
+        waiting = [
+            pool.submit(tested, ROOT / name, options.out / "logs", deadline)
+            for name in names
+            if name not in found
+        ]
+        for future in as_completed(waiting):
+            row = future.result()
+            found[row["file"]] = row
+            write_json(path, summary(list(found.values())))
+    rows = [found[name] for name in names]
+    total = summary(rows)
     for row in rows:
         counts = ", ".join(f"{row[word]} {word}" for word in WORDS.values() if row[word])
         print(f"{row['file']}: {row['status']}, {row['seconds']:.0f} s: {counts or 'no tests'}")
         for failure in row["failures"][:8]:
             print(f"    {failure}")
-    print(", ".join(f"{count} {word}" for word, count in total.items()), end="")
+    print(", ".join(f"{total[word]} {word}" for word in WORDS.values()), end="")
+    unfinished = total["unfinished_files"]
     print(f"; {unfinished} files out of time" if unfinished else "")
     return 1 if total["failed"] or total["errors"] or unfinished else 0
 
 
-def files() -> list[Path]:
-    """Kernels, then other ops, then whole networks."""
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts over all files, and the files."""
+    total = {word: sum(row[word] for row in rows) for word in WORDS.values()}
+    unfinished = sum(row["status"] == OUT_OF_TIME for row in rows)
+    return {**total, "unfinished_files": unfinished, "files": rows}
+
+
+def _earlier(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of files that had ended in an earlier call."""
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text())["files"]
+    return {row["file"]: row for row in rows if row["status"] != OUT_OF_TIME}
+
+
+def files(part: str) -> list[Path]:
+    """The smallest of `tests/gpu` first; or kernels, then other ops."""
+    if part == "first":
+        of_gpu = (ROOT / "tests/gpu").glob("test_*.py")
+        listed = [path for path in of_gpu if "emulated" not in path.name]
+        return sorted(listed, key=lambda path: path.stat().st_size)
     of_ops = [
         path
         for path in sorted((ROOT / "tests/svf_fast").glob("test_*.py"))
         if SWITCH in path.read_text()
     ]
     of_ops.sort(key=lambda path: not path.name.startswith("test_triton"))
-    of_gpu = sorted((ROOT / "tests/gpu").glob("test_*.py"))
-    return [*of_ops, *(path for path in of_gpu if "emulated" not in path.name)]
+    return of_ops
 
 
 def tested(path: Path, logs: Path, deadline: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fss.models.prior
 from fss.models import BAM, Baseline, PFENet, build_backbone, load_backbone
+from fss.models.backbone import BasicBlock, Bottleneck
 from svf_fast import cosine_max
 from svf_fast.reference.cosine_max import cosine_max as dense_cosine_max
 
@@ -65,6 +66,8 @@ class Level:
         name, title: for files and for people.
         groups: what is raced apart from each other.
         peers: that take part.
+        layers: that the peers convert; None is all of the network.
+        trunk: prefix of their names in the network.
         check_size: side in px for the comparison with float64. Small, so that a ReLU whose
             argument is at rounding is rare: each turns a whole element of the gradient.
     """
@@ -74,6 +77,7 @@ class Level:
     groups: tuple[str, ...]
     peers: dict[str, Peer] = PEERS
     layers: Layers = None
+    trunk = ""
     check_size = 65
 
     def network(self, settings: Settings, group: str) -> nn.Module:
@@ -84,6 +88,21 @@ class Level:
 
     def convert(self, network: nn.Module, name: str, cache: Path | None) -> nn.Module:
         return self.peers[name].convert(network, self.layers, cache)
+
+    def units(self, network: nn.Module, compiled: bool) -> list[str]:
+        """Names of the parts of a converted network of which the gradients can be judged alone.
+
+        Residual blocks; where torch.compile made one of each of `layers`, those.
+        """
+        layers = [self.trunk + layer for layer in self.layers or ()]
+        if compiled:
+            return layers
+        return [
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, BasicBlock | Bottleneck)
+            and (not layers or any(name.startswith(f"{layer}.") for layer in layers))
+        ]
 
     def owner(self, network: nn.Module, inputs: Inputs) -> nn.Module:
         """Whose parameters and buffers do not count as saved."""
@@ -173,6 +192,7 @@ class StepLevel(Level):
     title = "A training step of the baseline"
     groups = ("step",)
     layers = SVF_LAYERS
+    trunk = "backbone."
     check_size = 33
 
     def network(self, settings, group):

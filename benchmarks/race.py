@@ -14,83 +14,60 @@ import datetime
 import functools
 import gc
 import json
+import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from levels import Inputs, Level, Settings, autocast, trained
-from torch import Tensor, nn
+from exactness import Judge, renew, step
+from levels import Inputs, Level, Settings, autocast
+from torch import nn
 
 from fss.files import write_json
 from fss.measure import StepTimer, saved_bytes
 from fss.provenance import provenance
 
 PEAK = Path(__file__).with_name("peak.py")
-# The rule of the tests: twice the error of the official chain, plus what sums of products round.
-FACTOR = 2.0
-ROUNDINGS = {"float64": 64.0, "float32": 8.0, "bfloat16": 1.5, "float16": 1.5}
-TENSOR_CORE_ROUNDINGS = 32.0  # float32 on a GPU: three TF32 products stand for one
 SEEDS = range(5)  # a ReLU at rounding may flip in one of them, and spoil it for either side
-
-
-def step(level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings) -> None:
-    """Forward and backward, queued where there is a GPU; the gradients end in ``.grad``."""
-    with autocast(settings):
-        y = level.forward(network, inputs, name)
-    y.backward(None if inputs.grad_y is None else inputs.grad_y.to(y.dtype))
-
-
-def renew(network: nn.Module, inputs: Inputs) -> None:
-    """What an optimizer step leaves: no gradients, and trained parameters that were written to."""
-    for parameter in trained(network).values():
-        parameter.grad = None
-        with torch.no_grad():
-            parameter.mul_(1.0)
-    for argument in inputs.arguments:
-        argument.grad = None
-
-
-def gradients(
-    level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
-) -> dict[str, Tensor]:
-    """Gradients by name, of parameters and arguments, in float64."""
-    renew(network, inputs)
-    step(level, network, inputs, name, settings)
-    found = {key: parameter.grad for key, parameter in trained(network).items()}
-    found |= {f"argument {n}": a.grad for n, a in enumerate(inputs.arguments)}
-    found = {key: grad.double() for key, grad in found.items() if grad is not None}
-    renew(network, inputs)
-    return found
-
-
-def relative_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Root mean square, over what both have, of |found - truth| / |truth|."""
-    common = found.keys() & truth.keys()
-    errors = [
-        ((found[key].reshape_as(truth[key]) - truth[key]).norm() / truth[key].norm()).item()
-        for key in common
-    ]
-    return statistics.fmean(error**2 for error in errors) ** 0.5 if errors else float("nan")
+FEWEST_ROUNDS = 3  # that a median is taken of when time is short
 
 
 class Contest:
-    """The peers of one group of a level, ready to run."""
+    """The peers of one group of a level, ready to run.
 
-    def __init__(self, level: Level, group: str, settings: Settings, names: list[str]) -> None:
+    Args:
+        level, group, settings, names: what is raced, by which peers.
+        cache: folder of decompositions; by default of this contest alone.
+        rows: of an earlier run with these settings that did not end: what they have is kept.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        group: str,
+        settings: Settings,
+        names: list[str],
+        cache: Path | None = None,
+        rows: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.level, self.group, self.settings = level, group, settings
-        self.rows: dict[str, dict[str, Any]] = {name: {"peer": name} for name in names}
+        earlier = {row["peer"]: row for row in rows}
+        self.rows = {name: dict(earlier.get(name, {"peer": name})) for name in names}
         self.networks: dict[str, nn.Module] = {}
         self._cuda = torch.device(settings.device).type == "cuda"
-        self._cache = tempfile.TemporaryDirectory()
+        self._temporary = None if cache else tempfile.TemporaryDirectory()
+        self._cache = cache or Path(self._temporary.name)
         # converted on the CPU, which is faster at it
         self._plain = level.network(dataclasses.replace(settings, device="cpu"), group)
         for name in names:
+            if "reason" in self.rows[name]:
+                continue
             reason = compiler_missing() if level.peers[name].compiled else ""
             if reason:
                 self.rows[name] |= {"reason": reason, "skipped": True}
@@ -99,7 +76,7 @@ class Contest:
                 self.networks[name] = self._converted(name)
 
     def _converted(self, name: str) -> nn.Module:
-        network = self.level.convert(copy.deepcopy(self._plain), name, Path(self._cache.name))
+        network = self.level.convert(copy.deepcopy(self._plain), name, self._cache)
         return network.to(self.settings.device)
 
     @contextlib.contextmanager
@@ -116,28 +93,49 @@ class Contest:
         if name not in self.networks and self._cuda:
             torch.cuda.empty_cache()
 
-    def run(self, rounds: int, peaks: bool) -> dict[str, Any]:
-        self.check()
+    def run(
+        self,
+        rounds: int,
+        peaks: bool,
+        save: Callable[[dict[str, Any]], None] = lambda group: None,
+        deadline: float = math.inf,
+    ) -> dict[str, Any]:
+        """Checks, counts, times and measures peaks, and returns the rows.
+
+        Args:
+            rounds: timed steps of each peer; fewer, but `FEWEST_ROUNDS`, after the deadline.
+            peaks: whether they are measured; not after the deadline.
+            save: gets the rows after each stage.
+            deadline: of `time.monotonic`.
+        """
+        result = {"name": self.group, "rows": list(self.rows.values())}
+        if not all("exact" in self.rows[name] for name in self.networks):
+            self.check()
+            save(result)
         inputs = self.level.inputs(self.settings, self.group)
         # cuDNN tries its algorithms at the first step of each shape: for all peers alike
         with _switches(torch.backends.cudnn, benchmark=self._cuda):
-            for name in self._exact():
-                with self._reported(name):
-                    self.rows[name]["saved_bytes"] = self._saved(name, inputs)
-            for name, seconds in self._time(inputs, rounds).items():
-                self.rows[name]["seconds"] = seconds
-            exact = self._exact()
-            for name in exact if peaks and self._cuda else ():
-                with self._reported(name):
-                    self.rows[name]["peak_bytes"] = self._peak(name, inputs)
-        for name in exact if peaks and self._cuda else ():
+            if not all("seconds" in self.rows[name] for name in self._exact()):
+                for name in self._exact():
+                    with self._reported(name):
+                        self.rows[name]["saved_bytes"] = self._saved(name, inputs)
+                for name, seconds in self._time(inputs, rounds, deadline).items():
+                    self.rows[name]["seconds"] = seconds
+                save(result)
+            for name in self._exact() if peaks and self._cuda else ():
+                if time.monotonic() < deadline:
+                    with self._reported(name):
+                        self.rows[name]["peak_bytes"] = self._peak(name, inputs)
+        exact = self._exact() if peaks and time.monotonic() < deadline else []
+        for name in exact if self._cuda else ():
             if not self.level.peers[name].compiled:  # the compiler holds on to those
                 self.rows[name]["resident_bytes"] = self._resident(name)
         self.networks.clear()  # their memory is for those that are measured now
-        for name in exact if peaks and not self._cuda else ():
+        for name in exact if not self._cuda else ():
             found = measure_peaks(self.level, name, self.settings)
             self.rows[name] |= found.get(self.group, found)
-        return {"name": self.group, "rows": list(self.rows.values())}
+        save(result)
+        return result
 
     def check(self) -> None:
         """Compares gradients with those of the official chain in float64.
@@ -149,62 +147,30 @@ class Contest:
         own, small = self.settings.dtype, {"size": self.level.check_size, "batch": 1}
         dtypes = (own,) if own in ("float32", "float64") else ("float32", own)
         judged = [(dataclasses.replace(self.settings, **small, dtype=d), SEEDS) for d in dtypes]
+        judge = Judge(self.level, self.group, self._converted("official"))
         with _switches(torch.backends.cudnn.conv, fp32_precision="ieee"):
             for settings, seeds in judged:
                 skipped = {name for name in self.networks if self._compiled_on_gpu(name)}
-                self._judge(settings, seeds, skipped)
+                self._judge(judge, settings, seeds, skipped)
             if self._cuda:
                 try:
-                    self._judge(self.settings, SEEDS[:1], set())
+                    self._judge(judge, self.settings, SEEDS[:1], set())
                 except torch.OutOfMemoryError:  # float64 needs the most: then small ones stand
                     torch.cuda.empty_cache()
 
     def _compiled_on_gpu(self, name: str) -> bool:
         return self._cuda and self.level.peers[name].compiled
 
-    def _judge(self, settings: Settings, seeds: Sequence[int], skipped: set[str]) -> None:
+    def _judge(
+        self, judge: Judge, settings: Settings, seeds: Sequence[int], skipped: set[str]
+    ) -> None:
+        """Sets the verdicts and errors of the rows that have not failed yet."""
         names = [name for name in self.networks if self.rows[name].get("exact", True)]
         names = [name for name in names if name not in skipped]
-        passed = self._passing(names, settings, seeds)
+        networks = {name: self.networks[name] for name in names}
+        passed = judge.judge(networks, settings, seeds, self._reported, self.rows)
         for name in names:
             self.rows[name]["exact"] = name in passed
-
-    def _passing(self, names: list[str], settings: Settings, seeds: Sequence[int]) -> set[str]:
-        """Those whose gradients are near enough for one of the seeds; sets their errors."""
-        level, group, passed = self.level, self.group, set()
-        exact = dataclasses.replace(settings, dtype="float64")
-        chain = self._converted("official")
-        truth_network = self._converted("official").double()
-        truths, errors = [], []
-        for seed in seeds:
-            doubled = level.inputs(exact, group, seed)
-            truths.append(gradients(level, truth_network, doubled, "official", exact))
-            inputs = level.inputs(settings, group, seed)
-            own = gradients(level, chain, inputs, "official", settings)
-            errors.append(relative_error(own, truths[-1]))
-        # the least of them: where no ReLU of the chain itself has flipped
-        allowed = FACTOR * min(errors) + self._floor(settings.dtype)
-        for seed, truth in zip(seeds, truths, strict=True):
-            waiting = [name for name in names if name in self.networks and name not in passed]
-            if not waiting:
-                break
-            inputs = level.inputs(settings, group, seed)
-            for name in waiting:
-                with self._reported(name):
-                    found = gradients(level, self.networks[name], inputs, name, settings)
-                    if level.peers[name].trains == "S" and truth.keys() - found.keys():
-                        missing = ", ".join(sorted(truth.keys() - found.keys()))
-                        raise RuntimeError(f"no gradient for {missing}")
-                    self.rows[name]["error"] = relative_error(found, truth)
-                    if self.rows[name]["error"] <= allowed:
-                        passed.add(name)
-        return passed
-
-    def _floor(self, dtype: str) -> float:
-        """What sums of products may round."""
-        tensor_cores = self._cuda and dtype == "float32"
-        roundings = TENSOR_CORE_ROUNDINGS if tensor_cores else ROUNDINGS[dtype]
-        return roundings * torch.finfo(getattr(torch, dtype)).eps
 
     def _exact(self) -> list[str]:
         return [name for name in self.networks if self.rows[name].get("exact")]
@@ -218,13 +184,17 @@ class Contest:
         del y
         return saved.total
 
-    def _time(self, inputs: Inputs, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    def _time(
+        self, inputs: Inputs, rounds: int, deadline: float, warmup: int = 2
+    ) -> dict[str, list[float]]:
         """Seconds of each step: on a GPU between two events, on an empty queue at the first."""
         seconds: dict[str, list[float]] = {name: [] for name in self._exact()}
         timer = StepTimer(torch.device(self.settings.device))
         gc.disable()
         try:
             for number in range(-warmup, rounds):
+                if number >= FEWEST_ROUNDS and time.monotonic() > deadline:
+                    break
                 gc.collect()
                 names = self._exact()
                 for name in names if number % 2 else reversed(names):
@@ -246,13 +216,15 @@ class Contest:
 
     def _peak(self, name: str, inputs: Inputs) -> int:
         """Most bytes of tensors on the GPU during a step, above those that were there before."""
-        renew(self.networks[name], inputs)
-        gc.collect()
-        before = torch.cuda.memory_allocated(self.settings.device)
-        torch.cuda.reset_peak_memory_stats(self.settings.device)
-        step(self.level, self.networks[name], inputs, name, self.settings)
+        network = self.networks[name]
+        for _ in range(2):  # in the first cuDNN may try algorithms that need more
+            renew(network, inputs)
+            gc.collect()
+            before = torch.cuda.memory_allocated(self.settings.device)
+            torch.cuda.reset_peak_memory_stats(self.settings.device)
+            step(self.level, network, inputs, name, self.settings)
         peak = torch.cuda.max_memory_allocated(self.settings.device)
-        renew(self.networks[name], inputs)
+        renew(network, inputs)
         return peak - before
 
     def _resident(self, name: str) -> int:
@@ -348,8 +320,12 @@ def write_results(
     settings: Settings | dict[str, Any],
     groups: list[dict],
     command: str,
+    suffix: str | None = None,
 ) -> Path:
-    """Results with all that is needed to get them again; returns the path."""
+    """Results with all that is needed to get them again; returns the path.
+
+    A suffix, what the file's name ends with, tells a race of its own from the one that counts.
+    """
     given = settings if isinstance(settings, dict) else dataclasses.asdict(settings)
     content = {
         "level": level,
@@ -357,9 +333,18 @@ def write_results(
         "settings": given,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         **provenance(torch.device(given["device"])),
+        "suffix": suffix,
         "command": command,
         "groups": groups,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path
+
+
+def earlier_groups(path: Path, settings: Settings) -> list[dict]:
+    """The groups of an earlier file of results; none unless it has the same settings."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return found["groups"] if found["settings"] == dataclasses.asdict(settings) else []

@@ -1,7 +1,8 @@
 """The main job: train models in several regimes, over folds and training seeds, and tabulate.
 
 Each run is an ``fss train`` process of its own; a finished one is kept, an interrupted one resumed,
-so the command can be repeated until all are there. Writes NAME.json, NAME.md and NAME.png:
+so the command can be repeated until all are there: of folds with all their runs there is a table.
+Writes NAME.json, NAME.md and NAME.png:
 
     python benchmarks/regimes.py --config demo --folds 0 --results runs/demo/regimes
 """
@@ -9,10 +10,11 @@ so the command can be repeated until all are there. Writes NAME.json, NAME.md an
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from training import make_run, score_elsewhere
+
+from fss.files import write_json
 
 MIB = 2**20
 COLOURS = {"freeze": "#7f7f7f", "svf": "#0072B2", "full": "#E69F00"}  # Okabe-Ito
@@ -36,14 +40,24 @@ class Run(NamedTuple):
 
 def main() -> int:
     options, extra = _arguments()
-    runs = {
-        run: _result(options, extra, run)
+    planned = [
+        Run(model, regime, fold, seed)
         for seed in options.seeds
         for fold in options.folds
         for model in options.models
         for regime in options.regimes
-        for run in [Run(model, regime, fold, seed)]
-    }
+    ]
+    deadline = None if options.seconds is None else time.monotonic() + options.seconds
+    with ThreadPoolExecutor(options.at_once) as pool:
+        found = list(pool.map(lambda run: _result(options, extra, run, deadline), planned))
+    runs = {run: result for run, result in zip(planned, found, strict=True) if result}
+    unfinished = [run for run in planned if run not in runs]
+    for run in unfinished:
+        print(f"{_folder(options, run).name}: not ended; the same command goes on")
+    options.folds = [fold for fold in options.folds if fold not in {run.fold for run in unfinished}]
+    runs = {run: result for run, result in runs.items() if run.fold in options.folds}
+    if not runs:
+        return 1
     rows = [
         _row(options, runs, model, regime) for model in options.models for regime in options.regimes
     ]
@@ -52,7 +66,7 @@ def main() -> int:
     command = "python " + shlex.join(sys.argv)
     compact = [{**run._asdict(), **result} for run, result in runs.items()]
     summary = {"command": command, "rows": rows, "runs": compact}
-    base.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(base.with_suffix(".json"), summary)
     table = _table(options, runs, rows, command)
     base.with_suffix(".md").write_text(table)
     _picture(options, rows, base.with_suffix(".png"))
@@ -60,7 +74,7 @@ def main() -> int:
     print(f"picture: {base.with_suffix('.png')}")
     first = Run(options.models[0], options.regimes[-1], options.folds[0], options.seeds[0])
     print(f"episodes: {_folder(options, first) / 'episodes.png'}")
-    return 0
+    return 1 if unfinished else 0
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -71,6 +85,10 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[321], help="of head and episodes")
     parser.add_argument("--out", default="runs/regimes", help="folder of the runs")
+    parser.add_argument("--at-once", type=int, default=1, help="runs; several slow each other")
+    parser.add_argument(
+        "--seconds", type=float, help="after which runs are stopped; another call goes on with them"
+    )
     parser.add_argument("--results", required=True, help="path of the results without its ending")
     parser.add_argument(
         "--only",
@@ -93,7 +111,9 @@ def _folder(options: argparse.Namespace, run: Run) -> Path:
     return Path(options.out) / f"{run.model}-{run.regime}-fold{run.fold}-seed{run.seed}"
 
 
-def _result(options: argparse.Namespace, extra: list[str], run: Run) -> dict:
+def _result(
+    options: argparse.Namespace, extra: list[str], run: Run, deadline: float | None
+) -> dict | None:
     settings = {
         "model.name": run.model,
         "regime.name": run.regime,
@@ -105,7 +125,9 @@ def _result(options: argparse.Namespace, extra: list[str], run: Run) -> dict:
         if name in (run.model, run.regime):
             key, _, value = setting.partition("=")
             settings[key] = value.replace("{fold}", str(run.fold))
-    return make_run(options.config, _folder(options, run), settings, extra)
+    if deadline is not None and time.monotonic() > deadline:
+        return None
+    return make_run(options.config, _folder(options, run), settings, extra, deadline)
 
 
 def _row(options: argparse.Namespace, runs: dict[Run, dict], model: str, regime: str) -> dict:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import figures
-import loading
 from gpu_tables import TABLES, Results
 from race_picture import draw
 
@@ -33,37 +32,45 @@ Row = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[FOLDER], help="folders of results, each alone"
+    )
     parser.add_argument("--page", type=Path, default=PAGE, help="of which a block is replaced")
     options = parser.parse_args()
-    for path in sorted(options.results.glob("*.json")):
+    for folder in options.results:
+        render(folder, options.page)
+    return 0
+
+
+def render(folder: Path, page: Path) -> None:
+    """Writes the tables and pictures of a folder, and the page where it is about them."""
+    for path in sorted(folder.glob("*.json")):
         if _raced(path):
             _write(path.with_suffix(".md"), markdown(path))
             print(path.with_suffix(".md"))
-    _write(options.results / FIGURES, figures.markdown(Results(options.results)))
-    print(options.results / FIGURES)
-    on_gpu = [path for path in sorted(options.results.glob("*.json")) if _on_gpu(path)]
+    _write(folder / FIGURES, figures.markdown(Results(folder)))
+    print(folder / FIGURES)
+    on_gpu = [path for path in sorted(folder.glob("*.json")) if _on_gpu(path)]
     if on_gpu:
-        picture = options.results / "race-gpu.png"
+        picture = folder / "race-gpu.png"
         draw([json.loads(path.read_text()) for path in on_gpu], picture)
         print(picture)
-    paths = [options.results / f"{name}.json" for name in PAGE_RESULTS]
+    paths = [folder / f"{name}.json" for name in PAGE_RESULTS]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        print(f"no {' or '.join(PAGE_RESULTS)} among {options.results}: page left as it is")
-        return 0
-    picture = options.results / "race.png"
+        print(f"no {' or '.join(PAGE_RESULTS)} among {folder}: page left as it is")
+        return
+    picture = folder / "race.png"
     draw([json.loads(path.read_text()) for path in paths], picture)
     print(picture)
-    text = options.page.read_text()
+    text = page.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise SystemExit(f"{options.page}: expected the lines {BEGIN} and {END}, found not both")
-    block = _block(paths, picture, options.page)
-    _write(options.page, f"{before}{begin}\n{block}{end}{after}")
-    print(options.page)
-    return 0
+        raise SystemExit(f"{page}: expected the lines {BEGIN} and {END}, found not both")
+    block = _block(paths, picture, page)
+    _write(page, f"{before}{begin}\n{block}{end}{after}")
+    print(page)
 
 
 def markdown(path: Path) -> str:
@@ -73,6 +80,8 @@ def markdown(path: Path) -> str:
         table = TABLES[result["level"]](result, Results(path.parent))
         return f"{table}\n\n{_machine(result)}\n"
     if result["level"] == "loading":
+        import loading  # needs packages that a machine for races may not have
+
         return f"{loading.table(result)}\n\n{_machine(result)}\n"
     if result["level"] == "memory":
         return f"{_memory(result['groups'])}\n\n{_memory_origin(result)}\n"
@@ -122,7 +131,8 @@ def _table(rows: list[Row]) -> str:
             cells.append(f"{_figure(1e3 * seconds)} ± {_figure(1e3 * spread(row))}")
         cells += [_optional(ratio(row, rows, base), ".2f") for base in bases]
         cells += [_mib(row.get(key)) for key in ("saved_bytes", "peak_bytes", "resident_bytes")]
-        cells.append(_optional(row.get("error"), ".0e"))
+        of_block = f" ({row['block_error']:.0e})" if "block_error" in row else ""
+        cells.append(_optional(row.get("error"), ".0e") + of_block)
         lines.append(_line(cells))
     return "\n".join(lines)
 
@@ -229,8 +239,9 @@ LEGEND = (
     "Saved: what autograd keeps from the forward pass, parameters left out. Peak: of the process, "
     "on a GPU of its tensors, above what was resident before the step. Resident: the tensors that "
     "live between steps. "
-    "Error: of the gradients, relative to the official chain in float64; a row that fails there "
-    "has no speed."
+    "Error: of the gradients, relative to the official chain in float64, and in 16 bits in "
+    "brackets the largest of a block alone, which decides where many layers amplify it; a row that "
+    "fails there has no speed."
 )
 
 

@@ -4,7 +4,8 @@
 
 ResNet-50's layers 2-4, forward and backward, captured once and replayed. S is written to between
 capture and replay, and the gradients of a replay must be those of an eager step with that S: what
-is composed of S has to be made anew within the graph. One that fails there has no speed.
+is composed of S has to be made anew within the graph. One that fails there has no speed. Written
+after each batch; those that are there are kept.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import dataclasses
 import gc
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from exactness import gradients, relative_error, renew, step
 from levels import LEVELS, Inputs, Level, Settings, trained
-from race import gradients, relative_error, renew, step, write_results
+from race import earlier_groups, write_results
 from torch import nn
 
+import svf_fast
 from fss.measure import StepTimer
 
 FOLDER = Path(__file__).with_name("results")
@@ -42,6 +44,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--peers", default=";".join(PEERS))
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--svd-cache", type=Path, help="folder of decompositions, kept")
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
     level = LEVELS["backbone"]
@@ -57,22 +60,23 @@ def main() -> int:
     )
     path = options.results / "replay.json"
     command = "python " + shlex.join(sys.argv)
-    groups: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as cache:
-        torch.backends.cudnn.benchmark = options.device != "cpu"
-        for batch in options.batches:
-            at_batch = dataclasses.replace(settings, batch=batch)
-            rows = race(level, options.peers.split(";"), at_batch, options.rounds, Path(cache))
-            groups.append({"name": f"batch {batch}", "batch": batch, "rows": rows})
-            print(rows, flush=True)
-            title = f"{level.title}, replayed from a CUDA graph"
-            write_results(path, "replay", title, settings, groups, command)  # what there is
+    groups = earlier_groups(path, settings)
+    done = {group["batch"] for group in groups}
+    torch.backends.cudnn.benchmark = options.device != "cpu"
+    for batch in [batch for batch in options.batches if batch not in done]:
+        at_batch = dataclasses.replace(settings, batch=batch)
+        names = options.peers.split(";")
+        rows = race(level, names, at_batch, options.rounds, options.svd_cache)
+        groups.append({"name": f"batch {batch}", "batch": batch, "rows": rows})
+        print(rows, flush=True)
+        title = f"{level.title}, replayed from a CUDA graph"
+        write_results(path, "replay", title, settings, groups, command)  # what there is
     print(path)
     return 0
 
 
 def race(
-    level: Level, names: list[str], settings: Settings, rounds: int, cache: Path
+    level: Level, names: list[str], settings: Settings, rounds: int, cache: Path | None
 ) -> list[dict[str, Any]]:
     """Captures each peer, then replays them in turns."""
     (group,) = level.groups
@@ -127,8 +131,9 @@ def captured(
             eager()
     torch.cuda.current_stream().wait_stream(side)
     renew(network, inputs)  # the gradients get memory of the graph, and W is composed in it
+    svf_fast.follow(network)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), svf_fast.composed(network):
         step(level, network, inputs, name, settings)
     return graph.replay
 

@@ -7,15 +7,24 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from processes import run
+
 from fss.data import FolderSource
+
+SAVING = 20.0  # seconds that a stopped run has to finish its step and save
 
 
 def make_run(
-    config: str, folder: Path, settings: Mapping[str, str], extra: Sequence[str] = ()
-) -> dict:
+    config: str,
+    folder: Path,
+    settings: Mapping[str, str],
+    extra: Sequence[str] = (),
+    deadline: float | None = None,
+) -> dict | None:
     """The result of one run, made now unless it is there already.
 
     Args:
@@ -23,6 +32,10 @@ def make_run(
         folder: of the run.
         settings: of this run by dotted name.
         extra: further arguments of `fss train`, before the settings.
+        deadline: of `time.monotonic`; a run that has not ended by then saves and stops, to go on
+            another time, and what it prints goes to a file beside its folder.
+
+    Returns None for a run that has not ended.
 
     Raises:
         SystemExit: the run failed.
@@ -35,7 +48,13 @@ def make_run(
         # one that stopped before its first checkpoint has nothing to go on from
         command.append("--resume" if (folder / "last.pt").is_file() else "--overwrite")
         print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
-        status = subprocess.run(command).returncode
+        if deadline is None:
+            status: int | None = subprocess.run(command).returncode
+        else:
+            log = folder.with_name(f"{folder.name}.log")
+            status = run(command, log, deadline - time.monotonic(), SAVING).status
+        if status is None:
+            return None
         if status:
             raise SystemExit(f"{folder}: the run ended with {status}; run again to go on")
     return json.loads(result.read_text())

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from exactness import gradients, step
 from levels import LEVELS, SVF_LAYERS, Settings, trained
 from peers import LAYER_PEERS, PEERS, compiled, official
-from race import gradients, step
 from torch import nn
 
 from fss.measure import saved_bytes

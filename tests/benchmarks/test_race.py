@@ -9,10 +9,11 @@ import cv2
 import pytest
 import render
 import torch
+from exactness import relative_error
 from levels import LEVELS, Settings
 from memory import saved_measured, saved_on_shapes
 from peers import PEERS, REGIMES, Peer, official
-from race import Contest, defaults, measure_peaks, relative_error, variant, write_results
+from race import FEWEST_ROUNDS, Contest, defaults, measure_peaks, variant, write_results
 from torch import nn
 
 TINY = Settings(size=33, width=8, batch=1)
@@ -42,6 +43,39 @@ def test_every_row_is_exact_and_has_all_figures(groups):
         assert row["exact"] and 0 < row["error"] < 1e-5
         assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0
         assert row["saved_bytes"] > 0
+
+
+def test_each_stage_is_saved_and_kept(monkeypatch):
+    """What a race that was stopped has measured is not measured again."""
+    saved = []
+    arguments = (LEVELS["block"], "layer2", TINY, ["official", "svf_fast"])
+
+    def save(group):
+        saved.append(copy.deepcopy(group["rows"]))
+
+    Contest(*arguments).run(rounds=3, peaks=True, save=save)
+    checked, timed, whole = saved
+    assert all(row["exact"] and "seconds" not in row for row in checked)
+    assert all(len(row["seconds"]) == 3 and "peak_bytes" not in row for row in timed)
+    assert all(row["peak_bytes"] >= 0 for row in whole)
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Contest, "_time", never)
+    group = Contest(*arguments, rows=timed).run(rounds=3, peaks=True)
+    assert [row["seconds"] for row in group["rows"]] == [row["seconds"] for row in timed]
+    assert all(row["peak_bytes"] >= 0 for row in group["rows"])
+    monkeypatch.setattr(Contest, "check", never)
+    with pytest.raises(AssertionError, match="measured again"):
+        Contest(*arguments, rows=checked).run(rounds=3, peaks=False)
+
+
+def test_after_the_deadline_rounds_are_few_and_no_peak_is_measured():
+    contest = Contest(LEVELS["block"], "layer2", TINY, ["official", "svf_fast"])
+    group = contest.run(rounds=50, peaks=True, deadline=0.0)
+    for row in group["rows"]:
+        assert len(row["seconds"]) == FEWEST_ROUNDS and "peak_bytes" not in row
 
 
 class Off(nn.Module):

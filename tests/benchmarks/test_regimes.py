@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 import regimes
 import training
+from processes import Ended
 
 # mIoU of the two episode seeds by (regime, training seed)
 SCORES = {("freeze", 1): [0.1, 0.2], ("freeze", 2): [0.2, 0.2], ("svf", 1): [0.2, 0.3]}
@@ -40,7 +42,7 @@ def tabulated(monkeypatch, tmp_path):
     def run(*arguments: str) -> tuple[str, dict]:
         name = tmp_path / "results" / "table"
         monkeypatch.setattr(
-            regimes, "make_run", lambda config, folder, settings, extra: result(settings)
+            regimes, "make_run", lambda config, folder, settings, *_: result(settings)
         )
         command = ["regimes.py", "--config", "demo", "--folds", "0", "--out", str(tmp_path)]
         command += ["--regimes", "freeze", "svf", "--results", str(name), *arguments]
@@ -98,3 +100,46 @@ def test_an_evaluation_that_fails_ends_it(monkeypatch, tmp_path):
     monkeypatch.setattr(training.subprocess, "run", lambda command: failed)
     with pytest.raises(SystemExit, match="the evaluation ended with 2"):
         training.score_elsewhere(tmp_path, "--source coco --fold 0")
+
+
+def test_folds_with_all_their_runs_are_tabulated(tabulated, monkeypatch, tmp_path, capsys):
+    """Where time was too short for the others, another call goes on."""
+
+    def stopped(config, folder, settings, *_):
+        if settings["data.fold"] == "2" and settings["regime.name"] == "svf":
+            return None
+        return result(settings)
+
+    monkeypatch.setattr(regimes, "make_run", stopped)
+    arguments = ["regimes.py", "--config", "demo", "--folds", "0", "2", "--seeds", "1"]
+    arguments += ["--regimes", "freeze", "svf", "--seconds", "60", "--at-once", "2"]
+    arguments += ["--out", str(tmp_path), "--results", str(tmp_path / "table")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert regimes.main() == 1
+    assert "baseline-svf-fold2-seed1: not ended" in capsys.readouterr().out
+    assert "| fold 0 | mIoU, novel" in (tmp_path / "table.md").read_text()
+
+
+def test_a_run_that_the_time_stops_is_gone_on_with(monkeypatch, tmp_path):
+    """`run` sends SIGTERM at the limit, upon which `fss train` saves; see their own tests."""
+    folder, asked = tmp_path / "run", []
+
+    def stopped(command, log, limit, grace):
+        asked.append((command, limit, grace))
+        folder.mkdir(exist_ok=True)
+        (folder / "last.pt").touch()
+        return Ended(None, 50.0)
+
+    def ended(command, log, limit, grace):
+        asked.append((command, limit, grace))
+        (folder / "result.json").write_text('{"steps": 2}')
+        return Ended(0, 1.0)
+
+    deadline = time.monotonic() + 50
+    monkeypatch.setattr(training, "run", stopped)
+    assert training.make_run("demo", folder, {"steps": "2"}, deadline=deadline) is None
+    monkeypatch.setattr(training, "run", ended)
+    assert training.make_run("demo", folder, {"steps": "2"}, deadline=deadline) == {"steps": 2}
+    (first, limit, grace), (second, *_) = asked
+    assert first[-1] == "--overwrite" and second[-1] == "--resume" and first[:-1] == second[:-1]
+    assert 45 < limit <= 50 and grace == training.SAVING
