@@ -179,11 +179,24 @@ def _is_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-class _Driver:
-    """What Triton asks about the GPU."""
+class Driver:
+    """What Triton asks about the GPU: kernels are compiled for it, their launchers do nothing."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
+        self.utils = self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
+        return object(), 0, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *arguments: None
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -195,7 +208,7 @@ class _Driver:
         return 0
 
 
-class _Event:
+class Event:
     """A CUDA event: what it marks has happened."""
 
     def record(self, stream: Any = None) -> None:
@@ -459,7 +472,7 @@ def absent_gpu(arch: int = 90) -> Iterator[AbsentGPU]:
             (InterpretedFunction, "run", run),
             (_library, "cuda_missing", ""),
             (torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing),
-            (torch.cuda, "Event", _Event),
+            (torch.cuda, "Event", Event),
             (knobs.runtime, "interpret", False),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -469,7 +482,7 @@ def absent_gpu(arch: int = 90) -> Iterator[AbsentGPU]:
         for name in ("to", "cpu", "cuda"):
             stack.enter_context(mock.patch.object(Tensor, name, _mover(gpu, name)))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
-        driver.set_active(_Driver(arch))  # type: ignore[arg-type]
+        driver.set_active(Driver(arch))  # type: ignore[arg-type]
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
         stack.callback(setattr, driver, "_active", before)
