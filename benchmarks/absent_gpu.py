@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -288,59 +288,58 @@ class AbsentGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        ours = [leaf for leaf in leaves if isinstance(leaf, OnGPU)]
+        tensors = _tensors((args, kwargs))
+        ours = [tensor for tensor in tensors if isinstance(tensor, OnGPU)]
         if not ours and not self._making:
             return func(*args, **kwargs)
-        namespace, name = func._schema.name.split("::")
-        if namespace == "svf_fast":
-            return self._own(func, name, args, kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self:  # as where no gradient is asked for
+        own, composite, name = _kind(func)
+        if own:
+            return self._own(func, name, args, kwargs, ours)
+        if composite:  # as where no gradient is asked for
+            with self:
                 return func.decompose(*args, **kwargs)
-        if name == "_local_scalar_dense" or name == "equal":
+        if name in ("_local_scalar_dense", "equal"):
             self.note(TO_HOST, ours, [])
-            return func(*_inner(args), **_inner(kwargs))
-        if name == "copy_" and not isinstance(args[0], OnGPU):
-            self.note(TO_HOST, [args[1]], [args[0]])
-            return args[0].copy_(args[1].inner)
-        host = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, OnGPU)]
-        if name == "copy_" and host:
-            self.note(TO_DEVICE, host, ours)
-            args[0].inner.copy_(host[0])
-            return args[0]
+            return func(*_inner(args, ours), **_inner(kwargs, ours))
+        if name == "copy_" and len(ours) < len(tensors):
+            to, source = args[:2]
+            self.note(TO_DEVICE if isinstance(to, OnGPU) else TO_HOST, [source], [to])
+            inner_to, inner_source = _inner((to, source), ours)
+            inner_to.copy_(inner_source)
+            return to
         if name in ("convolution", "convolution_backward"):
-            return self._convolution(name, args)
-        inner_args, inner_kwargs = _inner((args, kwargs))
+            return self._convolution(name, args, ours)
+        inner_args, inner_kwargs = _inner(args, ours), _inner(kwargs, ours)
         if inner_kwargs.get("device") is not None:  # where ATen takes the tensors to be
-            inner_kwargs["device"] = "meta" if _without_values(leaves) else "cpu"
+            inner_kwargs["device"] = "meta" if _without_values(ours) else "cpu"
         with torch._C._DisableAutocast():
             found = func(*inner_args, **inner_kwargs)
-        known = {id(leaf.inner): leaf for leaf in ours}
-        found = tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else OnGPU(t), found)
-        written = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
+        known = {id(tensor.inner): tensor for tensor in ours}
+        found = _map(lambda t: known[id(t)] if id(t) in known else OnGPU(t), found, Tensor)
+        written = _tensors(found)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and not written:
-                written += [t for t in tree_leaves(value) if isinstance(t, OnGPU)]
-        for _ in range(_launches(func, name, args, written)):
-            self.note(name, ours, written)
+                written += _tensors(value)
+        self._note_all(_launches(func, name, args, written), name, ours, written)
         return found
 
-    def _own(self, func, name: str, args, kwargs):
+    def _note_all(self, count: int, kernel: str, inputs, outputs) -> None:
+        """Adds the launches of an op: the first one moves its maps, others are small."""
+        for number in range(count):
+            self.note(kernel, [] if number else inputs, [] if number else outputs)
+
+    def _own(self, func, name: str, args, kwargs, ours: list[OnGPU]):
         """An op of svf_fast: what its Python does on a GPU, or the kernels of its CUDA."""
-        op = func._schema.name
         if name not in COMPILED:
             with self:
-                if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(func._schema.name, "CUDA"):
                     return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
                 return IN_CUDA_BUILDS[name](*args, **kwargs)
-        found = func(*_inner(args, True), **_inner(kwargs, True))
-        made = tree_map_only(Tensor, OnGPU, found)
-        written = [t for t in tree_leaves(made) if isinstance(t, Tensor)]
-        ours = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnGPU)]
-        self._bring_together([leaf for leaf in ours if leaf.shape == ours[0].shape])
-        for _ in range(COMPILED[name]):
-            self.note(name, ours, written)
+        found = func(*_inner(args, ours, True), **_inner(kwargs, ours, True))
+        made = _map(OnGPU, found, Tensor)
+        self._bring_together([tensor for tensor in ours if tensor.shape == ours[0].shape])
+        written = _tensors(made) if made is not None else ours[:1]
+        self._note_all(COMPILED[name], name, ours, written)
         return made
 
     def _bring_together(self, maps: Sequence[OnGPU]) -> None:
@@ -351,7 +350,7 @@ class AbsentGPU(TorchDispatchMode):
             if x.stride() != strides:
                 self.note(LAYOUT_COPY, [x], [x])
 
-    def _convolution(self, name: str, args) -> Any:
+    def _convolution(self, name: str, args, ours: list[OnGPU]) -> Any:
         """cuDNN's, with the copies that ATen makes to bring operands into one memory format.
 
         ATen/native/Convolution.cpp and cudnn/ConvShared.cpp: channels_last where one of the two
@@ -361,7 +360,7 @@ class AbsentGPU(TorchDispatchMode):
             x, weight, bias = args[:3]
             form = _format(x, weight)
             self._into(form, x), self._into(form, weight)
-            shape = torch.ops.aten.convolution(*_inner(args, True)).shape
+            shape = torch.ops.aten.convolution(*_inner(args, ours, True)).shape
             y = self._map(shape, x, form)
             self.note(name, [x, weight], [y], stride=args[3], groups=args[8])
             if bias is not None:
@@ -409,19 +408,45 @@ class AbsentGPU(TorchDispatchMode):
         self.note(kernel.fn.__name__, tensors.values(), [], grid=tuple(size), **numbers)
 
 
-def _inner(tree: Any, meta: bool = False) -> Any:
-    """With the inner tensors; without values where one of them has none."""
-    meta = meta or _without_values(tree_leaves(tree))
+def _map(change: Callable[[Any], Any], tree: Any, kind: type) -> Any:
+    """Arguments or results of an op with those of a type changed; lists are looked into."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map(change, value, kind) for value in tree)
+    if isinstance(tree, dict):
+        return {key: _map(change, value, kind) for key, value in tree.items()}
+    return tree
 
-    def unwrap(leaf: OnGPU) -> Tensor:
-        inner = leaf.inner
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(found.append, tree, Tensor)
+    return found
+
+
+def _inner(tree: Any, ours: Sequence[OnGPU], meta: bool = False) -> Any:
+    """With the inner tensors; without values where one of them has none."""
+    meta = meta or _without_values(ours)
+
+    def unwrap(tensor: OnGPU) -> Tensor:
+        inner = tensor.inner
         return inner.to("meta") if meta and not inner.is_meta else inner
 
-    return tree_map_only(OnGPU, unwrap, tree)
+    return _map(unwrap, tree, OnGPU)
 
 
-def _without_values(leaves: Sequence[Any]) -> bool:
-    return any(isinstance(leaf, OnGPU) and leaf.inner.is_meta for leaf in leaves)
+def _without_values(ours: Sequence[OnGPU]) -> bool:
+    return any(tensor.inner.is_meta for tensor in ours)
+
+
+@functools.cache
+def _kind(func: Any) -> tuple[bool, bool, str]:
+    """Whether an op is of svf_fast, whether it is made of others, and its name."""
+    namespace, name = func._schema.name.split("::")
+    key = "CompositeImplicitAutograd"
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+    return namespace == "svf_fast", composite, name
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -435,8 +460,10 @@ def _format(*operands: Tensor) -> torch.memory_format:
 
 
 def _launches(func, name: str, args, written: list[Tensor]) -> int:
+    if name == "_assert_async":
+        return 1
     if name in NOTHING or func.is_view or not any(t.numel() for t in written):
-        return 0 if name != "_assert_async" else 1
+        return 0
     if name.startswith("_foreach"):
         lists = [a for a in args if isinstance(a, list | tuple) and isinstance(a[0], Tensor)]
         count = len(lists) + (0 if name.endswith("_") else 1)

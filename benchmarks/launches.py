@@ -58,7 +58,7 @@ def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int 
     with absent_gpu(arch) as gpu:
         moved = gpu.placed(plain)
         x, grad = inputs(gpu, settings)
-        for warm_up in (True, True, True, False):  # guards have settled, tables are read
+        for warm_up in (True, True, False):  # guards have settled, tables are read
             for parameter in trained(moved).values():
                 parameter.grad = None
                 with torch.no_grad():
