@@ -30,6 +30,7 @@ from unittest import mock
 
 import torch
 from absent_gpu import COMPILED, DEVICE, Driver, Event
+from gpu_tables import host_table
 from levels import LEVELS, Settings, trained
 from race import renew, step, write_results
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from triton.runtime import driver
 from svf_fast.ops import maps
 
 FOLDER = Path(__file__).with_name("results")
-PEERS = ("official", "svf_fast")
+PEERS = ("official", "frozen bound", "svf_fast")
 # level, group, width of the network: a bottleneck of 32 channels, and 13 blocks of 32 to 256
 MEASURED = {"bottleneck": ("block", "layer2", 4), "layers 2-4": ("backbone", "layers 2-4", 8)}
 PATHS = ("CPU", "GPU path")
@@ -166,28 +167,6 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"low": low, "median": middle, "high": high}
 
 
-def table(result: dict[str, Any], _: Any = None) -> str:
-    """Medians and quartiles in µs, and ours over the paper's layers."""
-    lines = [
-        "|  | S changed before |  µs, official | µs, svf_fast | ratio |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
-    for group in result["groups"]:
-        for changed in (True, False):
-            rows = {r["peer"]: r for r in group["rows"] if r["changed"] == changed}
-            cells = ["{median:.0f} ({low:.0f}-{high:.0f})".format(**_micro(rows[p])) for p in PEERS]
-            ratio = rows[PEERS[1]]["median"] / rows[PEERS[0]]["median"]
-            said = "yes" if changed else "no"
-            lines.append(f"| {group['name']} | {said} | {' | '.join(cells)} | {ratio:.2f} |")
-    return "\n".join(
-        [*lines, "", "Medians and quartiles, forward and backward, the peers in turns."]
-    )
-
-
-def _micro(row: dict[str, Any]) -> dict[str, float]:
-    return {key: 1e6 * row[key] for key in ("low", "median", "high")}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -211,7 +190,7 @@ def main() -> int:
     target = options.results / "host.json"
     write_results(target, "host", title, settings, groups, "python " + shlex.join(sys.argv))
     result = json.loads(target.read_text())
-    print(json.dumps(result, indent=1) if options.json else table(result))
+    print(json.dumps(result, indent=1) if options.json else host_table(result))
     return 0
 
 

@@ -13,19 +13,23 @@ their product is not known and not counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from absent_gpu import AbsentGPU, Launch, absent_gpu
 from levels import LEVELS, Settings, trained
 from torch import Tensor, nn
+
+from svf_fast.svd import Factors
 
 LEVEL = LEVELS["backbone"]
 PEERS = ("official", "frozen bound", "svf_fast")
@@ -35,9 +39,34 @@ Step = dict[str, list[Launch]]  # launches by phase
 
 
 def network(name: str, settings: Settings, cache: Path | None = None) -> nn.Module:
-    """Layers 2-4 as a peer makes them, on the host."""
+    """Layers 2-4 as a peer makes them, on the host.
+
+    Where the weights are drawn nothing depends on their values, and factors of the same shapes
+    stand for the decompositions: singular values of 1, so none is guarded.
+    """
     (group,) = LEVEL.groups
-    return LEVEL.convert(LEVEL.network(settings, group), name, cache)
+    plain = LEVEL.network(settings, group)
+    if settings.weights != "none":
+        return LEVEL.convert(plain, name, cache)
+    with undecomposed():
+        return LEVEL.convert(plain, name, None)
+
+
+@contextlib.contextmanager
+def undecomposed() -> Iterator[None]:
+    """Layers are converted with factors of the right shapes, which takes no time."""
+    with contextlib.ExitStack() as stack:
+        for module in ("svf_fast.convert", "svf_fast.nn.factored"):
+            owner = sys.modules[module]
+            stack.enter_context(mock.patch.object(owner, "decompose", _shapes))
+        stack.enter_context(mock.patch.object(sys.modules[module], "dual", lambda *_: None))
+        yield
+
+
+def _shapes(weight: Tensor, groups: int = 1) -> Factors:
+    rank = min(weight.shape[0] // groups, weight[0].numel())
+    U, V = weight.new_zeros(len(weight), rank), weight.new_zeros(groups * rank, *weight.shape[1:])
+    return Factors(U, weight.new_ones(groups * rank), V)
 
 
 def inputs(gpu: AbsentGPU, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -56,7 +85,8 @@ def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int 
     ``plain`` is of :func:`network`; it stays on the host.
     """
     with absent_gpu(arch) as gpu:
-        moved = gpu.placed(plain)
+        with undecomposed() if settings.weights == "none" else contextlib.nullcontext():
+            moved = gpu.placed(plain)
         x, grad = inputs(gpu, settings)
         for warm_up in (True, True, False):  # guards have settled, tables are read
             for parameter in trained(moved).values():
