@@ -26,7 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from svf_fast import _library
-from svf_fast.ops.gram import gram_gradient_by_channel_dot
+from svf_fast.ops import gram
 
 DEVICE = torch.device("cuda", 0)
 TO_HOST, TO_DEVICE = "copy to the host", "copy to the device"
@@ -40,8 +40,10 @@ COMPILED = {  # of csrc/cuda
     "channel_dot": 2,  # partial sums, and their sum
     "channel_dot_scale_": 2,
     "guard_holds": 1,
+    "guards_hold": 1,
 }
-IN_CUDA_BUILDS = {"gram_gradient": gram_gradient_by_channel_dot}  # Python, if csrc/cuda is there
+# Python that is registered where csrc/cuda is there
+IN_CUDA_BUILDS = {"gram_gradient": "gram_gradient_by_channel_dot"}
 ATEN = {
     "native_batch_norm": 3,  # copy of the mean, 1/σ, the map: ATen/native/cuda/Normalization.cu
     "scatter": 2,  # a copy of what is not scattered to comes first
@@ -89,6 +91,7 @@ class Launch(NamedTuple):
 
     options: of a Triton kernel its numbers and constants and ``grid``, of other ops their arguments
     that are no tensors. callers: functions of this project that led here, the innermost first.
+    within: arguments of the op of this project that launched it, where its Python did.
     """
 
     kernel: str
@@ -96,6 +99,7 @@ class Launch(NamedTuple):
     outputs: tuple[Operand, ...]
     options: dict[str, Any]
     callers: tuple[str, ...]
+    within: tuple[Any, ...] = ()
 
     @property
     def is_copy_between(self) -> bool:
@@ -226,6 +230,7 @@ class AbsentGPU(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.capturing = False
         self._making = False
+        self._within: tuple[Any, ...] = ()
 
     def take(self) -> list[Launch]:
         """The launches so far; from now on others."""
@@ -284,7 +289,7 @@ class AbsentGPU(TorchDispatchMode):
         """Adds a launch."""
         of = Operand.of
         reads, writes = tuple(map(of, inputs)), tuple(map(of, outputs))
-        self.launches.append(Launch(kernel, reads, writes, options, _callers()))
+        self.launches.append(Launch(kernel, reads, writes, options, _callers(), self._within))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -331,16 +336,27 @@ class AbsentGPU(TorchDispatchMode):
     def _own(self, func, name: str, args, kwargs, ours: list[OnGPU]):
         """An op of svf_fast: what its Python does on a GPU, or the kernels of its CUDA."""
         if name not in COMPILED:
-            with self:
-                if torch._C._dispatch_has_kernel_for_dispatch_key(func._schema.name, "CUDA"):
-                    return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
-                return IN_CUDA_BUILDS[name](*args, **kwargs)
+            before, self._within = self._within, _map(Operand.of, (*args, *kwargs.values()), Tensor)
+            try:
+                with self:
+                    return self._python(func, name)(*args, **kwargs)
+            finally:
+                self._within = before
         found = func(*_inner(args, ours, True), **_inner(kwargs, ours, True))
         made = _map(OnGPU, found, Tensor)
         self._bring_together([tensor for tensor in ours if tensor.shape == ours[0].shape])
         written = _tensors(made) if made is not None else ours[:1]
         self._note_all(COMPILED[name], name, ours, written)
         return made
+
+    def _python(self, func, name: str) -> Callable[..., Any]:
+        """What is registered for GPUs, or else for every device."""
+        if found := getattr(gram, IN_CUDA_BUILDS.get(name, ""), None):
+            return found
+        for key in ("CUDA", "CompositeExplicitAutograd"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(func._schema.name, key):
+                return functools.partial(func._op_dk, getattr(torch._C.DispatchKey, key))
+        raise KeyError(f"{name}: neither in Python nor in COMPILED, which counts launches of csrc")
 
     def _bring_together(self, maps: Sequence[OnGPU]) -> None:
         """The copies that csrc/maps.h makes: a dense map, and the others with the strides of it."""
@@ -500,6 +516,7 @@ def absent_gpu(arch: int = 90) -> Iterator[AbsentGPU]:
             (_library, "cuda_missing", ""),
             (torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing),
             (torch.cuda, "Event", Event),
+            (torch.cuda, "current_stream", lambda device=None: None),
             (knobs.runtime, "interpret", False),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

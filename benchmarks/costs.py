@@ -17,13 +17,14 @@ from absent_gpu import Launch, Operand
 # Bytes per second of DRAM and of L2, FLOP per second of each engine. H100 SXM: copies and cuBLAS as
 # measured on such a card; the others have their datasheet's part of that. L2: what the kernels'
 # block sizes were chosen by.
-_HOPPER = {"l2": 5.5e12, "bfloat16": 798e12, "tf32": 399e12, "float32": 54e12}
+_HOPPER = {"l2": 5.5e12, "bfloat16": 798e12, "tf32": 399e12, "tf32x3": 133e12, "float32": 54e12}
 MEASURED = {
     "A100 80GB SXM": {
         "memory": 1.8e12,
         "l2": 4.5e12,
         "bfloat16": 251e12,
         "tf32": 126e12,
+        "tf32x3": 42e12,
         "float32": 15.7e12,
     },
     "H100 SXM": {"memory": 3.0e12, **_HOPPER},
@@ -139,9 +140,47 @@ def _compose(launch: Launch, operands: dict[str, Operand]) -> Cost:
     return Cost(launch.bytes, launch.bytes + again, flops, "tf32")
 
 
+def _compose_all(launch: Launch, operands: dict[str, Operand]) -> Cost:
+    """The weights of a network: their factors are known to a table alone, and to the op."""
+    numbers, (every_U, _, every_V, groups) = launch.options, launch.within[:4]
+    moved = launch.bytes + sum(x.bytes for x in (*every_U, *every_V))
+    again, flops = 0, 0
+    for U, V, count in zip(every_U, every_V, groups, strict=True):
+        columns = math.prod(V.shape[1:])
+        again += (_tiles(columns, numbers["BLOCK_N"]) - 1) * U.bytes
+        again += (_tiles(U.shape[0] // count, numbers["BLOCK_M"]) - 1) * V.bytes
+        flops += 2 * math.prod(U.shape) * columns
+    return Cost(moved, moved + again, flops, "tf32")
+
+
+def _read_off(launch: Launch, operands: dict[str, Operand]) -> Cost:
+    """A block of directions reads its part of the matrices, and all of ``right``, from L2."""
+    numbers, partial = launch.options, operands["partial"]
+    sides = [(numbers["rank"], numbers["groups"], operands["right"])]
+    if numbers["rank_after"]:
+        sides.append((numbers["rank_after"], 1, operands["right_after"]))
+    twice = (
+        0 if numbers["rank_after"] else sum(operands[f"{x}_after"].bytes for x in ("left", "right"))
+    )
+    matrix = partial.bytes // numbers["matrices"]
+    again = -twice
+    for rank, groups, right in sides:
+        blocks = _tiles(rank, numbers["BLOCK_R"])
+        again += (blocks - 1) * groups * matrix + (numbers["PARTS"] - 1) * right.bytes
+    flops = sum(2 * n * groups * numbers["rows"] * numbers["columns"] for n, groups, _ in sides)
+    return Cost(launch.bytes - twice, launch.bytes + again, flops, "tf32x3")
+
+
+def _operands(launch: Launch, operands: dict[str, Operand]) -> Cost:
+    return Cost(launch.bytes)
+
+
 KERNELS: dict[str, Callable[[Launch, dict[str, Operand]], Cost]] = {
     "pointwise_kernel": _pointwise,
     "gram_partial_kernel": _gram,
     "activation_grams_partial_kernel": _activation_grams,
     "compose_kernel": _compose,
+    "compose_all_kernel": _compose_all,
+    "read_off_kernel": _read_off,
+    "guards_hold_kernel": _operands,
 }

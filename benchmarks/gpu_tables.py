@@ -159,10 +159,15 @@ def predictions_table(result: Result, results: Results) -> str:
     note = (
         "Predicted, not measured, from the launches of the code (ratio to official): the longest "
         "of DRAM, L2 and products at rates measured on an H100 (3.0 TB/s, 798 TFLOP/s; others in "
-        "proportion), products at 0.7 of that, and 1.75 µs from kernel to kernel, assumed. Eager: "
-        "the longer of device and host; the host as `host.json` has it on its machine, in float32 "
-        "and without the launcher in C."
+        "proportion), products at 0.7 of that, and 1.75 µs from kernel to kernel, assumed. "
     )
+    if host:
+        note += (
+            "Eager: the longer of device and host; the host as `host.json` has it on its machine, "
+            "in float32 and without the launcher in C."
+        )
+    else:
+        note += "Eager without what the host takes, which is not measured."
     if unknown:
         note += f" Counted by their operands alone: {', '.join(sorted(unknown))}."
     return f"{table(head, lines)}\n\n{note}"

@@ -82,6 +82,7 @@ def gpu_path(arch: int = 90) -> Iterator[None]:
             (maps, "on_gpu", lambda x: True),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "Event", Event),
+            (torch.cuda, "current_stream", lambda device=None: None),
             (torch, "empty", on_host),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -29,6 +29,7 @@ from absent_gpu import AbsentGPU, Launch, absent_gpu
 from levels import LEVELS, Settings, trained
 from torch import Tensor, nn
 
+import svf_fast
 from svf_fast.svd import Factors
 
 LEVEL = LEVELS["backbone"]
@@ -94,13 +95,16 @@ def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int 
                 with torch.no_grad():
                     parameter.mul_(1.0)
             x.grad = None
+            if graph:
+                _of_graphs("follow", moved)
             gpu.take()
             gpu.capturing = graph and not warm_up
-            with gpu.autocast(settings.dtype):
-                y = moved(x)
-            forward = gpu.take()
-            torch.autograd.backward(y, grad.to(y.dtype))
-            backward = gpu.take()
+            with _of_graphs("composed", moved) or contextlib.nullcontext():
+                with gpu.autocast(settings.dtype):
+                    y = moved(x)
+                forward = gpu.take()
+                torch.autograd.backward(y, grad.to(y.dtype))
+                backward = gpu.take()
     step: Step = {phase: [] for phase in PHASES}
     for launch in forward:
         step[_of_forward(launch)].append(launch)
@@ -108,6 +112,11 @@ def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int 
         accumulates = launch.kernel in ("add", "add_") and not launch.callers
         step["accumulation" if accumulates else "backward"].append(launch)
     return step
+
+
+def _of_graphs(name: str, model: nn.Module) -> Any:
+    """What svf_fast has for whom captures a graph, as far as it has it."""
+    return getattr(svf_fast, name)(model) if hasattr(svf_fast, name) else None
 
 
 def _of_forward(launch: Launch) -> str:

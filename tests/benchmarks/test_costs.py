@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+
 import costs
 import gpu_tables
 import launches
@@ -9,69 +13,85 @@ import predictions
 import pytest
 import roofline
 import torch
-from absent_gpu import absent_gpu
+from absent_gpu import Launch, Operand, absent_gpu
 from levels import Settings
-
-from svf_fast.ops.gram import activation_grams, gram
-from svf_fast.ops.pointwise import pointwise
 
 SETTINGS = Settings(size=641, batch=6, width=16, dtype="bfloat16", channels_last=True)
 RATES = {"memory": 100.0, "l2": 1000.0, "bfloat16": 10.0, "tf32": 5.0, "float32": 1.0}
 
 
-def test_a_pointwise_product_by_hand():
-    images, side, K, D = 6, 81, 128, 512
-    with absent_gpu() as gpu:
-        x = gpu.maps((images, K, side, side), torch.bfloat16, True)
-        weight = torch.zeros(D, K, dtype=torch.bfloat16).to("cuda")
-        scale = torch.zeros(D).to("cuda")
-        gpu.take()
-        pointwise(x, weight, scale=scale, shift=scale, relu=True)
-        (launch,) = gpu.take()
-    P, found = images * side * side, costs.cost(launch)
-    assert found.flops == 2 * P * K * D and found.engine == "bfloat16"
-    assert found.bytes == 2 * (P * K + D * K + P * D) + 2 * 4 * D
-    rows, columns = launch.options["BLOCK_P"], launch.options["BLOCK_D"]
-    tiles = -(-P // rows), D // columns
-    again = 2 * (P * K * (tiles[1] - 1) + D * K * (tiles[0] - 1))
-    assert found.l2 - found.bytes == again > 0
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, list[Launch]]:
+    """Of a step of ours with maps of 64 to 1024 channels, by name."""
+    settings = dataclasses.replace(SETTINGS, width=32)
+    step = launches.record(launches.network("svf_fast", settings), settings)
+    found: dict[str, list[Launch]] = {}
+    for launch in itertools.chain.from_iterable(step.values()):
+        found.setdefault(launch.kernel, []).append(launch)
+    return found
 
 
-@pytest.mark.parametrize("before, after", ((1, 1), (1, 0), (0, 1)))
-def test_grams_of_an_activation_by_hand(before, after):
+def operands(launch: Launch) -> dict[str, Operand]:
+    return dict(zip(launch.options["names"], launch.inputs, strict=True))
+
+
+def test_pointwise_products_by_hand(kernels):
+    """Rows of x and of its mask come again for each tile across, the weight for each down."""
+    masked = 0
+    for launch in kernels["pointwise_kernel"]:
+        found, given, numbers = costs.cost(launch), operands(launch), launch.options
+        (D, K), P = given["weight"].shape, math.prod(given["x"].shape) // given["weight"].shape[1]
+        assert found.flops == 2 * P * K * D and found.engine == "bfloat16"
+        vectors = [name for name in ("in_scale", "in_shift") if name in given]
+        outer = [n for n in ("scale", "shift", "residual_scale") if n in given]
+        maps = [name for name in ("residual", "out", "y") if name in given]
+        bits = [given[name].bytes for name in ("in_mask", "residual_mask", "mask") if name in given]
+        assert found.bytes == 2 * (P * K + D * K + len(maps) * P * D) + sum(bits) + 4 * (
+            len(vectors) * K + len(outer) * D + (64 if "numbers" in given else 0)
+        )
+        across, down = -(-D // numbers["BLOCK_D"]), -(-P // numbers["BLOCK_P"])
+        rows = 2 * P * K + (P * K // 8 if "in_mask" in given else 0)
+        slack = 16 * across  # a mask has bytes that hold no element
+        assert abs(found.l2 - found.bytes - rows * (across - 1) - 2 * D * K * (down - 1)) <= slack
+        masked += "in_mask" in given
+    assert masked == 13 + 3  # what a last ReLU's gradient goes to: conv3, shortcuts
+
+
+def test_grams_of_activations_by_hand(kernels):
     """Rows of y (of grad and y for the matrix before) and columns of the other map a tile."""
-    images, side, C = 2, 81, 512
-    with absent_gpu() as gpu:
-        grad, y = (gpu.maps((images, C, side, side), torch.bfloat16, True) for _ in range(2))
-        scale = torch.ones(C).to("cuda")
-        gpu.take()
-        activation_grams(grad, y, scale, scale, before, after)
-        launch = next(x for x in gpu.take() if "names" in x.options)
-    found, numbers = costs.cost(launch), launch.options
-    P, sides = images * side * side, before + after
-    tiles = (C // numbers["BLOCK_A"]) * (C // numbers["BLOCK_B"])
-    splits = numbers["grid"][0] // (sides * tiles)
-    matrices = 4 * sides * splits * C * C
-    assert found.flops == 2 * P * C * C * sides
-    assert found.bytes == 2 * 3 * P * C + 2 * 4 * C + matrices
-    of_a_tile = before * (2 * numbers["BLOCK_A"] + numbers["BLOCK_B"])
-    of_a_tile += after * (numbers["BLOCK_A"] + numbers["BLOCK_B"])
-    assert found.l2 == 2 * P * of_a_tile * tiles + 2 * P * C + 2 * 4 * C + matrices
+    seen = set()
+    for launch in kernels["activation_grams_partial_kernel"]:
+        found, numbers, y = costs.cost(launch), launch.options, operands(launch)["y"]
+        P, C, sides = (
+            math.prod(y.shape) // numbers["channels"],
+            numbers["channels"],
+            numbers["sides"],
+        )
+        before, after = sides == 2 or numbers["side"] == 0, sides == 2 or numbers["side"] == 1
+        a, b = numbers["BLOCK_A"], numbers["BLOCK_B"]
+        tiles = (C // a) * (C // b)
+        matrices = 4 * numbers["grid"][0] // tiles * C * C
+        assert found.flops == 2 * P * C * C * sides
+        assert found.bytes == 2 * 3 * P * C + 2 * 4 * C + matrices
+        columns = 0 if numbers["ONE_TILE"] else b  # one tile has loaded them as its rows
+        of_a_tile = before * (2 * a + columns) + after * (a + columns)
+        assert found.l2 == 2 * P * of_a_tile * tiles + 2 * P * C + 2 * 4 * C + matrices
+        seen.add((C, sides))
+    assert {C for C, _ in seen} == {64, 128, 256} and {sides for _, sides in seen} == {1, 2}
 
 
-def test_a_gram_matrix_by_hand():
-    images, side, a, b = 2, 81, 256, 512
-    with absent_gpu() as gpu:
-        left = gpu.maps((images, a, side, side), torch.bfloat16, True)
-        right = gpu.maps((images, b, side, side), torch.bfloat16, True)
-        gram(left, right)
-        launch = next(x for x in gpu.take() if "names" in x.options)
-    found, numbers = costs.cost(launch), launch.options
-    P, rows, columns = images * side * side, numbers["BLOCK_A"], numbers["BLOCK_B"]
-    partial = numbers["grid"][0] // ((a // rows) * (b // columns)) * a * b * 4
-    assert found.flops == 2 * P * a * b
-    assert found.bytes == 2 * P * (a + b) + partial
-    assert found.l2 == 2 * P * (a // rows) * (b // columns) * (rows + columns) + partial
+def test_gram_matrices_by_hand(kernels):
+    for launch in kernels["gram_partial_kernel"]:
+        found, numbers, given = costs.cost(launch), launch.options, operands(launch)
+        P, rows, columns = numbers["positions"], numbers["BLOCK_A"], numbers["BLOCK_B"]
+        P *= given["a"].shape[0]
+        width_a, width_b = numbers["width_a"], numbers["width_b"]
+        tiles = -(-width_a // rows) * -(-width_b // columns)
+        partial = numbers["grid"][0] // tiles * width_a * width_b * 4
+        assert found.flops == 2 * P * width_a * width_b
+        assert found.bytes == 2 * P * (width_a + width_b) + partial
+        read = -(-width_b // columns) * width_a + -(-width_a // rows) * width_b
+        assert found.l2 == 2 * P * read + partial
 
 
 def test_convolutions_and_products_by_hand():
