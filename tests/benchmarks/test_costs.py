@@ -138,7 +138,6 @@ def test_predictions_and_their_table():
         plain = launches.network(name, SETTINGS)
         rows.append({"peer": name, **predictions.predict(plain, SETTINGS)})
     ours = rows[-1]
-    assert ours["in a graph"]["launches"] < ours["eager"]["launches"]
     for row in rows:
         for mode in launches.MODES:
             assert row[mode]["unknown"] == []
