@@ -1,4 +1,4 @@
-"""Tables of what a GPU showed: ceilings, roofline, single ops, replays, kernels, `fss train`."""
+"""Tables of what a GPU showed, and of what it should: ceilings, predictions, kernels, `fss train`."""
 
 from __future__ import annotations
 
@@ -140,6 +140,76 @@ def roofline_table(result: Result, results: Results) -> str:
     return f"{table(head, lines)}\n\n{note}"
 
 
+def predictions_table(result: Result, results: Results) -> str:
+    """The launches of the code as it is, on the device and on the host."""
+    host = host_seconds(results)
+    lines, unknown = [], set()
+    for group, row in ((g, r) for g in result["groups"] for r in g["rows"]):
+        eager, graph = (row[mode] for mode in ("eager", "in a graph"))
+        official = next(other for other in group["rows"] if other["peer"] == "official")
+        gpus = list(eager["device_seconds"])
+        unknown |= set(eager["unknown"])
+        waits = host.get(row["peer"])
+        cells = [
+            group["name"],
+            f"{eager['launches']}, {graph['launches']}",
+            f"{graph['bytes'] / 1e9:.1f}, {graph['l2_bytes'] / 1e9:.1f}",
+            f"{graph['flops'] / 1e9:.0f}",
+            "–" if waits is None else f"{1e3 * waits:.1f}",
+        ]
+        for gpu in gpus:
+            for mode in ("eager", "in a graph"):
+                own, other = row[mode]["device_seconds"][gpu], official[mode]["device_seconds"][gpu]
+                if mode == "eager" and waits is not None:
+                    own, other = max(own, waits), max(other, host["official"])
+                cells.append(f"{1e3 * own:.1f} ({own / other:.2f})")
+        lines.append([f"**{row['peer']}**" if row["peer"] == "svf_fast" else row["peer"], *cells])
+    head = ["", "", "launches eager, graph", "GB of DRAM, L2", "GFLOP", "host, ms"]
+    head += [f"{gpu}, {mode}" for gpu in gpus for mode in ("eager, ms", "graph, ms")]
+    note = (
+        "Predicted, not measured, from the launches of the code (ratio to official): the longest "
+        "of DRAM, L2 and products at rates measured on an H100 (3.0 TB/s, 798 TFLOP/s; others in "
+        "proportion), products at 0.7 of that, and 1.75 µs from kernel to kernel, assumed. "
+    )
+    if host:
+        note += (
+            "Eager: the longer of device and host; the host as `host.json` has it on its machine, "
+            "in float32 and without the launcher in C."
+        )
+    else:
+        note += "Eager without what the host takes, which is not measured."
+    if unknown:
+        note += f" Counted by their operands alone: {', '.join(sorted(unknown))}."
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def host_table(result: Result, _: Results | None = None) -> str:
+    """Medians and quartiles in µs, and ours over the paper's layers."""
+    peers = list(dict.fromkeys(row["peer"] for row in result["groups"][0]["rows"]))
+    head = ["", "S changed before", *(f"{name}, µs" for name in peers), "svf_fast ÷ official"]
+    lines = []
+    for group in result["groups"]:
+        for changed in (True, False):
+            by_name = {r["peer"]: r for r in group["rows"] if r["changed"] == changed}
+            cells = [
+                f"{1e6 * row['median']:.0f} ({1e6 * row['low']:.0f}-{1e6 * row['high']:.0f})"
+                for row in by_name.values()
+            ]
+            ratio = by_name["svf_fast"]["median"] / by_name["official"]["median"]
+            lines.append([group["name"], "yes" if changed else "no", *cells, f"{ratio:.2f}"])
+    note = "Forward and backward: medians and quartiles, the peers in turns."
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def host_seconds(results: Results) -> dict[str, float]:
+    """Median host time of a step on the GPU's path, S changed before; by peer."""
+    for result in results.of("host"):
+        for group in result["groups"]:
+            if group["path"] == "GPU path" and group["what"] == "layers 2-4":
+                return {row["peer"]: row["median"] for row in group["rows"] if row["changed"]}
+    return {}
+
+
 def measured(name: str, settings: Result, results: Results) -> float | None:
     """Median seconds of a step of layers 2-4 with these settings in the race on a GPU."""
     for result in results.of("backbone", cuda=True, **_same(settings)):
@@ -252,4 +322,6 @@ TABLES: dict[str, Callable[[Result, Results], str]] = {
     "replay": replay_table,
     "roofline": roofline_table,
     "train": train_table,
+    "predictions": predictions_table,
+    "host": host_table,
 }

@@ -6,7 +6,8 @@ Counted pass by pass from the shapes, maps in bfloat16 and channels_last: what e
 read and write once, and what it multiplies. A pass takes the longer of its bytes at the memory's
 rate and its FLOPs at the engine's; passes follow one another. Launches and caches are left out.
 Plain PyTorch is counted as it runs: batch norm, ReLU, sums, bias and autocast's casts of weights
-are passes of their own. Ours is counted as it is planned: see `fused`.
+are passes of their own. Ours is counted as it is planned: see `fused`. What the code as it is will
+take: `predictions`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ CEILINGS = {
         "tf32": 156e12,
         "tf32x3": 52e12,
         "float32": 19.5e12,
+    },
+    "H100 SXM": {
+        "memory": 3.35e12,
+        "bfloat16": 990e12,
+        "tf32": 495e12,
+        "tf32x3": 165e12,
+        "float32": 67e12,
     },
     "H200": {
         "memory": 4.8e12,
@@ -314,12 +322,12 @@ def count(settings: Settings) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=641)
-    parser.add_argument("--batches", type=int, nargs="+", default=[6, 1])
+    parser.add_argument("--batches", type=int, nargs="+", default=[6, 2, 1])
     parser.add_argument("--stride-on", default="conv2", choices=("conv1", "conv2"))
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
-    settings = dataclasses.replace(
-        Settings(), size=options.size, batch=options.batches[0], stride_on=options.stride_on,
+    settings = Settings(
+        size=options.size, batch=options.batches[0], stride_on=options.stride_on,
         dtype="bfloat16", channels_last=True,
     )  # fmt: skip
     title = f"Roofline of {LEVELS['backbone'].title}"

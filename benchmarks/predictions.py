@@ -1,0 +1,94 @@
+"""What a step of ResNet-50's layers 2-4 will take on a GPU, from the launches of the code.
+
+    python benchmarks/predictions.py && python benchmarks/render.py
+
+Device time: the launches that `launches` records, each at what `costs` says of it: with partial
+matrices, with what its block sizes read again from L2, and with the gaps between kernels; eager,
+and as captured in a CUDA graph. Host time is what `host` measured. No GPU takes part: what is
+predicted is written down before it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absent_gpu import Launch
+from costs import ARCH, MEASURED, cost, seconds, unknown
+from launches import MODES, PEERS, Step, launches, network, record
+from levels import LEVELS, Settings
+from race import write_results
+from torch import nn
+
+FOLDER = Path(__file__).with_name("results")
+REFERENCE = "H100 SXM"  # whose launches are told: block sizes differ between architectures
+
+
+def predict(plain: nn.Module, settings: Settings) -> dict[str, dict[str, Any]]:
+    """By mode: launches, bytes, FLOPs, and predicted device seconds on each GPU, of the code."""
+    first = record(plain, settings)
+    tiled = any("names" in launch.options for found in first.values() for launch in found)
+
+    @functools.cache
+    def step(graph: bool, arch: int) -> Step:
+        # without Triton kernels nothing depends on the GPU or on a graph
+        return record(plain, settings, graph, arch) if tiled else first
+
+    modes: dict[str, dict[str, Any]] = {}
+    for mode, graph in zip(MODES, (False, True), strict=True):
+        own = _all(step(graph, ARCH[REFERENCE]))
+        each = [cost(launch) for launch in own]
+        modes[mode] = {
+            "launches": launches(step(graph, ARCH[REFERENCE])),
+            "bytes": sum(c.bytes for c in each),
+            "l2_bytes": sum(c.l2 for c in each),
+            "flops": sum(c.flops for c in each),
+            "unknown": sorted(unknown(own)),
+            "device_seconds": {
+                gpu: seconds(_all(step(graph, ARCH[gpu])), rates) for gpu, rates in MEASURED.items()
+            },
+        }
+    return modes
+
+
+def _all(step: Step) -> list[Launch]:
+    return [launch for found in step.values() for launch in found]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=641)
+    parser.add_argument("--batches", type=int, nargs="+", default=[6, 2, 1])
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--weights", default="none", help="a file; none: no direction is guarded")
+    parser.add_argument("--stride-on", default="conv2", choices=("conv1", "conv2"))
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    settings = Settings(
+        size=options.size, batch=options.batches[0], width=options.width, weights=options.weights,
+        stride_on=options.stride_on, dtype="bfloat16", channels_last=True,
+    )  # fmt: skip
+    groups: list[dict[str, Any]] = [
+        {"name": f"batch {batch}", "batch": batch, "rows": []} for batch in options.batches
+    ]
+    with tempfile.TemporaryDirectory() as cache:
+        for name in PEERS:
+            plain = network(name, settings, Path(cache))
+            for group in groups:
+                at_batch = dataclasses.replace(settings, batch=group["batch"])
+                group["rows"].append({"peer": name, **predict(plain, at_batch)})
+    title = f"{LEVELS['backbone'].title}, predicted from the launches of the code"
+    path = options.results / "predictions.json"
+    command = "python " + shlex.join(sys.argv)
+    print(write_results(path, "predictions", title, settings, groups, command))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
