@@ -1,4 +1,4 @@
-"""Tables of what a GPU showed, and of what it should: ceilings, predictions, kernels, `fss train`."""
+"""Tables of what a GPU showed and what it should: ceilings, predictions, kernels, `fss train`."""
 
 from __future__ import annotations
 

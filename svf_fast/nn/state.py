@@ -1,8 +1,8 @@
 """What a fused block's forward depends on besides its input, watched for changes.
 
 Reading a block (may it be fused, with which constants?) takes several times as long as launching
-its kernels, and what it depends on hardly ever changes. So it is looked at in each forward pass, and
-read again when something is not as it was.
+its kernels, and what it depends on hardly ever changes. So it is looked at in each forward pass,
+and read again when something is not as it was.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Watch:
         self._values: list[tuple[dict[str, Any], str, Any]] = []
         self._convs: list[tuple[SVFConv2d, str, bool]] = []
         self._tensors: list[tuple] = []
-        # writes through `tensor.data` pass the version counter by; on the CPU the bytes decide, on a
-        # GPU looking would mean waiting
+        # writes through `tensor.data` pass the version counter by; on the CPU the bytes decide, on
+        # a GPU looking would mean waiting
         self._bytes: list[tuple[int, int, int]] = []
         self._copies: list[Tensor] = []
         self._look(module)

@@ -66,7 +66,7 @@ class Form(NamedTuple):
     recompute: bool
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         """Stages beside that of the shortcut."""
         return len(self.kinds) - (self.shortcut == "convolution")
 
@@ -134,7 +134,7 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, form: Form, index: int) -> _Kept:
         """Of a stage beside the shortcut."""
-        count = form.count
+        count = form.length
         y = form.kinds[index].keeps == "y"
         again = form.recompute and index == 1
         if index == count - 1:
@@ -274,8 +274,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     for index, (kind, (*others, scale, shift)) in enumerate(
         zip(form.kinds, ctx.others, strict=True)
     ):
-        own = factors[_FACTORS * index : _FACTORS * (index + 1)]
-        stages.append(Stage(Layer(kind, *own, *others), scale, shift))
+        SUV = factors[_FACTORS * index : _FACTORS * (index + 1)]
+        stages.append(Stage(Layer(kind, *SUV, *others), scale, shift))
     shortcut, shortcut_kept = None, None
     if form.shortcut == "convolution":
         shortcut, shortcut_kept = stages.pop(), kept.pop()

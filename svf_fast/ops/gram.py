@@ -80,7 +80,8 @@ def activation_gradients(
     of x and grad, for the one that read x. grad may be overwritten by g: on a GPU one kernel reads
     grad and y once and writes g once. Not differentiable.
     """
-    own, other = before or [], after or []
+    own: Sequence[Tensor] = before or []
+    other: Sequence[Tensor] = after or []
     grouped = (own and len(own[0]) > 1) or (other and len(other[0]) > 1)
     if maps.on_gpu(y) and not grouped and y.dtype != torch.float64:
         op = torch.ops.svf_fast.activation_gradients.default

@@ -41,6 +41,7 @@ MODULES = (
     "gram",
     "guard",
     "pointwise",
+    "read_off",
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import dot, narrow
-from svf_fast.triton.tuning import OPTIONS, Config, Tunable, architecture, find
+from svf_fast.triton.tuning import OPTIONS, Config, Tunable, find, gpu
 
 _ALIGNMENT = 64  # elements between the beginnings of two weights
 
@@ -273,6 +273,8 @@ def compose_all(
     scale: Sequence[Tensor | None],
     dtype: torch.dtype,
     table: Tensor,
+    *,
+    config: Config | None = None,
 ) -> list[Tensor]:
     """:func:`compose` of several weights in one launch -> W and scale ⊙ W of each, in turns.
 
@@ -282,7 +284,7 @@ def compose_all(
     starts, total = _starts(U, V, scale)
     out = torch.empty(total, dtype=dtype, device=U[0].device)
     orders = [_ordered(v)[1] for v in V]
-    config = _shared(architecture())
+    config = config or _shared(gpu().arch)
     first = len(U) * _NUMBERS
     with torch.cuda.device_of(out):
         compose_all_kernel[((table.numel() - first) // 3,)](
@@ -311,8 +313,9 @@ def table(entries: Sequence, dtype: torch.dtype) -> Tensor:
             in several orders of memory.
     """
     orders = [_ordered(V)[1] for _, _, V, _, _ in entries]
-    starts, _ = _starts([e.U for e in entries], [e.V for e in entries], [e.scale for e in entries])
-    config, inside = _shared(architecture()), any(order.rank_inside for order in orders)
+    U, _, V, _, scales = zip(*entries, strict=True)
+    starts, _ = _starts(U, V, scales)
+    config, inside = _shared(gpu().arch), any(order.rank_inside for order in orders)
     numbers, programs = [], []
     for index, (entry, order, start) in enumerate(zip(entries, orders, starts, strict=True)):
         U, S, V, groups, scale = entry
@@ -413,4 +416,30 @@ def problems() -> list[Problem]:
     return found
 
 
-TUNABLES = [Tunable("compose", key, candidates, launcher, problems)]
+class Network(NamedTuple):
+    """All weights of ResNet-50's layers 2-4 at once; dtype: of W."""
+
+    dtype: torch.dtype
+
+
+def _shared_launcher(network: Network, device: torch.device) -> Callable[[Config], list[Tensor]]:
+    entries = []
+    for rows, columns, groups in problems():
+        shapes = (rows, min(rows, columns)), (min(rows, columns),), (columns, min(rows, columns))
+        U, S, V = (torch.randn(shape, device=device) for shape in shapes)
+        entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
+    where = table(entries, network.dtype).to(device)
+    operands: Any = list(zip(*entries, strict=True))
+    return lambda config: compose_all(*operands, network.dtype, where, config=config)
+
+
+TUNABLES = [
+    Tunable("compose", key, candidates, launcher, problems),
+    Tunable(
+        "compose_all",
+        lambda network: f"W in {network.dtype}",
+        lambda network, arch: [rule(Problem(4096, 4096), arch)],
+        _shared_launcher,
+        lambda: [Network(torch.bfloat16), Network(torch.float32)],
+    ),
+]

@@ -1,12 +1,13 @@
 """dS read off the partial sums of one or two Gram matrices: ``colsum(left ⊙ (M right)) / S``.
 
-Every program adds the splits of one tile of a matrix, once, and multiplies it from both sides by the
-factors of all directions. What it leaves for each direction is added in a fixed order.
+Every program adds the splits of one tile of a matrix, once, and multiplies it from both sides by
+the factors of all directions. What it leaves for each direction is added in a fixed order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import dot
-from svf_fast.triton.tuning import OPTIONS, Config
+from svf_fast.triton.tuning import OPTIONS, Config, Tunable
 
 
 @triton.jit(do_not_specialize=["splits", "matrices", "groups", "rank", "rank_after"])
@@ -78,13 +79,13 @@ def read_off_kernel(
     for first in range(0, directions, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         inside_r = r < directions
-        at = column[:, None] * r_row + r[None, :] * r_rank
-        inside = inside_column[:, None] & inside_r[None, :]
-        factor = tl.load(right + at, mask=inside, other=0.0).to(tl.float32)
+        ahead = right + column[:, None] * r_row + r[None, :] * r_rank
+        there = inside_column[:, None] & inside_r[None, :]
+        factor = tl.load(ahead, mask=there, other=0.0).to(tl.float32)
         product = dot(M, factor, tl.zeros((BLOCK_A, BLOCK_R), tl.float32), "tf32x3")
-        at = row[:, None] * l_row + r[None, :] * l_rank
-        inside = inside_row[:, None] & inside_r[None, :]
-        product *= tl.load(left + at, mask=inside, other=0.0).to(tl.float32)
+        behind = left + row[:, None] * l_row + r[None, :] * l_rank
+        there = inside_row[:, None] & inside_r[None, :]
+        product *= tl.load(behind, mask=there, other=0.0).to(tl.float32)
         total = tl.sum(product, axis=0)
         total /= tl.load(values + r, mask=inside_r, other=1.0).to(tl.float32)
         tl.store(place + r, total, mask=inside_r)
@@ -103,7 +104,7 @@ def read_off(
     groups, _, rank = left.shape
     left_after, right_after, S_after = more[0] if more else sides[0]
     rank_after = left_after.shape[2] if more else 0
-    config = config or rule(rows, columns)
+    config = {**rule(rows, columns), **OPTIONS} if config is None else config
     tiles = -(-rows // config["BLOCK_A"]) * -(-columns // config["BLOCK_B"])
     out = partial.new_empty((tiles, groups * rank + rank_after))
     with torch.cuda.device_of(partial):
@@ -137,4 +138,30 @@ def read_off(
 def rule(rows: int, columns: int) -> Config:
     """Tiles enough to fill a good part of a GPU: 16 of 128 channels, 64 of 512."""
     block = 64 if min(rows, columns) > 256 else 32 if min(rows, columns) > 16 else 16
-    return {"BLOCK_A": block, "BLOCK_B": block, "BLOCK_R": 64, "num_warps": 4, **OPTIONS}
+    return {"BLOCK_A": block, "BLOCK_B": block, "BLOCK_R": 32, "num_warps": 4}
+
+
+class Problem(NamedTuple):
+    """Matrices [channels, channels] with as many directions, of one side or two."""
+
+    channels: int
+    sides: int
+
+
+def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], list[Tensor]]:
+    C, sides = problem
+    partial = torch.randn(4, sides, C, C, device=device)
+    factors = torch.randn(1, C, C, device=device)
+    S = torch.ones(C, device=device)
+    return lambda config: read_off(partial, [(factors, factors, S)] * sides, config=config)
+
+
+TUNABLES = [
+    Tunable(
+        "read_off",
+        lambda problem: f"{problem.channels} channels, {problem.sides} sides",
+        lambda problem, arch: [rule(problem.channels, problem.channels)],
+        _launcher,
+        lambda: [Problem(C, sides) for C in (128, 256, 512, 1024) for sides in (1, 2)],
+    )
+]

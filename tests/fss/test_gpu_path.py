@@ -36,7 +36,7 @@ def test_a_step_takes_the_fused_kernels(tiny, as_on_gpu):
     """The first and the last convolution of each bottleneck, forward and backward."""
     calls = calls_of_a_step(tiny)
     assert calls["pointwise"] >= 4 * BOTTLENECKS
-    assert calls["activation_grams"] >= 2 * BOTTLENECKS
+    assert calls["activation_gradients"] >= 2 * BOTTLENECKS
 
 
 def test_the_count_needs_channels_last(tiny):

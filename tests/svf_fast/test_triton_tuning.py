@@ -273,7 +273,7 @@ def test_bits_of_a_mask_are_counted_one_by_one():
 
 def test_the_problems_of_a_race():
     cases = list(filter(tune.of_a_race, check.cases(check.tunables())))
-    assert {case.tunable.name for case in cases} == {"activation_grams", "gram", "pointwise"}
+    assert {case.tunable.name for case in cases} == {"activation_gradients", "gram", "pointwise"}
     assert {case.problem.positions for case in cases} == {6561, 39366}
     assert not any("1024 x" in case.key or "dot" in case.key for case in cases)
 
