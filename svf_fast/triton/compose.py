@@ -6,6 +6,7 @@ tiles to fill a GPU, and a launch for each is what a small step waits for.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -429,8 +430,8 @@ def _shared_launcher(network: Network, device: torch.device) -> Callable[[Config
         U, S, V = (torch.randn(shape, device=device) for shape in shapes)
         entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
     where = table(entries, network.dtype).to(device)
-    operands: Any = list(zip(*entries, strict=True))
-    return lambda config: compose_all(*operands, network.dtype, where, config=config)
+    launch: Any = functools.partial(compose_all, *zip(*entries, strict=True))
+    return lambda config: launch(network.dtype, where, config=config)
 
 
 TUNABLES = [
