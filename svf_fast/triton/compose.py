@@ -430,7 +430,8 @@ def _shared_launcher(network: Network, device: torch.device) -> Callable[[Config
         U, S, V = (torch.randn(shape, device=device) for shape in shapes)
         entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
     where = table(entries, network.dtype).to(device)
-    launch: Any = functools.partial(compose_all, *zip(*entries, strict=True))
+    operands: Any = zip(*entries, strict=True)
+    launch = functools.partial(compose_all, *operands)
     return lambda config: launch(network.dtype, where, config=config)
 
 
