@@ -27,6 +27,7 @@ from svf_fast.triton.language import narrow, pack_bits
 from svf_fast.triton.maps import (
     Rows,
     dense,
+    divide_up,
     is_dense,
     like,
     load_block,
@@ -235,7 +236,7 @@ def _forward(y, scale, shift, residual, residual_scale, relu, mask, out) -> Tens
             return pack_mask(out) if mask else bits
     elements = 8 * len(bits) if mask else y.numel()
     with torch.cuda.device_of(y):
-        affine_act_kernel[(triton.cdiv(elements, _RULE["BLOCK"]),)](
+        affine_act_kernel[(divide_up(elements, _RULE["BLOCK"]),)](
             y,
             scale.contiguous(),
             shift.contiguous(),
@@ -259,7 +260,7 @@ def _backward(grad, y, mask, scale, shift, out) -> None:
             out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
         return
     with torch.cuda.device_of(grad):
-        affine_act_backward_kernel[(triton.cdiv(grad.numel(), _RULE["BLOCK"]),)](
+        affine_act_backward_kernel[(divide_up(grad.numel(), _RULE["BLOCK"]),)](
             grad,
             y,
             mask,

@@ -82,6 +82,7 @@ def test_float64_is_computed_by_the_definition(last: bool) -> None:
 
 
 def test_rows_of_a_map() -> None:
+    assert [maps.divide_up(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
     contiguous, last = (strided((2, 3, 4, 5), torch.float32, last) for last in (False, True))
     assert maps.rows_of(contiguous) == (2, 3, 20, False)
     assert maps.rows_of(last) == (2, 3, 20, True)
