@@ -8,6 +8,7 @@ The CPU runs the passes: its matrix products read from caches that the passes le
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -40,18 +41,25 @@ def fuses(x: Tensor, weight: Tensor, geometry: Geometry, *ends: str) -> bool:
     return (
         maps.on_gpu(x)
         and x.dtype in maps.TRITON_DTYPES
-        and weight.shape[2:] == (1, 1)
-        and geometry._replace(dilation=(1, 1)) == Geometry()
-        and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+        and _is_product(weight.shape, geometry)
         and (is_channels_last(x) or x.shape[2:] == (1, 1))
         and _wins(x, weight, ends)
+    )
+
+
+@functools.lru_cache(4096)  # asked at each launch
+def _is_product(weight: torch.Size, geometry: Geometry) -> bool:
+    return (
+        weight[2:] == (1, 1)
+        and geometry._replace(dilation=(1, 1)) == Geometry()
+        and weight[0] % 8 == weight[1] % 8 == 0
     )
 
 
 def _wins(x: Tensor, weight: Tensor, ends: tuple[str, ...]) -> bool:
     if torch.compiler.is_compiling():  # tables are not read while a graph is traced
         return True
-    return _wanted(x, weight.flatten(1), ends)
+    return _wanted(x, weight, ends)
 
 
 def pointwise(

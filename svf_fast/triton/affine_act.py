@@ -27,6 +27,7 @@ from svf_fast.triton.language import narrow, pack_bits
 from svf_fast.triton.maps import (
     Rows,
     dense,
+    divide_up,
     is_dense,
     like,
     load_block,
@@ -36,9 +37,6 @@ from svf_fast.triton.maps import (
     with_strides_of,
 )
 from svf_fast.triton.tuning import INTERPRETED, OPTIONS, Config, Tunable
-
-# the interpreter takes a time a program
-_RULE: Config = {"BLOCK": 8192 if INTERPRETED else 1024, "num_warps": 4, **OPTIONS}
 
 
 @triton.jit
@@ -148,6 +146,12 @@ def affine_act_backward_kernel(
     store_block(out + start + element, result, inside, whole)
 
 
+def rule(dtype: torch.dtype) -> Config:
+    """16 bytes a thread; the interpreter takes its time for a program."""
+    block = 8192 if INTERPRETED else 2048 // dtype.itemsize
+    return {"BLOCK": block, "num_warps": 4, **OPTIONS}
+
+
 def affine_act(
     y: Tensor,
     scale: Tensor,
@@ -234,8 +238,9 @@ def _forward(y, scale, shift, residual, residual_scale, relu, mask, out) -> Tens
             out.copy_(definition.affine_act(y, scale, shift, residual, residual_scale, relu))
             return pack_mask(out) if mask else bits
     elements = 8 * len(bits) if mask else y.numel()
+    config = rule(y.dtype)
     with torch.cuda.device_of(y):
-        affine_act_kernel[(triton.cdiv(elements, _RULE["BLOCK"]),)](
+        affine_act_kernel[(divide_up(elements, config["BLOCK"]),)](
             y,
             scale.contiguous(),
             shift.contiguous(),
@@ -245,8 +250,8 @@ def _forward(y, scale, shift, residual, residual_scale, relu, mask, out) -> Tens
             bits if mask else None,
             y.numel(),
             RELU=relu,
-            **_shape_of(y),
-            **_RULE,
+            **_shape_of(y, config["BLOCK"]),
+            **config,
         )
     return bits
 
@@ -258,8 +263,9 @@ def _backward(grad, y, mask, scale, shift, out) -> None:
         with torch.no_grad():
             out.copy_(definition.affine_act_backward(grad, y, mask, scale, shift))
         return
+    config = rule(grad.dtype)
     with torch.cuda.device_of(grad):
-        affine_act_backward_kernel[(triton.cdiv(grad.numel(), _RULE["BLOCK"]),)](
+        affine_act_backward_kernel[(divide_up(grad.numel(), config["BLOCK"]),)](
             grad,
             y,
             mask,
@@ -267,16 +273,16 @@ def _backward(grad, y, mask, scale, shift, out) -> None:
             None if y is None or shift is None else shift.contiguous(),
             out,
             grad.numel(),
-            **_shape_of(grad),
-            **_RULE,
+            **_shape_of(grad, config["BLOCK"]),
+            **config,
         )
 
 
-def _shape_of(x: Tensor) -> dict[str, Any]:
+def _shape_of(x: Tensor, block: int) -> dict[str, Any]:
     """The kernels' arguments that say how a map lies in memory."""
     rows: Rows = rows_of(x)
     unit = unit_of(rows.channels)
-    kind = "channels" if rows.last else "long" if rows.positions >= _RULE["BLOCK"] else "short"
+    kind = "channels" if rows.last else "long" if rows.positions >= block else "short"
     return {
         "units": rows.channels // unit,
         "positions": rows.positions,
@@ -309,6 +315,9 @@ class Problem(NamedTuple):
         layout = "channels_last" if self.last else "contiguous"
         return f"{self.channels}x{self.positions} {self.dtype} {layout} {self.kind}"
 
+    def candidates(self, arch: int) -> list[Config]:
+        return [rule(self.dtype)]
+
     def launcher(self, device: torch.device) -> Callable[[Config], Any]:
         y = torch.randn(2, self.positions, self.channels, device=device).to(self.dtype).mT
         y = y if self.last else y.contiguous()
@@ -338,5 +347,5 @@ def problems() -> list[Problem]:
 
 
 TUNABLES = [
-    Tunable("affine_act", Problem.key, lambda *_: [_RULE], Problem.launcher, problems),
+    Tunable("affine_act", Problem.key, Problem.candidates, Problem.launcher, problems),
 ]

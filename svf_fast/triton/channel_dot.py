@@ -24,6 +24,7 @@ from svf_fast.reference import channel_dot as definition
 from svf_fast.triton.language import narrow
 from svf_fast.triton.maps import (
     dense,
+    divide_up,
     is_dense,
     load_block,
     rows_of,
@@ -178,9 +179,9 @@ def _dot(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
             unit = unit_of(channels)
             columns = min(_WIDEST, triton.next_power_of_2(channels))
             rows = _TILE // columns
-            count = triton.cdiv(batch * positions, rows * _STEPS)
+            count = divide_up(batch * positions, rows * _STEPS)
             partial = a.new_empty((count, channels), dtype=torch.float32)
-            channel_dot_columns_kernel[(count * triton.cdiv(channels, columns),)](
+            channel_dot_columns_kernel[(count * divide_up(channels, columns),)](
                 a,
                 b,
                 s,
@@ -195,8 +196,8 @@ def _dot(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
             )
         else:
             tile = min(_TILE, triton.next_power_of_2(positions + 7))
-            steps = min(_STEPS, triton.cdiv(positions + 7, tile))
-            segments = triton.cdiv(positions + 7, tile * steps)
+            steps = min(_STEPS, divide_up(positions + 7, tile))
+            segments = divide_up(positions + 7, tile * steps)
             count = batch * segments
             partial = a.new_empty((count, channels), dtype=torch.float32)
             channel_dot_rows_kernel[(batch * channels * segments,)](
@@ -212,7 +213,7 @@ def _dot(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
                 STEPS=steps,
                 **_RULE,
             )
-        channel_dot_sum_kernel[(triton.cdiv(channels, 32),)](
+        channel_dot_sum_kernel[(divide_up(channels, 32),)](
             partial, out, count, channels, ROWS=32, COLUMNS=32, **_RULE
         )
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from svf_fast.triton.tuning import OPTIONS, Config, Tunable
 
-_RULE: Config = {"BLOCK": 512, "num_warps": 4, **OPTIONS}
+_RULE: Config = {"BLOCK": 256, "num_warps": 4, **OPTIONS}
 
 
 @triton.jit

@@ -25,6 +25,11 @@ class Rows(NamedTuple):
     last: bool
 
 
+def divide_up(a: int, b: int) -> int:
+    """``⌈a / b⌉``; triton.cdiv, which kernels may call too, takes microseconds."""
+    return -(-a // b)
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether a map is contiguous or channels_last."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()

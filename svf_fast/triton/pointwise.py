@@ -276,29 +276,39 @@ def pointwise_dot(
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes these operands: channels_last maps, channels in multiples of 8."""
-    if x.dtype not in TRITON_DTYPES or weight.dtype != x.dtype or weight.dim() != 2:
-        return False
-    D, K = weight.shape
     return (
-        x.shape[1] == K
+        x.dtype == weight.dtype
+        and x.dtype in TRITON_DTYPES
+        and _fit(x.shape, weight.shape)
+        and _has_rows(x)
+    )
+
+
+@functools.lru_cache(4096)  # asked at each launch
+def _fit(maps: torch.Size, weight: torch.Size) -> bool:
+    D, K, *ones = weight if len(weight) > 1 else (0, 0)
+    return (
+        ones in ([], [1, 1])
+        and len(maps) > 1
+        and maps[1] == K
         and min(D, K) > 0
         and D % 8 == K % 8 == 0
-        and max(D * K, x.numel() // K) < 2**30  # offsets in 32 bits
-        and _has_rows(x)
+        and max(D * K, maps.numel() // K) < 2**30  # offsets in 32 bits
     )
 
 
 def wanted(x: Tensor, weight: Tensor, names: tuple[str, ...]) -> bool:
     """Whether one kernel is the way here: it serves, and no table says that passes are faster.
 
-    names: which of :data:`svf_fast.triton.pointwise_problem.OPTIONS` the call will come with;
-    "scale" also for shift or relu, "scale" and "dot" for :func:`pointwise_dot`.
+    weight [D, K] or [D, K, 1, 1]; names: which of
+    :data:`svf_fast.triton.pointwise_problem.OPTIONS` the call will come with; "scale" also for
+    shift or relu, "scale" and "dot" for :func:`pointwise_dot`.
     """
     if not serves(x, weight):
         return False
     if x.numel() == 0:
         return True
-    D, K = weight.shape
+    D, K = weight.shape[:2]
     with torch.cuda.device_of(x):
         return _wins(x.numel() // K, K, D, _number(x.dtype), names)
 
@@ -433,7 +443,7 @@ def _aligned(mask: Tensor | None) -> Tensor | None:
 
 
 def _require(x: Tensor, weight: Tensor) -> None:
-    if not serves(x, weight):
+    if weight.dim() != 2 or not serves(x, weight):
         raise ValueError(
             "pointwise: x, weight: expected channels_last maps [N, K, *spatial] and [D, K] of one "
             f"dtype of {', '.join(map(str, TRITON_DTYPES))}, K and D multiples of 8, got {x.dtype} "

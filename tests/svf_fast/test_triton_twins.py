@@ -81,7 +81,21 @@ def test_float64_is_computed_by_the_definition(last: bool) -> None:
     assert torch.equal(y, scaled)
 
 
+def test_blocks_that_lie_in_the_last_row_of_an_image_and_the_first_of_the_next() -> None:
+    """The values are exact: rows are longer than a block, whatever that is in the interpreter."""
+    positions = 3 * affine_act.rule(torch.float32)["BLOCK"] + 5
+    y = torch.randint(-9, 10, (3, 2, positions), device=DEVICE).float()
+    scale, shift = (torch.tensor(values, device=DEVICE) for values in ([2.0, -3.0], [1.0, 5.0]))
+    out, mask = affine_act.affine_act(y, scale, shift, None, None, True, True)
+    assert torch.equal(out, affine_definition.affine_act(y, scale, shift))
+    assert torch.equal(mask, affine_definition.pack_mask(out))
+    expected = affine_definition.affine_act_backward(out, y, None, scale, shift)
+    assert torch.equal(affine_act.affine_act_backward(out, y, None, scale, shift), expected)
+    assert torch.equal(affine_act.affine_act_backward(out, None, mask, scale, None), expected)
+
+
 def test_rows_of_a_map() -> None:
+    assert [maps.divide_up(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
     contiguous, last = (strided((2, 3, 4, 5), torch.float32, last) for last in (False, True))
     assert maps.rows_of(contiguous) == (2, 3, 20, False)
     assert maps.rows_of(last) == (2, 3, 20, True)
