@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import exactness
@@ -120,11 +121,15 @@ def running(out: Path) -> list[str]:
     return found
 
 
-def all_ended(out: Path, seconds: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
     end = time.monotonic() + seconds
-    while running(out) and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         time.sleep(0.05)
-    return not running(out)
+    return condition()
+
+
+def all_ended(out: Path) -> bool:
+    return eventually(lambda: not running(out))
 
 
 def test_dry_run_of_every_phase_and_a_second_call(tmp_path, root):
@@ -189,8 +194,7 @@ def test_sigterm_ends_all_and_leaves_an_archive(tmp_path, root):
         printed = ""
         while "race: at most" not in printed:
             printed += process.stdout.read(1)
-        time.sleep(1)
-        assert len(running(out)) == 3  # this one, the guard, the race
+        assert eventually(lambda: len(running(out)) == 3)  # this one, the guard, the race
         process.terminate()
         assert process.wait(30) == 143
     assert all_ended(out), running(out)
