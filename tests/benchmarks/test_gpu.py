@@ -5,6 +5,7 @@ SVF_LONG=1 kills twenty times, else a few; SVF_SEED repeats the moments that a f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import exactness
@@ -108,6 +110,28 @@ def done(printed: str) -> set[str]:
     return {name for name, _, word in words if word.startswith(("ok, ", "done before"))}
 
 
+def running(out: Path) -> list[str]:
+    """Commands of the processes that write to a folder of results."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if any(str(out) in word for word in words):
+                found.append(" ".join(words))
+    return found
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def all_ended(out: Path) -> bool:
+    return eventually(lambda: not running(out))
+
+
 def test_dry_run_of_every_phase_and_a_second_call(tmp_path, root):
     """The plumbing from the machine's facts to the tables, each a process as on a GPU."""
     out = tmp_path / "dry"
@@ -145,6 +169,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_done(tmp_path, root):
             time.sleep(moments.uniform(1, 30 if LONG else 20))
             process.kill()
             said = done(process.stdout.read())
+        assert all_ended(out), running(out)
         known |= said
         if not (tmp_path / "dry.tgz").exists():
             assert not known
@@ -158,6 +183,22 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_done(tmp_path, root):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     again = known - {"build", "render"}
     assert all(f"{name}: done before" in ended.stdout for name in again)
+
+
+def test_sigterm_ends_all_and_leaves_an_archive(tmp_path, root):
+    out = tmp_path / "dry"
+    words = ("--phases", "facts,race")
+    with subprocess.Popen(
+        call(out, *words), cwd=root, stdout=subprocess.PIPE, text=True
+    ) as process:
+        printed = ""
+        while "race: at most" not in printed:
+            printed += process.stdout.read(1)
+        assert eventually(lambda: len(running(out)) == 3)  # this one, the guard, the race
+        process.terminate()
+        assert process.wait(30) == 143
+    assert all_ended(out), running(out)
+    assert "facts.json" in in_archive(tmp_path / "dry.tgz")
 
 
 def test_a_failing_phase_and_one_out_of_time_stop_nothing(tmp_path, capsys):
