@@ -74,21 +74,48 @@ Affine = tuple[Tensor, Tensor]
 
 
 class _Reading(NamedTuple):
-    """What was found of a fused module: why its parts are not fused, and its norms."""
+    """What was found of a fused module: why its parts are not fused, and its norms.
+
+    norms: by convolution and dtype; under no name that of the last with its shortcut's shift.
+    """
 
     watch: Watch | None
     reasons: list[str]
     norms: dict[tuple[str, torch.dtype], Affine]
 
-    def stage(self, module: nn.Module, names: Names, dtype: torch.dtype, folds: bool) -> Stage:
-        """The convolution and batch norm of a stage, as the op takes them."""
-        conv, at = _conv(module, names), (names.conv, dtype)
-        affine = self.norms.get(at)
-        if affine is None:
-            affine = _affine(module, names, dtype)
-            if not conv._is_captured():  # what is made now is there only when the graph runs
-                self.norms[at] = affine
-        return _stage(conv, affine, dtype, folds)
+    def affine(self, module: nn.Module, names: Names, dtype: torch.dtype) -> Affine:
+        """Of the batch norm of a stage, made once."""
+        found = self.norms.get((names.conv, dtype))
+        if found is None:
+            found = _affine(module, names, dtype)
+            self._keep(_conv(module, names), (names.conv, dtype), found)
+        return found
+
+    def _keep(self, conv: SVFConv2d, at: tuple[str, torch.dtype], affine: Affine) -> None:
+        """Not what is captured: it is there only when the graph runs."""
+        if not conv._is_captured():
+            self.norms[at] = affine
+
+    def stages(
+        self, module: nn.Module, names: ResidualBlock, dtype: torch.dtype
+    ) -> tuple[list[Stage], Stage | str]:
+        """The stages of a residual block and its shortcut, as the op takes them."""
+        affine = [self.affine(module, stage, dtype) for stage in names.stages]
+        shortcut: Stage | str = "identity"
+        if names.shortcut is not None:
+            own = self.affine(module, names.shortcut, dtype)
+            shortcut = _stage(_conv(module, names.shortcut), own, dtype, True)
+            both = self.norms.get(("", dtype))
+            if both is None:
+                both = affine[-1][0], affine[-1][1] + own[1]
+                self._keep(_conv(module, names.shortcut), ("", dtype), both)
+            affine[-1] = both
+        last = len(affine) - 1  # the scale of its batch norm is folded in: `Stage`
+        stages = [
+            _stage(_conv(module, stage), own, dtype, index == last)
+            for index, (stage, own) in enumerate(zip(names.stages, affine, strict=True))
+        ]
+        return stages, shortcut
 
 
 def _read(module: Fused) -> _Reading:
@@ -175,11 +202,7 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        last = len(names.stages) - 1  # the scale of its batch norm is folded in: `Stage`
-        stages = [reading.stage(self, s, dtype, i == last) for i, s in enumerate(names.stages)]
-        shortcut: Stage | str = "identity"
-        if names.shortcut is not None:
-            shortcut = reading.stage(self, names.shortcut, dtype, True)
+        stages, shortcut = reading.stages(self, names, dtype)
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
 
@@ -258,7 +281,8 @@ class FusedSequential(Fused):
                 x = self.get_submodule(name)(x)
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
-            stage = reading.stage(self, unit.stage, dtype, not unit.stage.relu)
+            affine = reading.affine(self, unit.stage, dtype)
+            stage = _stage(_conv(self, unit.stage), affine, dtype, not unit.stage.relu)
             x = block(x.to(dtype), [stage], relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x

@@ -129,7 +129,7 @@ class Factored(nn.Module):
         with torch.no_grad():
             self._arrange()
             factors_key, scale_key = self._keys()
-            strategy, host_tail = self._choose(self.S)
+            strategy, host_tail = self._choose(self.S.cpu())
             tail = None if host_tail is None else host_tail.to(self.U.device)
             plan = Plan(factors_key, strategy, tail, host_tail)
             if self.strategy in ("auto", "gram"):
@@ -174,6 +174,8 @@ class Factored(nn.Module):
 
     def _is_captured(self) -> bool:
         """Whether what runs now goes into a CUDA graph."""
+        if torch.compiler.is_compiling():
+            return False
         return self.S.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _choose(self, S: Tensor) -> tuple[str, Tensor | None]:
@@ -260,8 +262,9 @@ class Factored(nn.Module):
         if plan is None or plan.strategy == "reference":
             return None
         if in_graph and plan.strategy == "gram":
-            layers = self.S.new_zeros((2, 2), dtype=torch.int64)  # filled where it is captured
-            layers[0, 1], layers[1, 0] = self._geometry().groups, self.S.numel()
+            layers = self.S.new_zeros((2, 2), dtype=torch.int64)
+            layers[0, 1].fill_(self._geometry().groups)  # by kernels: nothing is sent in a capture
+            layers[1, 0].fill_(self.S.numel())
             assert_guarded(self.S, self._guarded(), layers)
         V = self._kernel()
         kind, constants = self._reading(plan, V, dtype, scale, keep=not compiling)

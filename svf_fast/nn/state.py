@@ -32,11 +32,12 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
 
 
-class Watch:
-    """All modules inside a module, as they are now.
+class _Unseen(Exception):
+    """A change could not be seen: of fake and inference tensors."""
 
-    Raises RuntimeError where a change could not be seen: fake and inference tensors.
-    """
+
+class Watch:
+    """All modules inside a module, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self._grad = torch.is_grad_enabled()
@@ -61,7 +62,7 @@ class Watch:
             self._children.append((module._modules, name, child, type(child), own, *state))
             if isinstance(child, SVFConv2d):
                 if not child._has_values():
-                    raise RuntimeError("no values to look at")
+                    raise _Unseen
                 self._values += [(own, attribute, own[attribute]) for attribute in _OF_CONV]
                 self._convs.append((child, child.strategy_in_use, child.S.requires_grad))
                 self._tensor(own["_parameters"], "bias")
@@ -79,9 +80,9 @@ class Watch:
         if tensor is None:
             self._values.append((of, name, None))
             return
-        if isinstance(tensor, FakeTensor):
-            raise RuntimeError("no values to look at")
-        version = tensor._version  # raises for inference tensors
+        if isinstance(tensor, FakeTensor) or tensor.is_inference():
+            raise _Unseen
+        version = tensor._version
         self._tensors.append((of, name, tensor, tensor.data_ptr(), version, tensor.requires_grad))
         if copied and tensor.device.type == "cpu" and tensor.is_contiguous():
             copy = tensor.detach().clone()
@@ -138,5 +139,5 @@ def watch(module: nn.Module) -> Watch | None:
         return None
     try:
         return Watch(module)
-    except RuntimeError:  # fake and inference tensors
+    except _Unseen:
         return None

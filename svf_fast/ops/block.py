@@ -43,6 +43,7 @@ class Stage(NamedTuple):
 
     scale, shift [Co]: in float32, float64 for float64 maps. The scale is folded into ``layer``
     where no ReLU stands between the gradient that the stage gets and its y: :func:`folds_scale`.
+    Before a sum with the shortcut's own stage the last stage's shift is that of both.
     """
 
     layer: Layer
@@ -235,7 +236,6 @@ class _Block(torch.autograd.Function):
             residual_scale = shortcut.scale
             sources.append(source if shortcut.layer.kind.keeps == "x" else None)
             leaves = v, residual if shortcut.layer.kind.keeps == "y" else None, None
-            stages[-1] = stages[-1]._replace(shift=stages[-1].shift + shortcut.shift)
 
         h = Activation(x)
         for index, stage in enumerate(stages):

@@ -148,6 +148,13 @@ class Activation(NamedTuple):
             return self.y
         return affine_act(self.y, self.scale, self.shift)[0]
 
+    def through(self, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Its convolution, rebuilt as it is read where that is possible."""
+        if self.scale is None or not fuses(self.y, weight, geometry, "in_scale"):
+            return convolution(self.tensor(), weight, None, geometry)
+        rows = weight.flatten(1)
+        return pointwise(self.y, rows, in_scale=self.scale, in_shift=self.shift).out
+
 
 class Gradient:
     """A gradient, or the part of it that a ReLU's mask lets through, made when it is needed."""
@@ -161,6 +168,12 @@ class Gradient:
         if self.mask is not None:
             self.value, self.mask = affine_act_backward(self.value, mask=self.mask), None
         return self.value
+
+    def through(self, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Its convolution, masked as it is read where that is possible."""
+        if self.mask is None or not fuses(self.value, weight, geometry, "in_mask"):
+            return convolution(self.tensor(), weight, None, geometry)
+        return pointwise(self.value, weight.flatten(1), in_mask=self.mask).out
 
 
 class Layer(NamedTuple):
@@ -281,8 +294,12 @@ class Layer(NamedTuple):
         if into is None and rows == columns == 1:
             return sampled
         if into is None:
-            into = sampled.new_zeros(shape).contiguous(memory_format=memory_format(sampled))
-        into[:, :, ::rows, ::columns] += sampled
+            last = memory_format(sampled)
+            into = torch.empty(
+                shape, dtype=sampled.dtype, device=sampled.device, memory_format=last
+            )
+            into.zero_()
+        into[:, :, ::rows, ::columns].add_(sampled)
         return into
 
     def scale_gradient(
@@ -328,9 +345,9 @@ class Layer(NamedTuple):
             assert self.tail_U is not None and self.tail_V is not None
             if self.kind.samples:
                 assert x is not None
-                v = convolution(x.tensor(), self.tail_V, None, self.kind.sampling)
+                v = x.through(self.tail_V, self.kind.sampling)
             assert v is not None
-            grad_v = convolution(grad_y.tensor(), self.tail_U, None, self.kind.geometry.pointwise())
+            grad_v = grad_y.through(self.tail_U, self.kind.geometry.pointwise())
             exact = channel_dot(grad_v, v).reshape(self.tail.shape)
             grad_S = grad_S.scatter_(1, self.tail, exact.to(grad_S.dtype))
         return grad_S.reshape(-1).to(self.S.dtype)
@@ -417,7 +434,7 @@ def _unless(x: Tensor, y: Tensor) -> Tensor | None:
 def _transposed(factor: Tensor, groups: int) -> Tensor:
     """[Co, R] -> Uᵀ as the weight [G·R, Co/G, 1, 1] of a grouped 1×1 convolution."""
     per_group = factor.reshape(groups, -1, factor.shape[1])
-    return per_group.mT.reshape(-1, per_group.shape[1], 1, 1)
+    return per_group.mT.reshape(-1, per_group.shape[1], 1, 1).contiguous()
 
 
 class _SVFConv2d(torch.autograd.Function):

@@ -6,7 +6,6 @@ tiles to fill a GPU, and a launch for each is what a small step waits for.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -430,9 +429,9 @@ def _shared_launcher(network: Network, device: torch.device) -> Callable[[Config
         U, S, V = (torch.randn(shape, device=device) for shape in shapes)
         entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
     where = table(entries, network.dtype).to(device)
-    operands: Any = zip(*entries, strict=True)
-    launch = functools.partial(compose_all, *operands)
-    return lambda config: launch(network.dtype, where, config=config)
+    operands = list(zip(*entries, strict=True))
+    launch: Any = compose_all
+    return lambda config: launch(*operands, network.dtype, where, config=config)
 
 
 TUNABLES = [

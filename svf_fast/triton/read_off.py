@@ -63,7 +63,7 @@ def read_off_kernel(
     at = partial + matrix * size + row[:, None] * columns + column[None, :]
     inside = inside_row[:, None] & inside_column[None, :]
     M = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-    for split in range(splits):
+    for split in tl.range(0, splits, loop_unroll_factor=8):  # as many loads in flight
         M += tl.load(at + split * matrices * size, mask=inside, other=0.0)
 
     left = tl.where(after, left_after, left + group * left_group)

@@ -68,14 +68,15 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
     weights = {name: conv._values.made[torch.float32].weight for name, conv in convs.items()}
     before = {name: weight.clone() for name, weight in weights.items()}
     monkeypatch.setattr(SVFConv2d, "_is_captured", lambda self: True)
-    for names in block._names.stages:
-        stage = reading.stage(block, names, torch.float32, False)
+    stages, _ = reading.stages(block, block._names, torch.float32)
+    for names, stage in zip(block._names.stages, stages, strict=True):
         assert stage.scale is norms[names.conv, torch.float32][0]
         assert stage.layer.weight is not weights[names.conv]
         assert convs[names.conv]._values.made[torch.float32].weight is weights[names.conv]
         assert torch.equal(weights[names.conv], before[names.conv])
-    assert len(convs) < len(norms)  # the shortcut's too
+    assert norms.keys() == reading.norms.keys()  # the shortcut's too, and that of the sum
+    assert len(norms) == len(convs) + 2
     with torch.no_grad():
         first(model).S[-1] = 1e-9  # no longer guarded enough
     with pytest.raises(RuntimeError, match="capture the graph again"):
-        reading.stage(block, block._names.stages[0], torch.float32, False)
+        reading.stages(block, block._names, torch.float32)
