@@ -84,22 +84,20 @@ def guarded_directions(S: Tensor, groups: int = 1, multiple: int = 1) -> Tensor:
     of the layer's output weighs more in dS_r than the same error of ``v_r = Vᵀ_r x`` does. Where
     there are any, T is filled up to a multiple of ``multiple`` as far as there are directions.
     """
-    values = S.detach()
-    plain = values.dtype in (torch.float32, torch.float64) and values.is_contiguous()
-    if not plain or values.device.type != "cpu":
-        values = values.cpu().double().contiguous()
-    # compiled: this runs after every change of S
-    found = _C.guarded_directions(
-        values.data_ptr(),
-        values.dtype == torch.float64,
-        groups,
-        values.numel() // groups,
-        GUARD_LIMIT,
-        multiple,
-    )
+    found = guarded_indices(S, groups, multiple)
     if not found[0]:
         return torch.empty(groups, 0, dtype=torch.int64, device=S.device)
     return torch.tensor(found, device=S.device)
+
+
+def guarded_indices(S: Tensor, groups: int = 1, multiple: int = 1) -> list[list[int]]:
+    """:func:`guarded_directions` as lists, one a group. Compiled: every change of S asks for it."""
+    dtype = S.dtype
+    if not (S.is_cpu and S.is_contiguous() and dtype in (torch.float32, torch.float64)):
+        S, dtype = S.detach().cpu().double().contiguous(), torch.float64
+    rank = S.numel() // groups
+    wide = dtype == torch.float64
+    return _C.guarded_directions(S.data_ptr(), wide, groups, rank, GUARD_LIMIT, multiple)
 
 
 def dual(U: Tensor, groups: int = 1) -> Tensor | None:

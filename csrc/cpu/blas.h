@@ -55,11 +55,11 @@ inline void multiply_each(const torch::stable::Tensor& out, const torch::stable:
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
 }
 
-// out += a b, for each of a number of matrices
-inline void add_products(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
+// out = a b, or out += a b with `add`, for each of a number of matrices
+inline void add_products(const torch::stable::Tensor& out, bool add, const torch::stable::Tensor& a,
                          const torch::stable::Tensor& b) {
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_baddbmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+      aoti_torch_cpu_baddbmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
 }
 
 }  // namespace svf_fast

@@ -89,10 +89,10 @@ class Source {
  public:
   using Acc = accumulator_t<T>;
 
-  Source(const Tensor& x, const Affine<Acc>& affine, int64_t tile, std::vector<Tensor>& owned)
+  Source(const Flat& x, const Affine<Acc>& affine, int64_t tile, std::vector<Tensor>& owned)
       : affine_(affine) {
     if (is_packed()) {
-      scratch_ = scratch<Acc>(owned, x, x.size(1) * tile);
+      scratch_ = scratch<Acc>(owned, x.tensor(), x.size(1) * tile);
     }
   }
 
@@ -118,14 +118,14 @@ class Source {
 };
 
 // [N, C, P] whose images are one sequence of positions: channels innermost.
-bool is_sequence(const Tensor& x) {
+bool is_sequence(const Flat& x) {
   return x.size(0) == 1 ||
          (x.size(2) == 1 ? x.stride(1) == 1
                          : is_channels_inner(x) && x.stride(0) == x.size(2) * x.stride(2));
 }
 
 template <typename T>
-Columns<const T> sequence(const Tensor& x) {
+Columns<const T> sequence(const Flat& x) {
   if (x.size(0) == 1) {
     return columns<const T>(x, 0);
   }
@@ -134,16 +134,16 @@ Columns<const T> sequence(const Tensor& x) {
 }
 
 // Every image and group in one call: from image to image as from group to group.
-bool is_regular(const Tensor& x, int64_t groups) {
+bool is_regular(const Flat& x, int64_t groups) {
   return groups == 1 || x.stride(0) == x.size(1) * (is_channels_inner(x) ? 1 : x.stride(1));
 }
 
 template <typename T>
-void multiply_images(const Tensor& a, const Tensor& b, int64_t groups, Tensor& out) {
+void multiply_images(const Flat& a, const Flat& b, int64_t groups, Tensor& out) {
   const int64_t images = a.size(0), count = images * groups;
   const int64_t rows = a.size(1) / groups, width = b.size(1) / groups;
   std::vector<Tensor> owned;
-  const T* products = scratch<T>(owned, a, count * rows * width);
+  const T* products = scratch<T>(owned, a.tensor(), count * rows * width);
   multiply_each(matrices(products, count, rows, width, rows * width, width, 1),
                 operand(columns<const T>(a, 0), count, rows, a.stride(0) / groups, false),
                 operand(columns<const T>(b, 0), count, width, b.stride(0) / groups, true));
@@ -153,7 +153,7 @@ void multiply_images(const Tensor& a, const Tensor& b, int64_t groups, Tensor& o
 }
 
 template <typename T>
-void accumulate(const Tensor& a, const Tensor& b, int64_t groups,
+void accumulate(const Flat& a, const Flat& b, int64_t groups,
                 const Affine<accumulator_t<T>>& affine, Tensor& out) {
   std::vector<Tensor> owned;
   const bool together = is_sequence(a) && is_sequence(b);
@@ -168,7 +168,7 @@ void accumulate(const Tensor& a, const Tensor& b, int64_t groups,
       return multiply_images<T>(a, b, groups, out);
     }
   }
-  torch::stable::zero_(out);
+  bool first_tile = true;
   const int64_t step = packed ? limit : positions;
   for (int64_t n = 0; n < images; ++n) {
     const auto image_a = together ? sequence<T>(a) : columns<const T>(a, n);
@@ -178,19 +178,12 @@ void accumulate(const Tensor& a, const Tensor& b, int64_t groups,
       const auto tile_a = left.tile(image_a.slice(first, count));
       const auto tile_b = right.tile(image_b.slice(first, count));
       const int64_t rows = a.size(1) / groups, width = b.size(1) / groups;
-      add_products(out, operand(tile_a, groups, rows, rows * tile_a.channel_stride(), false),
+      add_products(out, !first_tile,
+                   operand(tile_a, groups, rows, rows * tile_a.channel_stride(), false),
                    operand(tile_b, groups, width, width * tile_b.channel_stride(), true));
+      first_tile = false;
     }
   }
-}
-
-// [N, C, *spatial] as readable [N, C, P].
-Tensor flat(const Tensor& x) {
-  int64_t positions = 1;
-  for (int64_t dim = 2; dim < x.dim(); ++dim) {
-    positions *= x.size(dim);
-  }
-  return readable(torch::stable::reshape(x, {x.size(0), x.size(1), positions}));
 }
 
 void check(const Tensor& a, const Tensor& b, int64_t groups) {
@@ -231,7 +224,7 @@ Tensor gram(const Tensor& a, const Tensor& b, int64_t groups, const std::optiona
   if (a.numel() == 0 || b.numel() == 0) {
     return torch::stable::zero_(out);
   }
-  const Tensor left = flat(a), right = flat(b);
+  const Flat left(a), right(b);
   with_type(a.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using Acc = accumulator_t<T>;

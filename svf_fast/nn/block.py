@@ -8,7 +8,7 @@ hooks and place in the model. Only its class is another, a subclass of its own w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.nn.conv2d import SVFConv2d
 from svf_fast.nn.state import Watch, is_hooked, watch
+from svf_fast.nn.values import Plan
 from svf_fast.ops.block import Stage, block
+from svf_fast.ops.svf_conv2d import Layer
 from svf_fast.structure import ResidualBlock, Unit, examine
 from svf_fast.structure import Stage as Names
 
@@ -70,52 +72,78 @@ def fuse(module: nn.Module, mixin: type[_F]) -> _F:
     return cast(_F, module)
 
 
-Affine = tuple[Tensor, Tensor]
+class _Slot:
+    """A stage of a block in one dtype: what of it is the same in each forward pass.
+
+    folds: :func:`svf_fast.ops.block.folds_scale`. shift: with that of the shortcut, if it has one.
+    """
+
+    def __init__(
+        self, conv: SVFConv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype, folds: bool
+    ) -> None:
+        self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
+        self._folded = scale if folds else None
+        self._plan: Plan | None = None
+        self._before: Any = ()  # of the layer's fields, the weights between them
+        self._behind: Any = ()
+
+    def read(self) -> Stage:
+        """As the op takes it, whatever the values of S are."""
+        layer = self.conv.layer(self.dtype, self._folded)
+        assert layer is not None  # `_reason` has seen to it
+        return Stage(layer, self.scale, self.shift)
+
+    def again(self) -> Stage:
+        """The same for a plan of the present values, where nothing is traced or captured."""
+        conv = self.conv
+        if self._plan is not conv._plan:
+            layer = conv.layer(self.dtype, self._folded)
+            assert layer is not None
+            self._plan, self._before, self._behind = conv._plan, layer[:4], layer[6:]
+        kind, *_, V = self._before
+        pair = conv._made(kind, V, self.dtype, self._folded)
+        return Stage(Layer(*self._before, *pair, *self._behind), self.scale, self.shift)
 
 
 class _Reading(NamedTuple):
-    """What was found of a fused module: why its parts are not fused, and its norms.
-
-    norms: by convolution and dtype; under no name that of the last with its shortcut's shift.
-    """
+    """What was found of a fused module: why its parts are not fused, and its stages by dtype."""
 
     watch: Watch | None
     reasons: list[str]
-    norms: dict[tuple[str, torch.dtype], Affine]
-
-    def affine(self, module: nn.Module, names: Names, dtype: torch.dtype) -> Affine:
-        """Of the batch norm of a stage, made once."""
-        found = self.norms.get((names.conv, dtype))
-        if found is None:
-            found = _affine(module, names, dtype)
-            self._keep(_conv(module, names), (names.conv, dtype), found)
-        return found
-
-    def _keep(self, conv: SVFConv2d, at: tuple[str, torch.dtype], affine: Affine) -> None:
-        """Not what is captured: it is there only when the graph runs."""
-        if not conv._is_captured():
-            self.norms[at] = affine
+    slots: dict[tuple[str, torch.dtype], list[_Slot]]
 
     def stages(
-        self, module: nn.Module, names: ResidualBlock, dtype: torch.dtype
-    ) -> tuple[list[Stage], Stage | str]:
-        """The stages of a residual block and its shortcut, as the op takes them."""
-        affine = [self.affine(module, stage, dtype) for stage in names.stages]
-        shortcut: Stage | str = "identity"
-        if names.shortcut is not None:
-            own = self.affine(module, names.shortcut, dtype)
-            shortcut = _stage(_conv(module, names.shortcut), own, dtype, True)
-            both = self.norms.get(("", dtype))
-            if both is None:
-                both = affine[-1][0], affine[-1][1] + own[1]
-                self._keep(_conv(module, names.shortcut), ("", dtype), both)
-            affine[-1] = both
-        last = len(affine) - 1  # the scale of its batch norm is folded in: `Stage`
-        stages = [
-            _stage(_conv(module, stage), own, dtype, index == last)
-            for index, (stage, own) in enumerate(zip(names.stages, affine, strict=True))
-        ]
-        return stages, shortcut
+        self, module: nn.Module, names: Sequence[Names], dtype: torch.dtype, shortcut: Names | None
+    ) -> list[Stage]:
+        """The stages of a chain, that of its shortcut last, as the op takes them.
+
+        A block with another shortcut than its own stage has a ReLU after the sum; of a unit alone
+        the name says whether it has one.
+        """
+        at = names[0].conv, dtype
+        slots = self.slots.get(at)
+        traced = torch.compiler.is_compiling() or _conv(module, names[0])._is_captured()
+        if slots is None:
+            slots = _slots(module, names, dtype, shortcut)
+            if not traced:  # what is captured is there only when the graph runs
+                self.slots[at] = slots
+        return [slot.read() if traced else slot.again() for slot in slots]
+
+
+def _slots(
+    module: nn.Module, names: Sequence[Names], dtype: torch.dtype, shortcut: Names | None
+) -> list[_Slot]:
+    affine = [_affine(module, stage, dtype) for stage in names]
+    every, last = list(names), len(names) - 1
+    if shortcut is not None:
+        every.append(shortcut)
+        affine.append(_affine(module, shortcut, dtype))
+        affine[last] = affine[last][0], affine[last][1] + affine[-1][1]
+    sums = len(names) > 1 or shortcut is not None or not names[-1].relu
+    return [
+        _Slot(_conv(module, stage), *own, dtype, sums and index >= last)
+        for index, (stage, own) in enumerate(zip(every, affine, strict=True))
+    ]
 
 
 def _read(module: Fused) -> _Reading:
@@ -202,7 +230,8 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        stages, shortcut = reading.stages(self, names, dtype)
+        stages = reading.stages(self, names.stages, dtype, names.shortcut)
+        shortcut = "identity" if names.shortcut is None else stages.pop()
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
 
@@ -281,9 +310,8 @@ class FusedSequential(Fused):
                 x = self.get_submodule(name)(x)
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
-            affine = reading.affine(self, unit.stage, dtype)
-            stage = _stage(_conv(self, unit.stage), affine, dtype, not unit.stage.relu)
-            x = block(x.to(dtype), [stage], relu=unit.stage.relu)
+            stages = reading.stages(self, [unit.stage], dtype, None)
+            x = block(x.to(dtype), stages, relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
 
@@ -341,8 +369,8 @@ class SVFConvBNAct(nn.Module):
             out = out if residual is None else out + residual
             return out.relu() if self.relu else out
         dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
-        names, folds = Names("conv", "bn", self.relu), residual is not None or not self.relu
-        stage = _stage(self.conv, _affine(self, names, dtype), dtype, folds)
+        affine = _affine(self, Names("conv", "bn", self.relu), dtype)
+        stage = _Slot(self.conv, *affine, dtype, residual is not None or not self.relu).read()
         if residual is None:
             return block(x.to(dtype), [stage], relu=self.relu)
         return block(x.to(dtype), [stage], "given", residual.to(dtype), self.relu)
@@ -362,14 +390,7 @@ def _conv(module: nn.Module, names: Names) -> SVFConv2d:
     return cast(SVFConv2d, module.get_submodule(names.conv))
 
 
-def _stage(conv: SVFConv2d, affine: Affine, dtype: torch.dtype, folds: bool) -> Stage:
-    """As the op takes it; ``folds``: :func:`svf_fast.ops.block.folds_scale`."""
-    layer = conv.layer(dtype, affine[0] if folds else None)
-    assert layer is not None  # `_reason` has seen to it
-    return Stage(layer, *affine)
-
-
-def _affine(module: nn.Module, names: Names, dtype: torch.dtype) -> Affine:
+def _affine(module: nn.Module, names: Names, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
     bias, bn = _conv(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
     assert bn.running_mean is not None and bn.running_var is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from svf_fast.svd import (
     decompose,
     dual,
     guarded_directions,
+    guarded_indices,
 )
 
 
@@ -30,6 +33,12 @@ def fingerprint(weight: Tensor) -> Tensor:
     values = weight.detach().cpu().float().contiguous().flatten()
     digest.update(values.view(torch.uint8).numpy().data)
     return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
+
+
+def bytes_of(x: Tensor) -> bytes:
+    """The values of a tensor on the CPU, to be compared."""
+    x = x if x.is_contiguous() else x.contiguous()
+    return ctypes.string_at(x.data_ptr(), x.nbytes)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -58,6 +67,7 @@ class Factored(nn.Module):
             raise ValueError(f"strategy: expected one of {expected}, got {strategy!r}")
         self.strategy = strategy
         self._plan: Plan | None = None
+        self._costs: tuple[tuple, int, int, int] | None = None  # of what depends on shapes alone
         self._values = Values()
         Network().join(self)
         self._register_load_state_dict_pre_hook(_explain_weight_key, with_module=True)
@@ -165,12 +175,14 @@ class Factored(nn.Module):
         self._values.moved(scale_key, self._host_copy())
         self._plan_for(S.to(self.S.dtype))
 
-    def _host_copy(self) -> Tensor | None:
-        """The values of S, where looking at them means waiting for nothing."""
-        return None if self.S.is_cuda else self.S.detach().clone()
+    def _host_copy(self) -> bytes | None:
+        """The bytes of S, where looking at them means waiting for nothing."""
+        return None if self.S.is_cuda else bytes_of(self.S)
 
     def _has_values(self) -> bool:
-        return not (self.U.is_meta or isinstance(self.U, FakeTensor))
+        U = self._buffers["U"]
+        assert U is not None
+        return not (U.is_meta or isinstance(U, FakeTensor))
 
     def _is_captured(self) -> bool:
         """Whether what runs now goes into a CUDA graph."""
@@ -193,6 +205,9 @@ class Factored(nn.Module):
         """Plans for the values S; keeps the plan where nothing changes but W."""
         plan = self._plan
         assert plan is not None
+        unguarded = plan.strategy == "gram" and plan.host_tail is None
+        if unguarded and not guarded_indices(S, self._geometry().groups)[0]:
+            return  # the usual case, told apart at once
         strategy, host_tail = self._choose(S)
         if strategy == plan.strategy and _same(host_tail, plan.host_tail):
             return
@@ -209,21 +224,21 @@ class Factored(nn.Module):
         ``gram`` keeps a map that is kept already, or the smaller one: memory never speaks for
         ``chain``.
         """
-        matrix, both, chain = self._costs()
-        return matrix**2 + guarded * both <= chain
-
-    def _costs(self) -> tuple[int, int, int]:
-        """Side of the Gram matrix, fan-in and fan-out together, multiplications of ``chain``."""
-        groups = self._geometry().groups
-        fan_in, fan_out = self.V[0].numel(), len(self.U) // groups
-        weight_shape = torch.Size((len(self.U), *self.V.shape[1:], 1, 1)[:4])
-        matrix = fan_in if reads_input(weight_shape, self._geometry()) else fan_out
-        both = fan_in + fan_out
-        return matrix, both, 2 * self.rank * both - 2 * fan_in * fan_out
+        geometry = self._geometry()
+        shapes = self.U.shape, self.V.shape, geometry
+        if self._costs is None or self._costs[0] != shapes:
+            fan_in, fan_out = self.V[0].numel(), len(self.U) // geometry.groups
+            weight_shape = torch.Size((len(self.U), *self.V.shape[1:], 1, 1)[:4])
+            matrix = fan_in if reads_input(weight_shape, geometry) else fan_out
+            chain = 2 * self.rank * (fan_in + fan_out) - 2 * fan_in * fan_out
+            self._costs = shapes, matrix**2, fan_in + fan_out, chain
+        _, gram, direction, chain = self._costs
+        return gram + guarded * direction <= chain
 
     def _keys(self) -> tuple[tuple, tuple]:
         """Of the factors and of S: another key whenever one is replaced or written to."""
-        U, V, S = self.U, self.V, self.S
+        buffers = self._buffers
+        U, V, S = cast(Tensor, buffers["U"]), cast(Tensor, buffers["V"]), self.S
         if S.is_inference() or U.is_inference():  # no version counter: never equal
             return (object(),), (object(),)
         return (
@@ -244,8 +259,8 @@ class Factored(nn.Module):
             if not torch.cuda.is_current_stream_capturing():
                 self._network.follow(S.device, values.key != scale_key)
         # writes through `param.data` pass the version counter by: the values decide
-        elif values.key != scale_key or values.S is None or not torch.equal(values.S, S):
-            values.moved(scale_key, S.detach().clone())
+        elif values.key != scale_key or bytes_of(S) != values.S:
+            values.moved(scale_key, bytes_of(S))
             self._plan_for(S)
         return self._plan
 
@@ -266,13 +281,13 @@ class Factored(nn.Module):
             layers[0, 1].fill_(self._geometry().groups)  # by kernels: nothing is sent in a capture
             layers[1, 0].fill_(self.S.numel())
             assert_guarded(self.S, self._guarded(), layers)
-        V = self._kernel()
+        U, S, V = self.U, self.S, self._kernel()
         kind, constants = self._reading(plan, V, dtype, scale, keep=not compiling)
         if in_graph or not self._has_values():
-            pair = weights(kind, self.U, self.S, V, dtype, scale)
+            pair = weights(kind, U, S, V, dtype, scale)
         else:
             pair = self._made(kind, V, dtype, scale)
-        return Layer(kind, self.S, self.U, V, *pair, *constants)
+        return Layer(kind, S, U, V, *pair, *constants)
 
     def _reading(
         self, plan: Plan, V: Tensor, dtype: torch.dtype, scale: Tensor | None, keep: bool
@@ -301,7 +316,7 @@ class Factored(nn.Module):
         if made is None:
             values.made.pop(dtype, None)
             values.scales[dtype] = scale
-            if self._composes(dtype) and not self._is_captured():
+            if maps.on_gpu(self.U) and self._composes(dtype) and not self._is_captured():
                 self._network.compose(self._network.to_compose(dtype, self.S.device), dtype)
             else:
                 pair = weights(kind, self.U, self.S, V, dtype, scale)
@@ -312,11 +327,11 @@ class Factored(nn.Module):
 
     def _composes(self, dtype: torch.dtype) -> bool:
         """Whether W in a dtype was asked for and one launch makes it with those of other layers."""
+        if not maps.on_gpu(self.U) or dtype not in self._values.scales or dtype == torch.float64:
+            return False
         plan = self._plan
         chain = plan is not None and plan.strategy == "chain" and self.S.requires_grad
-        alike = {x.dtype for x in (self.U, self.S, self.V)} == {torch.float32}
-        known = dtype in self._values.scales and dtype != torch.float64
-        return maps.on_gpu(self.U) and known and alike and not chain
+        return not chain and {x.dtype for x in (self.U, self.S, self.V)} == {torch.float32}
 
     def _entry(self, dtype: torch.dtype) -> Entry:
         """What :func:`svf_fast.ops.compose.compose_all` takes of this layer."""

@@ -53,18 +53,18 @@ class Values:
 
     Attributes:
         key: of S as it was then.
-        S: a copy of them, on the CPU only.
+        S: their bytes, on the CPU only.
         made: what follows from them, by dtype.
         scales: what was folded in when it was last asked for, by dtype.
     """
 
-    def __init__(self, key: tuple = (), S: Tensor | None = None) -> None:
+    def __init__(self, key: tuple = (), S: bytes | None = None) -> None:
         self.key, self.S = key, S
         self.made: dict[torch.dtype, Made] = {}
         self.scales: dict[torch.dtype, Tensor | None] = {}
         self._taken: set[torch.dtype] = set()
 
-    def moved(self, key: tuple, S: Tensor | None) -> None:
+    def moved(self, key: tuple, S: bytes | None) -> None:
         """Drops what was made of other values; what nobody took of it is asked for no more."""
         self.key, self.S = key, S
         for dtype in self.made.keys() - self._taken:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from svf_fast.ops import maps
 from svf_fast.ops.convolution import convolution
 from svf_fast.ops.gram import activation_gradients
 from svf_fast.ops.pointwise import fuses, pointwise
@@ -180,7 +181,8 @@ def _forward(
     read, geometry, v = layer.last(h)
     rebuilds = () if read.scale is None else ("in_scale",)
     guards = v is None and layer.tail_V is not None
-    if fuses(read.y, layer.weight, geometry, *rebuilds, *_ends(form, keep, last)):
+    on_gpu = maps.on_gpu(read.y)
+    if on_gpu and fuses(read.y, layer.weight, geometry, *rebuilds, *_ends(form, keep, last)):
         out, y, mask = pointwise(
             read.y,
             layer.weight.flatten(1),
@@ -199,7 +201,7 @@ def _forward(
         x = read.tensor()
         y = convolution(x, layer.weight, None, geometry)
         v = layer.guarded(x) if guards else v
-        if keeps_y and not last and _rebuilds(form, stages, index + 1, y):
+        if on_gpu and keeps_y and not last and _rebuilds(form, stages, index + 1, y):
             return Activation(y, scale, shift), _Maps(v, y, None)
         if keeps_y:
             out, mask = _activate(y, scale, shift, residual, residual_scale, relu, keep.mask)

@@ -19,6 +19,11 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a 1×1 convolution with it is a matrix product over all positions."""
+        return self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+
     def pointwise(self) -> Geometry:
         """The geometry of the 1×1 convolution that follows this one."""
         return Geometry(groups=self.groups)
@@ -128,9 +133,9 @@ def _like(x: Tensor, shape: torch.Size) -> Tensor:
 def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether a matrix product does it: 1×1 on the CPU, where BLAS beats oneDNN's convolution."""
     return (
-        x.device.type == "cpu"
-        and weight.shape[2:] == (1, 1)
-        and geometry._replace(dilation=(1, 1)) == Geometry()
+        x.is_cpu
+        and weight.shape[-1] == weight.shape[-2] == 1
+        and geometry.is_plain
         and x.numel() > 0
         and (x.is_contiguous() or is_channels_last(x))
     )
@@ -145,7 +150,7 @@ def _accumulates(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         maps.on_gpu(x)
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[2:] == (1, 1)
-        and geometry._replace(dilation=(1, 1)) == Geometry()
+        and geometry.is_plain
         and x.numel() > 0
         and is_channels_last(x)
     )

@@ -49,11 +49,7 @@ def fuses(x: Tensor, weight: Tensor, geometry: Geometry, *ends: str) -> bool:
 
 @functools.lru_cache(4096)  # asked at each launch
 def _is_product(weight: torch.Size, geometry: Geometry) -> bool:
-    return (
-        weight[2:] == (1, 1)
-        and geometry._replace(dilation=(1, 1)) == Geometry()
-        and weight[0] % 8 == weight[1] % 8 == 0
-    )
+    return weight[2:] == (1, 1) and geometry.is_plain and weight[0] % 8 == weight[1] % 8 == 0
 
 
 def _wins(x: Tensor, weight: Tensor, ends: tuple[str, ...]) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from svf_fast.ops.affine_act import affine_act, affine_act_backward
+from svf_fast.ops import maps
 from svf_fast.ops.channel_dot import channel_dot, channel_dot_scale_
 from svf_fast.ops.compose import compose, scaled_columns
 from svf_fast.ops.convolution import (
@@ -146,7 +146,8 @@ class Activation(NamedTuple):
     def tensor(self) -> Tensor:
         if self.scale is None or self.shift is None:
             return self.y
-        return affine_act(self.y, self.scale, self.shift)[0]
+        activate = torch.ops.svf_fast.affine_act.default
+        return activate(self.y, self.scale, self.shift, None, None, True, False)[0]
 
     def through(self, weight: Tensor, geometry: Geometry) -> Tensor:
         """Its convolution, rebuilt as it is read where that is possible."""
@@ -166,7 +167,8 @@ class Gradient:
 
     def tensor(self) -> Tensor:
         if self.mask is not None:
-            self.value, self.mask = affine_act_backward(self.value, mask=self.mask), None
+            masked = torch.ops.svf_fast.affine_act_backward.default
+            self.value, self.mask = masked(self.value, None, self.mask, None, None), None
         return self.value
 
     def through(self, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -277,7 +279,11 @@ class Layer(NamedTuple):
         ends = [] if grad_y.mask is None else ["in_mask"]
         if into is not None:
             ends += ["residual"] if into.mask is None else ["residual", "residual_mask"]
-        if ends and fuses(grad_y.value, weight.transpose(0, 1), geometry, *ends):
+        if (
+            ends
+            and maps.on_gpu(grad_y.value)
+            and fuses(grad_y.value, weight.transpose(0, 1), geometry, *ends)
+        ):
             return pointwise(
                 grad_y.value,
                 weight.flatten(1).mT,
