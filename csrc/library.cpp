@@ -43,5 +43,7 @@ STABLE_TORCH_LIBRARY(svf_fast, library) {
       "pointwise(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? in_mask, "
       "Tensor? scale, Tensor? shift, Tensor? residual, Tensor? residual_scale, "
       "Tensor? residual_mask, bool relu, bool keep, bool mask) -> (Tensor, Tensor, Tensor)");
+  library.def("product(Tensor x, Tensor weight) -> Tensor");
+  library.def("product_add_(Tensor(a!) out, Tensor x, Tensor weight) -> ()");
   library.def("pointwise_dot(Tensor x, Tensor weight, Tensor v, Tensor s) -> (Tensor, Tensor)");
 }

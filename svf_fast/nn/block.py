@@ -102,7 +102,8 @@ class _Slot:
             self._plan, self._before, self._behind = conv._plan, layer[:4], layer[6:]
         kind, *_, V = self._before
         pair = conv._made(kind, V, self.dtype, self._folded)
-        return Stage(Layer(*self._before, *pair, *self._behind), self.scale, self.shift)
+        layer = Layer._make((*self._before, *pair, *self._behind))
+        return Stage(layer, self.scale, self.shift)
 
 
 class _Reading(NamedTuple):

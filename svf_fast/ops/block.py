@@ -7,6 +7,7 @@ the Gram matrices of conv1 and conv2 need y1 and y2, that of conv3 needs x3; x i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,19 @@ class Stage(NamedTuple):
     shift: Tensor
 
 
+class Kept(NamedTuple):
+    """What a stage leaves for the backward pass.
+
+    y: read by its own Gram matrix, or to rebuild the next stage's input.
+    mask: the sign of what its ReLU got, where it cannot be computed from y.
+    again: y and v are computed a second time instead.
+    """
+
+    y: bool
+    mask: bool
+    again: bool
+
+
 class Form(NamedTuple):
     """What of a block is not a tensor.
 
@@ -60,17 +74,32 @@ class Form(NamedTuple):
         "convolution" (a stage of its own).
     relu: whether a ReLU ends it. Between the stages there always is one.
     recompute: y of the second stage is not kept but computed again from the first's.
+    kept: of each stage beside the shortcut.
     """
 
     kinds: tuple[Kind, ...]
     shortcut: str
     relu: bool
     recompute: bool
+    kept: tuple[Kept, ...]
 
-    @property
-    def length(self) -> int:
-        """Stages beside that of the shortcut."""
-        return len(self.kinds) - (self.shortcut == "convolution")
+    @classmethod
+    def of(cls, kinds: tuple[Kind, ...], shortcut: str, relu: bool, recompute: bool) -> Form:
+        count, kept = len(kinds) - (shortcut == "convolution"), []
+        recompute = recompute and count > 1
+        for index in range(count):
+            y, again = kinds[index].keeps == "y", recompute and index == 1
+            if index == count - 1:
+                mask = relu and (shortcut != "" or not y)
+            else:
+                feeds_again = recompute and index == 0
+                y = y or feeds_again or kinds[index + 1].keeps == "x"
+                mask = not y
+            kept.append(Kept(y, mask, again))
+        return cls(kinds, shortcut, relu, recompute, tuple(kept))
+
+
+_form = functools.lru_cache(maxsize=256)(Form.of)  # a network has few
 
 
 def folds_scale(index: int, count: int, shortcut: bool, relu: bool) -> bool:
@@ -106,10 +135,11 @@ def block(
     every = [*stages, *([] if isinstance(shortcut, str) else [shortcut])]
     kind = shortcut if isinstance(shortcut, str) else "convolution"
     kinds = tuple(stage.layer.kind for stage in every)
-    form = Form(kinds, kind, relu, recompute and len(stages) > 1)
     if torch.compiler.is_compiling():  # a trace wants to see every tensor
+        form = Form.of(kinds, kind, relu, recompute)
         tensors = [t for stage in every for t in (*stage.layer[1:], stage.scale, stage.shift)]
         return _Block.apply(x, shortcut_x, form, None, *tensors)
+    form = _form(kinds, kind, relu, recompute)
     return _Block.apply(x, shortcut_x, form, every, *[stage.layer.S for stage in every])
 
 
@@ -126,35 +156,15 @@ def _stages(form: Form, tensors: Sequence[Any]) -> list[Stage]:
     return found
 
 
-class _Kept(NamedTuple):
-    """What a stage leaves for the backward pass, all of it derived from the form."""
-
-    y: bool  # read by its own Gram matrix, or to rebuild the next stage's input
-    mask: bool  # the sign of what its ReLU got, where it cannot be computed from y
-    again: bool  # y and v are computed a second time instead
-
-    @classmethod
-    def of(cls, form: Form, index: int) -> _Kept:
-        """Of a stage beside the shortcut."""
-        count = form.length
-        y = form.kinds[index].keeps == "y"
-        again = form.recompute and index == 1
-        if index == count - 1:
-            return cls(y, form.relu and (form.shortcut != "" or not y), again)
-        feeds_again = form.recompute and index == 0
-        y = y or feeds_again or form.kinds[index + 1].keeps == "x"
-        return cls(y, not y, again)
-
-
 class _Maps(NamedTuple):
-    """What a stage left: v, y and the mask as far as :class:`_Kept` says so."""
+    """What a stage left: v, y and the mask as far as :class:`Kept` says so."""
 
     v: Tensor | None
     y: Tensor | None
     mask: Tensor | None
 
 
-def _ends(form: Form, keep: _Kept, last: bool) -> list[str]:
+def _ends(form: Form, keep: Kept, last: bool) -> list[str]:
     """What follows a stage's product, as :func:`svf_fast.ops.pointwise.fuses` names it."""
     ends = ["scale"]
     if last and form.shortcut:
@@ -175,7 +185,7 @@ def _forward(
     """What the next stage reads, and what of this one is kept; the last one adds the residual."""
     layer, scale, shift = stages[index]
     last = index == len(stages) - 1
-    keep = _Kept.of(form, index)
+    keep = form.kept[index]
     keeps_y = keep.y and not keep.again
     relu = form.relu or not last
     read, geometry, v = layer.last(h)
@@ -214,7 +224,7 @@ def _forward(
 
 def _rebuilds(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> bool:
     """Whether a stage rebuilds its input from the y before as it reads it."""
-    layer, keep = stages[index].layer, _Kept.of(form, index)
+    layer, keep = stages[index].layer, form.kept[index]
     if layer.kind.strategy == "chain":
         return False
     ends = _ends(form, keep, index == len(stages) - 1)
@@ -254,8 +264,9 @@ class _Block(torch.autograd.Function):
         # the factors too: a change of theirs in place is noticed
         factors = [t for stage in every for t in stage.layer[1 : 1 + _FACTORS]]
         ctx.save_for_backward(*sources, *kept, *leaves, *factors)
-        ctx.others = [(*stage.layer[1 + _FACTORS :], *stage[1:]) for stage in every]
-        ctx.form, ctx.shapes, ctx.formats, ctx.traced = form, shapes, formats, traced
+        ctx.stages = None if traced else every
+        ctx.others = [(*s.layer[1 + _FACTORS :], *s[1:]) for s in every] if traced else ()
+        ctx.form, ctx.shapes, ctx.formats = form, shapes, formats
         ctx.shortcut_shape = None if shortcut_x is None else shortcut_x.shape
         return h.y
 
@@ -272,12 +283,10 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     sources = tensors[: 2 if form.shortcut == "convolution" else 1]
     rest = tensors[len(sources) :]
     kept = [_Maps(*rest[3 * index : 3 * index + 3]) for index in range(count)]
-    stages, factors = [], rest[3 * count :]
-    for index, (kind, (*others, scale, shift)) in enumerate(
-        zip(form.kinds, ctx.others, strict=True)
-    ):
-        SUV = factors[_FACTORS * index : _FACTORS * (index + 1)]
-        stages.append(Stage(Layer(kind, *SUV, *others), scale, shift))
+    stages = list(ctx.stages or ())
+    for index, (*others, scale, shift) in enumerate(ctx.others):  # traced
+        factors = rest[3 * count + _FACTORS * index :][:_FACTORS]
+        stages.append(Stage(Layer(form.kinds[index], *factors, *others), scale, shift))
     shortcut, shortcut_kept = None, None
     if form.shortcut == "convolution":
         shortcut, shortcut_kept = stages.pop(), kept.pop()
@@ -334,7 +343,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
     if grad_x is not None and identity and not form.relu:
         grad_x = grad_x + total.tensor()
-    none = [None] * (_TENSORS - 1 if ctx.traced else 0)
+    none = [None] * (0 if ctx.stages else _TENSORS - 1)
     grads = [g for grad_S in grads_S for g in (grad_S, *none)]
     return grad_x, grad_shortcut_x, None, None, *grads
 

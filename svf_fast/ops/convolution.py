@@ -100,7 +100,7 @@ def convolution_input_gradient(
     With ``into``, a map of that shape, the gradient is added to it in place.
     """
     product = _is_product(grad_y, weight, geometry) or (
-        into is not None and _accumulates(grad_y, weight, geometry)
+        into is not None and is_channels_last(into) and _accumulates(grad_y, weight, geometry)
     )
     if product and shape[2:] == grad_y.shape[2:]:
         return _product(weight.flatten(1).mT, grad_y, into)
@@ -159,26 +159,28 @@ def _accumulates(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 def _product(matrix: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
     """``Σ_c matrix_dc x_ncp``: [D, C], [N, C, H, W] -> [N, D, H, W], in the memory format of x.
 
-    With ``into`` it is added to that map. The result is never a view, so that what follows may work
-    on it in place.
+    With ``into`` it is added to that map; on a GPU both are channels_last.
     """
-    last = is_channels_last(x)
-    if into is not None and is_channels_last(into) != last:
-        return into.add_(_product(matrix, x))
-    images, channels, height, width = x.shape
-    outputs, beta = matrix.shape[0], 0 if into is None else 1
-    if into is None:
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        shape = (images, outputs, height, width)
-        into = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-    if last:
-        positions = images * height * width
-        rows = x.as_strided((positions, channels), (channels, 1))
-        into.as_strided((positions, outputs), (outputs, 1)).addmm_(rows, matrix.t(), beta=beta)
-    else:
-        matrices = matrix.expand(images, -1, -1)
-        into.flatten(2).baddbmm_(matrices, x.flatten(2), beta=beta)
+    if x.is_cpu:
+        if into is None:
+            return torch.ops.svf_fast.product.default(x, matrix)
+        torch.ops.svf_fast.product_add_.default(into, x, matrix)
+        return into
+    assert into is not None
+    rows, out = (maps.permute(0, 2, 3, 1).flatten(0, 2) for maps in (x, into))
+    out.addmm_(rows, matrix.t())
     return into
+
+
+@torch.library.register_fake("svf_fast::product")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    out = x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]))
+    return out.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else out
+
+
+@torch.library.register_fake("svf_fast::product_add_")
+def _(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    return None
 
 
 def convolution_weight_gradient(
