@@ -18,7 +18,7 @@ from torch import Tensor
 from svf_fast.triton.language import dot, narrow
 from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
-    Splits,
+    Launch,
     configurations,
     dtype_name,
     loads_vectors,
@@ -31,7 +31,7 @@ from svf_fast.triton.splits import (
     shapes_for,
     tile_at,
 )
-from svf_fast.triton.tuning import Config, Tunable, bucket, find
+from svf_fast.triton.tuning import Config, Tunable, bucket, find, per_gpu
 
 
 # side is 1 where only the second matrix is made: with it as a constant, the rebuilt activation
@@ -182,10 +182,11 @@ def _partial(
     images, positions, _ = maps[0].shape
     problem = Problem(channels, images * positions, sides, y.dtype, loads_vectors(maps))
     with torch.cuda.device_of(y):
-        options = dict(config or find("activation_gradients", problem.key(), problem.rule))
-        splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
-        block_a, block_b = options["BLOCK_A"], options["BLOCK_B"]
-        tiles = triton.cdiv(channels, block_a) * triton.cdiv(channels, block_b)
+        splits, tiles, constants = (
+            _launch(problem, images)
+            if config is None
+            else Launch.of(channels, channels, images, positions, config)
+        )
         partial = y.new_empty((splits.number, sides, channels, channels), dtype=torch.float32)
         activation_grams_partial_kernel[(splits.number * sides * tiles,)](
             *maps[:2],
@@ -200,11 +201,18 @@ def _partial(
             positions,
             channels,
             *maps[0].stride(),
-            ONE_TILE=channels <= min(block_a, block_b),
+            ONE_TILE=tiles == 1,
             PRECISION=product_precision(y.dtype),
-            **options,
+            **constants,
         )
         return g, partial
+
+
+@per_gpu
+def _launch(problem: Problem, images: int) -> Launch:
+    config = find("activation_gradients", problem.key(), problem.rule)
+    positions = problem.positions // images
+    return Launch.of(problem.channels, problem.channels, images, positions, config)
 
 
 class Problem(NamedTuple):

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import dot, narrow
+from svf_fast.triton.maps import divide_up
 from svf_fast.triton.tuning import OPTIONS, Config, Tunable, find, gpu
 
 _ALIGNMENT = 64  # elements between the beginnings of two weights
@@ -203,8 +204,8 @@ def compose(
         config = config or find("compose", key(problem), lambda arch: rule(problem, arch))
 
         def grid(meta: Config) -> tuple[int, int]:
-            tiles_m = triton.cdiv(problem.rows, meta["BLOCK_M"])
-            return tiles_m * triton.cdiv(problem.columns, meta["BLOCK_N"]), groups
+            tiles_m = divide_up(problem.rows, meta["BLOCK_M"])
+            return tiles_m * divide_up(problem.columns, meta["BLOCK_N"]), groups
 
         compose_kernel[grid](
             U.contiguous(),
@@ -331,7 +332,7 @@ def table(entries: Sequence, dtype: torch.dtype) -> Tensor:
         rows, columns = len(U) // groups, V[0].numel()
         pointers = [0 if x is None else x.data_ptr() for x in (U, S, V, scale)]
         numbers += [*pointers, *start, rows, columns, U.shape[1], len(V)]
-        tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
+        tiles = divide_up(rows, config["BLOCK_M"]) * divide_up(columns, config["BLOCK_N"])
         programs += [(index, group, tile) for group in range(groups) for tile in range(tiles)]
     return torch.tensor(numbers + [n for program in programs for n in program], dtype=torch.int64)
 
@@ -343,7 +344,7 @@ def _starts(
     and the allocation's length."""
     found, end = [], 0
     for u, v, s in zip(U, V, scale, strict=True):
-        size = triton.cdiv(len(u) * math.prod(v.shape[1:]), _ALIGNMENT) * _ALIGNMENT
+        size = divide_up(len(u) * math.prod(v.shape[1:]), _ALIGNMENT) * _ALIGNMENT
         found.append((end, 0 if s is None else size))
         end += size if s is None else 2 * size
     return found, end

@@ -17,7 +17,7 @@ from torch import Tensor
 from svf_fast.triton.language import affine_relu, dot
 from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
-    Splits,
+    Launch,
     configurations,
     dtype_name,
     loads_vectors,
@@ -30,7 +30,7 @@ from svf_fast.triton.splits import (
     shapes_for,
     tile_at,
 )
-from svf_fast.triton.tuning import Config, Tunable, bucket, find
+from svf_fast.triton.tuning import Config, Tunable, bucket, find, per_gpu
 
 
 @triton.jit(do_not_specialize=["steps", "split_steps"])
@@ -154,9 +154,11 @@ def _partial(
     count, rebuild, vectors = images * positions, scale is not None, loads_vectors(maps)
     problem = Problem(width_a, width_b, groups, count, a.dtype, rebuild, vectors)
     with torch.cuda.device_of(a):
-        options = dict(config or find("gram", problem.key(), problem.rule))
-        splits = Splits.of(images, positions, options.pop("SPLITS"), options["BLOCK_P"])
-        tiles = triton.cdiv(width_a, options["BLOCK_A"]) * triton.cdiv(width_b, options["BLOCK_B"])
+        splits, tiles, constants = (
+            _launch(problem, images)
+            if config is None
+            else Launch.of(width_a, width_b, images, positions, config)
+        )
         partial = a.new_empty((splits.number, groups, width_a, width_b), dtype=torch.float32)
         gram_partial_kernel[(splits.number * groups * tiles,)](
             *maps,
@@ -172,9 +174,15 @@ def _partial(
             *maps[0].stride(),
             *maps[1].stride(),
             PRECISION=product_precision(a.dtype),
-            **options,
+            **constants,
         )
         return partial
+
+
+@per_gpu
+def _launch(problem: Problem, images: int) -> Launch:
+    config = find("gram", problem.key(), problem.rule)
+    return Launch.of(problem.width_a, problem.width_b, images, problem.positions // images, config)
 
 
 class Problem(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from svf_fast.ops.maps import TRITON_DTYPES
 from svf_fast.triton.language import precision
+from svf_fast.triton.maps import divide_up
 from svf_fast.triton.tuning import PROCESSORS, Config, processors
 
 
@@ -29,9 +30,28 @@ class Splits(NamedTuple):
     @classmethod
     def of(cls, images: int, positions: int, wanted: int, tile: int) -> Splits:
         """At most ``wanted`` splits of tiles of ``tile`` positions, none of them empty."""
-        all_steps = images * triton.cdiv(positions, tile)
-        steps = triton.cdiv(all_steps, max(1, wanted))
-        return cls(triton.cdiv(all_steps, steps), steps, all_steps)
+        all_steps = images * divide_up(positions, tile)
+        steps = divide_up(all_steps, max(1, wanted))
+        return cls(divide_up(all_steps, steps), steps, all_steps)
+
+
+class Launch(NamedTuple):
+    """What a kernel over splits is launched with besides tensors.
+
+    tiles: of one matrix. constants: compile-time ones and Triton's options.
+    """
+
+    splits: Splits
+    tiles: int
+    constants: Config
+
+    @classmethod
+    def of(cls, width_a: int, width_b: int, images: int, positions: int, config: Config) -> Launch:
+        """For matrices [width_a, width_b], in a configuration."""
+        constants = dict(config)
+        splits = Splits.of(images, positions, constants.pop("SPLITS"), constants["BLOCK_P"])
+        rows = divide_up(width_a, constants["BLOCK_A"])
+        return cls(splits, rows * divide_up(width_b, constants["BLOCK_B"]), constants)
 
 
 @triton.jit
