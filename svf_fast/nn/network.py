@@ -136,7 +136,10 @@ class Network:
             groups = [*(x._geometry().groups for x in layers), 0]
             rows = torch.tensor(list(zip(starts, groups, strict=True)), dtype=torch.int64)
             guarded = torch.cat([layer._guarded() for layer in layers])
-            return guarded, _sent(rows, guarded.device)
+            made = guarded, _sent(rows, guarded.device)
+            # so that its kernel is loaded before a capture
+            guards_hold(torch.cat([layer.S.detach() for layer in layers]), *made, 2 * GUARD_LIMIT)
+            return made
 
         plans = tuple(layer._plan for layer in layers)
         return self._kept(("guards", layers[0].S.device), plans, make)
