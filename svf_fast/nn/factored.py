@@ -206,7 +206,7 @@ class Factored(nn.Module):
         plan = self._plan
         assert plan is not None
         unguarded = plan.strategy == "gram" and plan.host_tail is None
-        if unguarded and not guarded_indices(S, self._geometry().groups)[0]:
+        if unguarded and not guarded_indices(S, S.numel() // self.rank)[0]:
             return  # the usual case, told apart at once
         strategy, host_tail = self._choose(S)
         if strategy == plan.strategy and _same(host_tail, plan.host_tail):
@@ -259,8 +259,8 @@ class Factored(nn.Module):
             if not torch.cuda.is_current_stream_capturing():
                 self._network.follow(S.device, values.key != scale_key)
         # writes through `param.data` pass the version counter by: the values decide
-        elif values.key != scale_key or bytes_of(S) != values.S:
-            values.moved(scale_key, bytes_of(S))
+        elif (now := bytes_of(S)) != values.S or values.key != scale_key:
+            values.moved(scale_key, now)
             self._plan_for(S)
         return self._plan
 
