@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -95,6 +98,39 @@ def test_guard_of_special_spectra():
     tail = guarded_directions(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0]), groups=2)
     assert tail.shape == (2, 1)
     assert tail[1].item() == 2
+
+
+def by_definition(S: list[float], groups: int, multiple: int) -> list[list[int]]:
+    """The rule in plain Python: try ever more directions."""
+    rank = len(S) // groups
+    ratios = []
+    for g in range(groups):
+        square = [s * s for s in S[g * rank : (g + 1) * rank]]
+        mean = sum(square) / rank
+        ratios.append([mean / x if x > 0 and math.isfinite(mean) else math.inf for x in square])
+    for count in range(rank + 1):
+        kept = [sorted(ratio)[: rank - count] for ratio in ratios]
+        left = [x for ratio in kept for x in ratio]
+        if sum(left) <= GUARD_LIMIT**2 * len(left):
+            break
+    count = min(rank, -(-count // multiple) * multiple)
+    order = [sorted(range(rank), key=lambda r, own=ratio: (own[r], r)) for ratio in ratios]
+    return [sorted(places[rank - count :]) for places in order]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_guard_is_that_of_its_definition(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for groups, rank, multiple in itertools.product((1, 3), (1, 5, 24), (1, 8)):
+        for spread in (0.0, 1.0, 3.0):
+            S = torch.randn(groups * rank, generator=generator, dtype=torch.float64)
+            S = (S.sign() * (spread * S).exp()).to(dtype)
+            for value in (None, 0.0, math.nan, math.inf):
+                if value is not None:
+                    S[rank // 2] = value
+                found = guarded_directions(S, groups, multiple)
+                expected = by_definition(S.double().tolist(), groups, multiple)
+                assert found.tolist() == expected and found.dtype == torch.int64
 
 
 def test_dual_is_needed_only_when_the_columns_are_not_orthonormal():
