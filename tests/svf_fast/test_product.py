@@ -8,6 +8,8 @@ from tolerance import accumulated, assert_error_within
 from torch import Tensor
 from torch.nn import functional
 
+from svf_fast.ops.convolution import Geometry, convolution
+
 product, product_add_ = (
     torch.ops.svf_fast.product.default,
     torch.ops.svf_fast.product_add_.default,
@@ -68,6 +70,10 @@ def test_layout_is_that_of_the_convolution() -> None:
         assert y.is_contiguous(memory_format=memory_format)
         expected = functional.conv2d(x, weight[:, :, None, None])
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        asked = convolution(
+            x.contiguous(memory_format=memory_format), weight[:, :, None, None], None, Geometry()
+        )
+        assert torch.equal(asked, y)
 
 
 def test_opcheck_and_memory_safety() -> None:
