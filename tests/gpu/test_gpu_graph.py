@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -10,8 +12,10 @@ import svf_fast
 ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 
 
+@pytest.mark.parametrize("together", (True, False))
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
-def test_a_replay_is_an_eager_step(trunk, maps, dtype):
+def test_a_replay_is_an_eager_step(trunk, maps, dtype, together):
+    """W composed for all layers at once, or by each for itself."""
     model, x = trunk(), maps()
     leaves = [x, *svf_fast.svf_parameters(model)]
     with torch.no_grad():
@@ -35,8 +39,10 @@ def test_a_replay_is_an_eager_step(trunk, maps, dtype):
             step()
     torch.cuda.current_stream().wait_stream(side)
     clear()
+    key = svf_fast.follow(model)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    body = svf_fast.composed(model) if together else contextlib.nullcontext()
+    with torch.cuda.graph(graph), body:
         y = step()
     captured = [y, *(leaf.grad for leaf in leaves)]
 
@@ -45,6 +51,7 @@ def test_a_replay_is_an_eager_step(trunk, maps, dtype):
             for S in svf_fast.svf_parameters(model):
                 S.mul_(factor)
             x.mul_(0.9)
+        assert svf_fast.follow(model) == key
         graph.replay()
         replayed = [tensor.detach().double() for tensor in captured]
         clear()
