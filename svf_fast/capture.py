@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Hashable, Iterator
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from svf_fast.nn.block import Fused
 from svf_fast.nn.factored import Factored, svf_layers
 from svf_fast.nn.network import Network
 
@@ -29,10 +29,8 @@ def follow(model: nn.Module) -> Hashable:
             if not S.requires_grad:  # then W is a constant of the graph
                 found.append(module._values.key)
             networks.add(module._network)
-        elif isinstance(module, _BatchNorm):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and tensor is not module.num_batches_tracked:
-                    found += (tensor.data_ptr(), 0 if module.training else tensor._version)
+        elif isinstance(module, Fused):
+            found.append(module.constants_key())
     for network in networks:
         network.prepare()
     return tuple(found)

@@ -38,6 +38,16 @@ class Fused(nn.Module):
         """Of each part that is one node where nothing speaks against it."""
         raise NotImplementedError
 
+    def constants_key(self) -> tuple:
+        """Of what a CUDA graph of the fused pass holds as constants: its batch norms as they are.
+
+        Empty where the last pass was not fused: then a graph reads the batch norms themselves.
+        """
+        reading = self.__dict__.get("_reading")
+        if reading is None or any(reading.reasons):
+            return ()
+        return reading.watch.tensors_key()
+
     def unfuse(self) -> nn.Module:
         """Gives the module its original class back, in place; returns it."""
         for name in ("_names", "_kinds", "recompute", "_reading"):

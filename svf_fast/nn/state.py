@@ -89,6 +89,11 @@ class Watch:
             self._copies.append(copy)
             self._bytes.append((tensor.data_ptr(), copy.data_ptr(), copy.nbytes))
 
+    def tensors_key(self) -> tuple:
+        """Of the biases and batch norms as they are: another one when they are written to."""
+        now = (of.get(name) for of, name, *_ in self._tensors)
+        return tuple(None if t is None else (t.data_ptr(), t._version) for t in now)
+
     def holds(self) -> bool:
         """Whether all is as it was."""
         if torch.is_grad_enabled() != self._grad:
