@@ -4,7 +4,7 @@ Serves where ``csrc/cuda/affine_act.cu`` was not built, with the same bits as re
 sums are fused alike. Maps are read as they lie in memory, BLOCK elements a program, 16 bytes at a
 time whatever the number of channels, whose values come from L1.
 
-Bytes are the CUDA kernel's. Predicted, as no GPU has run it: its time too, to a tenth, for
+Bytes are the CUDA kernel's. Predicted, as no GPU has timed it: its time too, to a tenth, for
 channels_last maps of 8·n channels and contiguous ones of 1024 positions and more; longer where the
 values of channels are loaded one by one, and for shorter rows, which cost a division an element.
 
