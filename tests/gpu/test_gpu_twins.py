@@ -50,43 +50,6 @@ compiled = pytest.mark.skipif(bool(_library.cuda_missing), reason=_library.cuda_
 
 
 @compiled
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_affine_act_is_the_cuda_kernel_bit_by_bit(shape, dtype, last):
-    y, residual = maps(shape, dtype, last, 2)
-    wide = torch.promote_types(dtype, torch.float32)
-    vectors = torch.randn(2, shape[1], device="cuda", dtype=wide)
-    twins = every_op(TWINS, y, residual, *vectors)
-    kernels = every_op(torch.ops.svf_fast, y, residual, *vectors)
-    for twin, kernel in zip(twins, kernels, strict=True):
-        assert twin.stride() == kernel.stride()
-        if dtype != torch.float64:  # the definition rounds each product
-            assert torch.equal(twin, kernel)
-        elif twin.is_floating_point():
-            torch.testing.assert_close(twin, kernel)
-
-
-@compiled
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_channel_dot_is_the_cuda_kernel_to_rounding(shape, dtype, last):
-    a, b = maps(shape, dtype, last, 2)
-    wide = torch.promote_types(dtype, torch.float32)
-    s = torch.randn(shape[1], device="cuda", dtype=wide)
-    size = torch.ops.svf_fast.channel_dot(a.abs(), b.abs())
-    allowed = 8 * torch.finfo(wide).eps * size  # sums in another order
-    kernel, twin = torch.ops.svf_fast.channel_dot(a, b), channel_dot.channel_dot(a, b)
-    assert ((kernel - twin).abs() <= allowed).all()
-    scaled = [x.clone(memory_format=torch.preserve_format) for x in (a, a)]
-    kernel = torch.ops.svf_fast.channel_dot_scale_(scaled[0], b, s)
-    twin = channel_dot.channel_dot_scale_(scaled[1], b, s)
-    assert ((kernel - twin).abs() <= allowed).all()
-    assert torch.equal(*scaled)
-
-
-@compiled
 def test_the_guard_says_what_the_cuda_kernel_says():
     ranks = torch.tensor([1, 7, 2048, 600, 64])
     first = torch.cat([torch.zeros(1, dtype=torch.int64), ranks.cumsum(0)])
@@ -160,3 +123,41 @@ def test_a_capture_without_warm_up_leaves_eager_calls_right():
     masked = affine_act.affine_act_backward(x, None, mask, None, None)
     truth = torch.einsum("dc,nchw->ndhw", weight.double(), masked.double())
     assert (eager.double() - truth).norm() <= 1e-2 * truth.norm()
+
+
+# the many small ones last: each shape and dtype is compiled anew
+@compiled
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_affine_act_is_the_cuda_kernel_bit_by_bit(shape, dtype, last):
+    y, residual = maps(shape, dtype, last, 2)
+    wide = torch.promote_types(dtype, torch.float32)
+    vectors = torch.randn(2, shape[1], device="cuda", dtype=wide)
+    twins = every_op(TWINS, y, residual, *vectors)
+    kernels = every_op(torch.ops.svf_fast, y, residual, *vectors)
+    for twin, kernel in zip(twins, kernels, strict=True):
+        assert twin.stride() == kernel.stride()
+        if dtype != torch.float64:  # the definition rounds each product
+            assert torch.equal(twin, kernel)
+        elif twin.is_floating_point():
+            torch.testing.assert_close(twin, kernel)
+
+
+@compiled
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channel_dot_is_the_cuda_kernel_to_rounding(shape, dtype, last):
+    a, b = maps(shape, dtype, last, 2)
+    wide = torch.promote_types(dtype, torch.float32)
+    s = torch.randn(shape[1], device="cuda", dtype=wide)
+    size = torch.ops.svf_fast.channel_dot(a.abs(), b.abs())
+    allowed = 8 * torch.finfo(wide).eps * size  # sums in another order
+    kernel, twin = torch.ops.svf_fast.channel_dot(a, b), channel_dot.channel_dot(a, b)
+    assert ((kernel - twin).abs() <= allowed).all()
+    scaled = [x.clone(memory_format=torch.preserve_format) for x in (a, a)]
+    kernel = torch.ops.svf_fast.channel_dot_scale_(scaled[0], b, s)
+    twin = channel_dot.channel_dot_scale_(scaled[1], b, s)
+    assert ((kernel - twin).abs() <= allowed).all()
+    assert torch.equal(*scaled)
