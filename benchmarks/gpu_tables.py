@@ -168,8 +168,9 @@ def predictions_table(result: Result, results: Results) -> str:
     head += [f"{gpu}, {mode}" for gpu in gpus for mode in ("eager, ms", "graph, ms")]
     note = (
         "Predicted, not measured, from the launches of the code (ratio to official): the longest "
-        "of DRAM, L2 and products at rates measured on an H100 (3.0 TB/s, 798 TFLOP/s; others in "
-        "proportion), products at 0.7 of that, and 1.75 µs from kernel to kernel, assumed. "
+        "of DRAM, L2 and products for each kernel at what its kind attained on an H200 (4.3 TB/s, "
+        "798 TFLOP/s; H100 3.0 TB/s, A100 in proportion), its start, and 1.75 µs from kernel to "
+        f"kernel, assumed. Weights: {weights_of(result['settings'])}. "
     )
     if host:
         note += (
@@ -181,6 +182,11 @@ def predictions_table(result: Result, results: Results) -> str:
     if unknown:
         note += f" Counted by their operands alone: {', '.join(sorted(unknown))}."
     return f"{table(head, lines)}\n\n{note}"
+
+
+def weights_of(settings: Result) -> str:
+    """Their name."""
+    return "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
 
 
 def host_table(result: Result, _: Results | None = None) -> str:

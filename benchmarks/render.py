@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from gpu_tables import TABLES, Results
+from gpu_tables import TABLES, Results, weights_of
 from race_picture import draw
 
 from fss.files import atomic_write
@@ -199,12 +199,8 @@ def _memory_origin(result: dict) -> str:
         "One image or episode. Saved: what autograd keeps from the forward pass, parameters left "
         "out; bfloat16 by autocast, its casts of weights counted where autograd keeps them. "
         f"{how}Peak: of a step, above what was resident before. "
-        f"Weights: {_weights(result['settings'])}.\n{_machine(result)}"
+        f"Weights: {weights_of(result['settings'])}.\n{_machine(result)}"
     )
-
-
-def _weights(settings: dict) -> str:
-    return "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
 
 
 def _machine(result: dict) -> str:
@@ -224,7 +220,7 @@ def _origin(result: dict) -> str:
     if settings["channels_last"]:
         what.append("channels_last")
     if result["level"] in ("block", "backbone", "step"):
-        what.append(f"weights {_weights(settings)}")
+        what.append(f"weights {weights_of(settings)}")
     rounds = max(
         (len(row.get("seconds", ())) for group in result["groups"] for row in group["rows"]),
         default=0,
