@@ -25,6 +25,8 @@ from costs import ARCH, MEASURED, cost, seconds, unknown
 from launches import MODES, PEERS, Step, launches, network, record
 from levels import LEVELS, Settings
 from race import write_results
+from roofline import passes
+from roofline import seconds as roofline_seconds
 from torch import nn
 
 FOLDER = Path(__file__).with_name("results")
@@ -84,7 +86,10 @@ def main() -> int:
             plain = network(name, settings, Path(cache))
             for group in groups:
                 at_batch = dataclasses.replace(settings, batch=group["batch"])
-                group["rows"].append({"peer": name, **predict(plain, at_batch)})
+                roofline = passes(at_batch, name)
+                least = {gpu: roofline_seconds(roofline, rates) for gpu, rates in MEASURED.items()}
+                row = {"peer": name, "roofline_seconds": least, **predict(plain, at_batch)}
+                group["rows"].append(row)
     title = f"{LEVELS['backbone'].title}, predicted from the launches of the code"
     path = options.results / "predictions.json"
     command = "python " + shlex.join(sys.argv)
