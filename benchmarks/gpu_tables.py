@@ -252,15 +252,25 @@ def profile_table(result: Result, _: Results) -> str:
             shown = [f"{1e3 * value:.2f}" for value in cells]
             lines.append([row["peer"], group["name"], *shown, f"{row['launches']:.0f}"])
             kernels = [
-                [f"`{kernel['name'][:90]}`", f"{kernel['launches']:.1f}", f"{taken:.0f}"]
+                [f"`{kernel_name(kernel['name'])}`", f"{kernel['launches']:.1f}", f"{taken:.0f}"]
                 for kernel in row["kernels"][:KERNELS]
                 for taken in [kernel["microseconds"]]
             ]
             head = [f"{row['peer']}, {group['name']}", "launches", "µs a step"]
             parts.append(table(head, kernels))
     head = ["", "", "step, ms", "host, ms", "kernels, ms", "launches"]
-    note = "Host: until the step is queued. Kernels: the sum of their times, one after another."
+    note = (
+        "Host: until the step is queued. Kernels: the sum of their times, one after another. "
+        "Launches: with memsets, and those that change S."
+    )
     return "\n\n".join([table(head, lines), note, *parts])
+
+
+def kernel_name(name: str) -> str:
+    """The beginning of a kernel's name, without what many names share."""
+    for shared in ("void ", "(anonymous namespace)::", "at::native::", "gpu_kernel_impl_nocast<"):
+        name = name.replace(shared, "")
+    return name[:90]
 
 
 def train_table(result: Result, _: Results) -> str:

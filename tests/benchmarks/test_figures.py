@@ -7,6 +7,8 @@ from pathlib import Path
 
 import figures
 import gpu_tables
+import pytest
+import render
 
 
 def predicted(name: str, seconds: float, least: float) -> dict:
@@ -54,3 +56,20 @@ def test_kernels_alone_are_told_and_decide_nothing(tmp_path):
     told = "Kernels alone, batch 6, commit abc1234: 0.40 of official's and 1.20 of the bound's time"
     assert told in text and "Measured: Some GPU, torch 2.11." in text and "no GPU" not in text
     assert all(value is None for _, _, value, _ in figures.check(results))
+
+
+def test_kernels_are_told_apart_by_their_names():
+    common = "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<"
+    names = [common + f"at::native::(anonymous namespace)::{what}" for what in ("mul", "copy")]
+    assert [gpu_tables.kernel_name(name) for name in names] == [
+        "elementwise_kernel<128, 4, mul",
+        "elementwise_kernel<128, 4, copy",
+    ]
+    assert len(gpu_tables.kernel_name("x" * 200)) == 90
+
+
+@pytest.mark.parametrize("ours", [{"reason": "RuntimeError: …"}, {"seconds": [0.01]}])
+def test_a_race_without_our_time_is_not_drawn(tmp_path, ours):
+    rows = [{"peer": "official", "seconds": [0.04]}, {"peer": "svf_fast", **ours}]
+    written(tmp_path, "backbone", rows, device="cuda")
+    assert render._on_gpu(tmp_path / "backbone.json") == ("seconds" in ours)
