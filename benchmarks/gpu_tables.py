@@ -268,8 +268,11 @@ def profile_table(result: Result, _: Results) -> str:
 
 def kernel_name(name: str) -> str:
     """The beginning of a kernel's name, without what many names share."""
-    for shared in ("void ", "(anonymous namespace)::", "at::native::", "gpu_kernel_impl_nocast<"):
-        name = name.replace(shared, "")
+    for common in (
+        "void ", "(anonymous namespace)::", "at::native::", "gpu_kernel_impl_nocast<",
+        "c10::BFloat16, ",
+    ):  # fmt: skip
+        name = name.replace(common, "")
     return name[:90]
 
 

@@ -260,7 +260,7 @@ def _raced(table: Path) -> bool:
 
 
 def _on_gpu(results: Path) -> bool:
-    """Whether they are of a race on a GPU, of the levels that are drawn, and svf_fast has a time."""
+    """Whether they are of a race on a GPU, of a level that is drawn, with a time of svf_fast."""
     result = json.loads(results.read_text())
     if result.get("level") not in PAGE_RESULTS or result["settings"]["device"] == "cpu":
         return False
