@@ -26,7 +26,6 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from svf_fast import _library
-from svf_fast.ops import gram
 
 DEVICE = torch.device("cuda", 0)
 TO_HOST, TO_DEVICE = "copy to the host", "copy to the device"
@@ -39,11 +38,8 @@ COMPILED = {  # of csrc/cuda
     "affine_act_backward_": 1,
     "channel_dot": 2,  # partial sums, and their sum
     "channel_dot_scale_": 2,
-    "guard_holds": 1,
     "guards_hold": 1,
 }
-# Python that is registered where csrc/cuda is there
-IN_CUDA_BUILDS = {"gram_gradient": "gram_gradient_by_channel_dot"}
 ATEN = {
     "native_batch_norm": 3,  # copy of the mean, 1/σ, the map: ATen/native/cuda/Normalization.cu
     "scatter": 2,  # a copy of what is not scattered to comes first
@@ -133,6 +129,10 @@ class OnGPU(Tensor):
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
         return True
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return False
 
     def data_ptr(self) -> int:
         """Of its values; where there are none an aligned address, as an allocator gives."""
@@ -319,6 +319,9 @@ class AbsentGPU(TorchDispatchMode):
             inner_kwargs["device"] = "meta" if _without_values(ours) else "cpu"
         with torch._C._DisableAutocast():
             found = func(*inner_args, **inner_kwargs)
+        if name == "native_batch_norm_backward" and not args[7]:
+            # ATen/native/cuda/Normalization.cu, batch_norm_elementwise_backward_eval
+            found = (found[0].contiguous(), *found[1:])
         known = {id(tensor.inner): tensor for tensor in ours}
         found = _map(lambda t: known[id(t)] if id(t) in known else OnGPU(t), found, Tensor)
         written = _tensors(found)
@@ -351,8 +354,6 @@ class AbsentGPU(TorchDispatchMode):
 
     def _python(self, func, name: str) -> Callable[..., Any]:
         """What is registered for GPUs, or else for every device."""
-        if found := getattr(gram, IN_CUDA_BUILDS.get(name, ""), None):
-            return found
         for key in ("CUDA", "CompositeExplicitAutograd"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(func._schema.name, key):
                 return functools.partial(func._op_dk, getattr(torch._C.DispatchKey, key))

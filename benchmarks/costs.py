@@ -2,7 +2,7 @@
 
 Everything is read off the launch: its operands, and for a Triton kernel its numbers and block
 sizes. A kernel whose products are not known here counts by its operands alone, and `unknown` says
-so.
+so. What kinds of kernels attain was measured on an H200, see `KINDS`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from absent_gpu import Launch, Operand
+from absent_gpu import LAYOUT_COPY, Launch, Operand
 
-# Bytes per second of DRAM and of L2, FLOP per second of each engine. H100 SXM: copies and cuBLAS as
-# measured on such a card; the others have their datasheet's part of that. L2: what the kernels'
-# block sizes were chosen by.
+from svf_fast.triton.tuning import PROCESSORS
+
+ARCH = {"H100 SXM": 90, "H200": 90, "A100 80GB SXM": 80}
+# Bytes per second of DRAM and of L2, FLOP per second of each engine, multiprocessors, and how fast
+# these issue beside an H200's. H100 SXM and H200: copies and cuBLAS as measured on such cards, the
+# A100 has its datasheet's part of that. L2: what the kernels' block sizes were chosen by.
 _HOPPER = {"l2": 5.5e12, "bfloat16": 798e12, "tf32": 399e12, "tf32x3": 133e12, "float32": 54e12}
+_HOPPER |= {"processors": PROCESSORS[90], "issue": 1.0}
 MEASURED = {
     "A100 80GB SXM": {
         "memory": 1.8e12,
@@ -26,29 +30,75 @@ MEASURED = {
         "tf32": 126e12,
         "tf32x3": 42e12,
         "float32": 15.7e12,
+        "processors": PROCESSORS[80],
+        "issue": 0.6,  # 108 multiprocessors at 1.41 GHz to 132 at 1.98
     },
     "H100 SXM": {"memory": 3.0e12, **_HOPPER},
     "H200": {"memory": 4.3e12, **_HOPPER},
 }
-ARCH = {"H100 SXM": 90, "H200": 90, "A100 80GB SXM": 80}
-EFFICIENCY = 0.7  # of the rate of cuBLAS, for every product alike; assumed
 GAP = 1.75e-6  # seconds from one kernel to the next, in a graph or queued; assumed
+
+
+class Kind(NamedTuple):
+    """Kernels alike: seconds each takes beside its bytes and products, and what it attains.
+
+    memory: bytes per second of DRAM at most, for kernels that are slower than a copy. l2, products:
+    parts of the rates of L2 and of the engine.
+    """
+
+    start: float
+    memory: float = math.inf
+    l2: float = 1.0
+    products: float = 1.0
+
+
+# Fitted to kernel times of a step of layers 2-4 on an H200, bfloat16, channels_last, 6 and 1 images
+# (profile.json): the part that grows with the images, and the one that does not.
+KINDS = {
+    "elementwise": Kind(1e-6),
+    # PyTorch's for operands of several shapes or strides, not vectorised: bias, scaling by S
+    "broadcast": Kind(1e-6, memory=1.55e12),
+    "batch norm": Kind(1e-6, memory=2.6e12),
+    # from one memory format to another, as batch norm's backward writes in evaluation mode
+    "transposing": Kind(1e-6, memory=0.62e12),
+    "sum over positions": Kind(6e-6, memory=0.55e12),
+    "sum": Kind(4.5e-6),  # of a few rows
+    "library": Kind(5e-6),  # cuDNN and cuBLAS reach the rate of one large product
+    "channel_dot": Kind(5e-6),  # its two kernels, of a few channels
+    "pointwise_kernel": Kind(3.8e-6, l2=0.92, products=0.7),
+    "activation_grams_partial_kernel": Kind(3.8e-6, l2=0.67, products=0.7),
+    "gram_partial_kernel": Kind(3.8e-6, l2=1.13, products=0.7),
+    "compose_all_kernel": Kind(3.8e-6, l2=1.2, products=0.7),
+    # as it was then 0.42 of L2; it reads eight splits at a time since, what that gains is assumed
+    "read_off_kernel": Kind(3.8e-6, l2=0.5, products=0.5),
+}
 UNREAD = {"copy_": 0, "native_batch_norm_backward": 1}  # operands that the kernel does not read
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm_", "matmul")
+CONVOLUTIONS = ("convolution", "input gradient", "weight gradient")
 
 
 class Cost(NamedTuple):
-    """Bytes of DRAM and of L2, FLOPs (two a multiplication) and their engine."""
+    """Bytes of DRAM and of L2, FLOPs (two a multiplication) and their engine.
+
+    kind: one of `KINDS`. programs: those of a Triton kernel; fewer than multiprocessors have their
+    part of L2 and of the engine alone.
+    """
 
     bytes: float
     l2: float = 0.0
     flops: float = 0.0
     engine: str = "bfloat16"
+    kind: str = "elementwise"
+    programs: float = math.inf
 
     def seconds(self, rates: dict[str, float]) -> float:
-        """The longest of what memory, L2 and the engine take."""
-        products = self.flops / (EFFICIENCY * rates[self.engine])
-        return max(self.bytes / rates["memory"], self.l2 / rates["l2"], products)
+        """Its start, and the longest of what memory, L2 and the engine take."""
+        kind = KINDS[self.kind]
+        part = min(1.0, self.programs / rates["processors"])
+        memory = self.bytes / min(rates["memory"], kind.memory * rates["issue"])
+        l2 = self.l2 / (part * kind.l2 * rates["l2"])
+        products = self.flops / (part * kind.products * rates[self.engine])
+        return kind.start + max(memory, l2, products)
 
 
 def cost(launch: Launch) -> Cost:
@@ -57,16 +107,51 @@ def cost(launch: Launch) -> Cost:
         return Cost(0)
     if launch.kernel in KERNELS:
         operands = dict(zip(launch.options["names"], launch.inputs, strict=True))
-        return KERNELS[launch.kernel](launch, operands)
-    if launch.kernel in ("convolution", "input gradient", "weight gradient"):
+        found = KERNELS[launch.kernel](launch, operands)
+        kind = launch.kernel if launch.kernel in KINDS else "elementwise"
+        return found._replace(kind=kind, programs=math.prod(launch.options["grid"]))
+    if launch.kernel in CONVOLUTIONS:
         return _convolution(launch)
     if launch.kernel in PRODUCTS and launch.outputs:
         *_, left, right = launch.inputs
         flops = 2 * math.prod(left.shape) * right.shape[-1]
-        return Cost(launch.bytes, 0.0, flops, _engine(left.dtype, "float32"))
+        return Cost(launch.bytes, 0.0, flops, _engine(left.dtype, "float32"), "library")
     spared = UNREAD.get(launch.kernel)
     unread = launch.inputs[spared].bytes if spared is not None and launch.inputs else 0
-    return Cost(launch.bytes - unread)
+    return Cost(launch.bytes - unread, kind=_kind(launch))
+
+
+def _kind(launch: Launch) -> str:
+    """How PyTorch's own kernels, and csrc's, go through their maps."""
+    operands = (*launch.inputs, *launch.outputs)
+    if launch.kernel == LAYOUT_COPY:
+        return "transposing"
+    if launch.kernel == "native_batch_norm":
+        return "batch norm"
+    if launch.kernel == "sum":
+        return "sum over positions" if _maps(launch.inputs) else "sum"
+    if launch.kernel in KINDS:
+        return launch.kernel
+    if not (launch.inputs and launch.outputs) or "affine_act" in launch.kernel:
+        return "elementwise"
+    maps = _maps(operands)
+    if any(_order(x) != _order(maps[0]) for x in maps):
+        return "transposing"
+    smaller = any(1 < math.prod(x.shape) < math.prod(maps[0].shape) for x in operands if maps)
+    return "broadcast" if smaller else "elementwise"
+
+
+def _maps(operands: Iterable[Operand]) -> list[Operand]:
+    """The largest operands, where they have four dimensions."""
+    found = list(operands)
+    size = max(math.prod(x.shape) for x in found)
+    return [x for x in found if math.prod(x.shape) == size and len(x.shape) == 4]
+
+
+def _order(x: Operand) -> list[int]:
+    """Dimensions by stride, those of one element left out."""
+    there = [dim for dim, n in enumerate(x.shape) if n > 1]
+    return sorted(there, key=lambda dim: x.strides[dim])
 
 
 def seconds(found: Iterable[Launch], rates: dict[str, float]) -> float:
@@ -88,7 +173,7 @@ def _convolution(launch: Launch) -> Cost:
     weight = launch.outputs[0] if launch.kernel == "weight gradient" else launch.inputs[1]
     target = launch.outputs[0] if launch.kernel == "convolution" else launch.inputs[0]
     flops = 2 * math.prod(target.shape) * math.prod(weight.shape[1:])
-    return Cost(launch.bytes, 0.0, flops, _engine(weight.dtype, "tf32"))
+    return Cost(launch.bytes, 0.0, flops, _engine(weight.dtype, "tf32"), "library")
 
 
 def _tiles(size: int, block: int) -> int:
@@ -154,21 +239,20 @@ def _compose_all(launch: Launch, operands: dict[str, Operand]) -> Cost:
 
 
 def _read_off(launch: Launch, operands: dict[str, Operand]) -> Cost:
-    """A block of directions reads its part of the matrices, and all of ``right``, from L2."""
-    numbers, partial = launch.options, operands["partial"]
-    sides = [(numbers["rank"], numbers["groups"], operands["right"])]
+    """A tile reads its rows of ``left`` and its columns of ``right``, all directions, from L2."""
+    numbers = launch.options
+    sides = [(numbers["rank"] * numbers["groups"], operands["left"], operands["right"])]
     if numbers["rank_after"]:
-        sides.append((numbers["rank_after"], 1, operands["right_after"]))
-    twice = (
-        0 if numbers["rank_after"] else sum(operands[f"{x}_after"].bytes for x in ("left", "right"))
-    )
-    matrix = partial.bytes // numbers["matrices"]
-    again = -twice
-    for rank, groups, right in sides:
-        blocks = _tiles(rank, numbers["BLOCK_R"])
-        again += (blocks - 1) * groups * matrix + (numbers["PARTS"] - 1) * right.bytes
-    flops = sum(2 * n * groups * numbers["rows"] * numbers["columns"] for n, groups, _ in sides)
-    return Cost(launch.bytes - twice, launch.bytes + again, flops, "tf32x3")
+        sides.append((numbers["rank_after"], operands["left_after"], operands["right_after"]))
+        twice = 0
+    else:  # the operands of one side stand for those of the other
+        twice = sum(operands[f"{name}_after"].bytes for name in ("left", "right", "S"))
+    rows, columns = numbers["rows"], numbers["columns"]
+    across, down = _tiles(columns, numbers["BLOCK_B"]), _tiles(rows, numbers["BLOCK_A"])
+    again = sum((across - 1) * left.bytes + (down - 1) * right.bytes for _, left, right in sides)
+    moved = launch.bytes - twice
+    flops = sum(2 * directions * rows * columns for directions, _, _ in sides)
+    return Cost(moved, moved + again, flops, "tf32x3")
 
 
 def _operands(launch: Launch, operands: dict[str, Operand]) -> Cost:

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from gpu_tables import Result, Results, median, of_roofline, rows, settings_of, table
+from gpu_tables import Result, Results, median, of_roofline, rows, table
 from peers import PEERS
-from roofline import CEILINGS, passes, seconds
 
 GIB = 2**30
 STEP = {"size": 641, "shots": 5, "dtype": "bfloat16", "channels_last": True}
@@ -128,28 +127,38 @@ def slowest_elementwise(results: Results) -> float | None:
 
 
 def predicted_ratio(*bases: str) -> Callable[[Results], str | None]:
-    """Over the fastest of the bases, from the bytes and FLOPs of the roofline."""
+    """Over the fastest of the bases, both captured, from the launches of the code."""
 
     def text(results: Results) -> str | None:
-        for result in results.of("roofline"):
-            taken = {name: row["predicted_seconds"] for name, row in rows(result).items()}
-            best = {gpu: min(taken[base][gpu] for base in bases) for gpu in CEILINGS}
-            ratios = (taken["svf_fast"][gpu] / best[gpu] for gpu in CEILINGS)
-            pairs = zip(CEILINGS, ratios, strict=True)
-            return ", ".join(f"{ratio:.2f} ({gpu.split()[0]})" for gpu, ratio in pairs)
+        for found in _predicted(results):
+            taken = {name: row["in a graph"]["device_seconds"] for name, row in found.items()}
+            ours = taken["svf_fast"]
+            best = {gpu: min(taken[base][gpu] for base in bases) for gpu in ours}
+            return _by_gpu({gpu: f"{ours[gpu] / best[gpu]:.2f}" for gpu in ours})
         return None
 
     return text
 
 
 def predicted_share(results: Results) -> str | None:
-    """What is predicted stays below the ceilings itself."""
-    for result in results.of("roofline"):
-        settings = settings_of(result["settings"])
-        step, taken = passes(settings, "svf_fast"), rows(result)["svf_fast"]["predicted_seconds"]
-        shares = {gpu: seconds(step, CEILINGS[gpu]) / taken[gpu] for gpu in CEILINGS}
-        return ", ".join(f"{100 * share:.0f} % ({gpu.split()[0]})" for gpu, share in shares.items())
+    """The roofline at rates that were measured, over what the captured step is to take."""
+    for found in _predicted(results):
+        least = found["svf_fast"]["roofline_seconds"]
+        taken = found["svf_fast"]["in a graph"]["device_seconds"]
+        return _by_gpu({gpu: f"{100 * least[gpu] / taken[gpu]:.0f} %" for gpu in taken})
     return None
+
+
+def _predicted(results: Results) -> Iterator[dict[str, Result]]:
+    """Predictions with the settings of the race, by peer."""
+    for result in results.of("predictions", size=BACKBONE["size"]):
+        for group in result["groups"]:
+            if group["batch"] == BACKBONE["batch"]:
+                yield {row["peer"]: row for row in group["rows"]}
+
+
+def _by_gpu(texts: dict[str, str]) -> str:
+    return ", ".join(f"{text} ({gpu.split()[0]})" for gpu, text in texts.items())
 
 
 def predicted_saved(level: str, over: str = "") -> Callable[[Results], str | None]:
@@ -195,7 +204,7 @@ FIGURES = (
         "layers 2-4: time over the best peer's",
         0.75,
         over_the_best,
-        # of those that are counted; what torch.compile makes of them is not
+        # of those whose launches are counted; torch.compile's are not
         predicted_ratio("official", "recomposed, BN folded"),
     ),
     Figure("layers 2-4: peak over that peer's", 1.0, peak_over_the_best),
@@ -255,8 +264,31 @@ def markdown(results: Results) -> str:
         shown = "—" if value is None else figure.text(value)
         word = {None: "—", True: "yes", False: "**no**"}[verdict]
         lines.append([figure.name, bound, predicted, shown, word])
-    facts = results.facts
-    where = "no GPU has run it yet" if facts is None else f"{facts['gpu']}, torch {facts['torch']}"
     head = ["", "target", "predicted", "measured", "reached"]
-    note = f"bfloat16, channels_last. Measured: {where}. — : not measured, or not predicted."
+    note = (
+        f"bfloat16, channels_last. Predicted times: captured in a CUDA graph. {_where(results)} "
+        "— : not measured, or not predicted."
+    )
     return f"{table(head, lines)}\n\n{note}\n"
+
+
+def _where(results: Results) -> str:
+    """What was measured on, and what kernels alone took there."""
+    facts = results.facts
+    if facts is None:
+        return "Measured: no GPU has run it yet."
+    parts = [f"Measured: {facts['gpu']}, torch {facts['torch']}."]
+    for result in results.of("profile", cuda=True):
+        for group in result["groups"]:
+            taken = {row["peer"]: row["kernel_seconds"] for row in group["rows"]}
+            ratios = [
+                f"{taken['svf_fast'] / taken[base]:.2f} of {name}"
+                for base, name in (("official", "official's"), ("frozen bound", "the bound's"))
+                if "svf_fast" in taken and base in taken
+            ]
+            if ratios:
+                told = " and ".join(ratios)
+                parts.append(
+                    f"Kernels alone, {group['name']}, commit {result['commit']}: {told} time."
+                )
+    return " ".join(parts)

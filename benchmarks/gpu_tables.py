@@ -168,8 +168,9 @@ def predictions_table(result: Result, results: Results) -> str:
     head += [f"{gpu}, {mode}" for gpu in gpus for mode in ("eager, ms", "graph, ms")]
     note = (
         "Predicted, not measured, from the launches of the code (ratio to official): the longest "
-        "of DRAM, L2 and products at rates measured on an H100 (3.0 TB/s, 798 TFLOP/s; others in "
-        "proportion), products at 0.7 of that, and 1.75 µs from kernel to kernel, assumed. "
+        "of DRAM, L2 and products for each kernel at what its kind attained on an H200 (4.3 TB/s, "
+        "798 TFLOP/s; H100 3.0 TB/s, A100 in proportion), its start, and 1.75 µs from kernel to "
+        f"kernel, assumed. Weights: {weights_of(result['settings'])}. "
     )
     if host:
         note += (
@@ -181,6 +182,11 @@ def predictions_table(result: Result, results: Results) -> str:
     if unknown:
         note += f" Counted by their operands alone: {', '.join(sorted(unknown))}."
     return f"{table(head, lines)}\n\n{note}"
+
+
+def weights_of(settings: Result) -> str:
+    """Their name."""
+    return "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
 
 
 def host_table(result: Result, _: Results | None = None) -> str:
@@ -246,15 +252,28 @@ def profile_table(result: Result, _: Results) -> str:
             shown = [f"{1e3 * value:.2f}" for value in cells]
             lines.append([row["peer"], group["name"], *shown, f"{row['launches']:.0f}"])
             kernels = [
-                [f"`{kernel['name'][:90]}`", f"{kernel['launches']:.1f}", f"{taken:.0f}"]
+                [f"`{kernel_name(kernel['name'])}`", f"{kernel['launches']:.1f}", f"{taken:.0f}"]
                 for kernel in row["kernels"][:KERNELS]
                 for taken in [kernel["microseconds"]]
             ]
             head = [f"{row['peer']}, {group['name']}", "launches", "µs a step"]
             parts.append(table(head, kernels))
     head = ["", "", "step, ms", "host, ms", "kernels, ms", "launches"]
-    note = "Host: until the step is queued. Kernels: the sum of their times, one after another."
+    note = (
+        "Host: until the step is queued. Kernels: the sum of their times, one after another. "
+        "Launches: with memsets, and those that change S."
+    )
     return "\n\n".join([table(head, lines), note, *parts])
+
+
+def kernel_name(name: str) -> str:
+    """The beginning of a kernel's name, without what many names share."""
+    for common in (
+        "void ", "(anonymous namespace)::", "at::native::", "gpu_kernel_impl_nocast<",
+        "c10::BFloat16, ",
+    ):  # fmt: skip
+        name = name.replace(common, "")
+    return name[:90]
 
 
 def train_table(result: Result, _: Results) -> str:

@@ -36,7 +36,7 @@ from race import renew, step, write_results
 from torch import Tensor, nn
 from triton.runtime import driver
 
-from svf_fast.ops import maps
+from svf_fast.ops import convolution, maps
 
 FOLDER = Path(__file__).with_name("results")
 PEERS = ("official", "frozen bound", "svf_fast")
@@ -80,6 +80,7 @@ def gpu_path(arch: int = 90) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (maps, "on_gpu", lambda x: True),
+            (convolution, "_is_product", lambda *_: False),  # what is for CPU tensors alone
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "Event", Event),
             (torch.cuda, "current_stream", lambda device=None: None),

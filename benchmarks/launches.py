@@ -96,10 +96,10 @@ def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int 
                     parameter.mul_(1.0)
             x.grad = None
             if graph:
-                _of_graphs("follow", moved)
+                svf_fast.follow(moved)
             gpu.take()
             gpu.capturing = graph and not warm_up
-            with _of_graphs("composed", moved) or contextlib.nullcontext():
+            with svf_fast.composed(moved):
                 with gpu.autocast(settings.dtype):
                     y = moved(x)
                 forward = gpu.take()
@@ -112,11 +112,6 @@ def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int 
         accumulates = launch.kernel in ("add", "add_") and not launch.callers
         step["accumulation" if accumulates else "backward"].append(launch)
     return step
-
-
-def _of_graphs(name: str, model: nn.Module) -> Any:
-    """What svf_fast has for whom captures a graph, as far as it has it."""
-    return getattr(svf_fast, name)(model) if hasattr(svf_fast, name) else None
 
 
 def _of_forward(launch: Launch) -> str:

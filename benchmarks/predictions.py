@@ -1,11 +1,12 @@
 """What a step of ResNet-50's layers 2-4 will take on a GPU, from the launches of the code.
 
-    python benchmarks/predictions.py && python benchmarks/render.py
+    python benchmarks/predictions.py --weights resnet50.safetensors && python benchmarks/render.py
 
 Device time: the launches that `launches` records, each at what `costs` says of it: with partial
 matrices, with what its block sizes read again from L2, and with the gaps between kernels; eager,
-and as captured in a CUDA graph. Host time is what `host` measured. No GPU takes part: what is
-predicted is written down before it is measured.
+and as captured in a CUDA graph. Guarded directions depend on the weights, so those of the race are
+given. Host time is what `host` measured. No GPU takes part; what kinds of kernels attain was
+measured on one.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from costs import ARCH, MEASURED, cost, seconds, unknown
 from launches import MODES, PEERS, Step, launches, network, record
 from levels import LEVELS, Settings
 from race import write_results
+from roofline import passes
+from roofline import seconds as roofline_seconds
 from torch import nn
 
 FOLDER = Path(__file__).with_name("results")
+PREDICTED = ("official", "recomposed, BN folded", *PEERS[1:])
 REFERENCE = "H100 SXM"  # whose launches are told: block sizes differ between architectures
 
 
@@ -78,11 +82,14 @@ def main() -> int:
         {"name": f"batch {batch}", "batch": batch, "rows": []} for batch in options.batches
     ]
     with tempfile.TemporaryDirectory() as cache:
-        for name in PEERS:
+        for name in PREDICTED:
             plain = network(name, settings, Path(cache))
             for group in groups:
                 at_batch = dataclasses.replace(settings, batch=group["batch"])
-                group["rows"].append({"peer": name, **predict(plain, at_batch)})
+                roofline = passes(at_batch, name)
+                least = {gpu: roofline_seconds(roofline, rates) for gpu, rates in MEASURED.items()}
+                row = {"peer": name, "roofline_seconds": least, **predict(plain, at_batch)}
+                group["rows"].append(row)
     title = f"{LEVELS['backbone'].title}, predicted from the launches of the code"
     path = options.results / "predictions.json"
     command = "python " + shlex.join(sys.argv)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from gpu_tables import TABLES, Results
+from gpu_tables import TABLES, Results, weights_of
 from race_picture import draw
 
 from fss.files import atomic_write
@@ -199,12 +199,8 @@ def _memory_origin(result: dict) -> str:
         "One image or episode. Saved: what autograd keeps from the forward pass, parameters left "
         "out; bfloat16 by autocast, its casts of weights counted where autograd keeps them. "
         f"{how}Peak: of a step, above what was resident before. "
-        f"Weights: {_weights(result['settings'])}.\n{_machine(result)}"
+        f"Weights: {weights_of(result['settings'])}.\n{_machine(result)}"
     )
-
-
-def _weights(settings: dict) -> str:
-    return "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
 
 
 def _machine(result: dict) -> str:
@@ -224,7 +220,7 @@ def _origin(result: dict) -> str:
     if settings["channels_last"]:
         what.append("channels_last")
     if result["level"] in ("block", "backbone", "step"):
-        what.append(f"weights {_weights(settings)}")
+        what.append(f"weights {weights_of(settings)}")
     rounds = max(
         (len(row.get("seconds", ())) for group in result["groups"] for row in group["rows"]),
         default=0,
@@ -264,11 +260,12 @@ def _raced(table: Path) -> bool:
 
 
 def _on_gpu(results: Path) -> bool:
-    """Whether they are of a race on a GPU, of the levels that are drawn, with times."""
+    """Whether they are of a race on a GPU, of a level that is drawn, with a time of svf_fast."""
     result = json.loads(results.read_text())
     if result.get("level") not in PAGE_RESULTS or result["settings"]["device"] == "cpu":
         return False
-    return any(row.get("seconds") for row in result["groups"][0]["rows"])
+    rows = result["groups"][0]["rows"]
+    return any(row["peer"] == "svf_fast" and row.get("seconds") for row in rows)
 
 
 def _relative(path: Path, page: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 
 import costs
 import gpu_tables
@@ -13,11 +15,13 @@ import predictions
 import pytest
 import roofline
 import torch
-from absent_gpu import Launch, Operand, absent_gpu
+from absent_gpu import LAYOUT_COPY, Launch, Operand, absent_gpu
 from levels import Settings
 
 SETTINGS = Settings(size=641, batch=6, width=16, dtype="bfloat16", channels_last=True)
 RATES = {"memory": 100.0, "l2": 1000.0, "bfloat16": 10.0, "tf32": 5.0, "float32": 1.0}
+RATES |= {"processors": 4, "issue": 1.0}
+RESULTS = Path(costs.__file__).with_name("results")
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +114,98 @@ def test_convolutions_and_products_by_hand():
         0,
         2 * 2 * 49 * 8 * 144,
         "bfloat16",
+        "library",
+        math.inf,
     )
-    assert found[1] == (4 * (60 + 60 + 48), 0, 2 * 3 * 4 * 4 * 5, "float32")
+    bmm = (4 * (60 + 60 + 48), 0, 2 * 3 * 4 * 4 * 5, "float32", "library", math.inf)
+    assert found[1] == bmm
 
 
-def test_time_is_the_longest_of_three():
-    assert costs.Cost(500.0, 100.0, 7.0).seconds(RATES) == 5
-    assert costs.Cost(500.0, 7000.0, 7.0).seconds(RATES) == 7
-    assert costs.Cost(500.0, 0.0, 70.0).seconds(RATES) == pytest.approx(10)
-    assert costs.Cost(0.0, 0.0, 7.0, "float32").seconds(RATES) == pytest.approx(10)
+def test_s_gradients_read_off_by_hand(kernels):
+    """A matrix once, its rows of ``left`` and columns of ``right`` again for each tile."""
+    seen = set()
+    for launch in kernels["read_off_kernel"]:
+        found, numbers, given = costs.cost(launch), launch.options, operands(launch)
+        splits, matrices, rows, columns = given["partial"].shape
+        down, across = -(-rows // numbers["BLOCK_A"]), -(-columns // numbers["BLOCK_B"])
+        sides = [numbers["rank"], *([numbers["rank_after"]] if numbers["rank_after"] else [])]
+        assert matrices == len(sides) and found.programs == down * across * matrices
+        moved = 4 * splits * matrices * rows * columns + 4 * down * across * sum(sides)
+        moved += sum(4 * rank * (rows + columns + 1) for rank in sides)
+        again = sum(4 * rank * (rows * (across - 1) + columns * (down - 1)) for rank in sides)
+        assert found.bytes == moved and found.l2 == moved + again
+        assert found.flops == sum(2 * rank * rows * columns for rank in sides)
+        seen.add(len(sides))
+    assert seen == {1, 2}
+
+
+def test_time_is_the_longest_of_three(monkeypatch):
+    monkeypatch.setitem(costs.KINDS, "elementwise", costs.Kind(1.0))
+    assert costs.Cost(500.0, 100.0, 7.0).seconds(RATES) == 1 + 5
+    assert costs.Cost(500.0, 7000.0, 7.0).seconds(RATES) == 1 + 7
+    assert costs.Cost(500.0, 0.0, 70.0).seconds(RATES) == 1 + 7
+    assert costs.Cost(0.0, 0.0, 7.0, "float32").seconds(RATES) == 1 + 7
+
+
+def test_time_of_kinds_and_of_few_programs(monkeypatch):
+    monkeypatch.setitem(costs.KINDS, "slow", costs.Kind(0.0, memory=50.0, l2=0.5, products=0.25))
+    assert costs.Cost(500.0, kind="slow").seconds(RATES) == 10
+    assert costs.Cost(500.0, kind="slow").seconds(RATES | {"issue": 0.5}) == 20
+    assert costs.Cost(0.0, 1000.0, kind="slow", programs=4).seconds(RATES) == 2
+    assert costs.Cost(0.0, 1000.0, kind="slow", programs=1).seconds(RATES) == 8
+    assert costs.Cost(0.0, 0.0, 10.0, kind="slow", programs=2).seconds(RATES) == 8
+
+
+def test_how_kernels_go_through_their_maps():
+    with absent_gpu() as gpu:
+        x = gpu.maps((2, 8, 5, 5), torch.bfloat16, True)
+        scale, bias = (torch.ones(1, 8, 1, 1).to("cuda") for _ in range(2))
+        weight = torch.zeros(4, 8, 1, 1, dtype=torch.bfloat16).to("cuda")
+        gpu.take()
+        (x + x), x * 2.0, (x * scale), torch.conv2d(x, weight, weight[:, 0, 0, 0])
+        x.contiguous(), x.sum((0, 2, 3), True), torch.cat([bias.flatten(), scale.flatten()])
+        found = {launch.kernel: costs.cost(launch).kind for launch in gpu.take()}
+    assert found == {
+        "add": "elementwise",
+        "mul": "broadcast",
+        "convolution": "library",
+        "bias": "broadcast",
+        "clone": "transposing",
+        "sum": "sum over positions",
+        "cat": "elementwise",
+    }
+
+
+def test_batch_norm_leaves_channels_last_on_the_way_back():
+    """As ATen does in evaluation mode, so the convolution before it begins with a copy."""
+    with absent_gpu() as gpu:
+        x = gpu.maps((2, 8, 5, 5), torch.float32, True).requires_grad_()
+        weight = torch.zeros(8, 8, 1, 1).to("cuda").contiguous(memory_format=torch.channels_last)
+        norm = torch.nn.BatchNorm2d(8).to("cuda").eval().requires_grad_(False)
+        y = norm(torch.conv2d(x, weight))
+        gpu.take()
+        y.backward(gpu.maps((2, 8, 5, 5), torch.float32, True))
+        found = [(launch.kernel, costs.cost(launch).kind) for launch in gpu.take()]
+    assert found[:3] == [
+        ("native_batch_norm_backward", "transposing"),
+        (LAYOUT_COPY, "transposing"),
+        ("input gradient", "library"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["official", "frozen bound"])
+def test_kernels_take_what_was_measured(name):
+    """Peers whose code is PyTorch's own: within 8 % of the profile of an H200."""
+    rates = costs.MEASURED["H200"]
+    profile = json.loads((RESULTS / "profile.json").read_text())
+    full = dataclasses.replace(SETTINGS, width=64, stride_on=profile["settings"]["stride_on"])
+    plain = launches.network(name, full)
+    for group in profile["groups"]:
+        (row,) = (row for row in group["rows"] if row["peer"] == name)
+        step = launches.record(plain, dataclasses.replace(full, batch=group["batch"]))
+        taken = costs.seconds(itertools.chain.from_iterable(step.values()), rates)
+        taken -= costs.GAP * launches.launches(step)
+        assert taken == pytest.approx(row["kernel_seconds"], rel=0.08)
 
 
 @pytest.mark.parametrize("name", launches.PEERS)
@@ -144,7 +231,8 @@ def test_predictions_and_their_table():
             taken = row[mode]["device_seconds"]
             assert taken["A100 80GB SXM"] > taken["H100 SXM"] >= taken["H200"]
             assert taken["H200"] > row[mode]["launches"] * costs.GAP
-    result = {"groups": [{"name": "batch 6", "batch": 6, "rows": rows}]}
+    groups = [{"name": "batch 6", "batch": 6, "rows": rows}]
+    result = {"settings": {"weights": "none"}, "groups": groups}
 
     class Measured:
         def of(self, level):
