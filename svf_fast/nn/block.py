@@ -104,7 +104,7 @@ class _Slot:
         return Stage(layer, self.scale, self.shift)
 
     def again(self) -> Stage:
-        """The same for a plan of the present values, where nothing is traced or captured."""
+        """The same for a plan of the present values, where no trace or capture runs."""
         conv = self.conv
         if self._plan is not conv._plan:
             layer = conv.layer(self.dtype, self._folded)
@@ -133,10 +133,11 @@ class _Reading(NamedTuple):
         """
         at = names[0].conv, dtype
         slots = self.slots.get(at)
-        traced = torch.compiler.is_compiling() or _conv(module, names[0])._is_captured()
+        # what is traced or captured is there only when the graph runs; fakes have no values to keep
+        traced = self.watch is None or _conv(module, names[0])._is_captured()
         if slots is None:
             slots = _slots(module, names, dtype, shortcut)
-            if not traced:  # what is captured is there only when the graph runs
+            if not traced:
                 self.slots[at] = slots
         return [slot.read() if traced else slot.again() for slot in slots]
 
@@ -159,9 +160,10 @@ def _slots(
 
 def _read(module: Fused) -> _Reading:
     """The reading of the module as it is now, kept until something in it changes."""
+    if torch.compiler.is_compiling():
+        return _Reading(None, module._reasons(), {})
     known = module.__dict__.get("_reading")
-    compiling = torch.compiler.is_compiling()
-    if known is not None and not compiling and known.watch.holds():
+    if known is not None and known.watch.holds():
         return known
     seen = watch(module)
     reading = _Reading(seen, module._reasons(), {})

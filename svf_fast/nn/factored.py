@@ -282,7 +282,7 @@ class Factored(nn.Module):
             layers[1, 0].fill_(self.S.numel())
             assert_guarded(self.S, self._guarded(), layers)
         U, S, V = self.U, self.S, self._kernel()
-        kind, constants = self._reading(plan, V, dtype, scale, keep=not compiling)
+        kind, constants = self._reading(plan, V, dtype, scale, not compiling and self._has_values())
         if in_graph or not self._has_values():
             pair = weights(kind, U, S, V, dtype, scale)
         else:
@@ -294,16 +294,13 @@ class Factored(nn.Module):
     ) -> tuple[Kind, Constants]:
         """What a plan's gradients take of U and V, made once where it can be kept."""
         geometry, trains, at = self._geometry(), self.S.requires_grad, (dtype, scale is not None)
-        found = plan.readings.get(at)
-        if found is not None and keep and found[:2] == (geometry, trains) and found[2] is scale:
+        found = plan.readings.get(at) if keep else None
+        if found is not None and found[:2] == (geometry, trains) and found[2] is scale:
             return found.kind, found.constants
-        with torch.no_grad():
-            strategy = plan.strategy if trains else "frozen"
-            kind = Kind.of(torch.Size((len(self.U), *V.shape[1:])), geometry, strategy)
-            constants = Constants.of(
-                kind, self.U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale
-            )
-        if keep and self._has_values() and not self._is_captured():
+        strategy = plan.strategy if trains else "frozen"
+        kind = Kind.of(torch.Size((len(self.U), *V.shape[1:])), geometry, strategy)
+        constants = Constants.of(kind, self.U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale)
+        if keep and not self._is_captured():
             plan.readings[at] = Reading(geometry, trains, scale, kind, constants)
         return kind, constants
 

@@ -204,3 +204,17 @@ def blocks() -> nn.Sequential:
     torch.manual_seed(0)
     stages = (Block(12, 6, 16), Block(16, 4, 16), Block(16, 8, 16))
     return nn.Sequential(*stages).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("fuse", (True, False))
+def test_a_report_leaves_nothing_of_itself_in_the_model(fuse):
+    """Before the first pass and after it: the fake values of a report are no values."""
+    model = svf_fast.convert(network(True).eval(), None, fuse=fuse)
+    x = torch.randn(2, 3, 19, 21)
+    svf_fast.memory_report(model, x.shape)
+    first = model(x)
+    svf_fast.memory_report(model, x.shape)
+    again = model(x)
+    assert type(first) is type(again) is torch.Tensor and torch.equal(first, again)
+    again.sum().backward()
+    assert all(type(S.grad) is torch.Tensor for S in svf_fast.svf_parameters(model))
