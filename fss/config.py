@@ -442,7 +442,7 @@ class TrainConfig:
     pictures: int = 6
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
     tf32: Literal["none", "convolutions", "all"] = "convolutions"
-    graph: Literal["auto", "off"] = "auto"
+    graph: Literal["auto", "off"] | bool = "auto"
     deterministic: bool = False
     sync_batch_norm: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -483,6 +483,8 @@ class TrainConfig:
             ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"),
         )
         _choice("tf32", self.tf32, ("none", "convolutions", "all"))
+        if self.graph is False:  # what YAML 1.1 reads of a bare off
+            self.graph = "off"
         _choice("graph", self.graph, ("auto", "off"))
         _choice("accelerator", self.accelerator, ("auto", "cpu", "cuda"))
         if self.devices != "auto":

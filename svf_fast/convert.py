@@ -210,8 +210,9 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
         prefix = f"{container}." if container else ""
         new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
         if isinstance(module, FusedSequential):
-            undo.append(partial(setattr, module, "_names", module._names))
-            module._names += tuple(unit for unit in new if unit not in module._names)
+            undo.append(partial(module.rename, module._names))
+            more = tuple(unit for unit in new if unit not in module._names)
+            module.rename(module._names + more)
         elif new:
             undo.append(FusedSequential._adopt(module, new).unfuse)
     return undo

@@ -8,18 +8,17 @@ hooks and place in the model. Only its class is another, a subclass of its own w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.nn.conv2d import SVFConv2d
-from svf_fast.nn.state import Watch, is_hooked, watch
-from svf_fast.nn.values import Plan
-from svf_fast.ops.block import Stage, block
-from svf_fast.ops.svf_conv2d import Layer
+from svf_fast.nn.reading import Readable, Reading
+from svf_fast.nn.state import is_hooked, watch
+from svf_fast.ops.block import block
 from svf_fast.structure import ResidualBlock, Unit, examine
 from svf_fast.structure import Stage as Names
 
@@ -39,14 +38,14 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     def constants_key(self) -> tuple:
-        """Of what a CUDA graph of the fused pass holds as constants: its batch norms as they are.
+        """Of what a CUDA graph of the fused pass holds as constants, batch norms among them.
 
-        Empty where the last pass was not fused: then a graph reads the batch norms themselves.
+        Empty where it is not fused: then a graph reads the batch norms themselves.
         """
         reading = self.__dict__.get("_reading")
-        if reading is None or any(reading.reasons):
+        if reading is None or any(self._reasons()):
             return ()
-        return reading.watch.tensors_key()
+        return reading.watch.key(), getattr(self, "recompute", False)
 
     def unfuse(self) -> nn.Module:
         """Gives the module its original class back, in place; returns it."""
@@ -54,6 +53,11 @@ class Fused(nn.Module):
             self.__dict__.pop(name, None)
         self.__class__ = self.original
         return self
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_reading", None)
+        return replica
 
     def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -82,92 +86,15 @@ def fuse(module: nn.Module, mixin: type[_F]) -> _F:
     return cast(_F, module)
 
 
-class _Slot:
-    """A stage of a block in one dtype: what of it is the same in each forward pass.
-
-    folds: :func:`svf_fast.ops.block.folds_scale`. shift: with that of the shortcut, if it has one.
-    """
-
-    def __init__(
-        self, conv: SVFConv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype, folds: bool
-    ) -> None:
-        self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
-        self._folded = scale if folds else None
-        self._plan: Plan | None = None
-        self._before: Any = ()  # of the layer's fields, the weights between them
-        self._behind: Any = ()
-
-    def read(self) -> Stage:
-        """As the op takes it, whatever the values of S are."""
-        layer = self.conv.layer(self.dtype, self._folded)
-        assert layer is not None  # `_reason` has seen to it
-        return Stage(layer, self.scale, self.shift)
-
-    def again(self) -> Stage:
-        """The same for a plan of the present values, where no trace or capture runs."""
-        conv = self.conv
-        if self._plan is not conv._plan:
-            layer = conv.layer(self.dtype, self._folded)
-            assert layer is not None
-            self._plan, self._before, self._behind = conv._plan, layer[:4], layer[6:]
-        kind, *_, V = self._before
-        pair = conv._made(kind, V, self.dtype, self._folded)
-        layer = Layer._make((*self._before, *pair, *self._behind))
-        return Stage(layer, self.scale, self.shift)
-
-
-class _Reading(NamedTuple):
-    """What was found of a fused module: why its parts are not fused, and its stages by dtype."""
-
-    watch: Watch | None
-    reasons: list[str]
-    slots: dict[tuple[str, torch.dtype], list[_Slot]]
-
-    def stages(
-        self, module: nn.Module, names: Sequence[Names], dtype: torch.dtype, shortcut: Names | None
-    ) -> list[Stage]:
-        """The stages of a chain, that of its shortcut last, as the op takes them.
-
-        A block with another shortcut than its own stage has a ReLU after the sum; of a unit alone
-        the name says whether it has one.
-        """
-        at = names[0].conv, dtype
-        slots = self.slots.get(at)
-        # what is traced or captured is there only when the graph runs; fakes have no values to keep
-        traced = self.watch is None or _conv(module, names[0])._is_captured()
-        if slots is None:
-            slots = _slots(module, names, dtype, shortcut)
-            if not traced:
-                self.slots[at] = slots
-        return [slot.read() if traced else slot.again() for slot in slots]
-
-
-def _slots(
-    module: nn.Module, names: Sequence[Names], dtype: torch.dtype, shortcut: Names | None
-) -> list[_Slot]:
-    affine = [_affine(module, stage, dtype) for stage in names]
-    every, last = list(names), len(names) - 1
-    if shortcut is not None:
-        every.append(shortcut)
-        affine.append(_affine(module, shortcut, dtype))
-        affine[last] = affine[last][0], affine[last][1] + affine[-1][1]
-    sums = len(names) > 1 or shortcut is not None or not names[-1].relu
-    return [
-        _Slot(_conv(module, stage), *own, dtype, sums and index >= last)
-        for index, (stage, own) in enumerate(zip(every, affine, strict=True))
-    ]
-
-
-def _read(module: Fused) -> _Reading:
+def _read(module: Readable) -> Reading:
     """The reading of the module as it is now, kept until something in it changes."""
     if torch.compiler.is_compiling():
-        return _Reading(None, module._reasons(), {})
+        return Reading(module, None)
     known = module.__dict__.get("_reading")
-    if known is not None and known.watch.holds():
+    if known is not None and known.holds(module):
         return known
-    seen = watch(module)
-    reading = _Reading(seen, module._reasons(), {})
-    if seen is not None:
+    reading = Reading(module, watch(cast(nn.Module, module)))
+    if reading.watch is not None:
         module.__dict__["_reading"] = reading
     return reading
 
@@ -234,7 +161,7 @@ class ResidualUnit(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         names, reading = self._names, _read(self)
-        if reading.reasons[0]:
+        if reading.reasons(self)[0]:
             return super().forward(x)
         dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
         shortcut_x = None
@@ -243,7 +170,7 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        stages = reading.stages(self, names.stages, dtype, names.shortcut)
+        stages = reading.stages(self, names.stages, dtype, True, names.shortcut)
         shortcut = "identity" if names.shortcut is None else stages.pop()
         return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
 
@@ -285,6 +212,11 @@ class FusedSequential(Fused):
 
     _names: tuple[Unit, ...]
 
+    def rename(self, names: tuple[Unit, ...]) -> None:
+        """Sets what runs as one node."""
+        self._names = names
+        self.__dict__.pop("_reading", None)
+
     @classmethod
     def _adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> Fused:
         fused = fuse(module, cls)
@@ -313,7 +245,7 @@ class FusedSequential(Fused):
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
         reading = _read(self)
-        reasons = zip(self._names, reading.reasons, strict=True)
+        reasons = zip(self._names, reading.reasons(self), strict=True)
         units = {unit.stage.conv: unit for unit, reason in reasons if not reason}
         for name in self._modules:  # named_children leaves out what comes again
             if name in skipped:
@@ -323,7 +255,7 @@ class FusedSequential(Fused):
                 x = self.get_submodule(name)(x)
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
-            stages = reading.stages(self, [unit.stage], dtype, None)
+            stages = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)
             x = block(x.to(dtype), stages, relu=unit.stage.relu)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
@@ -370,23 +302,30 @@ class SVFConvBNAct(nn.Module):
 
     def unfused_reason(self) -> str:
         """Why the next forward pass runs module by module; empty where it is fused."""
-        return _reason(self, [Names("conv", "bn", self.relu)]) or _hooked(self)
+        return self._reasons()[0]
+
+    def _reasons(self) -> list[str]:
+        return [_reason(self, [Names("conv", "bn", self.relu)]) or _hooked(self)]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None and not isinstance(residual, Tensor):
             raise TypeError(
                 f"SVFConvBNAct: residual: expected a tensor or None, got {type(residual).__name__}"
             )
-        if self.unfused_reason():
+        reading = _read(self)
+        if reading.reasons(self)[0]:
             out = self.bn(self.conv(x))
             out = out if residual is None else out + residual
             return out.relu() if self.relu else out
         dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
-        affine = _affine(self, Names("conv", "bn", self.relu), dtype)
-        stage = _Slot(self.conv, *affine, dtype, residual is not None or not self.relu).read()
+        names, folds = Names("conv", "bn", self.relu), residual is not None or not self.relu
+        stages = reading.stages(self, [names], dtype, folds)
         if residual is None:
-            return block(x.to(dtype), [stage], relu=self.relu)
-        return block(x.to(dtype), [stage], "given", residual.to(dtype), self.relu)
+            return block(x.to(dtype), stages, relu=self.relu)
+        return block(x.to(dtype), stages, "given", residual.to(dtype), self.relu)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reading"}
 
 
 def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
@@ -401,20 +340,6 @@ def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
 def _conv(module: nn.Module, names: Names) -> SVFConv2d:
     """The convolution of a stage, which :func:`_reason` has found to be an SVF layer."""
     return cast(SVFConv2d, module.get_submodule(names.conv))
-
-
-def _affine(module: nn.Module, names: Names, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
-    bias, bn = _conv(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
-    assert bn.running_mean is not None and bn.running_var is not None
-    dtype = torch.promote_types(dtype, torch.float32)
-    with torch.no_grad():
-        scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
-        if bn.weight is not None:
-            scale = scale * bn.weight.to(dtype)
-        mean = bn.running_mean.to(dtype)
-        shift = -(mean if bias is None else mean - bias.to(dtype)) * scale
-        return scale, shift if bn.bias is None else shift + bn.bias.to(dtype)
 
 
 def _reason(module: nn.Module, stages: list[Names]) -> str:

@@ -35,6 +35,21 @@ def fingerprint(weight: Tensor) -> Tensor:
     return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
 
 
+class _Same:
+    """A tensor that equals itself alone."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.tensor is other.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
 def bytes_of(x: Tensor) -> bytes:
     """The values of a tensor on the CPU, to be compared."""
     x = x if x.is_contiguous() else x.contiguous()
@@ -236,14 +251,17 @@ class Factored(nn.Module):
         return gram + guarded * direction <= chain
 
     def _keys(self) -> tuple[tuple, tuple]:
-        """Of the factors and of S: another key whenever one is replaced or written to."""
+        """Of the factors and of S: another key whenever one is replaced or written to.
+
+        For as long as the key is kept so is the tensor, whose address nothing else can take then.
+        """
         buffers = self._buffers
         U, V, S = cast(Tensor, buffers["U"]), cast(Tensor, buffers["V"]), self.S
         if S.is_inference() or U.is_inference():  # no version counter: never equal
             return (object(),), (object(),)
         return (
-            (U.data_ptr(), U._version, U.dtype, V.data_ptr(), V._version, V.dtype),
-            (S.data_ptr(), S._version),
+            (_Same(U), U.data_ptr(), U._version, _Same(V), V.data_ptr(), V._version, self.strategy),
+            (_Same(S), S.data_ptr(), S._version),
         )
 
     def _current_plan(self) -> Plan | None:
@@ -371,6 +389,13 @@ class Factored(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._plan, replica._values = None, Values()  # of its own S
+        replica.__dict__.pop("_network")
+        Network().join(replica)
+        return replica
 
     def __getstate__(self):
         return {**self.__dict__, "_plan": None, "_values": None}

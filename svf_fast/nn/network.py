@@ -59,10 +59,11 @@ class Network:
         optimizer step moves S by far less than the guard's margin.
         """
         arrival = self._arrivals.get(device)
-        for layer, S in () if arrival is None else arrival.taken():
+        taken = [] if arrival is None else arrival.taken()
+        for layer, S in taken:
             if layer._plan is not None and layer.S.numel() == S.numel():
                 layer._plan_for(S.to(layer.S.dtype))
-        if not moved:
+        if not moved and not (arrival is not None and taken and arrival.owed):
             return
         layers = self.layers(device)
         for layer in layers:
@@ -99,6 +100,7 @@ class Network:
 
     def compose_captured(self, device: torch.device) -> None:
         """Puts W of all layers in use into a CUDA graph, and the test that their guards suffice."""
+        self._forget_made(device)  # of values before the capture
         if guarded := self._guarded(device):
             S = torch.cat([layer.S.detach() for layer in guarded])
             assert_guarded(S, *self._guards(guarded))
@@ -109,9 +111,13 @@ class Network:
     def end_capture(self, device: torch.device) -> None:
         """Forgets W of the graph, which has values only when that runs."""
         self.composed = False
-        for dtype, layers in self._in_use(device):
-            for layer in layers:
-                layer._values.made.pop(dtype, None)
+        self._forget_made(device)
+
+    def _forget_made(self, device: torch.device) -> None:
+        """Of all layers whose S trains: weights are made anew when they are asked for."""
+        for layer in self.layers(device):
+            if layer.S.requires_grad:
+                layer._values.made.clear()
 
     def _devices(self) -> set[torch.device]:
         alive = (ref() for ref in self._layers)
@@ -121,7 +127,8 @@ class Network:
         """The layers whose S trains, by the dtype that their W was asked for in."""
         layers = [layer for layer in self.layers(device) if layer.S.requires_grad]
         dtypes = dict.fromkeys(dtype for layer in layers for dtype in layer._values.scales)
-        return [(dtype, [x for x in layers if x._composes(dtype)]) for dtype in dtypes]
+        found = ((dtype, [x for x in layers if x._composes(dtype)]) for dtype in dtypes)
+        return [(dtype, composing) for dtype, composing in found if composing]
 
     def _guarded(self, device: torch.device) -> list[Factored]:
         """The layers that divide by values of S."""
@@ -199,10 +206,12 @@ class _Arrival:
         self._parts: list[tuple[weakref.ref[Factored], int]] = []
         self._values: Tensor | None = None
         self._event: torch.cuda.Event | None = None
+        self.owed = False  # whether values have been asked for while others were on their way
 
     def start(self, layers: list[Factored]) -> None:
-        """Nothing where the last ones have not arrived: the host is ahead, they are read first."""
-        if self._event is not None:
+        """Not while others are on their way: then once the host, which is ahead, has read them."""
+        self.owed = self._event is not None
+        if self.owed:
             return
         sent = torch.cat([layer.S.detach().float() for layer in layers])
         if self._values is None or self._values.numel() != sent.numel():

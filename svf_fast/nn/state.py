@@ -40,7 +40,6 @@ class Watch:
     """All modules inside a module, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._grad = torch.is_grad_enabled()
         self._children: list[tuple] = []
         self._counts: list[tuple[dict, int]] = []
         self._values: list[tuple[dict[str, Any], str, Any]] = []
@@ -50,6 +49,7 @@ class Watch:
         # a GPU looking would mean waiting
         self._bytes: list[tuple[int, int, int]] = []
         self._copies: list[Tensor] = []
+        self._apart: list[tuple[Tensor, Tensor]] = []  # whose elements do not lie side by side
         self._look(module)
 
     def _look(self, module: nn.Module) -> None:
@@ -65,7 +65,7 @@ class Watch:
                     raise _Unseen
                 self._values += [(own, attribute, own[attribute]) for attribute in _OF_CONV]
                 self._convs.append((child, child.strategy_in_use, child.S.requires_grad))
-                self._tensor(own["_parameters"], "bias")
+                self._tensor(own["_parameters"], "bias", copied=True)
             elif isinstance(child, _BatchNorm):
                 self._values.append((own, "eps", own["eps"]))
                 for at in ("_parameters", "weight"), ("_parameters", "bias"):
@@ -76,7 +76,7 @@ class Watch:
                 self._look(child)
 
     def _tensor(self, of: dict[str, Tensor | None], name: str, copied: bool = False) -> None:
-        tensor = of[name]
+        tensor = of.get(name)
         if tensor is None:
             self._values.append((of, name, None))
             return
@@ -84,20 +84,30 @@ class Watch:
             raise _Unseen
         version = tensor._version
         self._tensors.append((of, name, tensor, tensor.data_ptr(), version, tensor.requires_grad))
-        if copied and tensor.device.type == "cpu" and tensor.is_contiguous():
-            copy = tensor.detach().clone()
+        if not copied or tensor.device.type != "cpu":
+            return
+        copy = tensor.detach().clone()
+        if tensor.is_contiguous():
             self._copies.append(copy)
             self._bytes.append((tensor.data_ptr(), copy.data_ptr(), copy.nbytes))
+        else:
+            self._apart.append((tensor, copy))
 
-    def tensors_key(self) -> tuple:
-        """Of the biases and batch norms as they are: another one when they are written to."""
-        now = (of.get(name) for of, name, *_ in self._tensors)
-        return tuple(None if t is None else (t.data_ptr(), t._version) for t in now)
+    def key(self) -> tuple:
+        """Of all this, as it is now, but the layers: equal as long as nothing of it changes."""
+        tensors = (
+            (t := of.get(name)) is not None and (t.data_ptr(), t._version)
+            for of, name, *_ in self._tensors
+        )
+        values = (of.get(name) for of, name, _ in self._values)
+        children = (
+            (id(modules.get(name)), own["training"], "forward" in own, is_hooked(child))
+            for modules, name, child, _, own, *_ in self._children
+        )
+        return *tensors, *values, *children
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        if torch.is_grad_enabled() != self._grad:
-            return False
         for modules, count in self._counts:
             if len(modules) != count:
                 return False
@@ -132,7 +142,8 @@ class Watch:
             assert plan is not None
             if plan.strategy != strategy or conv.S.requires_grad is not requires_grad:
                 return False
-        return _C.same_bytes(self._bytes)
+        apart = all(torch.equal(tensor, copy) for tensor, copy in self._apart)
+        return apart and _C.same_bytes(self._bytes)
 
 
 def watch(module: nn.Module) -> Watch | None:

@@ -24,6 +24,7 @@ from svf_fast.ops.svf_conv2d import (
     Gradient,
     Kind,
     Layer,
+    keeps_graph,
     memory_format,
     no_autocast,
     saved,
@@ -274,7 +275,10 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         with no_autocast(grad):
-            return _backward(ctx, grad)
+            grads = _backward(ctx, grad)
+        if not keeps_graph():
+            ctx.stages, ctx.others = None, ()
+        return grads
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:

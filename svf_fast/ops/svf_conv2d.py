@@ -422,6 +422,20 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs may be run again; if not, W need not be kept for it.
+
+    torch frees what a node saved, but not what else it holds, as long as its output lives.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return _KEEPS_GRAPH()
+
+
+# private, as there is no other way; where it is gone all is kept
+_KEEPS_GRAPH = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Keeps a backward pass in the dtypes of its forward pass, whoever calls it."""
     if torch.compiler.is_compiling():  # backward is traced without autocast; leaving it off there
@@ -474,4 +488,7 @@ class _SVFConv2d(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dtype = torch.promote_types(grad_y.dtype, torch.float32)
                 grad_bias = grad_y.sum(dim=(0, 2, 3), dtype=dtype).to(grad_y.dtype)
-            return grad_x, grad_bias, None, grad_S, *[None] * (2 + len(ctx.others))
+            count = len(ctx.others)
+            if not keeps_graph():
+                ctx.others = ()
+            return grad_x, grad_bias, None, grad_S, *[None] * (2 + count)

@@ -63,12 +63,12 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
     step(model, x)
     (block,) = (module for module in model.modules() if isinstance(module, Fused))
     reading = block._reading
-    slots = dict(reading.slots)
+    slots = dict(reading._slots)
     convs = {names.conv: block.get_submodule(names.conv) for names in block._names.stages}
     weights = {name: conv._values.made[torch.float32].weight for name, conv in convs.items()}
     before = {name: weight.clone() for name, weight in weights.items()}
     monkeypatch.setattr(SVFConv2d, "_is_captured", lambda self: True)
-    every = block._names.stages, torch.float32, block._names.shortcut
+    every = block._names.stages, torch.float32, True, block._names.shortcut
     stages = reading.stages(block, *every)
     (kept,) = slots.values()
     assert len(stages) == len(kept) == len(convs) + 1  # the shortcut's too
@@ -77,7 +77,7 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
         assert stage.layer.weight is not weights[names.conv]
         assert convs[names.conv]._values.made[torch.float32].weight is weights[names.conv]
         assert torch.equal(weights[names.conv], before[names.conv])
-    assert slots == reading.slots
+    assert slots == reading._slots
     with torch.no_grad():
         first(model).S[-1] = 1e-9  # no longer guarded enough
     with pytest.raises(RuntimeError, match="capture the graph again"):

@@ -1,0 +1,140 @@
+"""What a fused module reads of its parts: why they are not fused, and the stages of the op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from svf_fast.nn.conv2d import SVFConv2d
+from svf_fast.nn.state import Watch
+from svf_fast.nn.values import Plan
+from svf_fast.ops.block import Stage
+from svf_fast.ops.svf_conv2d import Layer
+from svf_fast.structure import Stage as Names
+
+
+class Readable(Protocol):
+    """A fused module."""
+
+    def _reasons(self) -> list[str]: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+
+class Slot:
+    """A stage of a block in one dtype: what of it is the same in each forward pass.
+
+    folds: :func:`svf_fast.ops.block.folds_scale`. shift: with that of the shortcut, if it has one.
+    """
+
+    def __init__(
+        self, conv: SVFConv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype, folds: bool
+    ) -> None:
+        self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
+        self._folded = scale if folds else None
+        self._plan: Plan | None = None
+        self._layer: Any = ()  # its fields, of which S and the weights are another each time
+
+    def read(self) -> Stage:
+        """As the op takes it, whatever the values of S are."""
+        layer = self.conv.layer(self.dtype, self._folded)
+        assert layer is not None  # the reasons have seen to it
+        return Stage(layer, self.scale, self.shift)
+
+    def again(self) -> Stage:
+        """The same for a plan of the present values, where no trace or capture runs."""
+        conv = self.conv
+        if self._plan is not conv._plan:
+            layer = conv.layer(self.dtype, self._folded)
+            assert layer is not None
+            self._plan = conv._plan
+            self._layer = layer.kind, layer.U, layer.V, layer[6:]
+        kind, U, V, constants = self._layer
+        pair = conv._made(kind, V, self.dtype, self._folded)
+        layer = Layer._make((kind, conv.S, U, V, *pair, *constants))
+        return Stage(layer, self.scale, self.shift)
+
+
+class Reading:
+    """Of a module as it was when it was read; ``watch`` None where changes cannot be seen."""
+
+    def __init__(self, module: Readable, watch: Watch | None) -> None:
+        self.watch = watch
+        self._owner = id(module)
+        self._reasons: dict[bool, list[str]] = {}
+        self._slots: dict[tuple[str, torch.dtype, bool], list[Slot]] = {}
+
+    def holds(self, module: Readable) -> bool:
+        """Whether it is of this module, not of one that it was copied with, as it is now."""
+        return self._owner == id(module) and self.watch is not None and self.watch.holds()
+
+    def reasons(self, module: Readable) -> list[str]:
+        """Why a part is not fused, empty where it is; other ones where no gradient is wanted."""
+        grad = torch.is_grad_enabled()
+        found = self._reasons.get(grad)
+        if found is None:
+            found = self._reasons[grad] = module._reasons()
+        return found
+
+    def stages(
+        self,
+        module: Readable,
+        names: Sequence[Names],
+        dtype: torch.dtype,
+        folds: bool,
+        shortcut: Names | None = None,
+    ) -> list[Stage]:
+        """The stages of a chain, that of its shortcut last, as the op takes them.
+
+        folds: whether the last one's layer takes the gradient of its batch norm's output.
+        """
+        at = names[0].conv, dtype, folds
+        slots = self._slots.get(at)
+        # what is traced or captured is there only when the graph runs; fakes have no values to keep
+        traced = self.watch is None or _conv(module, names[0])._is_captured()
+        if slots is None:
+            slots = _slots(module, names, dtype, folds, shortcut)
+            if not traced:
+                self._slots[at] = slots
+        return [slot.read() if traced else slot.again() for slot in slots]
+
+
+def _slots(
+    module: Readable,
+    names: Sequence[Names],
+    dtype: torch.dtype,
+    folds: bool,
+    shortcut: Names | None,
+) -> list[Slot]:
+    affine = [_affine(module, stage, dtype) for stage in names]
+    every, last = list(names), len(names) - 1
+    if shortcut is not None:
+        every.append(shortcut)
+        affine.append(_affine(module, shortcut, dtype))
+        affine[last] = affine[last][0], affine[last][1] + affine[-1][1]
+    return [
+        Slot(_conv(module, stage), *own, dtype, folds and index >= last)
+        for index, (stage, own) in enumerate(zip(every, affine, strict=True))
+    ]
+
+
+def _conv(module: Readable, names: Names) -> SVFConv2d:
+    """The convolution of a stage, which the reasons have found to be an SVF layer."""
+    return cast(SVFConv2d, module.get_submodule(names.conv))
+
+
+def _affine(module: Readable, names: Names, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
+    bias, bn = _conv(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
+    assert bn.running_mean is not None and bn.running_var is not None
+    dtype = torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
+        if bn.weight is not None:
+            scale = scale * bn.weight.to(dtype)
+        mean = bn.running_mean.to(dtype)
+        shift = -(mean if bias is None else mean - bias.to(dtype)) * scale
+        return scale, shift if bn.bias is None else shift + bn.bias.to(dtype)
