@@ -56,7 +56,8 @@ class MemoryReport:
 
     Attributes:
         units: see :class:`UnitReport`.
-        factor_bytes: U, S, V and the composed weights: resident, whatever the input.
+        factor_bytes: U, S, V and what is made of them, the composed weights first: resident,
+            whatever the input.
         shapes: input and output shape of every call of each SVF layer.
     """
 
@@ -143,7 +144,7 @@ def memory_report(
         if name in outputs
     ]
     reports.append(UnitReport(_OTHER, (), "", "", (), 0, 0, 0, 0))
-    notes = find(model, lambda _: True)[2]
+    notes, folding = find(model, lambda _: True)[2], _folding(model)
     return MemoryReport(
         tuple(
             dataclasses.replace(
@@ -154,7 +155,7 @@ def memory_report(
             )
             for report in reports
         ),
-        sum(_resident(layer) for layer in layers.values()),
+        sum(_resident(layer, layer in folding) for layer in layers.values()),
         shapes,
     )
 
@@ -325,14 +326,41 @@ def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Siz
     if strategy == "fold":
         return 3 * weight
     tail = 2 * positions * groups * guarded * (fan_in + out_channels // groups)
-    weight_shape = torch.Size((out_channels, *layer.V.shape[1:], 1, 1)[:4])
-    if reads_input(weight_shape, geometry):
+    if _reads_input(layer):
         return 2 * weight + 2 * positions * fan_in * groups * fan_in + tail
     return 2 * weight + 2 * positions * out_channels * (out_channels // groups) + tail
 
 
-def _resident(layer: Factored) -> int:
+def _resident(layer: Factored, folds: bool) -> int:
+    """Factors and what is made of them; folds: with a batch norm's scale a second time."""
     tensors = [layer.U, layer.V, layer.S]
-    composed = layer.strategy_in_use not in ("reference", "chain")
-    weight = layer.U.shape[0] * layer.V[0].numel() if composed else 0
-    return sum(t.numel() * t.element_size() for t in tensors) + weight * layer.U.element_size()
+    size, strategy = layer.U.element_size(), layer.strategy_in_use
+    factors = sum(t.numel() * t.element_size() for t in tensors)
+    if strategy == "reference":
+        return factors
+    made = layer.U.numel() if strategy == "chain" else layer.U.shape[0] * layer.V[0].numel()
+    constants = layer.U.numel() if strategy == "chain" else 0  # Uᵀ as a weight
+    if folds and strategy != "chain":
+        made *= 2
+        reads_x = _reads_input(layer) and strategy == "gram"
+        constants = 0 if reads_x else layer.U.numel()
+    return factors + (made + constants) * size
+
+
+def _folding(model: nn.Module) -> set[Factored]:
+    """Layers whose gradient comes without their batch norm's scale."""
+    found: set[Factored] = set()
+    for module in model.modules():
+        names = []
+        if isinstance(module, ResidualUnit):
+            names = [module._names.stages[-1], *filter(None, [module._names.shortcut])]
+        elif isinstance(module, FusedSequential):
+            names = [unit.stage for unit in module._names if not unit.stage.relu]
+        layers = (module.get_submodule(stage.conv) for stage in names)
+        found |= {layer for layer in layers if isinstance(layer, Factored)}
+    return found
+
+
+def _reads_input(layer: Factored) -> bool:
+    shape = torch.Size((len(layer.U), *layer.V.shape[1:], 1, 1)[:4])
+    return reads_input(shape, layer._geometry())

@@ -94,3 +94,11 @@ def test_a_bad_value_names_setting_expected_and_got(make, message):
 def test_a_bad_run_setting_is_refused(tiny, override, message):
     with pytest.raises(ValueError, match=message):
         tiny(**override)
+
+
+def test_a_bare_off_in_yaml_turns_the_graph_off():
+    """YAML 1.1 reads it as False."""
+    data = {"source": "shapes"}
+    assert TrainConfig.from_dict({"data": data, "graph": False}).graph == "off"
+    with pytest.raises(ValueError, match="graph: expected"):
+        TrainConfig.from_dict({"data": data, "graph": True})

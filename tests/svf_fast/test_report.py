@@ -218,3 +218,26 @@ def test_a_report_leaves_nothing_of_itself_in_the_model(fuse):
     assert type(first) is type(again) is torch.Tensor and torch.equal(first, again)
     again.sum().backward()
     assert all(type(S.grad) is torch.Tensor for S in svf_fast.svf_parameters(model))
+
+
+@pytest.mark.parametrize("strategy", ("reference", "fold", "chain", "gram"))
+def test_resident_bytes_are_those_that_stay(strategy):
+    """After a pass: the distinct storages that layers hold; no direction is guarded."""
+    model = nn.Sequential(Block(12, 6, 24, True)).eval().requires_grad_(False)
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        nn.init.orthogonal_(conv.weight)  # no guarded direction
+    svf_fast.convert(model, None, strategy=strategy)
+    report = svf_fast.memory_report(model, (2, 12, 9, 9))
+    model(torch.randn(2, 12, 9, 9)).sum().backward()
+    storages = {}
+    for layer in svf_fast.nn.factored.svf_layers(model).values():
+        held = [layer.U, layer.V, layer.S]
+        for made in layer._values.made.values():
+            held += [made.weight, made.scaled]
+        for reading in layer._plan.readings.values():
+            held += reading.constants
+        for tensor in held:
+            if tensor is not None and tensor.dim() > 0:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    assert report.factor_bytes == sum(storages.values())
