@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator
 from torch import nn
 
 from svf_fast.nn.block import Fused
-from svf_fast.nn.factored import Factored, svf_layers
+from svf_fast.nn.factored import Factored, check_module, svf_layers
 from svf_fast.nn.network import Network
 
 
@@ -20,6 +20,7 @@ def follow(model: nn.Module) -> Hashable:
     gradient, or something else than the values of a trained S was written to or replaced. Equal
     throughout for a model without SVF layers and batch norms.
     """
+    check_module(model)
     found: list[Hashable] = []
     networks: set[Network] = set()
     for module in model.modules():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from svf_fast.budget import parse_bytes
 from svf_fast.nn.block import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
 from svf_fast.nn.conv2d import SVFConv2d
-from svf_fast.nn.factored import Factored, svf_layers
+from svf_fast.nn.factored import Factored, check_module, svf_layers
 from svf_fast.nn.linear import SVFLinear
 from svf_fast.nn.network import Network
 from svf_fast.plan import fit
@@ -84,6 +84,7 @@ def convert(
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if isinstance(layers, str):
         layers = (layers,)
+    check_module(model)
     if type(model) in (nn.Conv2d, nn.Linear):
         raise ValueError(
             "model: expected a module that contains layers, got a single layer, which cannot be "

@@ -60,8 +60,14 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
+def check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
 def svf_layers(model: nn.Module) -> dict[str, Factored]:
     """The SVF layers of a model by name, each once."""
+    check_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
 
 

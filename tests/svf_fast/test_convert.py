@@ -184,6 +184,23 @@ def test_in_several_calls_as_in_one(calls):
     assert [type(module) for module in model.modules()] == [type(m) for m in fusable().modules()]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        svf_fast.convert,
+        svf_fast.merge,
+        svf_fast.follow,
+        lambda model: svf_fast.composed(model).__enter__(),
+        lambda model: list(svf_fast.svf_parameters(model)),
+        lambda model: svf_fast.memory_report(model, (1, 3, 8, 8)),
+    ],
+    ids=["convert", "merge", "follow", "composed", "svf_parameters", "memory_report"],
+)
+def test_what_is_no_module_is_told(call):
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
+        call("resnet50")
+
+
 def test_what_was_converted_without_fusing_stays_unfused():
     model = svf_fast.convert(fusable(), ("3", "4.0"), fuse=False)
     svf_fast.convert(model, ("0",))
