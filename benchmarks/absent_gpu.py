@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -511,6 +512,7 @@ def absent_gpu(arch: int = 90) -> Iterator[AbsentGPU]:
 
     before, overwrite = driver._active, torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ))  # a knob that is set goes there and stays
         for owner, name, value in (
             (JITFunction, "run", run),
             (InterpretedFunction, "run", run),

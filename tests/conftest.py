@@ -20,6 +20,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """A test leaves the environment as it was: what it sets would decide how later ones run."""
+    before = dict(os.environ)
+    yield
+    names = {name for name, _ in before.items() ^ os.environ.items()} - {"PYTEST_CURRENT_TEST"}
+    assert not names, f"the test left {sorted(names)} changed in os.environ"
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN (`empty` in Python and in C++ alike), so a read of it shows."""
