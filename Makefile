@@ -1,8 +1,10 @@
-# `make` lists the targets. Variables: PYTHON, TORCH (what pip installs), VENV, ARGS (for pytest).
+# `make` lists the targets. Variables: PYTHON, TORCH (what pip installs), VENV, ARGS (for pytest),
+# JOBS (processes of the tests, 0: this one).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+JOBS ?= $(if $(ARGS),0,2)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -29,7 +31,7 @@ demo: venv ## the main job on the embedded data: three regimes, table and pictur
 	  --out runs/demo --results runs/demo/regimes
 
 test: venv ## run the tests; ARGS="-k chain" chooses
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: venv ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The forward and backward passes of a training step as one CUDA graph."""
+"""The forward and backward passes of a training step, or a test's forward pass, as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def captured(
         tell("graph: steps run eagerly, several processes exchange gradients within a step")
         return body
     return CapturedStep(body, network, inputs, CudaGraph(fabric.device), tell)
+
+
+def captured_forward(
+    forward: Body, network: nn.Module, inputs: Sequence[str], fabric: Fabric, graph: str
+) -> Body:
+    """A forward pass without gradients that runs as a CUDA graph as a `captured` body does.
+
+    With several processes too: they share nothing in it.
+    """
+    if graph == "off" or not records_graphs(fabric.device):
+        return forward
+    graphs = CudaGraph(fabric.device)
+    return CapturedStep(forward, network, inputs, graphs, fabric.print, trains=False)
 
 
 def records_graphs(device: torch.device) -> bool:
@@ -113,6 +126,7 @@ class CapturedStep:
         inputs: the entries of a part that the body reads, tensors.
         graph: records the body.
         tell: called with a line once steps run eagerly.
+        trains: whether the body makes gradients; else those of the network are left alone.
     """
 
     def __init__(
@@ -122,9 +136,11 @@ class CapturedStep:
         inputs: Sequence[str],
         graph: CudaGraph,
         tell: Callable[[str], None],
+        trains: bool = True,
     ) -> None:
         self._body = body
         self._network = network
+        self._parameters = list(network.parameters()) if trains else []
         self._inputs = tuple(dict.fromkeys(inputs))
         self._graph = graph
         self._tell = tell
@@ -187,13 +203,13 @@ class CapturedStep:
             return False
         self._gradients = [
             (parameter, parameter.grad)
-            for parameter in self._network.parameters()
+            for parameter in self._parameters
             if parameter.grad is not None
         ]
         return True
 
     def _discard(self) -> None:
-        for parameter in self._network.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
         self._result, self._gradients = None, []
         self._graph.discard()

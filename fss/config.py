@@ -407,7 +407,8 @@ class TrainConfig:
         graph: on a GPU, "auto" launches the forward and backward passes of a step as one CUDA
             graph after a few steps, which spares the host's time; the graph keeps the memory of a
             step also while the run validates. Steps that cannot be captured run one by one, and a
-            line says why. "off" never captures. The weights are the same up to rounding.
+            line says why. The same for tests with a feature_cache of 0. "off" never captures. The
+            weights are the same up to rounding.
         deterministic: the same bits from run to run on the same machine and number of processes;
             an operation that cannot do that is an error.
         sync_batch_norm: batch norms that train on statistics of the batch take those of all

@@ -103,6 +103,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         max(1, config.batch_size // fabric.world_size // config.accumulate),
         resize=config.resize,
         feature_cache=config.feature_cache,
+        graph=config.graph,
     )
     result = {
         "test": {"checkpoint": path.name, "step": tested["step"], **test},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, Subset
 
+from fss.captured import Body, Parts, captured_forward
 from fss.config import DataConfig
 from fss.data import EpisodeDataset, Source, Split, build_episodes
 from fss.feature_cache import FeatureCache, Names
@@ -71,18 +71,31 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
     return getattr(model, "inputs", ("query_image", "support_images", "support_masks"))
 
 
+def forward_of(model: nn.Module) -> Body:
+    """From the one part of a step, a batch, to the logits of its queries."""
+    names = input_names(model)
+
+    def forward(parts: Parts) -> Tensor:
+        (batch,) = parts
+        return model(*(batch[name] for name in names)).logits
+
+    return forward
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module,
     batch: dict[str, Any],
     resize: str = "photo",
-    cache: FeatureCache | None = None,
+    forward: Body | None = None,
 ) -> list[Tensor]:
-    """Label maps of a batch of test episodes, each at its photo's original size; see `segment`."""
+    """Label maps of a batch of test episodes, each at its photo's original size; see `segment`.
+
+    `forward` runs the model for it, if given.
+    """
     training = model.training
     model.eval()
-    with cache.serve(batch) if cache else nullcontext():
-        logits = model(*(batch[name] for name in input_names(model))).logits
+    logits = (forward or forward_of(model))([batch])
     model.train(training)
     sizes = [mask.shape for mask in batch["query_mask_original"]]
     return [
@@ -100,10 +113,11 @@ def evaluate(
     workers: int = 0,
     resize: str = "photo",
     feature_cache: float = 0.0,
+    graph: str = "off",
 ) -> Score:
     """Score of a model on test episodes; see `evaluate_all`."""
     return evaluate_all(
-        model, [dataset], classes, fabric, batch_size, workers, resize, feature_cache
+        model, [dataset], classes, fabric, batch_size, workers, resize, feature_cache, graph
     )[0]
 
 
@@ -116,6 +130,7 @@ def evaluate_all(
     workers: int = 0,
     resize: str = "photo",
     feature_cache: float = 0.0,
+    graph: str = "off",
 ) -> list[Score]:
     """Scores of a model on several sets of test episodes, each process taking its share of all.
 
@@ -132,6 +147,8 @@ def evaluate_all(
         workers: processes that load episodes.
         resize: see `segment`.
         feature_cache: GiB of features to keep, see `FeatureCache`.
+        graph: "auto" runs whole batches as a CUDA graph on a GPU; not with a cache, where a batch
+            computes what it lacks. See `captured_forward`.
     """
     # Of each episode the place of its class, then its counts; each process fills its rows.
     rows = torch.zeros(sum(map(len, datasets)), 6, dtype=torch.int64)
@@ -145,10 +162,16 @@ def evaluate_all(
     cache = FeatureCache(model, feature_cache, [names[place] for place in share if names])
     places = iter(share)
     episodes = Subset(ConcatDataset(datasets), share)
-    with fixed_shapes(cache.model is None):  # else a batch computes what it lacks
+    fixed = cache.model is None  # else a batch computes what it lacks
+    eager, whole = forward_of(model), "auto" if fixed and graph == "auto" else "off"
+    recorded = captured_forward(eager, model, input_names(model), fabric, whole)
+    with fixed_shapes(fixed):
         for batch in episode_loader(episodes, batch_size, workers, fabric):
+            forward = recorded if len(batch["class_id"]) == batch_size else eager
+            with cache.serve(batch):
+                predicted = predict(model, batch, resize, forward)
             labels = zip(
-                predict(model, batch, resize, cache),
+                predicted,
                 batch["query_mask" if resize == "network" else "query_mask_original"],
                 batch["class_id"].tolist(),
                 strict=True,
@@ -189,6 +212,7 @@ def evaluate_seeds(
     novel: bool = True,
     resize: str = "photo",
     feature_cache: float = 0.0,
+    graph: str = "off",
 ) -> dict[str, Any]:
     """Scores over several episode seeds, as plain values for JSON.
 
@@ -196,7 +220,8 @@ def evaluate_seeds(
     null for one seed) of mIoU, FB-IoU and of each class's IoU, all fractions; the values in the
     order of the seeds; "miou_sampled", without the classes that no episode showed, where "miou"
     counts 0; "bootstrap", a seed's 95 % interval of mIoU over its episodes; the number of episodes
-    of each class; and, per seed, the classes that no episode showed. `feature_cache` is in GiB.
+    of each class; and, per seed, the classes that no episode showed. `feature_cache` and
+    `graph` as for `evaluate_all`.
     """
     names = episode_classes(source, config.fold, novel)
     split: Split = "test" if novel else "validation"
@@ -209,6 +234,7 @@ def evaluate_seeds(
         config.workers,
         resize,
         feature_cache,
+        graph,
     )
     return {
         "classes_are": "novel" if novel else "base",

@@ -182,6 +182,7 @@ def evaluate_run(
             classes == "novel",
             config.resize,
             config.feature_cache,
+            config.graph,
         )
     if fabric.is_global_zero:
         name = "eval" if source is None else f"eval_{source}_fold{config.data.fold}"

@@ -322,6 +322,7 @@ class Trainer:
             self.config.data.workers,
             self.config.resize,
             self.config.feature_cache,
+            self.config.graph,
         )
         train_miou = self._train_miou()
         if self.log is not None:

@@ -63,7 +63,9 @@ def test_every_peer_passes(judge, name):
 
 
 @pytest.mark.parametrize(
-    "change", [one_zero, flipped, lambda _, grad: torch.zeros_like(grad)], ids=str
+    "change",
+    [one_zero, flipped, lambda _, grad: torch.zeros_like(grad)],
+    ids=["one zero", "flipped", "zeros"],
 )
 def test_a_wrong_gradient_fails(judge, change):
     passed, row = judged(judge, with_gradient(change))

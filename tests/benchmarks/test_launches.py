@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import launches
 import pytest
@@ -10,6 +11,7 @@ import torch
 from absent_gpu import LAYOUT_COPY, TO_DEVICE, TO_HOST, AbsentGPU, absent_gpu
 from levels import Settings
 from torch.nn import functional
+from triton import knobs
 
 from svf_fast.nn.factored import svf_layers
 
@@ -102,6 +104,15 @@ def test_the_products_of_a_step_of_ours_by_hand(plain):
     assert forward["pointwise_kernel"] == {"forward": 26}
     assert forward["convolution"] == {"forward": 13 + 3}
     assert not step["guards"] and not step["accumulation"]
+
+
+def test_all_is_as_it_was_afterwards():
+    """Triton's switches among it: one that is set goes into the environment, and stays there."""
+    before, interprets = dict(os.environ), knobs.runtime.interpret
+    with absent_gpu():
+        assert not knobs.runtime.interpret
+    assert (dict(os.environ), knobs.runtime.interpret) == (before, interprets)
+    assert torch.ones(2).cpu().device.type == "cpu"
 
 
 def test_single_ops():

@@ -12,12 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 import svf_fast
 from fss import captured as module
 from fss.captured import WARM_UP, CapturedStep, captured
+from fss.data import build_episodes
 from fss.engine import train
+from fss.evaluation import episode_classes, evaluate
+from fss.models import build_model
 from fss.run_log import read_log
 from fss.trainer import Trainer
 
@@ -29,20 +33,20 @@ class Replayed:
     are is known from the runs before it.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, network: nn.Module, trains: bool = True) -> None:
+        self.parameters = list(network.parameters()) if trains else []
         self.calls: list[str] = []
 
     def run(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.calls.append("run")
         result = function()
-        self.trained = [p for p in self.network.parameters() if p.grad is not None]
+        self.trained = [p for p in self.parameters if p.grad is not None]
         self.like = result
         return result
 
     def capture(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.calls.append("capture")
-        assert all(p.grad is None for p in self.network.parameters())
+        assert all(p.grad is None for p in self.parameters)
         self.function = function
         for parameter in self.trained:
             parameter.grad = torch.full_like(parameter, torch.nan)
@@ -53,7 +57,7 @@ class Replayed:
     def replay(self) -> None:
         self.calls.append("replay")
         present = [parameter.grad for parameter in self.trained]
-        for parameter in self.network.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
         self.result.copy_(self.function())
         for parameter, gradient, before in zip(self.trained, self.gradients, present, strict=True):
@@ -76,9 +80,9 @@ def graphs(monkeypatch) -> list[Replayed]:
     made: list[Replayed] = []
     step = CapturedStep.__init__
 
-    def init(self, body, network, inputs, graph, tell):
-        made.append(Replayed(network))
-        step(self, body, network, inputs, made[-1], tell)
+    def init(self, body, network, inputs, graph, tell, trains=True):
+        made.append(Replayed(network, trains))
+        step(self, body, network, inputs, made[-1], tell, trains)
 
     monkeypatch.setattr(CapturedStep, "__init__", init)
     monkeypatch.setattr(module, "CudaGraph", lambda device: None)
@@ -314,6 +318,28 @@ def test_what_is_not_captured(graph, device, processes, told):
     fabric = SimpleNamespace(device=torch.device(device), world_size=processes)
     assert captured(body, Net(), ["x"], fabric, graph, lines.append) is body
     assert lines == told
+
+
+@pytest.mark.parametrize("parameters", ["untrained", "trained"])
+def test_a_captured_test_is_the_eager_test(tiny, graphs, parameters):
+    """Whole batches are replayed, the last one is not whole; gradients stay as they were."""
+    config = tiny()
+    episodes = build_episodes(config.data, "test", 17, 0)
+    classes = list(episode_classes(episodes.source, config.data.fold))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    network = build_model(config.model, {}, config.data.shots)
+    gradients = {}
+    for parameter in network.parameters() if parameters == "trained" else ():
+        parameter.grad = gradients[parameter] = torch.ones_like(parameter)
+    model = fabric.setup(network)
+    eager = evaluate(model, episodes, classes, fabric, 3)
+    kept = evaluate(model, episodes, classes, fabric, 3, feature_cache=1.0, graph="auto")
+    assert not graphs
+    recorded = evaluate(model, episodes, classes, fabric, 3, graph="auto")
+    assert graphs[0].calls == ["discard", *["run"] * WARM_UP, "capture", *["replay"] * 2]
+    assert eager == kept == recorded and eager.miou > 0
+    for parameter in network.parameters():
+        assert parameter.grad is gradients.get(parameter)
 
 
 def test_images_are_copied_into_the_networks_memory_format(monkeypatch):

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import svf_fast
 from fss.captured import WARM_UP, CudaGraph
 from fss.config import TrainConfig
+from fss.data import build_episodes
 from fss.engine import train
+from fss.evaluation import evaluate
 from fss.loading import episode_loader
 from fss.processes import build_fabric
 from fss.run_log import read_log
@@ -179,6 +181,19 @@ def test_a_step_that_waits_for_the_gpu_runs_eagerly_and_says_so(
     assert capfd.readouterr().err.count("graph: steps run eagerly, capturing one failed") == 1
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert_same_training(eager, other)
+
+
+def test_a_captured_test_is_the_eager_test(configured, calls):
+    config = configured("run", precision="bf16-mixed")
+    trainer = Trainer(config, build_fabric(config))
+    episodes = build_episodes(config.data, "test", 22, 0, trainer.source)
+    eager, recorded = (
+        evaluate(trainer.model, episodes, list(trainer.classes), trainer.fabric, 4, graph=graph)
+        for graph in ("off", "auto")
+    )
+    assert calls == {"capture": 1, "replay": 2}
+    assert recorded.miou == pytest.approx(eager.miou, abs=1e-3)
+    assert recorded.episodes == eager.episodes
 
 
 class Calls(TorchDispatchMode):
