@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import math
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch._dynamo  # it looks torch's functions up when it is imported: not those of a GPU here
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
@@ -26,7 +29,12 @@ from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+import svf_fast.triton
 from svf_fast import _library
+from svf_fast.triton import tuning
+
+for _module in pkgutil.iter_modules(svf_fast.triton.__path__):  # kernels are as they are defined
+    importlib.import_module(f"svf_fast.triton.{_module.name}")
 
 DEVICE = torch.device("cuda", 0)
 TO_HOST, TO_DEVICE = "copy to the host", "copy to the device"
@@ -521,6 +529,7 @@ def absent_gpu(arch: int = 90) -> Iterator[AbsentGPU]:
             (torch.cuda, "Event", Event),
             (torch.cuda, "current_stream", lambda device=None: None),
             (knobs.runtime, "interpret", False),
+            (tuning, "INTERPRETED", False),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         for name in FACTORIES:

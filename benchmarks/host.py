@@ -36,7 +36,8 @@ from race import renew, step, write_results
 from torch import Tensor, nn
 from triton.runtime import driver
 
-from svf_fast.ops import convolution, maps
+from svf_fast import _library
+from svf_fast.ops import convolution, maps, program
 
 FOLDER = Path(__file__).with_name("results")
 PEERS = ("official", "frozen bound", "svf_fast")
@@ -72,6 +73,8 @@ def gpu_path(arch: int = 90) -> Iterator[None]:
     library = torch.library.Library("svf_fast", "IMPL")
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = {name.removeprefix("svf_fast::") for name in _schemas()}
+    compiled = {f"svf_fast::{name}" for name in COMPILED}
+    known = {at: call for at, call in _library.gpu_kernels.items() if at not in compiled}
     empty, before = torch.empty, driver._active
 
     def on_host(*arguments: Any, pin_memory: bool = False, **options: Any) -> Tensor:
@@ -85,6 +88,7 @@ def gpu_path(arch: int = 90) -> Iterator[None]:
             (torch.cuda, "Event", Event),
             (torch.cuda, "current_stream", lambda device=None: None),
             (torch, "empty", on_host),
+            (program, "python_kernel", lambda op, _: known.get(op._schema.name)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         with warnings.catch_warnings():

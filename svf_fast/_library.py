@@ -54,10 +54,14 @@ def triton_missing() -> str:
     return ""
 
 
+gpu_kernels: dict[str, Callable] = {}  # functions in Python, by the op that they serve
+
+
 def register_gpu(op: str, kernel: Callable) -> None:
     """Makes `kernel` what svf_fast::`op` runs on CUDA tensors, unless `_C_cuda` has a kernel."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"svf_fast::{op}", "CUDA"):
         torch.library.impl(f"svf_fast::{op}", "CUDA", kernel)
+        gpu_kernels[f"svf_fast::{op}"] = kernel
 
 
 def triton_kernel(module: str, name: str) -> Callable:

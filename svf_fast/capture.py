@@ -28,7 +28,7 @@ def follow(model: nn.Module) -> Hashable:
             plan, S = module._current_plan(), module.S
             found += (plan, S.data_ptr(), S.requires_grad)
             if not S.requires_grad:  # then W is a constant of the graph
-                found.append(module._values.key)
+                found.append(module._values.seen)
             networks.add(module._network)
         elif isinstance(module, Fused):
             found.append(module.constants_key())

@@ -170,9 +170,10 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        stages = reading.stages(self, names.stages, dtype, True, names.shortcut)
+        stages, programs = reading.stages(self, names.stages, dtype, True, names.shortcut)
         shortcut = "identity" if names.shortcut is None else stages.pop()
-        return block(x.to(dtype), stages, shortcut, shortcut_x, recompute=self.recompute)
+        again = self.recompute
+        return block(x.to(dtype), stages, shortcut, shortcut_x, True, again, programs)
 
 
 class SVFBottleneck(ResidualUnit):
@@ -255,8 +256,8 @@ class FusedSequential(Fused):
                 x = self.get_submodule(name)(x)
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
-            stages = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)
-            x = block(x.to(dtype), stages, relu=unit.stage.relu)
+            stages, programs = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)
+            x = block(x.to(dtype), stages, relu=unit.stage.relu, programs=programs)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
 
@@ -319,10 +320,11 @@ class SVFConvBNAct(nn.Module):
             return out.relu() if self.relu else out
         dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
         names, folds = Names("conv", "bn", self.relu), residual is not None or not self.relu
-        stages = reading.stages(self, [names], dtype, folds)
+        stages, programs = reading.stages(self, [names], dtype, folds)
         if residual is None:
-            return block(x.to(dtype), stages, relu=self.relu)
-        return block(x.to(dtype), stages, "given", residual.to(dtype), self.relu)
+            return block(x.to(dtype), stages, relu=self.relu, programs=programs)
+        given = residual.to(dtype)
+        return block(x.to(dtype), stages, "given", given, self.relu, False, programs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_reading"}

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast import svd
 from svf_fast.nn.network import Network, assert_guarded
-from svf_fast.nn.values import Made, Plan, Reading, Values
+from svf_fast.nn.values import Made, Plan, Reading, Seen, Values
 from svf_fast.ops import maps
 from svf_fast.ops.compose import Entry, compose
 from svf_fast.ops.convolution import Geometry, directions_first, directions_last
@@ -33,21 +33,6 @@ def fingerprint(weight: Tensor) -> Tensor:
     values = weight.detach().cpu().float().contiguous().flatten()
     digest.update(values.view(torch.uint8).numpy().data)
     return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
-
-
-class _Same:
-    """A tensor that equals itself alone."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.tensor is other.tensor
-
-    def __hash__(self) -> int:
-        return id(self.tensor)
 
 
 def bytes_of(x: Tensor) -> bytes:
@@ -159,15 +144,15 @@ class Factored(nn.Module):
         groups = self._geometry().groups
         with torch.no_grad():
             self._arrange()
-            factors_key, scale_key = self._keys()
+            factors, seen = Seen(self.U, self.V), Seen(self.S)
             strategy, host_tail = self._choose(self.S.cpu())
             tail = None if host_tail is None else host_tail.to(self.U.device)
-            plan = Plan(factors_key, strategy, tail, host_tail)
+            plan = Plan(factors, self.strategy, strategy, tail, host_tail)
             if self.strategy in ("auto", "gram"):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
                 plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
-        self._values = Values(scale_key, self._host_copy())
+        self._values = Values(seen, self._host_copy())
         self._plan = plan
 
     def _arrange(self) -> None:
@@ -188,12 +173,11 @@ class Factored(nn.Module):
         self.S.copy_(S)
         if not self._has_values():
             return
-        factors_key, scale_key = self._keys()
-        if self._plan is None or self._plan.factors_key != factors_key:
+        if self._outdated(self.U, self.V):
             self.refresh()
             return
         self._network.forget()
-        self._values.moved(scale_key, self._host_copy())
+        self._values.moved(Seen(self.S), self._host_copy())
         self._plan_for(S.to(self.S.dtype))
 
     def _host_copy(self) -> bytes | None:
@@ -256,35 +240,26 @@ class Factored(nn.Module):
         _, gram, direction, chain = self._costs
         return gram + guarded * direction <= chain
 
-    def _keys(self) -> tuple[tuple, tuple]:
-        """Of the factors and of S: another key whenever one is replaced or written to.
-
-        For as long as the key is kept so is the tensor, whose address nothing else can take then.
-        """
-        buffers = self._buffers
-        U, V, S = cast(Tensor, buffers["U"]), cast(Tensor, buffers["V"]), self.S
-        if S.is_inference() or U.is_inference():  # no version counter: never equal
-            return (object(),), (object(),)
-        return (
-            (_Same(U), U.data_ptr(), U._version, _Same(V), V.data_ptr(), V._version, self.strategy),
-            (_Same(S), S.data_ptr(), S._version),
-        )
+    def _outdated(self, U: Tensor, V: Tensor) -> bool:
+        """Whether the plan is of other factors, or of another strategy than is asked for."""
+        plan = self._plan
+        return plan is None or plan.asked != self.strategy or not plan.factors.holds(U, V)
 
     def _current_plan(self) -> Plan | None:
         """The plan for the present values of U, S and V; what was made of other ones is dropped."""
         if not self._has_values():  # shapes alone: the plan of the last values, or none
             return self._plan
-        factors_key, scale_key = self._keys()
-        if self._plan is None or self._plan.factors_key != factors_key:
+        buffers, S, values = self._buffers, self.S, self._values
+        if self._outdated(cast(Tensor, buffers["U"]), cast(Tensor, buffers["V"])):
             self.refresh()
             return self._plan
-        S, values = self.S, self._values
+        same = values.seen.holds(S)
         if S.is_cuda:
             if not torch.cuda.is_current_stream_capturing():
-                self._network.follow(S.device, values.key != scale_key)
+                self._network.follow(S.device, not same)
         # writes through `param.data` pass the version counter by: the values decide
-        elif (now := bytes_of(S)) != values.S or values.key != scale_key:
-            values.moved(scale_key, now)
+        elif (now := bytes_of(S)) != values.S or not same:
+            values.moved(Seen(S), now)
             self._plan_for(S)
         return self._plan
 
@@ -348,11 +323,14 @@ class Factored(nn.Module):
 
     def _composes(self, dtype: torch.dtype) -> bool:
         """Whether W in a dtype was asked for and one launch makes it with those of other layers."""
-        if not maps.on_gpu(self.U) or dtype not in self._values.scales or dtype == torch.float64:
-            return False
-        plan = self._plan
-        chain = plan is not None and plan.strategy == "chain" and self.S.requires_grad
-        return not chain and {x.dtype for x in (self.U, self.S, self.V)} == {torch.float32}
+        plan, U, S, V = self._plan, self.U, self.S, self.V
+        return (
+            dtype in self._values.scales
+            and dtype != torch.float64
+            and maps.on_gpu(U)
+            and U.dtype == S.dtype == V.dtype == torch.float32
+            and not (plan is not None and plan.strategy == "chain" and S.requires_grad)
+        )
 
     def _entry(self, dtype: torch.dtype) -> Entry:
         """What :func:`svf_fast.ops.compose.compose_all` takes of this layer."""

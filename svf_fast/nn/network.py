@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svf_fast.nn.values import Made
+from svf_fast.nn.values import Made, Seen
 from svf_fast.ops import maps
 from svf_fast.ops.compose import Entry, compose_all, compose_table
 from svf_fast.ops.guard import guards_hold
+from svf_fast.ops.program import Programs, runs_programs
 from svf_fast.svd import GUARD_LIMIT
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class Network:
             return
         layers = self.layers(device)
         for layer in layers:
-            _, key = layer._keys()
-            if key != layer._values.key:
-                layer._values.moved(key, None)
+            S = layer.S
+            if not layer._values.seen.holds(S):
+                layer._values.moved(Seen(S), None)
         if arrival is None:
             arrival = self._arrivals[device] = _Arrival()
         arrival.start(layers)
@@ -81,14 +82,25 @@ class Network:
     def to_compose(self, dtype: torch.dtype, device: torch.device) -> list[Factored]:
         """The layers on a GPU whose W was asked for in a dtype and is not there."""
         found = self.layers(device)
-        return [x for x in found if x._composes(dtype) and dtype not in x._values.made]
+        return [x for x in found if dtype not in x._values.made and x._composes(dtype)]
 
     def compose(self, layers: list[Factored], dtype: torch.dtype) -> None:
         """Makes W of some layers on one GPU, scaled where it was asked for so, in one launch."""
         entries = [layer._entry(dtype) for layer in layers]
-        made = compose_all(entries, dtype, self._table(entries, dtype))
-        for layer, entry, pair in zip(layers, entries, made, strict=True):
-            layer._values.made[dtype] = Made(entry.scale, False, *pair)
+        table, programs = self._together(entries, dtype)
+
+        def run() -> tuple[list[Tensor | None], None]:
+            return compose_all(entries, dtype, table), None
+
+        def read() -> list[Tensor | None]:
+            return [table, *(x for entry in entries for x in entry if isinstance(x, Tensor))]
+
+        made, _ = programs.run(None, run, [], read) if runs_programs() else run()
+        for layer, entry, weight, scaled in zip(
+            layers, entries, made[::2], made[1::2], strict=True
+        ):
+            assert weight is not None
+            layer._values.made[dtype] = Made(entry.scale, False, weight, scaled)
 
     def prepare(self) -> None:
         """Sends GPUs what :meth:`compose_captured` needs: nothing can be sent during a capture."""
@@ -96,7 +108,7 @@ class Network:
             if guarded := self._guarded(device):
                 self._guards(guarded)
             for dtype, layers in self._in_use(device):
-                self._table([layer._entry(dtype) for layer in layers], dtype)
+                self._together([layer._entry(dtype) for layer in layers], dtype)
 
     def compose_captured(self, device: torch.device) -> None:
         """Puts W of all layers in use into a CUDA graph, and the test that their guards suffice."""
@@ -151,16 +163,13 @@ class Network:
         plans = tuple(layer._plan for layer in layers)
         return self._kept(("guards", layers[0].S.device), plans, make)
 
-    def _table(self, entries: list[Entry], dtype: torch.dtype) -> Tensor:
-        """Where the operands are, as a GPU reads it; made anew when one has moved."""
-        pointers = tuple(
-            0 if x is None else x.data_ptr()
-            for U, S, V, _, scale in entries
-            for x in (U, S, V, scale)
-        )
+    def _together(self, entries: list[Entry], dtype: torch.dtype) -> tuple[Tensor, Programs]:
+        """Where the operands are, as a GPU reads it, and programs; anew when one has moved."""
+        operands = [x for U, S, V, _, scale in entries for x in (U, S, V, scale)]
+        pointers = tuple(0 if x is None else x.data_ptr() for x in operands)
 
-        def make() -> Tensor:
-            return _sent(compose_table(entries, dtype), entries[0].U.device)
+        def make() -> tuple[Tensor, Programs]:
+            return _sent(compose_table(entries, dtype), entries[0].U.device), Programs()
 
         return self._kept((dtype, len(entries), pointers[0]), pointers, make)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -13,6 +14,7 @@ from svf_fast.nn.conv2d import SVFConv2d
 from svf_fast.nn.state import Watch
 from svf_fast.nn.values import Plan
 from svf_fast.ops.block import Stage
+from svf_fast.ops.program import Programs
 from svf_fast.ops.svf_conv2d import Layer
 from svf_fast.structure import Stage as Names
 
@@ -35,7 +37,7 @@ class Slot:
     ) -> None:
         self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
         self._folded = scale if folds else None
-        self._plan: Plan | None = None
+        self.plan: Plan | None = None
         self._layer: Any = ()  # its fields, of which S and the weights are another each time
 
     def read(self) -> Stage:
@@ -47,15 +49,35 @@ class Slot:
     def again(self) -> Stage:
         """The same for a plan of the present values, where no trace or capture runs."""
         conv = self.conv
-        if self._plan is not conv._plan:
+        if self.plan is not conv._plan:
             layer = conv.layer(self.dtype, self._folded)
             assert layer is not None
-            self._plan = conv._plan
+            self.plan = conv._plan
             self._layer = layer.kind, layer.U, layer.V, layer[6:]
         kind, U, V, constants = self._layer
         pair = conv._made(kind, V, self.dtype, self._folded)
         layer = Layer._make((kind, conv.S, U, V, *pair, *constants))
         return Stage(layer, self.scale, self.shift)
+
+
+class _Chain:
+    """The stages of a block in one dtype, and the programs of its passes under their plans."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = slots
+        self._plans: list[Plan | None] = []
+
+    def read(self) -> list[Stage]:
+        """As :meth:`Slot.read`."""
+        return [slot.read() for slot in self._slots]
+
+    def again(self) -> tuple[list[Stage], Programs]:
+        """As :meth:`Slot.again`, and the programs."""
+        stages = [slot.again() for slot in self._slots]
+        plans = [slot.plan for slot in self._slots]
+        if not self._plans or any(map(operator.is_not, plans, self._plans)):
+            self._plans, self._programs = plans, Programs()  # of other constants
+        return stages, self._programs
 
 
 class Reading:
@@ -65,7 +87,7 @@ class Reading:
         self.watch = watch
         self._owner = id(module)
         self._reasons: dict[bool, list[str]] = {}
-        self._slots: dict[tuple[str, torch.dtype, bool], list[Slot]] = {}
+        self._chains: dict[tuple[str, torch.dtype, bool], _Chain] = {}
 
     def holds(self, module: Readable) -> bool:
         """Whether it is of this module, not of one that it was copied with, as it is now."""
@@ -86,20 +108,20 @@ class Reading:
         dtype: torch.dtype,
         folds: bool,
         shortcut: Names | None = None,
-    ) -> list[Stage]:
-        """The stages of a chain, that of its shortcut last, as the op takes them.
+    ) -> tuple[list[Stage], Programs | None]:
+        """The stages of a chain, that of its shortcut last, as the op takes them, and its programs.
 
         folds: whether the last one's layer takes the gradient of its batch norm's output.
         """
         at = names[0].conv, dtype, folds
-        slots = self._slots.get(at)
+        chain = self._chains.get(at)
         # what is traced or captured is there only when the graph runs; fakes have no values to keep
         traced = self.watch is None or _conv(module, names[0])._is_captured()
-        if slots is None:
-            slots = _slots(module, names, dtype, folds, shortcut)
+        if chain is None:
+            chain = _Chain(_slots(module, names, dtype, folds, shortcut))
             if not traced:
-                self._slots[at] = slots
-        return [slot.read() if traced else slot.again() for slot in slots]
+                self._chains[at] = chain
+        return (chain.read(), None) if traced else chain.again()
 
 
 def _slots(

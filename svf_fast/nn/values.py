@@ -11,6 +11,29 @@ from torch import Tensor
 from svf_fast.ops.svf_conv2d import Constants, Geometry, Kind
 
 
+class Seen:
+    """Tensors as they were: one that is replaced, moved or written to is another.
+
+    It keeps them, so that nothing else takes their addresses.
+    """
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, *tensors: Tensor) -> None:
+        if any(x.is_inference() for x in tensors):  # no version counter: never the same
+            tensors = ()
+        self._seen = [(x, x.data_ptr(), x._version) for x in tensors]
+
+    def holds(self, *tensors: Tensor) -> bool:
+        """Whether these are they."""
+        if len(self._seen) != len(tensors):
+            return False
+        for (x, pointer, version), now in zip(self._seen, tensors, strict=True):
+            if now is not x or x.data_ptr() != pointer or x._version != version:
+                return False
+        return True
+
+
 class Reading(NamedTuple):
     """What the gradients take of U and V in one dtype, for one geometry and scale."""
 
@@ -26,11 +49,12 @@ class Plan:
     """How a layer computes: what follows from U, V and the guarded directions.
 
     Another object whenever one of these changes: who has the same plan may keep what follows from
-    it. host_tail: the tail on the CPU, where the directions are chosen. readings: by dtype, with a
-    scale folded in and without.
+    it. factors: U and V; asked: the strategy that was asked for. host_tail: the tail on the CPU,
+    where the directions are chosen. readings: by dtype, with a scale folded in and without.
     """
 
-    factors_key: tuple
+    factors: Seen
+    asked: str
     strategy: str
     tail: Tensor | None
     host_tail: Tensor | None
@@ -52,21 +76,21 @@ class Values:
     """The values of S that a layer computes with, and what was made of them.
 
     Attributes:
-        key: of S as it was then.
-        S: their bytes, on the CPU only.
+        seen: S as it was then.
+        S: its bytes, on the CPU only.
         made: what follows from them, by dtype.
         scales: what was folded in when it was last asked for, by dtype.
     """
 
-    def __init__(self, key: tuple = (), S: bytes | None = None) -> None:
-        self.key, self.S = key, S
+    def __init__(self, seen: Seen | None = None, S: bytes | None = None) -> None:
+        self.seen, self.S = seen or Seen(), S
         self.made: dict[torch.dtype, Made] = {}
         self.scales: dict[torch.dtype, Tensor | None] = {}
         self._taken: set[torch.dtype] = set()
 
-    def moved(self, key: tuple, S: bytes | None) -> None:
+    def moved(self, seen: Seen, S: bytes | None) -> None:
         """Drops what was made of other values; what nobody took of it is asked for no more."""
-        self.key, self.S = key, S
+        self.seen, self.S = seen, S
         for dtype in self.made.keys() - self._taken:
             del self.scales[dtype]
         self.made.clear()

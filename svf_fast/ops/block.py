@@ -19,6 +19,7 @@ from svf_fast.ops import maps
 from svf_fast.ops.convolution import convolution
 from svf_fast.ops.gram import activation_gradients
 from svf_fast.ops.pointwise import fuses, pointwise
+from svf_fast.ops.program import Programs, runs_programs
 from svf_fast.ops.svf_conv2d import (
     Activation,
     Gradient,
@@ -118,13 +119,15 @@ def block(
     shortcut_x: Tensor | None = None,
     relu: bool = True,
     recompute: bool = False,
+    programs: Programs | None = None,
 ) -> Tensor:
     """``relu(stage_n(… relu(stage_1(x))) + shortcut)``, differentiable in x and every S.
 
     x [N, C, H, W] in one dtype with the weights. The shortcut is a stage applied to ``shortcut_x``
     (x where None), or "identity" (x itself), "given" (``shortcut_x`` itself), or "" (nothing). With
     ``recompute`` (two stages at least) the second convolution runs again in the backward pass
-    instead of being kept.
+    instead of being kept. ``programs``: of calls whose stages differ in S and what follows from it
+    alone.
     Definition: :func:`svf_fast.reference.block.block`.
     """
     if isinstance(shortcut, str) and shortcut not in ("", "identity", "given"):
@@ -139,9 +142,11 @@ def block(
     if torch.compiler.is_compiling():  # a trace wants to see every tensor
         form = Form.of(kinds, kind, relu, recompute)
         tensors = [t for stage in every for t in (*stage.layer[1:], stage.scale, stage.shift)]
-        return _Block.apply(x, shortcut_x, form, None, *tensors)
+        return _Block.apply(x, shortcut_x, form, None, None, *tensors)
     form = _form(kinds, kind, relu, recompute)
-    return _Block.apply(x, shortcut_x, form, every, *[stage.layer.S for stage in every])
+    if programs is not None and not runs_programs():
+        programs = None
+    return _Block.apply(x, shortcut_x, form, every, programs, *[stage.layer.S for stage in every])
 
 
 _TENSORS = len(Layer._fields) + 1  # of a stage: those of its layer, scale, shift
@@ -234,63 +239,129 @@ def _rebuilds(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> boo
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shortcut_x, form, stages, *tensors):
+    def forward(ctx, x, shortcut_x, form, stages, programs, *tensors):
         traced, every = stages is None, stages or _stages(form, tensors)
-        stages = list(every)
-        shortcut = stages.pop() if form.shortcut == "convolution" else None
-        sources, shapes, formats = [], [], []
-        kept: list[Tensor | None] = []  # v, y and mask of each stage
-
-        residual, residual_scale = (x if form.shortcut == "identity" else shortcut_x), None
-        leaves: tuple[Any, ...] = ()
-        if shortcut is not None:
-            source = shortcut.layer.sampled(x if shortcut_x is None else shortcut_x)
-            residual, v = shortcut.layer.forward(source)
-            residual_scale = shortcut.scale
-            sources.append(source if shortcut.layer.kind.keeps == "x" else None)
-            leaves = v, residual if shortcut.layer.kind.keeps == "y" else None, None
-
-        h = Activation(x)
-        for index, stage in enumerate(stages):
-            shapes.append(h.y.shape)
-            if stage.layer.kind.samples and stage.layer.kind.geometry.stride != (1, 1):
-                h = Activation(stage.layer.sampled(h.tensor()))
-            if index == 0:
-                sources.append(h.y if stage.layer.kind.keeps == "x" else None)
-            added = (residual, residual_scale) if index == len(stages) - 1 else (None, None)
-            h, maps = _forward(form, stages, index, h, *added)
-            formats.append(memory_format(h.y))
-            kept += maps
-
+        run = functools.partial(_forward_pass, form, every, x, shortcut_x)
+        if programs is None:
+            (y, *kept), ctx.past = run()
+        else:
+            inputs = [x, shortcut_x, *_changing(every)]
+            constants = functools.partial(_constants, every)
+            key = form, shortcut_x is x, *_switches(x)
+            (y, *kept), ctx.past = programs.run(key, run, inputs, constants)
         # the factors too: a change of theirs in place is noticed
         factors = [t for stage in every for t in stage.layer[1 : 1 + _FACTORS]]
-        ctx.save_for_backward(*sources, *kept, *leaves, *factors)
-        ctx.stages = None if traced else every
+        ctx.save_for_backward(*kept, *factors)
+        ctx.stages, ctx.programs = None if traced else every, programs
         ctx.others = [(*s.layer[1 + _FACTORS :], *s[1:]) for s in every] if traced else ()
-        ctx.form, ctx.shapes, ctx.formats = form, shapes, formats
-        ctx.shortcut_shape = None if shortcut_x is None else shortcut_x.shape
-        return h.y
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        past, programs = ctx.past, ctx.programs
+        tensors = saved(ctx, "fused block")
+        end = len(tensors) - _FACTORS * len(past.form.kinds)
+        kept, factors = tensors[:end], tensors[end:]
+        stages = list(ctx.stages or ())
+        for index, (*others, scale, shift) in enumerate(ctx.others):  # traced
+            own = factors[_FACTORS * index :][:_FACTORS]
+            stages.append(Stage(Layer(past.form.kinds[index], *own, *others), scale, shift))
+        needs = ctx.needs_input_grad[:2]
+        run = functools.partial(_backward_pass, past, stages, kept, needs, grad)
         with no_autocast(grad):
-            grads = _backward(ctx, grad)
+            if programs is None or not runs_programs():
+                (grad_x, grad_shortcut_x, *grads_S), _ = run()
+            else:
+                inputs = [grad, *kept, *_changing(stages)]
+                constants = functools.partial(_constants, stages)
+                key = past, needs, *_switches(grad)
+                (grad_x, grad_shortcut_x, *grads_S), _ = programs.run(key, run, inputs, constants)
+        none = [None] * (0 if ctx.stages else _TENSORS - 1)
         if not keeps_graph():
-            ctx.stages, ctx.others = None, ()
-        return grads
+            ctx.stages, ctx.others, ctx.programs = None, (), None
+        grads = [g for grad_S in grads_S for g in (grad_S, *none)]
+        return grad_x, grad_shortcut_x, None, None, None, *grads
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    form, count = ctx.form, len(ctx.form.kinds)
-    tensors = saved(ctx, "fused block")
+def _changing(stages: Sequence[Stage]) -> list[Tensor | None]:
+    """S of each stage and what follows from it."""
+    return [x for s in stages for x in (s.layer.S, s.layer.weight, s.layer.scaled)]
+
+
+def _constants(stages: Sequence[Stage]) -> list[Tensor | None]:
+    """What else the passes read of the stages."""
+    return [x for s in stages for x in (*s.layer[2:4], *s.layer[6:], s.scale, s.shift)]
+
+
+def _switches(x: Tensor) -> tuple:
+    """Of torch, by which the passes over maps like x decide."""
+    on_gpu = maps.on_gpu(x)
+    products = maps.float32_products() if on_gpu and x.dtype == torch.float32 else None
+    return on_gpu, products, torch.is_autocast_enabled(x.device.type)
+
+
+class _Past(NamedTuple):
+    """What a forward pass leaves for the backward pass besides tensors.
+
+    shapes: of what enters each stage; formats: of what leaves it. shortcut_shape: of a map of the
+    shortcut's own.
+    """
+
+    form: Form
+    shapes: tuple[torch.Size, ...]
+    formats: tuple[torch.memory_format, ...]
+    shortcut_shape: torch.Size | None
+
+
+def _forward_pass(
+    form: Form, every: Sequence[Stage], x: Tensor, shortcut_x: Tensor | None
+) -> tuple[list[Tensor | None], _Past]:
+    """The block's output, then what the backward pass reads: sources, and v, y, mask of stages."""
+    stages = list(every)
+    shortcut = stages.pop() if form.shortcut == "convolution" else None
+    sources, shapes, formats = [], [], []
+    kept: list[Tensor | None] = []
+
+    residual, residual_scale = (x if form.shortcut == "identity" else shortcut_x), None
+    leaves: tuple[Any, ...] = ()
+    if shortcut is not None:
+        source = shortcut.layer.sampled(x if shortcut_x is None else shortcut_x)
+        residual, v = shortcut.layer.forward(source)
+        residual_scale = shortcut.scale
+        sources.append(source if shortcut.layer.kind.keeps == "x" else None)
+        leaves = v, residual if shortcut.layer.kind.keeps == "y" else None, None
+
+    h = Activation(x)
+    for index, stage in enumerate(stages):
+        shapes.append(h.y.shape)
+        if stage.layer.kind.samples and stage.layer.kind.geometry.stride != (1, 1):
+            h = Activation(stage.layer.sampled(h.tensor()))
+        if index == 0:
+            sources.append(h.y if stage.layer.kind.keeps == "x" else None)
+        added = (residual, residual_scale) if index == len(stages) - 1 else (None, None)
+        h, maps = _forward(form, stages, index, h, *added)
+        formats.append(memory_format(h.y))
+        kept += maps
+    shape = None if shortcut_x is None else shortcut_x.shape
+    return [h.y, *sources, *kept, *leaves], _Past(form, tuple(shapes), tuple(formats), shape)
+
+
+def _backward_pass(
+    past: _Past,
+    stages: Sequence[Stage],
+    tensors: Sequence[Any],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> tuple[list[Tensor | None], None]:
+    """dL/dx and dL/dshortcut_x as far as they are needed, then dL/dS of each stage.
+
+    tensors: as the forward pass left them.
+    """
+    form, count, stages = past.form, len(past.form.kinds), list(stages)
     sources = tensors[: 2 if form.shortcut == "convolution" else 1]
     rest = tensors[len(sources) :]
     kept = [_Maps(*rest[3 * index : 3 * index + 3]) for index in range(count)]
-    stages = list(ctx.stages or ())
-    for index, (*others, scale, shift) in enumerate(ctx.others):  # traced
-        factors = rest[3 * count + _FACTORS * index :][:_FACTORS]
-        stages.append(Stage(Layer(form.kinds[index], *factors, *others), scale, shift))
     shortcut, shortcut_kept = None, None
     if form.shortcut == "convolution":
         shortcut, shortcut_kept = stages.pop(), kept.pop()
@@ -298,7 +369,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept[1] = _again(stages, kept)
 
     # masks are in the memory order of what left a stage; a gradient may have taken another
-    grad = grad.contiguous(memory_format=ctx.formats[-1])
+    grad = grad.contiguous(memory_format=past.formats[-1])
     total = Gradient(grad, kept[-1].mask if form.relu and form.shortcut else None)
     arriving = total
     grad_x: Tensor | None
@@ -312,23 +383,24 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if layer.kind.strategy == "chain":
             value, grads_S[index] = layer.through_U(arriving.tensor(), maps.v)
             arriving = Gradient(value)
-        own = layer.input_gradient(arriving, ctx.shapes[index])
+        own = layer.input_gradient(arriving, past.shapes[index])
         if not layer.kind.samples and layer.kind.keeps in ("x", "y") and read_off is None:
             grads_S[index] = layer.scale_gradient(arriving, None, x, maps.v, maps.y)
         elif read_off is not None:
             grads_S[index] = layer.with_exact(read_off, arriving, x, maps.v)
-        g, read_off, after = _between(stages, kept, index, own, x, ctx)
+        g, read_off, after = _between(stages, kept, index, own, x, past)
         if layer.kind.samples:
             assert after is not None
             grads_S[index] = layer.with_exact(after, arriving, x, maps.v)
         arriving = Gradient(g)
-    identity, other_x = form.shortcut == "identity", ctx.shortcut_shape is not None
+    identity, other_x = form.shortcut == "identity", past.shortcut_shape is not None
     into = total if identity and form.relu else None  # this node's own, once its mask is applied
     grad_shortcut_x = total.tensor() if form.shortcut == "given" else None
     if shortcut is not None and shortcut_kept is not None:
-        shape, needs_x = ctx.shapes[0], ctx.needs_input_grad[0]
+        shape, needs_x = past.shapes[0], needs[0]
         if other_x:
-            shape, needs_x = ctx.shortcut_shape, ctx.needs_input_grad[1]
+            assert past.shortcut_shape is not None
+            shape, needs_x = past.shortcut_shape, needs[1]
         grad_shortcut_x, grad_S = _through_first(
             shortcut.layer, total, shape, sources[0], shortcut_kept, needs_x
         )
@@ -338,18 +410,16 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grads_S[0] = _through_first(
         stages[0].layer,
         arriving,
-        ctx.shapes[0],
+        past.shapes[0],
         sources[-1],
         kept[0],
-        ctx.needs_input_grad[0],
+        needs[0],
         into,
         read_off,
     )
     if grad_x is not None and identity and not form.relu:
         grad_x = grad_x + total.tensor()
-    none = [None] * (0 if ctx.stages else _TENSORS - 1)
-    grads = [g for grad_S in grads_S for g in (grad_S, *none)]
-    return grad_x, grad_shortcut_x, None, None, *grads
+    return [grad_x, grad_shortcut_x, *grads_S], None
 
 
 def _through_first(
@@ -390,7 +460,7 @@ def _between(
     index: int,
     grad_x: Tensor,
     x: Activation | None,
-    ctx,
+    past: _Past,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Back through the activation before a stage, from the gradient of the stage's input.
 
@@ -403,8 +473,8 @@ def _between(
     if after and layer.kind.geometry.stride != (1, 1):
         assert x is not None
         after, strided = None, layer.read_off(x, grad_x)
-        grad_x = layer.spread(grad_x, ctx.shapes[index])
-    grad_x = grad_x.contiguous(memory_format=ctx.formats[index - 1])
+        grad_x = layer.spread(grad_x, past.shapes[index])
+    grad_x = grad_x.contiguous(memory_format=past.formats[index - 1])
     if mask is not None:
         _back_(grad_x, None, mask, before.scale, None)
         return grad_x, None, strided

@@ -34,17 +34,16 @@ class Entry(NamedTuple):
     scale: Tensor | None
 
 
-def compose_all(
-    entries: Sequence[Entry], dtype: torch.dtype, table: Tensor
-) -> list[tuple[Tensor, Tensor | None]]:
-    """:func:`compose` of several layers on one GPU in one launch; up to float32.
+def compose_all(entries: Sequence[Entry], dtype: torch.dtype, table: Tensor) -> list[Tensor | None]:
+    """:func:`compose` of several layers on one GPU in one launch, the two of each in turns.
 
-    table: of :func:`compose_table` for entries at the same addresses, sent to the GPU.
+    Up to float32. table: of :func:`compose_table` for entries at the same addresses, sent to the
+    GPU.
     """
     U, S, V, groups, scales = zip(*entries, strict=True)
     made = torch.ops.svf_fast.compose_all(U, S, V, groups, scales, dtype, table)
-    pairs = zip(made[::2], made[1::2], scales, strict=True)
-    return [(weight, None if scale is None else scaled) for weight, scaled, scale in pairs]
+    wanted = [x for scale in scales for x in (True, scale is not None)]
+    return [x if is_wanted else None for x, is_wanted in zip(made, wanted, strict=True)]
 
 
 def compose_table(entries: Sequence[Entry], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ TRITON_DTYPES = DTYPES[1:]  # float64 is left to the definitions
 def on_gpu(x: Tensor) -> bool:
     """Whether the kernels of a GPU serve x."""
     return x.is_cuda
+
+
+def float32_products() -> tuple[str, str]:
+    """torch's switches for products of float32 on a GPU: of convolutions, and of matrices."""
+    # not `allow_tf32`, which raises once anyone has set `fp32_precision`
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
 def check_maps(op: str, **maps: Tensor) -> None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import dot, narrow
+from svf_fast.triton.launch import launch
 from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
     Launch,
@@ -188,7 +189,9 @@ def _partial(
             else Launch.of(channels, channels, images, positions, config)
         )
         partial = y.new_empty((splits.number, sides, channels, channels), dtype=torch.float32)
-        activation_grams_partial_kernel[(splits.number * sides * tiles,)](
+        launch(
+            activation_grams_partial_kernel,
+            (splits.number * sides * tiles,),
             *maps[:2],
             scale,
             shift,

@@ -24,6 +24,7 @@ from torch import Tensor
 from svf_fast.reference import affine_act as definition
 from svf_fast.reference.affine_act import mask_bytes, pack_mask
 from svf_fast.triton.language import narrow, pack_bits
+from svf_fast.triton.launch import launch
 from svf_fast.triton.maps import (
     Rows,
     dense,
@@ -240,7 +241,9 @@ def _forward(y, scale, shift, residual, residual_scale, relu, mask, out) -> Tens
     elements = 8 * len(bits) if mask else y.numel()
     config = rule(y.dtype)
     with torch.cuda.device_of(y):
-        affine_act_kernel[(divide_up(elements, config["BLOCK"]),)](
+        launch(
+            affine_act_kernel,
+            (divide_up(elements, config["BLOCK"]),),
             y,
             scale.contiguous(),
             shift.contiguous(),
@@ -265,7 +268,9 @@ def _backward(grad, y, mask, scale, shift, out) -> None:
         return
     config = rule(grad.dtype)
     with torch.cuda.device_of(grad):
-        affine_act_backward_kernel[(divide_up(grad.numel(), config["BLOCK"]),)](
+        launch(
+            affine_act_backward_kernel,
+            (divide_up(grad.numel(), config["BLOCK"]),),
             grad,
             y,
             mask,

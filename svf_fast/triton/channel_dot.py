@@ -22,6 +22,7 @@ from torch import Tensor
 
 from svf_fast.reference import channel_dot as definition
 from svf_fast.triton.language import narrow
+from svf_fast.triton.launch import launch
 from svf_fast.triton.maps import (
     dense,
     divide_up,
@@ -181,7 +182,9 @@ def _dot(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
             rows = _TILE // columns
             count = divide_up(batch * positions, rows * _STEPS)
             partial = a.new_empty((count, channels), dtype=torch.float32)
-            channel_dot_columns_kernel[(count * divide_up(channels, columns),)](
+            launch(
+                channel_dot_columns_kernel,
+                (count * divide_up(channels, columns),),
                 a,
                 b,
                 s,
@@ -200,7 +203,9 @@ def _dot(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
             segments = divide_up(positions + 7, tile * steps)
             count = batch * segments
             partial = a.new_empty((count, channels), dtype=torch.float32)
-            channel_dot_rows_kernel[(batch * channels * segments,)](
+            launch(
+                channel_dot_rows_kernel,
+                (batch * channels * segments,),
                 a,
                 b,
                 s,
@@ -213,8 +218,16 @@ def _dot(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
                 STEPS=steps,
                 **_RULE,
             )
-        channel_dot_sum_kernel[(divide_up(channels, 32),)](
-            partial, out, count, channels, ROWS=32, COLUMNS=32, **_RULE
+        launch(
+            channel_dot_sum_kernel,
+            (divide_up(channels, 32),),
+            partial,
+            out,
+            count,
+            channels,
+            ROWS=32,
+            COLUMNS=32,
+            **_RULE,
         )
     return out
 

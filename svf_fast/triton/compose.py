@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import dot, narrow
+from svf_fast.triton.launch import launch
 from svf_fast.triton.maps import divide_up
 from svf_fast.triton.tuning import OPTIONS, Config, Tunable, find, gpu
 
@@ -207,7 +208,9 @@ def compose(
             tiles_m = divide_up(problem.rows, meta["BLOCK_M"])
             return tiles_m * divide_up(problem.columns, meta["BLOCK_N"]), groups
 
-        compose_kernel[grid](
+        launch(
+            compose_kernel,
+            grid,
             U.contiguous(),
             S.contiguous(),
             V,
@@ -288,7 +291,9 @@ def compose_all(
     config = config or _shared(gpu().arch)
     first = len(U) * _NUMBERS
     with torch.cuda.device_of(out):
-        compose_all_kernel[((table.numel() - first) // 3,)](
+        launch(
+            compose_all_kernel,
+            ((table.numel() - first) // 3,),
             table,
             out,
             first,
@@ -431,8 +436,8 @@ def _shared_launcher(network: Network, device: torch.device) -> Callable[[Config
         entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
     where = table(entries, network.dtype).to(device)
     operands = list(zip(*entries, strict=True))
-    launch: Any = compose_all
-    return lambda config: launch(*operands, network.dtype, where, config=config)
+    run: Any = compose_all
+    return lambda config: run(*operands, network.dtype, where, config=config)
 
 
 TUNABLES = [

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import affine_relu, dot
+from svf_fast.triton.launch import launch
 from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
     Launch,
@@ -160,7 +161,9 @@ def _partial(
             else Launch.of(width_a, width_b, images, positions, config)
         )
         partial = a.new_empty((splits.number, groups, width_a, width_b), dtype=torch.float32)
-        gram_partial_kernel[(splits.number * groups * tiles,)](
+        launch(
+            gram_partial_kernel,
+            (splits.number * groups * tiles,),
             *maps,
             None if scale is None else scale.contiguous(),
             None if shift is None else shift.contiguous(),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svf_fast.triton.launch import launch
 from svf_fast.triton.tuning import OPTIONS, Config, Tunable
 
 _RULE: Config = {"BLOCK": 256, "num_warps": 4, **OPTIONS}
@@ -68,7 +69,7 @@ def guards_hold(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Ten
     holds = guarded.new_empty(count)
     if count:
         with torch.cuda.device_of(S):
-            guards_hold_kernel[(count,)](S, guarded, layers, holds, LIMIT=limit, **_RULE)
+            launch(guards_hold_kernel, (count,), S, guarded, layers, holds, LIMIT=limit, **_RULE)
     return holds
 
 

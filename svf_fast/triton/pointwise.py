@@ -21,6 +21,7 @@ from torch import Tensor
 from svf_fast.ops.maps import TRITON_DTYPES
 from svf_fast.reference.affine_act import mask_bytes
 from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
+from svf_fast.triton.launch import launch
 from svf_fast.triton.pointwise_problem import OPTIONS, Options, Problem, problems
 from svf_fast.triton.tuning import INTERPRETED, Config, Tunable, find, gpu, per_gpu
 from svf_fast.triton.tuning import OPTIONS as TRITON_OPTIONS
@@ -371,9 +372,11 @@ def _launch(
     D, K = weight.shape
     problem = Problem(x.numel() // K, K, D, _number(x.dtype), options)
     with torch.cuda.device_of(x):
-        launch = _launch_with(problem, config) if config else _launch_of(problem)
-        dots = None if v is None else x.new_empty((launch.tiles, D), dtype=torch.float32)
-        pointwise_kernel[launch.grid](
+        found = _launch_with(problem, config) if config else _launch_of(problem)
+        dots = None if v is None else x.new_empty((found.tiles, D), dtype=torch.float32)
+        launch(
+            pointwise_kernel,
+            found.grid,
             x,
             weight,
             in_scale,
@@ -394,7 +397,7 @@ def _launch(
             D // 8,
             *weight.stride(),
             RELU=relu,
-            **launch.constants,
+            **found.constants,
         )
     return dots
 

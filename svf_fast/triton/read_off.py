@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.language import dot
+from svf_fast.triton.launch import launch
 from svf_fast.triton.tuning import OPTIONS, Config, Tunable
 
 
@@ -108,7 +109,9 @@ def read_off(
     tiles = -(-rows // config["BLOCK_A"]) * -(-columns // config["BLOCK_B"])
     out = partial.new_empty((tiles, groups * rank + rank_after))
     with torch.cuda.device_of(partial):
-        read_off_kernel[(tiles * matrices,)](
+        launch(
+            read_off_kernel,
+            (tiles * matrices,),
             partial,
             left,
             right,

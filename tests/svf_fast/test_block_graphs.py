@@ -63,21 +63,22 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
     step(model, x)
     (block,) = (module for module in model.modules() if isinstance(module, Fused))
     reading = block._reading
-    slots = dict(reading._slots)
+    chains = dict(reading._chains)
     convs = {names.conv: block.get_submodule(names.conv) for names in block._names.stages}
     weights = {name: conv._values.made[torch.float32].weight for name, conv in convs.items()}
     before = {name: weight.clone() for name, weight in weights.items()}
     monkeypatch.setattr(SVFConv2d, "_is_captured", lambda self: True)
     every = block._names.stages, torch.float32, True, block._names.shortcut
-    stages = reading.stages(block, *every)
-    (kept,) = slots.values()
+    stages, programs = reading.stages(block, *every)
+    (kept,) = (chain._slots for chain in chains.values())
+    assert programs is None
     assert len(stages) == len(kept) == len(convs) + 1  # the shortcut's too
     for names, stage, slot in zip(block._names.stages, stages, kept, strict=False):
         assert stage.scale is slot.scale and stage.shift is slot.shift
         assert stage.layer.weight is not weights[names.conv]
         assert convs[names.conv]._values.made[torch.float32].weight is weights[names.conv]
         assert torch.equal(weights[names.conv], before[names.conv])
-    assert slots == reading._slots
+    assert chains == reading._chains
     with torch.no_grad():
         first(model).S[-1] = 1e-9  # no longer guarded enough
     with pytest.raises(RuntimeError, match="capture the graph again"):
