@@ -203,14 +203,11 @@ def compose(
         return out, scaled
     with torch.cuda.device_of(U):
         config = config or find("compose", key(problem), lambda arch: rule(problem, arch))
-
-        def grid(meta: Config) -> tuple[int, int]:
-            tiles_m = divide_up(problem.rows, meta["BLOCK_M"])
-            return tiles_m * divide_up(problem.columns, meta["BLOCK_N"]), groups
-
+        tiles_m = divide_up(problem.rows, config["BLOCK_M"])
+        tiles = tiles_m * divide_up(problem.columns, config["BLOCK_N"])
         launch(
             compose_kernel,
-            grid,
+            (tiles, groups),
             U.contiguous(),
             S.contiguous(),
             V,

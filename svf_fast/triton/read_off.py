@@ -134,8 +134,10 @@ def read_off(
             **config,
         )
     total = out.sum(dim=0)
-    found = [total[: groups * rank].view(groups, rank)]
-    return [*found, total[groups * rank :].view(1, rank_after)] if more else found
+    if not more:
+        return [total.view(groups, rank)]
+    own, after = total.split([groups * rank, rank_after])
+    return [own.view(groups, rank), after.view(1, rank_after)]
 
 
 def rule(rows: int, columns: int) -> Config:
