@@ -67,8 +67,16 @@ class Programs:
 
 
 def runs_programs() -> bool:
-    """Whether ops run as they are called: nothing traces or watches them."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    """Whether ops run as they are called: nothing traces, compiles or watches them."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and _compiler() is None
+    )
+
+
+# what torch.compile has called for each function in Python, as between two graphs of a model
+_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
 
 
 def python_kernel(op: Any, arguments: Sequence[Any]) -> Callable | None:
@@ -128,6 +136,10 @@ def _record(
 
 class Recorder(TorchDispatchMode):
     """Notes the calls of a pass while they run. Keeps none of its tensors alive."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it is not there: `runs_programs`; to load it takes a second
 
     def __init__(self, inputs: Tensors, constants: Tensors) -> None:
         super().__init__()
