@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from exactness import renew, step
-from levels import LEVELS, Inputs, Level, Settings
+from levels import LEVELS, Inputs, Level, Settings, add_step_options
 from race import earlier_groups, write_results
 from torch import nn
 from torch.autograd import DeviceType
@@ -34,30 +34,13 @@ WARMUP, TIMED = 4, 15  # steps
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=int, default=641)
-    parser.add_argument("--batches", type=int, nargs="+", default=[6, 1])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--weights", default="none")
-    parser.add_argument("--stride-on", default="conv2")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--peers", default=";".join(PEERS))
+    add_step_options(parser, PEERS)
     parser.add_argument("--steps", type=int, default=5, help="profiled")
-    parser.add_argument("--svd-cache", type=Path, help="folder of decompositions, kept")
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
     level = LEVELS["backbone"]
     (group,) = level.groups
-    settings = Settings(
-        size=options.size,
-        batch=options.batches[0],
-        dtype=options.dtype,
-        channels_last=True,
-        device=options.device,
-        weights=options.weights,
-        stride_on=options.stride_on,
-        width=options.width,
-    )
+    settings = Settings.of(options, channels_last=True)
     path = options.results / "profile.json"
     command = "python " + shlex.join(sys.argv)
     groups = earlier_groups(path, settings)

@@ -169,10 +169,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, default=90, choices=(80, 90))
     parser.add_argument("--json", action="store_true", help="counts by peer, mode, op and phase")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    settings = Settings(
-        size=options.size, batch=options.batch, width=options.width, weights=options.weights,
-        stride_on=options.stride_on, dtype="bfloat16", channels_last=True,
-    )  # fmt: skip
+    settings = Settings.of(options, dtype="bfloat16", channels_last=True)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in options.peers.split(";"):

@@ -6,10 +6,12 @@ ones. Networks are frozen and in evaluation mode; a peer converts `Level.target`
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -46,10 +48,35 @@ class Settings:
     stride_on: str = "conv2"
     width: int = 64
 
+    @classmethod
+    def of(cls, options: argparse.Namespace, **given: Any) -> Settings:
+        """Of a script's options that have the names of fields, and the first of ``batches``.
+
+        given: what is not an option.
+        """
+        named = vars(options)
+        if "batches" in named:
+            given["batch"] = named["batches"][0]
+        names = {field.name for field in dataclasses.fields(cls)} & named.keys()
+        return cls(**{name: named[name] for name in names}, **given)
+
     @property
     def map_size(self) -> int:
         """Side of the maps of layers 2 to 4."""
         return (self.size - 1) // 8 + 1
+
+
+def add_step_options(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
+    """The options of a script that runs steps of peers on a GPU, in several batches."""
+    parser.add_argument("--device", default="cuda", help="cpu: to try it out")
+    parser.add_argument("--size", type=int, default=641)
+    parser.add_argument("--batches", type=int, nargs="+", default=[6, 1])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--weights", default="none")
+    parser.add_argument("--stride-on", default="conv2")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--peers", default=";".join(peers))
+    parser.add_argument("--svd-cache", type=Path, help="folder of decompositions, kept")
 
 
 class Inputs(NamedTuple):

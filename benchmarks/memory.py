@@ -49,14 +49,7 @@ def main() -> int:
     parser.add_argument("--models", action="store_true", help="a step of each model instead")
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
-    base = Settings(
-        size=options.sizes[0],
-        batch=1,
-        shots=options.shots,
-        weights=options.weights,
-        stride_on=options.stride_on,
-        width=options.width,
-    )
+    base = Settings.of(options, size=options.sizes[0], batch=1)
     name = "memory-models" if options.models else "memory"
     groups = [
         figure(level, group, settings, options.largest if settings.dtype in options.peaks else 0.0)

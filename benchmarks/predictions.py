@@ -74,10 +74,7 @@ def main() -> int:
     parser.add_argument("--stride-on", default="conv2", choices=("conv1", "conv2"))
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
-    settings = Settings(
-        size=options.size, batch=options.batches[0], width=options.width, weights=options.weights,
-        stride_on=options.stride_on, dtype="bfloat16", channels_last=True,
-    )  # fmt: skip
+    settings = Settings.of(options, dtype="bfloat16", channels_last=True)
     groups: list[dict[str, Any]] = [
         {"name": f"batch {batch}", "batch": batch, "rows": []} for batch in options.batches
     ]

@@ -326,10 +326,7 @@ def main() -> int:
     parser.add_argument("--stride-on", default="conv2", choices=("conv1", "conv2"))
     parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
-    settings = Settings(
-        size=options.size, batch=options.batches[0], stride_on=options.stride_on,
-        dtype="bfloat16", channels_last=True,
-    )  # fmt: skip
+    settings = Settings.of(options, dtype="bfloat16", channels_last=True)
     title = f"Roofline of {LEVELS['backbone'].title}"
     groups = [
         {"name": f"batch {n}", "batch": n, "rows": count(dataclasses.replace(settings, batch=n))}

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from drawn import maps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_error_within
@@ -39,16 +40,6 @@ SHAPES = [
     (0, 4, 3, 3),
     (2, 0, 3, 3),
 ]
-
-
-def maps(shape, dtype, layout="contiguous", device="cpu") -> Tensor:
-    if layout == "sliced":
-        doubled = [2 * size for size in shape]
-        return torch.randn(doubled, device=device).to(dtype)[
-            tuple(slice(None, None, 2) for _ in shape)
-        ]
-    x = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
 def channels(count, dtype, device="cpu", zero=0) -> Tensor:

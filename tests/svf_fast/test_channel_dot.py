@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn import maps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_error_within
@@ -40,18 +41,6 @@ SHAPES = [
     (2, 4, 0, 3),
     (2, 0, 3, 3),
 ]
-
-
-def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu") -> Tensor:
-    if layout == "sliced":
-        x = torch.randn([2 * size for size in shape], dtype=torch.float64, device=device).to(dtype)
-        return x[tuple(slice(None, None, 2) for _ in shape)]
-    if layout == "expanded":
-        return (
-            torch.randn(1, *shape[1:], dtype=torch.float64, device=device).to(dtype).expand(shape)
-        )
-    x = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
 def check_dot(actual: Tensor, a: Tensor, b: Tensor) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import maps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import accumulated, assert_error_within
@@ -43,16 +44,6 @@ CASES = [
     (2, 4, 3, 1, (0, 3)),
     (2, 0, 3, 1, (3, 3)),
 ]
-
-
-def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    if layout == "sliced":
-        x = torch.randn([2 * size for size in shape], dtype=torch.float64).to(dtype)
-        return x[tuple(slice(None, None, 2) for _ in shape)]
-    if layout == "expanded":
-        return torch.randn(1, *shape[1:], dtype=torch.float64).to(dtype).expand(shape)
-    x = torch.randn(shape, dtype=torch.float64).to(dtype)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
 def affine(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

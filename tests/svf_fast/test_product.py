@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import maps
 from tolerance import accumulated, assert_error_within
 from torch import Tensor
 from torch.nn import functional
@@ -18,14 +19,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 # images, channels in and out, height, width: odd, one of each, nothing, no channel that goes in
 CASES = [(2, 5, 7, 3, 4), (1, 1, 1, 1, 1), (3, 8, 1, 1, 1), (0, 4, 3, 2, 2), (2, 0, 3, 2, 2)]
-
-
-def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    if layout == "sliced":
-        x = torch.randn([2 * n for n in shape], dtype=torch.float64).to(dtype)
-        return x[tuple(slice(None, None, 2) for _ in shape)]
-    x = torch.randn(shape, dtype=torch.float64).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
 def check(got: Tensor, x: Tensor, weight: Tensor, added: Tensor | None = None) -> None:

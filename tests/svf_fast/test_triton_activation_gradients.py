@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import maps
 from tolerance import accumulated, assert_error_within
 from torch import Tensor
 
@@ -29,16 +30,6 @@ CASES = [
     (2, 4, (0, 3)),
     (2, 0, (3, 3)),
 ]
-
-
-def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> Tensor:
-    if layout == "sliced":
-        x = torch.randn([2 * size for size in shape], device=device).to(dtype)
-        return x[tuple(slice(None, None, 2) for _ in shape)]
-    if layout == "expanded":
-        return torch.randn(1, *shape[1:], device=device).to(dtype).expand(shape)
-    x = torch.randn(shape, device=device).to(dtype)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
 def affine(channels: int, device: str) -> tuple[Tensor, Tensor]:
