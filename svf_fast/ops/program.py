@@ -243,6 +243,14 @@ class Recorder(TorchDispatchMode):
 
     def compiled(self, count: int, results: Tensors) -> Callable[..., list[Tensor | None]]:
         """The calls as a function of that many inputs; it frees what is not read any more."""
+        source = self.source(count, results)
+        used = set(re.findall(r"\bc\d+\b", source))  # others may be given back
+        scope = {name: value for name, (_, value) in self._bound.items() if name in used}
+        exec(source, scope)
+        return scope["program"]
+
+    def source(self, count: int, results: Tensors) -> str:
+        """That function: names that are given here, names of an op's arguments, and numbers."""
         returned = ["None" if x is None else self._name(x) for x in results]
         needed, lines = set(returned), []
         for call in reversed(self._calls):
@@ -255,7 +263,4 @@ class Recorder(TorchDispatchMode):
             needed |= last
         arguments = ", ".join(f"x{number}" for number in range(count))
         body = "\n    ".join([*reversed(lines), f"return [{', '.join(returned)}]"])
-        used = set(re.findall(r"\bc\d+\b", body))  # others may be given back
-        scope = {name: value for name, (_, value) in self._bound.items() if name in used}
-        exec(f"def program({arguments}):\n    {body}\n", scope)
-        return scope["program"]
+        return f"def program({arguments}):\n    {body}\n"

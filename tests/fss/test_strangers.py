@@ -179,6 +179,10 @@ FORBIDDEN = {"pickle.load", "pickle.loads", "dill.load", "joblib.load", "yaml.lo
 FORBIDDEN |= {"yaml.unsafe_load", "yaml.full_load", "os.system", "marshal.loads", "np.load"}
 
 
+# Code that is made of nothing of a stranger's: `test_programs_are_made_of_names_and_numbers`.
+OWN_CODE = {"svf_fast/ops/program.py": ["exec"]}
+
+
 def dangerous(source: str) -> list[str]:
     """Calls in a source that would run a stranger's code, by line."""
     found = []
@@ -212,8 +216,8 @@ def test_no_source_calls_what_runs_a_file() -> None:
     sources = [path for name in ("fss", "svf_fast") for path in (ROOT / name).rglob("*.py")]
     assert len(sources) > 50
     found = {
-        str(path.relative_to(ROOT)): calls
+        str(path.relative_to(ROOT)): [call.partition(": ")[2] for call in calls]
         for path in sources
         if (calls := dangerous(path.read_text()))
     }
-    assert not found
+    assert found == OWN_CODE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -234,6 +235,29 @@ def test_sizes_that_never_return_are_not_recorded(ran):
     (reading,) = (m._reading for m in model.modules() if "_reading" in m.__dict__)
     (chain,) = reading._chains.values()
     assert len(chain._programs._known) <= program._MOST
+
+
+def test_programs_are_made_of_names_and_numbers(monkeypatch):
+    """They are executed, so nothing else may get into them."""
+    sources: list[str] = []
+    original = program.Recorder.source
+
+    def source(self, *arguments):
+        sources.append(original(self, *arguments))
+        return sources[-1]
+
+    monkeypatch.setattr(program.Recorder, "source", source)
+    for name in BLOCKS:
+        model = fused(name)
+        for _ in range(2):
+            step(model, image(model, last=True))
+    assert len(sources) == 2 * len(BLOCKS)
+    value = r"([txc]\d+|-?\d+|None|True|False|_|memory_format=c\d+|dtype=c\d+)"
+    line = rf"(return |del )?[\[(]?{value}?([,;=()\[\] ]+(del )?{value}?)*"
+    for text in sources:
+        head, *body = text.rstrip("\n").split("\n")
+        assert re.fullmatch(r"def program\((x\d+(, )?)+\):", head)
+        assert all(re.fullmatch(line, one.strip()) for one in body), text
 
 
 def test_threads(ran):
