@@ -342,7 +342,7 @@ def _forward_pass(
         added = (residual, residual_scale) if index == len(stages) - 1 else (None, None)
         h, maps = _forward(form, stages, index, h, *added)
         formats.append(memory_format(h.y))
-        kept += maps
+        kept += [*maps]  # a list for torch.compile of torch 2.11
     shape = None if shortcut_x is None else shortcut_x.shape
     return [h.y, *sources, *kept, *leaves], _Past(form, tuple(shapes), tuple(formats), shape)
 

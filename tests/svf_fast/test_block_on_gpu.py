@@ -60,13 +60,20 @@ def test_gradients_within_twice_the_error_of_the_reference(name, strategy, kerne
 def test_16_bit(name):
     model = converted(name).bfloat16()
     reference, truth = as_reference(model), as_reference(model).double()
-    x = image(model, torch.bfloat16)
-    exact, expected = step(truth, x.double()), step(reference, x)
-    with on_gpu(interpreted()):
-        got = step(model, x)
-    for mine, theirs, true in zip(got, expected, exact, strict=True):
-        errors = [(value.double() - true).norm() / true.norm() for value in (mine, theirs)]
-        assert errors[0] <= 3 * errors[1] + 0.01  # ReLUs flip in either; wrong would be near 1
+    errors = []  # of each image, [ours or theirs, tensor]
+    for _ in range(9):  # a ReLU that flips, in either, is most of one image's error
+        x = image(model, torch.bfloat16)
+        exact, expected = step(truth, x.double()), step(reference, x)
+        with on_gpu(interpreted()):
+            got = step(model, x)
+        errors.append(
+            [
+                [float((value.double() - true).norm() / true.norm()) for value, true in pairs]
+                for pairs in (zip(got, exact, strict=True), zip(expected, exact, strict=True))
+            ]
+        )
+    mine, theirs = torch.tensor(errors).median(dim=0).values
+    assert (mine <= 2 * theirs + 0.005).all(), (mine, theirs)
 
 
 def test_a_bottleneck_takes_three_products_and_two_passes():
