@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
+from svf_fast.ops.maps import float32_products
 from svf_fast.triton import tuning
 
 INTERPRETED = tl.constexpr(tuning.INTERPRETED)
@@ -59,7 +57,4 @@ def precision(convolves: bool) -> str:
     Without TF32 three TF32 products stand for one (``tf32x3``): the error of float32, on tensor
     cores.
     """
-    # not `allow_tf32`, which raises once anyone has set `fp32_precision`
-    cudnn: Any = torch.backends.cudnn
-    switch = cudnn.conv if convolves else torch.backends.cuda.matmul
-    return "tf32" if switch.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if float32_products()[0 if convolves else 1] == "tf32" else "tf32x3"
