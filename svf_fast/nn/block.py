@@ -245,15 +245,18 @@ class FusedSequential(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
-        reading = _read(self)
-        reasons = zip(self._names, reading.reasons(self), strict=True)
-        units = {unit.stage.conv: unit for unit, reason in reasons if not reason}
+        reading = units = None
         for name in self._modules:  # named_children leaves out what comes again
             if name in skipped:
                 continue
+            if reading is None or units is None:
+                reading = _read(self)
+                reasons = zip(self._names, reading.reasons(self), strict=True)
+                units = {unit.stage.conv: unit for unit, reason in reasons if not reason}
             unit = units.get(name)
             if unit is None:
                 x = self.get_submodule(name)(x)
+                reading = None  # its hooks may have changed what comes after
                 continue
             dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
             stages, programs = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)

@@ -249,19 +249,30 @@ class Factored(nn.Module):
         """The plan for the present values of U, S and V; what was made of other ones is dropped."""
         if not self._has_values():  # shapes alone: the plan of the last values, or none
             return self._plan
-        buffers, S, values = self._buffers, self.S, self._values
-        if self._outdated(cast(Tensor, buffers["U"]), cast(Tensor, buffers["V"])):
-            self.refresh()
+        U, V, S = cast(Tensor, self._buffers["U"]), cast(Tensor, self._buffers["V"]), self.S
+        if self._outdated(U, V):
+            with self._network.lock:
+                if self._outdated(U, V):
+                    self.refresh()
             return self._plan
-        same = values.seen.holds(S)
         if S.is_cuda:
             if not torch.cuda.is_current_stream_capturing():
-                self._network.follow(S.device, not same)
-        # writes through `param.data` pass the version counter by: the values decide
-        elif (now := bytes_of(S)) != values.S or not same:
-            values.moved(Seen(S), now)
-            self._plan_for(S)
+                with self._network.lock:
+                    self._network.follow(S.device, not self._values.seen.holds(S))
+        elif not self._is_of(S):
+            with self._network.lock:
+                if not self._is_of(S):
+                    self._plan_for(S)  # before others see that S is known
+                    self._values.moved(Seen(S), bytes_of(S))
         return self._plan
+
+    def _is_of(self, S: Tensor) -> bool:
+        """Whether S on the CPU has the values that were planned for.
+
+        Writes through `param.data` pass the version counter by: the values decide.
+        """
+        values = self._values
+        return values.seen.holds(S) and bytes_of(S) == values.S
 
     def layer(self, dtype: torch.dtype, scale: Tensor | None = None) -> Layer | None:
         """What the next forward pass computes with, in the compute dtype; None for ``reference``.
@@ -307,19 +318,27 @@ class Factored(nn.Module):
         self, kind: Kind, V: Tensor, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """W, and with a scale scale ⊙ W, for the present values of S."""
-        values, chain = self._values, kind.strategy == "chain"
-        made = values.take(dtype, scale, chain)
+        made = self._values.take(dtype, scale, kind.strategy == "chain")
         if made is None:
-            values.made.pop(dtype, None)
-            values.scales[dtype] = scale
-            if maps.on_gpu(self.U) and self._composes(dtype) and not self._is_captured():
-                self._network.compose(self._network.to_compose(dtype, self.S.device), dtype)
-            else:
-                pair = weights(kind, self.U, self.S, V, dtype, scale)
-                values.made[dtype] = Made(scale, chain, *pair)
-            made = values.take(dtype, scale, chain)
-            assert made is not None
+            with self._network.lock:
+                made = self._make(kind, V, dtype, scale)
         return made.weight, None if scale is None else made.scaled
+
+    def _make(self, kind: Kind, V: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Made:
+        values, chain = self._values, kind.strategy == "chain"
+        made = values.take(dtype, scale, chain)  # by another thread meanwhile
+        if made is not None:
+            return made
+        values.made.pop(dtype, None)
+        values.scales[dtype] = scale
+        if maps.on_gpu(self.U) and self._composes(dtype) and not self._is_captured():
+            self._network.compose(self._network.to_compose(dtype, self.S.device), dtype)
+        else:
+            pair = weights(kind, self.U, self.S, V, dtype, scale)
+            values.made[dtype] = Made(scale, chain, *pair)
+        made = values.take(dtype, scale, chain)
+        assert made is not None
+        return made
 
     def _composes(self, dtype: torch.dtype) -> bool:
         """Whether W in a dtype was asked for and one launch makes it with those of other layers."""

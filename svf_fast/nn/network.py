@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ class Network:
 
     Attributes:
         composed: whether W is there for the CUDA graph that is being captured.
+        lock: for threads that plan and compose for the same layers.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,7 @@ class Network:
         self._arrivals: dict[torch.device, _Arrival] = {}
         self._made: dict[Hashable, tuple[tuple, Any]] = {}
         self.composed = False
+        self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type[Network], tuple]:
         return Network, ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -37,8 +36,8 @@ class Slot:
     ) -> None:
         self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
         self._folded = scale if folds else None
-        self.plan: Plan | None = None
-        self._layer: Any = ()  # its fields, of which S and the weights are another each time
+        # under a plan: fields of the layer, of which S and the weights are another each time
+        self._known: tuple[Plan | None, Any] = None, None
 
     def read(self) -> Stage:
         """As the op takes it, whatever the values of S are."""
@@ -46,18 +45,20 @@ class Slot:
         assert layer is not None  # the reasons have seen to it
         return Stage(layer, self.scale, self.shift)
 
-    def again(self) -> Stage:
-        """The same for a plan of the present values, where no trace or capture runs."""
+    def again(self) -> tuple[Plan, Stage]:
+        """The same where no trace or capture runs, and the plan that it is read under."""
         conv = self.conv
-        if self.plan is not conv._plan:
-            layer = conv.layer(self.dtype, self._folded)
-            assert layer is not None
-            self.plan = conv._plan
-            self._layer = layer.kind, layer.U, layer.V, layer[6:]
-        kind, U, V, constants = self._layer
+        plan = conv._plan
+        assert plan is not None  # the reasons have seen to it
+        of, layer = self._known
+        if of is not plan:
+            V = conv._kernel()
+            layer = *conv._reading(plan, V, self.dtype, self._folded, True), conv.U, V
+            self._known = plan, layer
+        kind, constants, U, V = layer
         pair = conv._made(kind, V, self.dtype, self._folded)
-        layer = Layer._make((kind, conv.S, U, V, *pair, *constants))
-        return Stage(layer, self.scale, self.shift)
+        made = Layer._make((kind, conv.S, U, V, *pair, *constants))
+        return plan, Stage(made, self.scale, self.shift)
 
 
 class _Chain:
@@ -65,7 +66,7 @@ class _Chain:
 
     def __init__(self, slots: list[Slot]) -> None:
         self._slots = slots
-        self._plans: list[Plan | None] = []
+        self._known: tuple[list[Plan], Programs] = [], Programs()
 
     def read(self) -> list[Stage]:
         """As :meth:`Slot.read`."""
@@ -73,11 +74,14 @@ class _Chain:
 
     def again(self) -> tuple[list[Stage], Programs]:
         """As :meth:`Slot.again`, and the programs."""
-        stages = [slot.again() for slot in self._slots]
-        plans = [slot.plan for slot in self._slots]
-        if not self._plans or any(map(operator.is_not, plans, self._plans)):
-            self._plans, self._programs = plans, Programs()  # of other constants
-        return stages, self._programs
+        found = [slot.again() for slot in self._slots]
+        plans, programs = self._known
+        if not plans or any(
+            mine is not known for (mine, _), known in zip(found, plans, strict=True)
+        ):
+            programs = Programs()  # of other constants
+            self._known = [plan for plan, _ in found], programs
+        return [stage for _, stage in found], programs
 
 
 class Reading:

@@ -247,7 +247,7 @@ class _Block(torch.autograd.Function):
         else:
             inputs = [x, shortcut_x, *_changing(every)]
             constants = functools.partial(_constants, every)
-            key = form, shortcut_x is x, *_switches(x)
+            key = form, *_switches(x)
             (y, *kept), ctx.past = programs.run(key, run, inputs, constants)
         # the factors too: a change of theirs in place is noticed
         factors = [t for stage in every for t in stage.layer[1 : 1 + _FACTORS]]

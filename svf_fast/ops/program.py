@@ -53,7 +53,9 @@ class Programs:
         self, key: Hashable, run_pass: Pass, inputs: Tensors, constants: Callable[[], Tensors]
     ) -> tuple[Sequence[Tensor | None], Any]:
         """What the pass returns. key: of all that it depends on besides the tensors."""
-        at = key, *[x if x is None else _layout(x) for x in inputs]
+        if not all(map(_is_plain, map(type, inputs))):
+            return run_pass()
+        at = key, _twins(inputs), *[x if x is None else _layout(x) for x in inputs]
         program = self._known.get(at, self)
         if isinstance(program, _Program):
             return program(*inputs), program.rest
@@ -77,6 +79,28 @@ def runs_programs() -> bool:
 
 # what torch.compile has called for each function in Python, as between two graphs of a model
 _compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+
+
+@functools.cache
+def _is_plain(kind: type) -> bool:
+    """Whether ops on tensors of a type return tensors as others do; None is no tensor."""
+    return (
+        kind is type(None)
+        or kind is Tensor
+        or (
+            issubclass(kind, Tensor)
+            and kind.__torch_function__ is torch._C._disabled_torch_function_impl
+            and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+        )
+    )
+
+
+def _twins(inputs: Tensors) -> tuple[int, ...]:
+    """Which inputs are one tensor: the place of the first of them for each, or nothing."""
+    places: dict[int, int] = {}
+    firsts = [places.setdefault(id(x), place) for place, x in enumerate(inputs)]
+    count = len(firsts) - max(0, inputs.count(None) - 1)
+    return () if len(places) == count else tuple(firsts)
 
 
 def python_kernel(op: Any, arguments: Sequence[Any]) -> Callable | None:
@@ -175,7 +199,8 @@ class Recorder(TorchDispatchMode):
             with self:  # its launches are noted, not its call
                 return kernel(*args)
         result = func(*args, **kwargs)
-        if isinstance(result, bool | int):  # of dtypes and shapes
+        returns = func._schema.returns
+        if returns and not any("Tensor" in str(one.type) for one in returns):  # of shapes, dtypes
             assert func is not _aten._local_scalar_dense.default, "a recorded pass read a value"
             return result
         if func is _aten.detach.default:  # without gradients it is the tensor itself
@@ -247,7 +272,7 @@ class Recorder(TorchDispatchMode):
         used = set(re.findall(r"\bc\d+\b", source))  # others may be given back
         scope = {name: value for name, (_, value) in self._bound.items() if name in used}
         exec(source, scope)
-        return scope["program"]
+        return scope.pop("program")  # which holds the scope: no cycle, so it goes with its plan
 
     def source(self, count: int, results: Tensors) -> str:
         """That function: names that are given here, names of an op's arguments, and numbers."""

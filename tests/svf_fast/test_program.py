@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -11,12 +13,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from gpu_path import interpreted, on_gpu
-from test_block import BLOCKS, as_reference, fused, step
+from test_block import BLOCKS, as_reference, frozen, fused, step
 from test_block_on_gpu import BLOCKS as ON_GPU
 from test_block_on_gpu import converted
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import svf_fast
 from svf_fast.nn.factored import svf_layers
 from svf_fast.ops import program
 from svf_fast.ops.program import Programs
@@ -196,6 +200,110 @@ def test_replaced_parts_are_seen(ran):
             assert_same(model, image(model))
 
 
+def test_inputs_that_are_one_tensor_and_later_are_not(ran):
+    """S of two layers, and a gradient that is x itself."""
+    model = fused("basic", "gram")
+    block, x = model[0], image(model)
+    own = nn.Parameter(block.conv2.S.detach() * 1.3)
+    block.conv2.S = block.conv1.S
+    for _ in range(3):
+        step(model, x)
+    block.conv2.S = own
+    assert_same(model, x)
+    for strategy in ("fold", "auto"):
+        model = fused("basic", strategy)
+        for _ in range(3):
+            x = image(model).requires_grad_()
+            torch.autograd.grad(model(x), [x, *svf_fast.svf_parameters(model)], x)
+        assert_same(model, image(model))
+
+
+class Sub(torch.Tensor):
+    """As libraries of pictures have them: what is computed of one is one."""
+
+
+def fake(x: torch.Tensor) -> torch.Tensor:
+    return FakeTensorMode(allow_non_fake_inputs=True).from_tensor(x)
+
+
+@pytest.mark.parametrize("kind", (fake, lambda x: x.as_subclass(Sub)), ids=("fake", "subclass"))
+def test_tensors_of_another_kind_run_as_ever(kind, ran):
+    model = fused("bottleneck")
+    x = image(model)
+    expected = [model(x) for _ in range(3)][-1]
+    ran.clear()
+    for _ in range(3):
+        y = model(kind(x))
+        assert y.shape == x.shape and (kind is fake or torch.equal(y, expected))
+    assert not ran
+
+
+def test_records_go_with_their_model():
+    """Without waiting for the garbage collector, which does not know how large tensors are."""
+    model = fused("bottleneck")
+    for _ in range(3):
+        step(model, image(model))
+    gc.collect()
+    factors = [weakref.ref(layer.U) for layer in svf_layers(model).values()]
+    gc.disable()
+    try:
+        del model
+        assert not any(ref() is not None for ref in factors)
+    finally:
+        gc.enable()
+
+
+def test_a_hook_that_moves_s_within_a_sequence(ran):
+    model = frozen(nn.Sequential(nn.Identity(), nn.Conv2d(6, 9, 3), nn.BatchNorm2d(9), nn.ReLU()))
+    model = svf_fast.convert(model, None, strategy="gram")
+    (layer,) = svf_layers(model).values()
+    x = image(model)
+
+    def change(*_) -> None:
+        with torch.no_grad():
+            layer.S.mul_(1.5)
+
+    for _ in range(3):
+        step(model, x)
+    handle = model[0].register_forward_hook(change)
+    got = model(x)
+    handle.remove()
+    assert torch.equal(got, copy.deepcopy(model)(x))
+
+
+def test_threads_whose_first_pass_meets_other_guarded_directions():
+    """All plan at once; none computes, or leaves for later, with half of the old plan."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        model = fused("bottleneck", "gram")
+        x, layers = image(model), list(svf_layers(model).values())
+        for number in range(40):
+            with torch.no_grad():
+                for layer in layers:
+                    layer.S[-1] = 1e-6 if number % 2 else 0.3
+            expected = step(copy.deepcopy(model), x)
+            found: list[list[torch.Tensor]] = []
+            barrier = threading.Barrier(3)
+
+            def run(found=found, barrier=barrier) -> None:
+                barrier.wait()
+                found.append(step(model, x))
+
+            threads = [threading.Thread(target=run) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            found.append(step(model, x))
+            assert len(found) == 4
+            for got in found:
+                for mine, other in zip(got, expected, strict=True):
+                    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_what_watches_ops_sees_them(ran):
     class Ops(TorchDispatchMode):
         def __init__(self):
@@ -234,7 +342,7 @@ def test_sizes_that_never_return_are_not_recorded(ran):
     assert not ran
     (reading,) = (m._reading for m in model.modules() if "_reading" in m.__dict__)
     (chain,) = reading._chains.values()
-    assert len(chain._programs._known) <= program._MOST
+    assert len(chain._known[1]._known) <= program._MOST
 
 
 def test_programs_are_made_of_names_and_numbers(monkeypatch):
