@@ -259,20 +259,13 @@ class Factored(nn.Module):
             if not torch.cuda.is_current_stream_capturing():
                 with self._network.lock:
                     self._network.follow(S.device, not self._values.seen.holds(S))
-        elif not self._is_of(S):
+        # writes through `param.data` pass the version counter by: the values decide
+        elif not self._values.are(S, now := bytes_of(S)):
             with self._network.lock:
-                if not self._is_of(S):
+                if not self._values.are(S, now):
                     self._plan_for(S)  # before others see that S is known
-                    self._values.moved(Seen(S), bytes_of(S))
+                    self._values.moved(Seen(S), now)
         return self._plan
-
-    def _is_of(self, S: Tensor) -> bool:
-        """Whether S on the CPU has the values that were planned for.
-
-        Writes through `param.data` pass the version counter by: the values decide.
-        """
-        values = self._values
-        return values.seen.holds(S) and bytes_of(S) == values.S
 
     def layer(self, dtype: torch.dtype, scale: Tensor | None = None) -> Layer | None:
         """What the next forward pass computes with, in the compute dtype; None for ``reference``.

@@ -88,6 +88,10 @@ class Values:
         self.scales: dict[torch.dtype, Tensor | None] = {}
         self._taken: set[torch.dtype] = set()
 
+    def are(self, S: Tensor, values: bytes) -> bool:
+        """Whether S on the CPU and its bytes are these."""
+        return self.seen.holds(S) and values == self.S
+
     def moved(self, seen: Seen, S: bytes | None) -> None:
         """Drops what was made of other values; what nobody took of it is asked for no more."""
         self.seen, self.S = seen, S
