@@ -97,10 +97,10 @@ def _is_plain(kind: type) -> bool:
 
 def _twins(inputs: Tensors) -> tuple[int, ...]:
     """Which inputs are one tensor: the place of the first of them for each, or nothing."""
-    places: dict[int, int] = {}
-    firsts = [places.setdefault(id(x), place) for place, x in enumerate(inputs)]
-    count = len(firsts) - max(0, inputs.count(None) - 1)
-    return () if len(places) == count else tuple(firsts)
+    there = [id(x) for x in inputs if x is not None]
+    if len(set(there)) == len(there):
+        return ()
+    return tuple(there.index(one) for one in there)
 
 
 def python_kernel(op: Any, arguments: Sequence[Any]) -> Callable | None:
