@@ -8,10 +8,10 @@ from torch import nn
 
 import svf_fast
 from fss.config import ModelConfig, RegimeConfig
-from fss.measure import saved_bytes
 from fss.models import BAM, Prediction, build_backbone, build_model
 from fss.models.pfenet import PFENet
-from fss.regimes import apply_regime
+from fss.models.regimes import apply_regime
+from fss.training.measure import saved_bytes
 
 MODELS = ("baseline", "pfenet", "bam")
 BACKBONES = ("resnet18", "resnet50", "vgg16_bn")
