@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only --benchmark-quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-FORMATTED := $(CSRC) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
+FORMATTED := $(CSRC) $(wildcard tests/gpu/*.cpp tests/gpu/*.h)
 # one stamp per requirement, so that another TORCH is installed when asked for
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
@@ -67,7 +67,7 @@ cuda-check: venv ## compile all GPU kernels for sm_80 and sm_90: registers, spil
 	$(BIN)/python -m svf_fast.triton.check
 
 asan: venv ## the tests of the CPU ops under address and undefined-behaviour sanitizers
-	$(BIN)/python -m pytest tests/sanitized_cpu $(ARGS)
+	$(BIN)/python -m pytest tests/robustness/test_sanitized_cpu.py $(ARGS)
 
 gpu-sanitize: venv ## compute-sanitizer on the tests of the CUDA kernels; needs a GPU
 	.ci/gpu-sanitize $(BIN)/python

@@ -26,14 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fss.config import DataConfig, ModelConfig
 from fss.data import EpisodeDataset, build_episodes, build_source, collate_episodes
-from fss.evaluation import episode_classes, evaluate_all
-from fss.feature_cache import Names, uses
+from fss.evaluation.evaluate import episode_classes, evaluate_all
+from fss.evaluation.feature_cache import Names, uses
+from fss.evaluation.metrics import Score
+from fss.evaluation.shelf import Shelf
 from fss.files import write_json
-from fss.metrics import Score
 from fss.models import build_model, load_backbone
 from fss.models.pooling import resize
-from fss.provenance import provenance
-from fss.shelf import Shelf
+from fss.training.provenance import provenance
 
 FOLDER = Path(__file__).with_name("results")
 # Both round differently by the size of a batch, so a pixel on the edge may turn.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from race import write_results
 
-from fss.measure import StepTimer
+from fss.training.measure import StepTimer
 
 FOLDER = Path(__file__).with_name("results")
 COPIED = {"cuda": 4 * 2**30, "cpu": 2**24}  # bytes of the source

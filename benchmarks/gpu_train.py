@@ -29,7 +29,7 @@ from race import write_results
 
 from fss.data import ShapesSource
 from fss.files import write_json
-from fss.run_log import read_log
+from fss.runs.log import read_log
 
 FOLDER = Path(__file__).with_name("results")
 CASES = ("473x1", "641x5", "641x1", "473x5")  # px and shots, most wanted first

@@ -57,7 +57,7 @@ def network(name: str, settings: Settings, cache: Path | None = None) -> nn.Modu
 def undecomposed() -> Iterator[None]:
     """Layers are converted with factors of the right shapes, which takes no time."""
     with contextlib.ExitStack() as stack:
-        for module in ("svf_fast.convert", "svf_fast.nn.factored"):
+        for module in ("svf_fast.convert", "svf_fast.layers.factored"):
             owner = sys.modules[module]
             stack.enter_context(mock.patch.object(owner, "decompose", _shapes))
         stack.enter_context(mock.patch.object(sys.modules[module], "dual", lambda *_: None))

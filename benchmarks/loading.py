@@ -46,7 +46,7 @@ from fss.data import (
     episodes,
     transforms,
 )
-from fss.loading import episode_loader
+from fss.data.loader import episode_loader
 
 FOLDER = Path(__file__).with_name("results")
 # NVIDIA's datasheet of the H100 SXM: the engines of an H200, and less memory bandwidth.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import svf_fast
-from fss.measure import SavedBytes
+from fss.training.measure import SavedBytes
 
 GIB = 2**30
 FOLDER = Path(__file__).with_name("results")

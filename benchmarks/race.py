@@ -30,8 +30,8 @@ from levels import Inputs, Level, Settings, autocast
 from torch import nn
 
 from fss.files import write_json
-from fss.measure import StepTimer, saved_bytes
-from fss.provenance import provenance
+from fss.training.measure import StepTimer, saved_bytes
+from fss.training.provenance import provenance
 
 PEAK = Path(__file__).with_name("peak.py")
 SEEDS = range(5)  # a ReLU at rounding may flip in one of them, and spoil it for either side

@@ -26,7 +26,7 @@ from race import earlier_groups, write_results
 from torch import nn
 
 import svf_fast
-from fss.measure import StepTimer
+from fss.training.measure import StepTimer
 
 FOLDER = Path(__file__).with_name("results")
 PEERS = ("official", "frozen bound", "svf_fast")

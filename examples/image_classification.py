@@ -16,7 +16,7 @@ import svf_fast
 from fss.data import ShapesSource
 from fss.data.shapes import FEW_SHOT_CLASSES
 from fss.models import build_backbone, load_backbone
-from fss.pretrain import ObjectImages
+from fss.training.pretrain import ObjectImages
 
 pictures = ShapesSource(
     65,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import svf_fast
 from fss.data import ShapesSource
 from fss.data.shapes import FEW_SHOT_CLASSES
-from fss.pretrain import ObjectImages
+from fss.training.pretrain import ObjectImages
 
 torch.manual_seed(0)
 pictures = ShapesSource(

@@ -20,22 +20,22 @@ from jsonargparse import (
 )
 
 import fss
-from fss.adapter import adapter_files
-from fss.app import serve
-from fss.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.config import TrainConfig
-from fss.config_files import config_file, config_names
 from fss.data.prepare import prepare, verify_data
-from fss.engine import train
-from fss.evaluation import table
-from fss.export import export_run
+from fss.evaluation.evaluate import table
+from fss.evaluation.score import evaluate_run
 from fss.files import read_yaml
-from fss.paper import default_folder, load_table, merged, read_settings, table_names
-from fss.predict import predict_files
+from fss.paper.reproduce import Options, listing, reproduce
+from fss.paper.tables import default_folder, load_table, table_names
 from fss.report import write_report
-from fss.reproduce import Options, listing, reproduce
-from fss.run_state import INTERRUPTED
-from fss.scoring import evaluate_run
+from fss.segment.app import serve
+from fss.segment.export import export_run
+from fss.segment.predict import predict_files
+from fss.settings import config_file, config_names, merged, read_settings
+from fss.training.adapters import adapter_files
+from fss.training.base_learner import BaseLearnerConfig, base_table, train_base
+from fss.training.loop import INTERRUPTED
+from fss.training.run import train
 
 # Settings of `fss train` that `fss reproduce` takes as options too; the others go into a file.
 _REPRODUCED = {

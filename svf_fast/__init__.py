@@ -4,7 +4,8 @@ from svf_fast._library import build_info
 from svf_fast.adapter import Adapter, interpolate_adapters, load_adapter, save_adapter
 from svf_fast.capture import composed, follow
 from svf_fast.convert import convert, merge, svf_parameters
-from svf_fast.nn import SVFBasicBlock, SVFBottleneck, SVFConv2d, SVFConvBNAct, SVFLinear
+from svf_fast.fusion import SVFBasicBlock, SVFBottleneck, SVFConvBNAct
+from svf_fast.layers import SVFConv2d, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
 from svf_fast.report import memory_report
 from svf_fast.svd import compose, decompose

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from svf_fast.convert import save_atomically
-from svf_fast.nn.factored import Factored, svf_layers
+from svf_fast.layers.factored import Factored, svf_layers
 
 _FORMAT = "svf_fast adapter 1"
 _DTYPES = {

@@ -7,9 +7,9 @@ from collections.abc import Hashable, Iterator
 
 from torch import nn
 
-from svf_fast.nn.block import Fused
-from svf_fast.nn.factored import Factored, check_module, svf_layers
-from svf_fast.nn.network import Network
+from svf_fast.fusion.blocks import Fused
+from svf_fast.layers.factored import Factored, check_module, svf_layers
+from svf_fast.layers.network import Network
 
 
 def follow(model: nn.Module) -> Hashable:

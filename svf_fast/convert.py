@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from svf_fast.budget import parse_bytes
-from svf_fast.nn.block import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
-from svf_fast.nn.conv2d import SVFConv2d
-from svf_fast.nn.factored import Factored, check_module, svf_layers
-from svf_fast.nn.linear import SVFLinear
-from svf_fast.nn.network import Network
+from svf_fast.fusion.blocks import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
+from svf_fast.fusion.structure import find
+from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.layers.factored import Factored, check_module, svf_layers
+from svf_fast.layers.linear import SVFLinear
+from svf_fast.layers.network import Network
 from svf_fast.plan import fit
-from svf_fast.structure import find
 from svf_fast.svd import Factors, compose, decompose
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from svf_fast.budget import Option, choose
-from svf_fast.nn.block import ResidualUnit
+from svf_fast.fusion.blocks import ResidualUnit
 from svf_fast.report import MemoryReport, memory_report
 
 

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from svf_fast.nn.block import Fused, FusedSequential, ResidualUnit
-from svf_fast.nn.factored import Factored, svf_layers
+from svf_fast.fusion.blocks import Fused, FusedSequential, ResidualUnit
+from svf_fast.fusion.structure import find
+from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.ops.svf_conv2d import reads_input
-from svf_fast.structure import find
 
 _MIB = 2**20
 _OTHER = "other layers"

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .coco import CocoSource
-from .episodes import Episode, EpisodeDataset, Split, collate_episodes
-from .folder import FolderSource
-from .fss1000 import Fss1000Source
-from .pascal import PascalSource
-from .shapes import ShapesSource
-from .source import IGNORE, Source
-from .transforms import MEAN, STD, EvalTransform, Sample, SquareTransform, TrainTransform, Transform
+from fss.data.coco import CocoSource
+from fss.data.episodes import Episode, EpisodeDataset, Split, collate_episodes
+from fss.data.folder import FolderSource
+from fss.data.fss1000 import Fss1000Source
+from fss.data.pascal import PascalSource
+from fss.data.shapes import ShapesSource
+from fss.data.source import IGNORE, Source
+from fss.data.transforms import (
+    MEAN,
+    STD,
+    EvalTransform,
+    Sample,
+    SquareTransform,
+    TrainTransform,
+    Transform,
+)
 
 if TYPE_CHECKING:
     from fss.config import DataConfig

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from .counts import Counts
-from .listed import ListedSource
-from .lists import Pair, check_files, find_folder, read_list
+from fss.data.file_source import ListedSource
+from fss.data.lists import Pair, check_files, find_folder, read_list
+from fss.data.prepare.counts import Counts
 
 MASKS = "annotations"
 SPLITS = ("train2014", "val2014")

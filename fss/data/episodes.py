@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from .source import IGNORE, Mask, Source
-from .transforms import Sample, Transform
+from fss.data.source import IGNORE, Mask, Source
+from fss.data.transforms import Sample, Transform
 
 Split = Literal["train", "validation", "test"]
 

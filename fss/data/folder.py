@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fss.data.file_source import ListedSource
+from fss.data.source import IGNORE
 from fss.files import parse_json, read_text
-
-from .listed import ListedSource
-from .source import IGNORE
 
 IMAGES = "JPEGImages"
 MASKS = "SegmentationClass"

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fss.data.file_source import ListedSource
+from fss.data.lists import Pair, check_files
+from fss.data.scan import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
+from fss.data.source import IGNORE, Mask
 from fss.files import read_text
-
-from .listed import ListedSource
-from .lists import Pair, check_files
-from .scan import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
-from .source import IGNORE, Mask
 
 
 class Fss1000Source(ListedSource):

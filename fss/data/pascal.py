@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fss.data.file_source import ListedSource
+from fss.data.lists import Pair, check_files, find_folder, read_list
+from fss.data.prepare.counts import Counts
 from fss.files import read_text
-
-from .counts import Counts
-from .listed import ListedSource
-from .lists import Pair, check_files, find_folder, read_list
 
 IMAGES = "JPEGImages"
 MASKS = "SegmentationClassAug"

@@ -23,9 +23,8 @@ from PIL import (
 )
 from tqdm import tqdm
 
+from fss.data.source import IGNORE
 from fss.files import atomic_write
-
-from .source import IGNORE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Of files that are read, whatever their names end with: others may run programs to be decoded."""

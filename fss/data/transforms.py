@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .source import IGNORE, Mask
+from fss.data.source import IGNORE, Mask
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 """ImageNet's mean of red, green and blue, of values from 0 to 1."""

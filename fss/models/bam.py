@@ -5,9 +5,13 @@ Equations are those of the paper; the published code is the reference where it s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.baseline import Baseline
 from fss.models.episode import Prediction, check_target
@@ -15,6 +19,9 @@ from fss.models.features import cross_entropy
 from fss.models.gram import gram_distance, gram_matrix
 from fss.models.pooling import resize
 from fss.models.pspnet import BaseLearner
+
+# The last convolution of the base learner: here, and in the authors' files.
+_BASE_OUTPUTS = ("base_learner.classifier.4.weight", "learner_base.1.4.weight")
 
 
 class WeightedSum(nn.Module):
@@ -75,6 +82,7 @@ class BAM(Baseline):
 
     inputs = (*Baseline.inputs, "base_class")
     targets = (*Baseline.targets, "query_base_mask")
+    needs_base_learner = True
 
     def __init__(
         self,
@@ -90,14 +98,27 @@ class BAM(Baseline):
         self.base_merge = WeightedSum()
         if shots > 1:
             self.shot_weights = ShotWeights(shots)
-        self.base_learner = BaseLearner(backbone.channels[3], base_classes).requires_grad_(False)
-        self.train()
+        base_learner = BaseLearner(backbone.channels[3], base_classes)
+        self.base_learner = base_learner.requires_grad_(False).eval()
+
+    @classmethod
+    def from_config(
+        cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
+    ) -> BAM:
+        return cls(backbone, base_classes, shots, config.channels, config.dropout)
+
+    @classmethod
+    def count_base_classes(cls, state: Mapping[str, Any]) -> int:
+        """Return the outputs of the base learner without the background's, ours or the authors'.
+
+        A state dict without a base learner counts as one class: what it lacks shows in loading it.
+        """
+        return next((len(state[name]) - 1 for name in _BASE_OUTPUTS if name in state), 1)
 
     def train(self, mode: bool = True) -> BAM:
-        """Sets the mode of the meta learner; backbone and base learner stay in evaluation mode."""
+        """Set the mode of the meta learner; backbone and base learner stay in evaluation mode."""
         super().train(mode)
-        if hasattr(self, "base_learner"):
-            self.base_learner.eval()
+        self.base_learner.eval()
         return self
 
     def forward(

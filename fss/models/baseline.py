@@ -35,7 +35,6 @@ class Baseline(FewShotModel):
         self.project = pointwise(5 * channels, channels)
         self.residual = two_convolutions(channels)
         self.classifier = classifier(channels, 2, 0.1 if dropout else 0.0)
-        self.train()
 
     def forward(
         self, query_image: Tensor, support_images: Tensor, support_masks: Tensor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_episode, check_target
 from fss.models.pooling import masked_average_pool, resize
@@ -44,10 +46,13 @@ class FewShotModel(nn.Module):
     Attributes:
         inputs: the entries of a batch that `forward` takes, in order.
         targets: the entries that `loss` takes after the prediction, in order.
+        needs_base_learner: whether a base learner is trained before and starts the model, see
+            `ModelConfig.base_weights`.
     """
 
     inputs: tuple[str, ...] = ("query_image", "support_images", "support_masks")
     targets: tuple[str, ...] = ("query_mask",)
+    needs_base_learner = False
 
     def __init__(self, backbone: Backbone, channels: int = 256, dropout: float = 0.5) -> None:
         super().__init__()
@@ -57,10 +62,29 @@ class FewShotModel(nn.Module):
             raise ValueError(f"channels: expected at least 1, got {channels}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
-        self.backbone = backbone
+        self.backbone = backbone.eval()
         features = backbone.channels[1] + backbone.channels[2]
         self.query_reduce = _reduction(features, channels, dropout)
         self.support_reduce = _reduction(features, channels, dropout)
+
+    @classmethod
+    def from_config(
+        cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
+    ) -> FewShotModel:
+        """Build the model on a backbone, with the head that a configuration describes.
+
+        Args:
+            backbone: of `config`.
+            config: its `channels` and `dropout`, and what else the model has settings for.
+            base_classes: number of the fold's base classes.
+            shots: supports per query (K) that the model is for.
+        """
+        return cls(backbone, config.channels, config.dropout)
+
+    @classmethod
+    def count_base_classes(cls, state: Mapping[str, Any]) -> int:
+        """Return for how many base classes the network of a state dict was built."""
+        return 0
 
     def train(self, mode: bool = True) -> FewShotModel:
         """Sets the mode of the head; the backbone stays in evaluation mode."""

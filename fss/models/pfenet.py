@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_target
 from fss.models.features import (
@@ -106,7 +107,12 @@ class PFENet(FewShotModel):
         self.enrich = FeatureEnrichment(channels, bins, dropped)
         self.residual = two_convolutions(channels)
         self.classifier = classifier(channels, 2, dropped)
-        self.train()
+
+    @classmethod
+    def from_config(
+        cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
+    ) -> PFENet:
+        return cls(backbone, config.channels, config.dropout, config.bins)
 
     def forward(
         self, query_image: Tensor, support_images: Tensor, support_masks: Tensor

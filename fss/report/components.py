@@ -18,10 +18,10 @@ from fss.colors import SKY
 from fss.data import build_episodes, build_source, test_transform
 from fss.data.scan import read_image
 from fss.models import FewShotModel
-from fss.plots import outline, photo_pixels, spread_over_classes
+from fss.report.episodes import outline, photo_pixels, spread_over_classes
 from fss.report.picture import Picture, figure_style, new_figure, save_picture
-from fss.report.run import Run
 from fss.report.spectrum import Spectrum
+from fss.runs.folder import Run
 
 _SHOWN = 4
 _COLOURS = "magma"

@@ -18,7 +18,7 @@ from fss.report.picture import (
     save_picture,
     series_style,
 )
-from fss.report.run import Run
+from fss.runs.folder import Run
 
 MIB = 2**20
 

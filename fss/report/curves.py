@@ -16,7 +16,7 @@ from fss.report.picture import (
     save_picture,
     series_style,
 )
-from fss.report.run import Run
+from fss.runs.folder import Run
 
 
 def draw_curves(runs: Sequence[Run], folder: Path) -> Picture:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import svf_fast
 from fss.models import FewShotModel, build_model
-from fss.regimes import apply_regime
-from fss.report.run import Run
+from fss.models.regimes import apply_regime
+from fss.runs.folder import Run
 
 _WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

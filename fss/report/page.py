@@ -29,8 +29,8 @@ from fss.report.results import (
     result_row,
     setting_in_words,
 )
-from fss.report.run import Run, read_runs
 from fss.report.spectrum import Spectrum, change_rows, draw_all, draw_largest, read_spectra
+from fss.runs.folder import Run, read_runs
 
 _EPISODES_WIDTH = 1200  # pixels
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fss.report.cost import measured
 from fss.report.picture import series_style
-from fss.report.run import Run
+from fss.runs.folder import Run
 
 # What may differ between runs of which a mean makes sense: folds and seeds, places and speed.
 _FREE = {"out", "data.fold", "data.seed", "data.root", "data.workers", "seed", "model.base_weights"}

@@ -22,7 +22,7 @@ from fss.report.picture import (
     save_picture,
     series_style,
 )
-from fss.report.run import Run
+from fss.runs.folder import Run
 
 LARGEST = 30
 """Singular values of each convolution that the paper's Figures 8 to 11 show."""

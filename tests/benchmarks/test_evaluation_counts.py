@@ -7,11 +7,11 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-import fss.evaluation
+import fss.evaluation.evaluate
 from fss.config import DataConfig, ModelConfig
 from fss.data import build_episodes, build_source
-from fss.evaluation import evaluate_all
-from fss.feature_cache import FeatureCache
+from fss.evaluation.evaluate import evaluate_all
+from fss.evaluation.feature_cache import FeatureCache
 from fss.models import build_model
 
 DATA = DataConfig(source="shapes", size=33, min_area=0.01, shots=2, workers=0)
@@ -26,7 +26,7 @@ def test_counts(name, gib, monkeypatch):
         caches.append(FeatureCache(*arguments))
         return caches[-1]
 
-    monkeypatch.setattr(fss.evaluation, "FeatureCache", make)
+    monkeypatch.setattr(fss.evaluation.evaluate, "FeatureCache", make)
     base_weights = "none" if name == "bam" else None
     model = ModelConfig(name, "resnet18", width=4, weights="none", base_weights=base_weights)
     network = build_model(model, dict.fromkeys(range(15), ""), 2).eval()

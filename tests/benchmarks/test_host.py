@@ -16,7 +16,7 @@ from levels import LEVELS, Settings, trained
 from torch import nn
 
 import svf_fast
-from svf_fast.nn.factored import svf_layers
+from svf_fast.layers.factored import svf_layers
 
 
 def test_both_paths_as_they_are_called(root, tmp_path):

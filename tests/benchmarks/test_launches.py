@@ -13,7 +13,7 @@ from levels import Settings
 from torch.nn import functional
 from triton import knobs
 
-from svf_fast.nn.factored import svf_layers
+from svf_fast.layers.factored import svf_layers
 
 EAGER, IN_A_GRAPH = 350, 250  # launches of a step of svf_fast, at most
 SETTINGS = Settings(size=33, batch=2, width=16, dtype="bfloat16", channels_last=True)

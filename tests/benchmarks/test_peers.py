@@ -11,7 +11,7 @@ from levels import LEVELS, SVF_LAYERS, Settings, trained
 from peers import LAYER_PEERS, PEERS, compiled, official
 from torch import nn
 
-from fss.measure import saved_bytes
+from fss.training.measure import saved_bytes
 
 EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
 TINY = Settings(size=33, width=8, batch=2, dtype="float64")

@@ -19,11 +19,11 @@ import svf_fast
 from fss import captured as module
 from fss.captured import WARM_UP, CapturedStep, captured
 from fss.data import build_episodes
-from fss.engine import train
-from fss.evaluation import episode_classes, evaluate
+from fss.evaluation.evaluate import episode_classes, evaluate
 from fss.models import build_model
-from fss.run_log import read_log
-from fss.trainer import Trainer
+from fss.runs.log import read_log
+from fss.training.run import train
+from fss.training.trainer import Trainer
 
 
 class Replayed:

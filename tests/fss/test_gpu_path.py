@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from gpu_path import defined, on_gpu
 
 from fss import processes
-from fss.loading import episode_loader
+from fss.data.loader import episode_loader
 from fss.processes import build_fabric
-from fss.trainer import Trainer
+from fss.training.trainer import Trainer
+from tests.svf_fast.gpu_path import defined, on_gpu
 
 # A forward pass of layers 2 and 3, and two of layer 4: of queries, and of masked supports.
 BOTTLENECKS = 4 + 6 + 2 * 3

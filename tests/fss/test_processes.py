@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from fss import FewShotSegmenter, processes
-from fss.checkpoint import read_checkpoint, write_checkpoint
-from fss.engine import train
 from fss.models import Baseline, build_backbone
 from fss.processes import (
     build_fabric,
@@ -20,7 +18,9 @@ from fss.processes import (
     lay_out,
     takes_channels_last,
 )
-from fss.trainer import Trainer
+from fss.runs.checkpoint import read_checkpoint, write_checkpoint
+from fss.training.run import train
+from fss.training.trainer import Trainer
 
 CONVOLUTIONS, MATRICES = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from fss.cli import main
-from fss.trainer import Trainer
+from fss.training.trainer import Trainer
 
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 last_rank = int(os.environ["WORLD_SIZE"]) - 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import accumulated, assert_error_within
 from torch import Tensor
 
 from svf_fast.ops.affine_act import (
@@ -20,6 +19,7 @@ from svf_fast.ops.channel_dot import channel_dot, channel_dot_scale_
 from svf_fast.ops.gram import gram_gradient
 from svf_fast.reference import affine_act as reference
 from svf_fast.reference import gram as gram_reference
+from tests.svf_fast.tolerance import accumulated, assert_error_within
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -1,6 +1,6 @@
 """The CUDA kernels where there is no GPU: their own tests on csrc/cuda compiled for the CPU.
 
-`tests/cuda_emulation` says what of CUDA is modelled. A sanitized second run stands in for
+`emulation.cpp` says what of CUDA is modelled. A sanitized second run stands in for
 compute-sanitizer: torch's CPU buffers are as long as asked for, so a read behind one is seen.
 """
 
@@ -12,8 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulated_cuda
 import pytest
+
+from tests.gpu import emulated_cuda
 
 pytestmark = pytest.mark.skipif(
     emulated_cuda.compiler() is None, reason="no C++ compiler here ($CXX or g++)"
@@ -32,10 +33,12 @@ UNFIT = "not sets and not threads"  # of CPUs
 
 def run_tests(root: Path, library: Path, chosen: str, environment: dict[str, str]) -> int:
     """Runs the chosen tests of the ops on the library; how many passed."""
-    files = [root / f"tests/svf_fast/test_{op}.py" for op in ("affine_act", "channel_dot", "guard")]
-    options = ["-q", "-x", "-p", "emulated_cuda", "-p", "no:cacheprovider"]
+    files = [
+        root / f"tests/svf_fast/ops/test_{op}.py" for op in ("affine_act", "channel_dot", "guard")
+    ]
+    options = ["-q", "-x", "-p", "tests.gpu.emulated_cuda", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *files, "-k", f"({chosen}) and {UNFIT}"]
-    paths = [str(Path(emulated_cuda.__file__).parent), str(root), os.environ.get("PYTHONPATH", "")]
+    paths = [str(root), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         **environment,

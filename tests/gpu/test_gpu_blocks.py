@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerance import ROUNDINGS, accumulated, assert_error_within
 from torch import nn
 
 import svf_fast
 from fss.models.backbone import BasicBlock, Bottleneck
-from svf_fast.nn.block import Fused
+from svf_fast.fusion.blocks import Fused
+from tests.svf_fast.tolerance import ROUNDINGS, accumulated, assert_error_within
 
 
 def projection(in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:

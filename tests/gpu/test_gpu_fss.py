@@ -18,12 +18,12 @@ import svf_fast
 from fss.captured import WARM_UP, CudaGraph
 from fss.config import TrainConfig
 from fss.data import build_episodes
-from fss.engine import train
-from fss.evaluation import evaluate
-from fss.loading import episode_loader
+from fss.data.loader import episode_loader
+from fss.evaluation.evaluate import evaluate
 from fss.processes import build_fabric
-from fss.run_log import read_log
-from fss.trainer import Trainer
+from fss.runs.log import read_log
+from fss.training.run import train
+from fss.training.trainer import Trainer
 
 STEPS = 10
 TINY = {

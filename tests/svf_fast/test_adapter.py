@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import svf_fast
-from svf_fast.nn import factored
+from svf_fast.layers import factored
 from svf_fast.ops import svf_conv2d
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import svf_fast
-from svf_fast.nn.factored import svf_layers
+from svf_fast.layers.factored import svf_layers
 
 
 class Net(NamedTuple):

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saved_bytes import saved_by
 from torch import nn
 
 import svf_fast
+from tests.svf_fast.saved_bytes import saved_by
 
 
 class Block(nn.Module):
@@ -230,7 +230,7 @@ def test_resident_bytes_are_those_that_stay(strategy):
     report = svf_fast.memory_report(model, (2, 12, 9, 9))
     model(torch.randn(2, 12, 9, 9)).sum().backward()
     storages = {}
-    for layer in svf_fast.nn.factored.svf_layers(model).values():
+    for layer in svf_fast.layers.factored.svf_layers(model).values():
         held = [layer.U, layer.V, layer.S]
         for made in layer._values.made.values():
             held += [made.weight, made.scaled]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_error_within
 from torch import Tensor
+
+from tests.svf_fast.tolerance import assert_error_within
 
 
 @pytest.fixture

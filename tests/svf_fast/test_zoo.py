@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from saved_bytes import saved_by
 from torch import Tensor, nn
 
 import svf_fast
 from svf_fast import SVFBasicBlock, SVFBottleneck, SVFConv2d
-from svf_fast.nn.block import Fused, FusedSequential
-from svf_fast.nn.factored import svf_layers
+from svf_fast.fusion.blocks import Fused, FusedSequential
+from svf_fast.layers.factored import svf_layers
+from tests.svf_fast.saved_bytes import saved_by
 
 # Every kind of block of both libraries.
 SMALL = [

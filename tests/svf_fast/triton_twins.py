@@ -1,6 +1,7 @@
 """The Triton twins of the CUDA ops in the place of the CPU's kernels, as a pytest plugin.
 
-With `-p triton_twins` the tests of the ops run on them, in Triton's interpreter where no GPU is.
+With `-p tests.svf_fast.triton_twins` the tests of the ops run on them, in Triton's
+interpreter where no GPU is.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from PIL import Image
 from fss.config import DataConfig
 from fss.data import CocoSource, Source, build_episodes
 from fss.data.coco import CLASSES, JSON_IDS
-from fss.data.counts import verify
+from fss.data.prepare.counts import verify
 
 
 @pytest.fixture(autouse=True)

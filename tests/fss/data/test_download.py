@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fss.data import download
-from fss.data.download import Archive, check, fetch
+from fss.data.prepare import download
+from fss.data.prepare.download import Archive, check, fetch
 
 CONTENT = bytes(range(256)) * 5000
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -8,8 +8,8 @@ from PIL import Image
 
 from fss.config import DataConfig
 from fss.data import EpisodeDataset, EvalTransform, PascalSource, Source, build_source
-from fss.data.counts import Counts, verify
 from fss.data.pascal import build_lists
+from fss.data.prepare.counts import Counts, verify
 
 # name: areas of each class; images are 60×80
 TRAIN = {

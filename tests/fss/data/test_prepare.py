@@ -16,10 +16,10 @@ from PIL import Image
 
 from fss.cli import main
 from fss.data import CocoSource, PascalSource, prepare
-from fss.data.annotations import Annotated, draw_coco
-from fss.data.archives import members
 from fss.data.coco import CLASSES, JSON_IDS
-from fss.data.download import Archive
+from fss.data.prepare.annotations import Annotated, draw_coco
+from fss.data.prepare.archives import members
+from fss.data.prepare.download import Archive
 
 VOC_ONLY, BOTH, SBD_ONLY, VAL = "2007_000001", "2008_000001", "2008_000002", "2007_000009"
 

@@ -9,8 +9,8 @@ import pytest
 
 from fss.data import ShapesSource, Source
 from fss.data.shapes import FEW_SHOT_CLASSES, PRETRAINING_CLASSES
-from fss.data.silhouettes import blob
-from fss.data.textures import TEXTURES
+from fss.data.shapes.silhouettes import blob
+from fss.data.shapes.textures import TEXTURES
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_embedded_weights_are_shipped_with_their_origin(root):
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         names = list(file.keys())
-    assert "fss.pretrain" in metadata["command"]
+    assert "pretrain --out" in metadata["command"]
     assert json.loads(metadata["classes"]) == [shape.name for shape in PRETRAINING_CLASSES]
     assert not any(name.startswith(("fc.", "last.", "middle.")) for name in names)
     assert "layer4.1.bn2.running_var" in names

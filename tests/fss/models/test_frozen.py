@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fss.measure import saved_bytes
 from fss.models.frozen import frozen_conv2d
 from fss.models.pspnet import BaseLearner
+from fss.training.measure import saved_bytes
 
 
 @pytest.mark.parametrize("kernel, padding", [((3, 3), 1), ((1, 1), 0), ((3, 1), (1, 0))])

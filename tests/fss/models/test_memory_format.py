@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fss.config import ModelConfig
-from fss.feature_cache import FeatureCache, Names
+from fss.evaluation.feature_cache import FeatureCache, Names
 from fss.models import Matching, build_backbone, build_model
 from fss.models.pooling import cat_maps
-from fss.supports import see_supports
+from fss.segment.supports import see_supports
 
 SHOTS = 2
 # The mean of all positions, which BAM's base learner enlarges: torch then has no format to keep.

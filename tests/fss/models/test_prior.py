@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fss.measure import saved_bytes
 from fss.models.prior import prior_mask
+from fss.training.measure import saved_bytes
 
 
 def _inputs(shots=1, seed=0):

@@ -1,0 +1,286 @@
+"""`fss eval`: the score of a run or of the authors' checkpoint, on its own data or on others."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from fss.config import DataConfig, TrainConfig
+from fss.data import Source, build_source
+from fss.evaluation.evaluate import episode_classes, evaluate_seeds
+from fss.files import write_json
+from fss.models import build_model
+from fss.models.regimes import apply_regime
+from fss.models.weights import read_state
+from fss.processes import float32_products, launch, lay_out, torchrun_layout
+from fss.runs.checkpoint import explain_misfit, load_checkpoint
+from fss.settings import read_settings
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "bam": {
+        "protocol": "pfenet",
+        "shuffle_test": False,
+        "resize": "canvas",
+        "test_seeds": (510, 365, 382, 322, 988),
+        "test_episodes": 1000,
+    },
+    "pfenet": {
+        "protocol": "pfenet",
+        "shuffle_test": False,
+        "resize": "canvas",
+        "test_seeds": (321,),
+        "test_episodes": 5000,
+    },
+    "hsnet": {
+        "protocol": "hsnet",
+        "shuffle_test": True,
+        "resize": "network",
+        "test_seeds": (0,),
+        "test_episodes": 1000,
+    },
+}
+"""What the published tests choose; PFENet asks for 20000 episodes of COCO."""
+
+# Pascal's names of classes that COCO has under another one, without spaces.
+_PASCAL_NAMES = {
+    "aeroplane": "airplane",
+    "motorbike": "motorcycle",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+# The last convolution of BAM's base learner: here, and in the authors' files.
+_BASE_OUTPUTS = ("base_learner.classifier.4.weight", "learner_base.1.4.weight")
+
+
+def evaluate_run(
+    run: str,
+    official: str | None = None,
+    episodes: int | None = None,
+    seeds: tuple[int, ...] | None = None,
+    shots: int | None = None,
+    root: str | None = None,
+    source: Literal["folder", "pascal", "coco", "fss1000", "shapes"] | None = None,
+    fold: int | None = None,
+    folds: Literal["fwb", "panet"] | None = None,
+    train_list: str | None = None,
+    val_list: str | None = None,
+    min_area: float | None = None,
+    drop_small_classes: bool | None = None,
+    classes: Literal["novel", "base"] = "novel",
+    protocol: Literal["bam", "pfenet", "hsnet"] | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    resize: Literal["photo", "canvas", "network"] | None = None,
+    feature_cache: float | None = None,
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto",
+) -> dict:
+    """Scores a checkpoint on test episodes and writes the result next to it.
+
+    On other data, which `source` names, the classes are those of their fold without the ones that
+    training saw, by name: those are not novel to the model, and BAM's base learner, whose classes
+    stay those of training, votes against them.
+
+    Args:
+        run: folder of a training run, or a checkpoint file in it; or a YAML file with the settings
+            of `fss train` that say model, data and fold of an authors' checkpoint.
+        official: the authors' PFENet or BAM checkpoint, with a YAML file as `run`; by default its
+            model.official.
+        episodes: per seed; by default as the run was tested.
+        seeds: one evaluation each; by default as the run was tested.
+        shots: support photos per episode; by default as trained.
+        root: folder of the photos, if they have moved, or of the other data.
+        source: other data than those of the run, see `DataConfig`.
+        fold: of the other data; by default the number of the run's.
+        folds: of other data that are "coco", "fwb" or "panet".
+        train_list: a list of the data, see `DataConfig`.
+        val_list: a list of the data, see `DataConfig`.
+        min_area: the area from which on a class counts for a photo; by default as trained.
+        drop_small_classes: leave out classes that have no more than K photos.
+        classes: "novel", those of the fold; "base", those that training saw.
+        protocol: seeds, episodes, the order of queries, transform and resize as the published tests
+            of "bam", "pfenet" or "hsnet" have them; options given beside it come first. The side
+            stays that of training; HSNet's 400 is no multiple of 8 plus 1.
+        checkpoint: of the folder, "best" or "last".
+        batch_size: episodes at a time; does not change the score.
+        workers: processes that load episodes.
+        resize: of predictions, see `TrainConfig`; by default as the run was tested.
+        feature_cache: GiB of features kept of photos that return; does not change the score.
+        accelerator: "auto", "cpu" or "cuda".
+
+    Returns what it writes into the run's folder, or the folder `out` of the YAML file's settings:
+    eval.json, or for other data eval_SOURCE_foldN.json.
+
+    Raises:
+        FileNotFoundError: no run, checkpoint or photos there.
+        ValueError: a damaged checkpoint, or a setting that does not fit.
+    """
+    trained = (
+        _read_official(Path(run), official, None if source else root)
+        if Path(run).suffix in (".yaml", ".yml")
+        else _read_run(Path(run), official, checkpoint)
+    )
+    values, own = trained.settings, DataConfig(**trained.settings["data"])
+    data = {"shots": shots, "root": root, "workers": workers, "min_area": min_area}
+    data |= {"train_list": train_list, "val_list": val_list}
+    data |= {"drop_small_classes": drop_small_classes}
+    if source is not None:
+        if classes == "base":
+            raise ValueError(
+                'classes: expected "novel" on other data, got "base": those are the classes that '
+                "training saw, and it saw none of these data"
+            )
+        # what belongs to the run's own data does not carry over
+        values["data"] |= {"root": None, "train_list": None, "val_list": None, "folds": "fwb"}
+        data |= {"source": source, "fold": fold, "folds": folds}
+    elif fold is not None or folds is not None:
+        raise ValueError(
+            "fold, folds: expected them with --source, for other data; the run was trained on "
+            f"fold {own.fold}, where the novel classes of the other folds are base classes"
+        )
+    values["data"] |= _given(data)
+    if protocol is not None:
+        chosen = dict(PROTOCOLS[protocol])
+        if protocol == "pfenet" and values["data"]["source"] == "coco":
+            chosen["test_episodes"] = 20000
+        values["data"] |= {name: chosen.pop(name) for name in ("protocol", "shuffle_test")}
+        values |= chosen
+    overrides = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
+    values |= _given(overrides | {"resize": resize, "feature_cache": feature_cache})
+    config = TrainConfig.from_dict(values | {"devices": 1, "accumulate": 1})
+
+    devices, nodes = torchrun_layout() or (1, 1)
+    fabric = launch(accelerator, devices, nodes, config.precision)
+    photos, described = build_source(config.data), trained.description
+    if source is None:
+        base = episode_classes(photos, config.data.fold, novel=False)
+    else:
+        base = _base_classes(trained, config)
+        photos, seen = _without_seen(photos, config.data.fold, trained.base_classes or _seen(own))
+        described |= {"source": source, "seen_in_training": seen}
+    if protocol is not None:
+        described |= {"protocol": protocol}
+    network = build_model(config.model, base, own.shots)
+    if trained.weights is not None:
+        apply_regime(network, config.regime)
+        with explain_misfit(Path(run)):
+            network.load_state_dict(trained.weights)
+    with float32_products(config.tf32):
+        result = described | evaluate_seeds(
+            fabric.setup(lay_out(network, fabric.device)),
+            photos,
+            config.data,
+            fabric,
+            config.test_seeds,
+            config.test_episodes,
+            config.batch_size,
+            classes == "novel",
+            config.resize,
+            config.feature_cache,
+            config.graph,
+        )
+    if fabric.is_global_zero:
+        name = "eval" if source is None else f"eval_{source}_fold{config.data.fold}"
+        trained.folder.mkdir(parents=True, exist_ok=True)
+        write_json(trained.folder / f"{name}.json", result)
+    return result
+
+
+class _Trained(NamedTuple):
+    """A trained network: settings, weights (None if model.official loads them), where it lies."""
+
+    settings: dict[str, Any]
+    weights: dict[str, Tensor] | None
+    base_classes: dict[int, str] | None
+    folder: Path
+    description: dict[str, Any]
+
+
+def _read_official(path: Path, official: str | None, root: str | None) -> _Trained:
+    settings = read_settings(path)
+    model, data = ({**settings.get(part, {})} for part in ("model", "data"))
+    model["official"] = official or model.get("official")
+    if not model["official"]:
+        raise ValueError(
+            "official: expected the authors' checkpoint, got nothing; give --official, or "
+            f"model.official in {path}; a run is scored by its folder"
+        )
+    data |= _given({"root": root})
+    settings = TrainConfig.from_dict({**settings, "model": model, "data": data}).to_dict()
+    description = {"checkpoint": Path(model["official"]).name}
+    return _Trained(settings, None, None, Path(settings["out"]), description)
+
+
+def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
+    if official:
+        raise ValueError(
+            "official: expected a YAML file beside it, that says model, data and fold of the "
+            f"authors' checkpoint, got {path}; a run's own checkpoint needs no --official"
+        )
+    path = path / f"{checkpoint}.pt" if path.is_dir() else path
+    state = load_checkpoint(path)
+    # The checkpoint holds the backbone too: no other file is needed.
+    none = {"weights": "none", "base_weights": "none", "official": None}
+    with explain_misfit(path):
+        settings = {**state["config"], "model": state["config"]["model"] | none}
+        description = {"checkpoint": path.name, "step": state["step"]}
+        weights, classes = state["model"], state.get("base_classes")
+    return _Trained(settings, weights, classes, path.parent, description)
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _base_classes(trained: _Trained, config: TrainConfig) -> dict[int, str]:
+    """As many as BAM's base learner has outputs for, without the data that it learnt from."""
+    if config.model.name != "bam":
+        return {}
+    weights = trained.weights
+    if weights is None:
+        weights = read_state("model.official", Path(str(config.model.official)).expanduser())
+    outputs = next((len(weights[name]) for name in _BASE_OUTPUTS if name in weights), 2)
+    return {n: f"class {n}" for n in range(1, outputs)}
+
+
+def _seen(own: DataConfig) -> dict[int, str] | None:
+    """The base classes of a run's own data, None where they are not at hand."""
+    try:
+        return episode_classes(build_source(own), own.fold, novel=False)
+    except (OSError, ValueError):
+        return None
+
+
+def _without_seen(
+    source: Source, fold: int, base_classes: Mapping[int, str] | None
+) -> tuple[Source, list[str] | None]:
+    """The source without the novel classes of the fold that training saw, and their names."""
+    if fold >= len(source.folds):
+        raise ValueError(
+            f"fold: expected 0 to {len(source.folds) - 1} with these data, got {fold}; give --fold"
+        )
+    if base_classes is None:
+        return source, None
+    known = {_plain(name) for name in base_classes.values()}
+    seen = [c for c in source.folds[fold] if _plain(source.class_names[c]) in known]
+    names = [source.class_names[c] for c in seen]
+    novel = tuple(c for c in source.folds[fold] if c not in seen)
+    if not novel:
+        raise ValueError(
+            f"fold: training saw every class of fold {fold} ({', '.join(names)}), so none is novel "
+            "to the model; give another --fold"
+        )
+    narrowed = copy.copy(source)
+    narrowed.folds = (*source.folds[:fold], novel, *source.folds[fold + 1 :])
+    return narrowed, names
+
+
+def _plain(name: str) -> str:
+    """A class's name, the same in Pascal and in COCO."""
+    plain = re.sub(r"[\W_]+", "", name).lower()
+    return _PASCAL_NAMES.get(plain, plain)

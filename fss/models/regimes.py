@@ -1,0 +1,217 @@
+"""What trains in the backbone, and with which optimizer settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+import svf_fast
+from fss.config import OptimizerConfig, RegimeConfig
+from fss.models.regime_layers import Adapter, FactoredConv2d, ScaledConv2d, random_rotation
+
+
+def apply_regime(model: nn.Module, regime: RegimeConfig) -> None:
+    """Freezes `model.backbone` but for what the regime trains, in place; the head is left alone.
+
+    See `RegimeConfig` for what each regime makes of the backbone. All but "rotated_svf" leave it
+    computing what it computed before, up to rounding.
+
+    Raises:
+        ValueError: a layer that the backbone does not have, or one without what the regime trains.
+    """
+    backbone = model.get_submodule("backbone")
+    backbone.requires_grad_(False)
+    if regime.name in _COMPOSED or regime.name in ("full", "svf", "rotated_svf"):
+        _train_convolutions(backbone, regime)
+    elif regime.name == "adapter":
+        for layer in _layers(backbone, regime):
+            _append_adapter(backbone, layer, regime.adapter_reduction)
+    elif regime.name == "bias":
+        _train_affine(backbone, regime, ("bias",), (nn.Conv2d, nn.BatchNorm2d))
+    if regime.batch_norm != "none":
+        kinds = ("weight", "bias") if regime.batch_norm == "both" else (regime.batch_norm,)
+        _train_affine(backbone, regime, kinds, (nn.BatchNorm2d,))
+    if regime.batch_norm_statistics == "batch":
+        _train_statistics(model, backbone, regime)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Optimizer groups: the head and, unless it is frozen, the backbone.
+
+    The backbone's learning rate is `backbone_lr`, by default a tenth of the head's, as the
+    published SVF code has it for S; its weight decay is `backbone_weight_decay`, by default the
+    head's. The paper names no other settings for any regime, so all regimes share these.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if not name.startswith("backbone.")]
+    backbone = [p for name, p in trained.items() if name.startswith("backbone.")]
+    groups = [
+        {
+            "name": "head",
+            "params": head,
+            "lr": config.lr * config.lr_factor,
+            "weight_decay": config.weight_decay,
+        }
+    ]
+    if backbone:
+        lr, decay = config.backbone_lr, config.backbone_weight_decay
+        groups.append(
+            {
+                "name": "backbone",
+                "params": backbone,
+                "lr": (config.lr / 10 if lr is None else lr) * config.lr_factor,
+                "weight_decay": config.weight_decay if decay is None else decay,
+            }
+        )
+    return groups
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
+    """SGD with momentum, or AdamW, over `parameter_groups`."""
+    groups = parameter_groups(model, config)
+    if config.name == "sgd":
+        return optim.SGD(groups, momentum=config.momentum)
+    return optim.AdamW(groups)
+
+
+def build_scheduler(
+    optimizer: optim.Optimizer, config: OptimizerConfig, steps: int
+) -> optim.lr_scheduler.LRScheduler:
+    """The learning rate of step n of `steps`, by `config.schedule`.
+
+    cosine: lr·(1 + cos(π·n/steps))/2. poly: lr·(1 - n/steps)^0.9. constant: lr.
+    """
+    if config.schedule == "cosine":
+        return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "poly":
+        return optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
+    return optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+
+
+def _train_convolutions(backbone: nn.Module, regime: RegimeConfig) -> None:
+    convolutions = _convolutions(backbone, regime)
+    if regime.name == "full":
+        for convolution in convolutions.values():
+            convolution.requires_grad_(True)
+        return
+    if regime.name == "rotated_svf":
+        for convolution in convolutions.values():
+            _rotate(convolution)
+    if regime.name in ("svf", "rotated_svf") and set(regime.trained_factors) <= {"S"}:
+        if regime.trained_factors:
+            svf_fast.convert(backbone, list(convolutions), regime.strategy)
+        return
+    compose = _COMPOSED[regime.name]
+    for name, convolution in convolutions.items():
+        backbone.set_submodule(name, compose(convolution, regime.trained_factors))
+
+
+def _factored(convolution: nn.Conv2d, trained: tuple[str, ...]) -> FactoredConv2d:
+    return FactoredConv2d(convolution, *svf_fast.decompose(convolution.weight), trained)
+
+
+def _rotated(convolution: nn.Conv2d, trained: tuple[str, ...]) -> FactoredConv2d:
+    weight = convolution.weight.detach()
+    R = random_rotation(len(weight)).to(weight.device)
+    turned = (R.mT @ weight.double().flatten(1)).view_as(weight)
+    return FactoredConv2d(convolution, R, torch.ones(len(weight)), turned, ("S'",))
+
+
+_COMPOSED: dict[str, Callable[[nn.Conv2d, tuple[str, ...]], nn.Module]] = {
+    "svf": _factored,
+    "svf_scale": _factored,
+    "scale_output": lambda convolution, _: ScaledConv2d(convolution, "output"),
+    "scale_input": lambda convolution, _: ScaledConv2d(convolution, "input"),
+    "rotated_scale": _rotated,
+}
+"""By regime, the layer in the place of a convolution, given the factors that train."""
+
+
+@torch.no_grad()
+def _rotate(convolution: nn.Conv2d) -> None:
+    """Makes the weight ``U R S Rᵀ Vᵀ``: U R and R V are its singular vectors from then on."""
+    U, S, V = svf_fast.decompose(convolution.weight.double())
+    R = random_rotation(len(S)).to(S.device)
+    turned = (R.mT @ V.flatten(1)).view_as(V)
+    convolution.weight.copy_(svf_fast.compose(U @ R, S, turned))
+
+
+def _append_adapter(backbone: nn.Module, layer: str, reduction: int) -> None:
+    stage = backbone.get_submodule(layer)
+    convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+    if not isinstance(stage, nn.Sequential) or not convolutions:
+        raise ValueError(
+            "regime.layers: expected stages of several layers for adapters to follow, "
+            f"{layer!r} is a single {type(stage).__name__}"
+        )
+    weight = convolutions[-1].weight
+    stage.add_module("adapter", Adapter(len(weight), reduction).to(weight))
+
+
+def _train_affine(
+    backbone: nn.Module, regime: RegimeConfig, kinds: tuple[str, ...], types: tuple[type, ...]
+) -> None:
+    """Trains the parameters called `kinds` of the modules of these types in the regime's layers."""
+    for layer in _layers(backbone, regime):
+        modules = [m for m in backbone.get_submodule(layer).modules() if isinstance(m, types)]
+        found = [
+            p for m in modules for name, p in m.named_parameters(recurse=False) if name in kinds
+        ]
+        if not found and regime.layers != ("all",):
+            raise ValueError(
+                f"regime.layers: expected layers with a {' or '.join(kinds)} of "
+                f"{' or '.join(t.__name__ for t in types)} to train, {layer!r} has none"
+            )
+        for parameter in found:
+            parameter.requires_grad_(True)
+
+
+def _train_statistics(model: nn.Module, backbone: nn.Module, regime: RegimeConfig) -> None:
+    """The batch norms follow the mode of the model, whose backbone is in evaluation mode else."""
+    names = [
+        f"{layer}.{name}".rstrip(".")
+        for layer in _layers(backbone, regime)
+        for name, m in backbone.get_submodule(layer).named_modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
+
+    def set_mode(module: nn.Module, inputs: object) -> None:
+        # by name: they may have been replaced by synchronised ones since
+        for name in names:
+            module.get_submodule(f"backbone.{name}").train(module.training)
+
+    model.register_forward_pre_hook(set_mode)
+
+
+def _layers(backbone: nn.Module, regime: RegimeConfig) -> list[str]:
+    """The regime's layers, or for "all" the backbone's children that have parameters."""
+    children = dict(backbone.named_children())
+    if regime.layers == ("all",):
+        return [name for name, child in children.items() if any(True for _ in child.parameters())]
+    for layer in regime.layers:
+        if layer not in children:
+            raise ValueError(
+                f"regime.layers: expected children of the backbone ({', '.join(children)}) or "
+                f"all, got {layer!r}"
+            )
+    return list(regime.layers)
+
+
+def _convolutions(backbone: nn.Module, regime: RegimeConfig) -> dict[str, nn.Conv2d]:
+    """The convolutions of the regime's layers and kernel size, by name in the backbone."""
+    chosen: dict[str, nn.Conv2d] = {}
+    for layer in _layers(backbone, regime):
+        found = {
+            f"{layer}.{name}".rstrip("."): module
+            for name, module in backbone.get_submodule(layer).named_modules()
+            if isinstance(module, nn.Conv2d)
+            and regime.kernel in ("all", "x".join(map(str, module.kernel_size)))
+        }
+        if not found and regime.layers != ("all",):
+            kind = "a convolution" if regime.kernel == "all" else f"a {regime.kernel} convolution"
+            raise ValueError(f"regime.layers: expected layers with {kind}, {layer!r} has none")
+        chosen |= found
+    return chosen

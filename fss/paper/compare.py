@@ -1,0 +1,162 @@
+"""The runs of a table of the paper, and its numbers next to theirs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fss.config import TrainConfig
+from fss.paper.tables import FOLDS, Published, Row, Table
+from fss.training.base_learner import BaseLearnerConfig
+
+
+@dataclass
+class BaseRun:
+    """The training of a base learner, which rows and tables share; `reason` is why it failed."""
+
+    fold: int
+    folder: Path
+    config: BaseLearnerConfig
+    reason: str | None = None
+
+    @property
+    def state(self) -> str:
+        """ "finished", "begun" or "not begun"."""
+        return _state(self.folder)
+
+
+@dataclass
+class Run:
+    """One training of a row, or why there is none."""
+
+    row: Row
+    shots: int
+    fold: int
+    folder: Path
+    config: TrainConfig | None = None
+    base: BaseRun | None = None
+    reason: str | None = None
+    test: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
+
+    @property
+    def state(self) -> str:
+        """ "finished", "begun", "not begun", or "cannot run"."""
+        if self.reason is not None:
+            return "cannot run"
+        return _state(self.folder)
+
+
+def _state(folder: Path) -> str:
+    if (folder / "result.json").is_file():
+        return "finished"
+    return "begun" if (folder / "last.pt").is_file() else "not begun"
+
+
+def compared_rows(table: Table, runs: list[Run]) -> Iterator[dict[str, Any]]:
+    """The rows of the result: ours and the paper's by number of shots and fold, in percent."""
+    for row in table.rows:
+        for shots, published in row.paper.items():
+            own = [run for run in runs if run.row is row and run.shots == shots]
+            if not own:
+                continue
+            scores = {
+                run.fold: 100 * run.test[table.metric]["mean"]
+                for run in own
+                if run.test is not None
+            }
+            stds = {
+                run.fold: 100 * run.test[table.metric]["std"]
+                for run in own
+                if run.test is not None and run.test[table.metric]["std"] is not None
+            }
+            yield {
+                "label": row.label,
+                "run": row.run,
+                "shots": shots,
+                "note": row.note,
+                "paper": published._asdict(),
+                "folds": scores,
+                "folds_std": stds,
+                "mean": statistics.fmean(scores.values()) if scores else None,
+                **_difference(scores, published),
+                "not_run": {
+                    run.fold: run.reason or "not run yet" for run in own if run.test is None
+                },
+            }
+
+
+def _difference(scores: dict[int, float], published: Published) -> dict[str, float | None]:
+    """Ours less the paper's, over the folds that ran; only where the paper tells those."""
+    if len(scores) == FOLDS:
+        theirs: float | None = published.mean
+    elif scores and published.folds is not None:
+        theirs = statistics.fmean(published.folds[fold] for fold in scores)
+    else:
+        theirs = None
+    ours = statistics.fmean(scores.values()) if scores else None
+    known = ours is not None and theirs is not None
+    return {"paper_of_these_folds": theirs, "difference": ours - theirs if known else None}
+
+
+def markdown(result: dict[str, Any]) -> Iterator[str]:
+    """Lines of the table, from what `fss.paper.reproduce.reproduce` returns."""
+    metric = {"miou": "mIoU", "fb_iou": "FB-IoU"}[result["metric"]]
+    yield f"# {result['table']}: {result['title']}"
+    yield ""
+    if result["scaled_down"]:
+        yield (
+            f"**Scaled down: {result['scaled_down']}. This shows that the table works; the numbers "
+            "say nothing of the paper's.**"
+        )
+        yield ""
+    yield f"| | shots | fold 0 | fold 1 | fold 2 | fold 3 | {metric} | paper | difference |"
+    yield "| --- | ---: |" + " ---: |" * 7
+    for row in result["rows"]:
+        theirs = row["paper"]["folds"] or [None] * FOLDS
+        cells = [
+            f"{_number(row['folds'].get(fold))} / {_number(theirs[fold])}" for fold in range(FOLDS)
+        ]
+        mean = f"**{_number(row['mean'])}**"
+        difference = _number(row["difference"], "+")
+        cells += [mean, _number(row["paper"]["mean"]), difference]
+        mark = " (scaled down)" if result["scaled_down"] else ""
+        yield f"| {row['label']}{mark} | {row['shots']} | {' | '.join(cells)} |"
+    yield ""
+    yield (
+        "Percent, ours / the paper's; the mean is over the folds that ran, the difference to the "
+        "paper's mean over the same ones."
+    )
+    if result["settings"]:
+        changed = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+        yield f"Set in every run, whatever the table says: {changed}."
+    for row in result["rows"]:
+        if row["note"]:
+            yield f"{row['label']}: {row['note']}."
+    for name, scores in result["base_learners"].items():
+        folds = ", ".join(f"fold {fold} {miou:.2f}" for fold, miou in scores.items())
+        yield f"BAM's base learner {name}, mIoU of the base classes: {folds}."
+    reasons: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        for fold, reason in row["not_run"].items():
+            reasons.setdefault(reason, []).append(f"{row['label']} {row['shots']}-shot fold {fold}")
+    if reasons:
+        yield ""
+        yield "Not run:"
+        yield ""
+        for reason, names in reasons.items():
+            yield f"- {'; '.join(names)}: {reason}"
+    if result["source"]:
+        machine, versions = result["source"]["machine"], result["source"]["versions"]
+        device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        yield ""
+        yield f"{device}, torch {versions['torch']}, commit {result['source']['commit']}."
+    yield ""
+    yield f"    {result['command']}"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.2f}"

@@ -1,0 +1,265 @@
+"""The experiments of the paper's tables: files in fss/configs/paper, and the runs they stand for.
+
+A table is a YAML file `T16.yaml`: a `title`, the `data` file of its data set (pascal, coco), the
+`metric` (miou, the default, or fb_iou) and `rows`. A row has
+
+    label       as the table calls it
+    run         the name of its runs; rows of any table with the same name share them. A row without
+                one quotes a method that is not here.
+    regime      a file of fss/configs/regimes
+    recipe      one of the data file's recipes; by default the paper's own
+    settings    what else differs from the defaults of `fss train`
+    episodes    test episodes, where others than the runs' own
+    note        what a reader of the numbers must know
+    paper       the paper's numbers in percent by shots: those of folds 0 to 3 and their mean, or
+                the mean alone
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fss.config import DataConfig, ModelConfig, TrainConfig
+from fss.files import read_yaml
+from fss.settings import FOLDER, check_names, merged, read_settings
+from fss.training.base_learner import BaseLearnerConfig
+
+FOLDS = 4
+# The settings of a model that are those of its base learner too.
+_BACKBONE = ("backbone", "stem", "stride_on", "width", "weights")
+
+
+class Published(NamedTuple):
+    """The paper's numbers of a row, in percent: by fold where it gives them, and the mean."""
+
+    folds: tuple[float, ...] | None
+    mean: float
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the tables of a data set share: see fss/configs/paper/pascal.yaml."""
+
+    name: str
+    needs: str
+    epochs: int
+    base_epochs: int
+    images: dict[str, list[int]]
+    settings: dict[str, Any]
+    recipes: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table, see this module; `settings` has its regime and recipe in it."""
+
+    label: str
+    run: str | None
+    settings: dict[str, Any]
+    episodes: int | None
+    note: str | None
+    paper: dict[int, Published]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper, see this module; `folder` is the one of its file."""
+
+    name: str
+    title: str
+    metric: str
+    data: DataSet
+    rows: tuple[Row, ...]
+    folder: Path
+
+
+def default_folder() -> Path:
+    """The tables that come with the package."""
+    return FOLDER / "paper"
+
+
+def table_names(folder: Path) -> list[str]:
+    """The tables of a folder in the paper's order.
+
+    Raises:
+        FileNotFoundError: no table there.
+    """
+    names = [path.stem for path in folder.glob("T*.yaml")]
+    if not names:
+        raise FileNotFoundError(
+            f"tables: expected files like T16.yaml in {folder}, found none; leave out --tables for "
+            "those of the paper"
+        )
+    return sorted(names, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))
+
+
+def load_table(name: str, folder: Path) -> Table:
+    """Reads and checks a table, its data file and its regimes.
+
+    Raises:
+        ValueError: no table of that name; a key that is not known, a number that cannot be.
+    """
+    known = table_names(folder)
+    found = [table for table in known if table.lower() == name.lower()]
+    if not found:
+        raise ValueError(f"table: expected one of {', '.join(known)}; got {name!r}")
+    path = folder / f"{found[0]}.yaml"
+    values = _read(path, {"title", "data", "rows"}, {"metric"})
+    metric = values.get("metric", "miou")
+    if metric not in ("miou", "fb_iou"):
+        raise ValueError(f"{path}: metric: expected miou or fb_iou, got {metric!r}")
+    data = _data_set(folder / f"{values['data']}.yaml")
+    rows = tuple(_row(row, data, path) for row in values["rows"])
+    return Table(found[0], values["title"], metric, data, rows, folder)
+
+
+def run_values(
+    table: Table, row: Row, shots: int, fold: int, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """The configuration of one run, as the values of `TrainConfig.from_dict`.
+
+    The number of steps is the paper's number of epochs, unless `overrides` gives one. A setting
+    model.base_weights concerns BAM alone, and `{data}`, `{backbone}` and `{fold}` in it are filled
+    in.
+
+    Raises:
+        ValueError: an epoch whose length is not known.
+    """
+    values = merged(merged(table.data.settings, row.settings), overrides)
+    values = merged(values, {"data": {"fold": fold, "shots": shots}, "model": {}})
+    values["model"] = _with_base_learner(values["model"], table.data, fold)
+    if "steps" not in values:
+        filtered = values["data"].get("exclude_novel", True)
+        kind = "filtered" if filtered else "unfiltered"
+        images = table.data.images.get(kind)
+        if images is None:
+            raise ValueError(
+                f"steps: {table.data.name} has no number of {kind} training images in its file, so "
+                "the length of an epoch is not known; give steps in --settings"
+            )
+        batch = values.get("batch_size", TrainConfig.batch_size)
+        values["steps"] = table.data.epochs * (images[fold] // batch)
+    return values
+
+
+def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the base learner of a row of BAM, as arguments of `BaseLearnerConfig`.
+
+    All rows with a backbone share it: of the table only the data set and the backbone count, of
+    `overrides` what `fss train-base` has a setting for. The number of steps is BAM's number of
+    epochs, unless `overrides` gives one.
+    """
+    names = {field.name for field in dataclasses.fields(BaseLearnerConfig)} - {"data", "model"}
+    values = {name: value for name, value in overrides.items() if name in names}
+    source = table.data.settings["data"]["source"]
+    data = {"source": source} | overrides.get("data", {}) | {"fold": fold, "shots": 1}
+    model = merged(row.settings, overrides).get("model", {})
+    model = {name: model[name] for name in _BACKBONE if name in model}
+    batch = values.get("batch_size", BaseLearnerConfig.batch_size)
+    steps = table.data.base_epochs * (table.data.images["filtered"][fold] // batch)
+    parts = {"data": DataConfig(**data), "model": ModelConfig(**model)}
+    return {"steps": steps, **values, **parts}
+
+
+def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[str, Any]:
+    path = model.get("base_weights")
+    if model.get("name") != "bam":
+        return {name: value for name, value in model.items() if name != "base_weights"}
+    if path is None:
+        return model
+    backbone = model.get("backbone", ModelConfig.backbone)
+    try:
+        path = path.format(data=data.name.lower(), backbone=backbone, fold=fold)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            "model.base_weights: expected a path, perhaps with {data}, {backbone} and {fold}; got "
+            f"{path!r}"
+        ) from error
+    return model | {"base_weights": path}
+
+
+def _read(path: Path, required: set[str], optional: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent.name}: expected a file {path}, found none")
+    values = read_yaml(path)
+    _check_keys(values, required, optional, str(path))
+    return values
+
+
+def _data_set(path: Path) -> DataSet:
+    keys = {field.name for field in dataclasses.fields(DataSet)}
+    values = _read(path, keys, set())
+    for kind, images in values["images"].items():
+        if kind not in ("filtered", "unfiltered") or len(images) != FOLDS or min(images) < 1:
+            raise ValueError(
+                f"{path}: images: expected filtered or unfiltered with {FOLDS} numbers, got "
+                f"{kind}: {images}"
+            )
+    for settings in (values["settings"], *values["recipes"].values()):
+        check_names(settings, TrainConfig, str(path))
+    return DataSet(**values)
+
+
+def _row(values: Any, data: DataSet, path: Path) -> Row:
+    where = f"{path}: {values.get('label', values) if isinstance(values, dict) else values}"
+    quoted = isinstance(values, dict) and "run" not in values
+    required = {"label", "paper"} | (set() if quoted else {"run", "regime"})
+    optional = {"note"} | (set() if quoted else {"recipe", "settings", "episodes"})
+    _check_keys(values, required, optional, where)
+    settings: dict[str, Any] = {}
+    if not quoted:
+        recipe = values.get("recipe")
+        if recipe is not None and recipe not in data.recipes:
+            known = ", ".join(data.recipes)
+            raise ValueError(f"{where}: recipe: expected one of {known}, got {recipe!r}")
+        regime = path.parent.parent / "regimes" / f"{values['regime']}.yaml"
+        settings = merged(data.recipes.get(recipe, {}), read_settings(regime))
+        own = values.get("settings", {})
+        check_names(own, TrainConfig, where)
+        settings = merged(settings, own)
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(values["run"])):
+            raise ValueError(f"{where}: run: expected the name of a folder, got {values['run']!r}")
+    episodes = values.get("episodes")
+    if episodes is not None and (not isinstance(episodes, int) or episodes < 1):
+        raise ValueError(f"{where}: episodes: expected a number from 1 on, got {episodes!r}")
+    if not isinstance(values["paper"], dict) or not values["paper"]:
+        raise ValueError(f"{where}: paper: expected numbers by shots, got {values['paper']!r}")
+    paper = {
+        _shots(shots, where): _published(numbers, where)
+        for shots, numbers in values["paper"].items()
+    }
+    label, run, note = values["label"], values.get("run"), values.get("note")
+    return Row(label, run, settings, episodes, note, paper)
+
+
+def _shots(shots: Any, where: str) -> int:
+    if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
+        raise ValueError(f"{where}: paper: expected a number of shots, got {shots!r}")
+    return shots
+
+
+def _published(numbers: Any, where: str) -> Published:
+    values = numbers if isinstance(numbers, list) else [numbers]
+    good = all(isinstance(value, (int, float)) and 0 <= value <= 100 for value in values)
+    if not good or len(values) not in (1, FOLDS + 1):
+        raise ValueError(
+            f"{where}: paper: expected percentages, a mean or those of folds 0 to {FOLDS - 1} and "
+            f"the mean; got {numbers!r}"
+        )
+    return Published(tuple(values[:-1]) or None, values[-1])
+
+
+def _check_keys(values: Any, required: set[str], optional: set[str], where: str) -> None:
+    got = set(values) if isinstance(values, dict) else set()
+    missing, unknown = sorted(required - got), sorted(map(str, got - required - optional))
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: expected {', '.join(sorted(required))}"
+            + (f" and perhaps {', '.join(sorted(optional))}" if optional else "")
+            + (f"; missing {', '.join(missing)}" if missing else "")
+            + (f"; unknown {', '.join(unknown)}" if unknown else "")
+        )

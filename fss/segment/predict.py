@@ -1,0 +1,221 @@
+"""Segmentation of files and folders of pictures: the command `fss predict`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from fss.files import atomic_write
+from fss.segment.masks import MaskLike
+from fss.segment.pictures import read_picture
+from fss.segment.segmenter import Device, FewShotSegmenter, Segmentation
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""Of the files that count as pictures in a folder."""
+
+KINDS = ("mask", "probability", "overlay")
+"""What is written of each query."""
+
+
+def predict_files(
+    queries: Sequence[str],
+    supports: Sequence[tuple[str, str]],
+    out: str,
+    run: str | None = None,
+    backbone: str | None = None,
+    weights: str | None = None,
+    size: int | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    adapter: str | None = None,
+    threshold: float = 0.5,
+    batch_size: int = 8,
+    overwrite: bool = False,
+    device: Device = "auto",
+) -> str:
+    """Segments pictures and writes of each, into a folder, three PNG files of its size.
+
+    NAME.mask.png is 255 where the object is, else 0; NAME.probability.png is 255 times the
+    probability; NAME.overlay.png is the picture with the mask. NAME is the picture's path in the
+    folder that was asked for, without its ending; where two would be the same, the ending is kept,
+    or the path goes on from the folder that all queries share. Results are upright, as viewers show
+    the picture, whatever its EXIF orientation says.
+
+    Args:
+        queries: files, and folders, of which all pictures are taken, also those deeper down.
+        supports: a picture each, and its mask: a file, a box "x0,y0,x1,y1" or a polygon
+            "x,y x,y x,y …" in pixels.
+        out: folder of the results.
+        run: of `fss train`; without one, training-free matching, see `FewShotSegmenter`.
+        backbone, weights, size: of matching, see `FewShotSegmenter`.
+        checkpoint, adapter, threshold, device: see `FewShotSegmenter`.
+        batch_size: pictures at a time.
+        overwrite: replace earlier results.
+
+    Returns a line about what was done.
+
+    Raises:
+        FileNotFoundError: no such query, support or run.
+        FileExistsError: a result is there already.
+        ValueError: pictures that cannot be read, named; results of the others are written.
+    """
+    paths = find_pictures(queries, Path(out))
+    names = _names(queries, paths)
+    results = {path: Path(out) / name for path, name in zip(paths, names, strict=True)}
+    if not overwrite:
+        _refuse_to_overwrite(list(results.values()))
+    if not supports:
+        raise ValueError("support: expected at least one picture with its mask, got none")
+    if run is None:
+        segmenter = FewShotSegmenter(
+            backbone,
+            weights,
+            size=size,
+            adapter=adapter,
+            threshold=threshold,
+            device=device,
+        )
+    else:
+        if (backbone, weights, size) != (None, None, None):
+            raise ValueError("backbone, weights, size: a run brings its own, leave them out")
+        segmenter = FewShotSegmenter.load(run, checkpoint, adapter, threshold, device)
+    images, masks = zip(*supports, strict=True)
+    segmenter.support(list(images), [parse_mask(mask) for mask in masks])
+    errors = _predict(segmenter, results, batch_size)
+    if errors:
+        raise ValueError(
+            f"{len(errors)} of {len(paths)} pictures cannot be read, results of the others are in "
+            f"{out}:\n  " + "\n  ".join(errors)
+        )
+    count = f"{len(paths)} pictures" if len(paths) > 1 else "1 picture"
+    return f"{count} segmented: {out} has of each .mask.png, .probability.png and .overlay.png"
+
+
+def find_pictures(queries: Sequence[str], out: Path) -> list[Path]:
+    """The pictures that files and folders stand for, each once, without those in `out`.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or a folder without a picture.
+    """
+    found: dict[Path, Path] = {}
+    for query in queries:
+        path = Path(query).expanduser()
+        files = [path]
+        if path.is_dir():
+            files = [each for each in sorted(path.rglob("*")) if _is_picture(each, path, out)]
+            if not files:
+                raise FileNotFoundError(
+                    f"query: expected pictures ({', '.join(SUFFIXES)}) in {path}, found none"
+                )
+        elif not path.is_file():
+            raise FileNotFoundError(f"query: expected a file or a folder at {path}, found none")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        raise ValueError("query: expected files or folders of pictures, got none")
+    return list(found.values())
+
+
+def parse_mask(text: str) -> MaskLike:
+    """A mask from the command line: an existing file, "x0,y0,x1,y1", or "x,y x,y x,y …".
+
+    Raises:
+        ValueError: numbers that are neither a box nor a polygon.
+    """
+    if Path(text).expanduser().is_file() or not re.fullmatch(r"[-+\d.eE, ]+", text):
+        return text
+    try:
+        points = [tuple(float(number) for number in part.split(",")) for part in text.split()]
+    except ValueError:
+        points = []
+    if len(points) == 1 and len(points[0]) == 4:
+        return points[0]
+    if len(points) >= 3 and all(len(point) == 2 for point in points):
+        return points  # type: ignore[return-value]
+    raise ValueError(
+        'support: expected a mask file, a box "x0,y0,x1,y1" or a polygon "x,y x,y x,y …" of at '
+        f"least three points, got {text!r}"
+    )
+
+
+def _is_picture(path: Path, folder: Path, out: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    result = out.resolve() in path.resolve().parents and out.resolve() != folder.resolve()
+    written = path.name.endswith(tuple(f".{kind}.png" for kind in KINDS))
+    picture = path.suffix.lower() in SUFFIXES and path.is_file()
+    return picture and not hidden and not result and not written
+
+
+def _names(queries: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """A name for the results of each picture, no two the same."""
+    folders = [Path(query).expanduser() for query in queries if Path(query).expanduser().is_dir()]
+
+    def inside(path: Path) -> Path:
+        own = next((folder for folder in folders if folder in path.parents), path.parent)
+        return path.relative_to(own)
+
+    common = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    short, shared = [inside(p) for p in paths], [p.resolve().relative_to(common) for p in paths]
+    choices: list[list[Path]] = [
+        [path.with_suffix("") for path in short],
+        short,
+        [path.with_suffix("") for path in shared],
+    ]
+    # upper and lower case are the same file on some systems
+    unique = (c for c in choices if len({str(path).lower() for path in c}) == len(paths))
+    return [str(path) for path in next(unique, shared)]
+
+
+def _files(result: Path) -> list[Path]:
+    return [result.with_name(f"{result.name}.{kind}.png") for kind in KINDS]
+
+
+def _refuse_to_overwrite(results: Sequence[Path]) -> None:
+    there = [file for result in results for file in _files(result) if file.exists()]
+    if there:
+        raise FileExistsError(
+            f"out: {there[0]} is there already ({len(there)} results are); give another folder, or "
+            "--overwrite to replace them"
+        )
+
+
+def _predict(segmenter: FewShotSegmenter, results: dict[Path, Path], batch_size: int) -> list[str]:
+    """Writes the results of each picture; returns the errors of those that cannot be read."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    errors: list[str] = []
+    waiting: list[tuple[Path, NDArray[np.uint8]]] = []
+
+    def segment() -> None:
+        found = segmenter([pixels for _, pixels in waiting], batch_size)
+        for (result, _), segmentation in zip(waiting, found, strict=True):
+            _write(segmentation, result)
+        waiting.clear()
+
+    for path, result in tqdm(results.items(), "predict", unit="picture", delay=2):
+        try:
+            waiting.append((result, read_picture(path)))
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+        if len(waiting) == batch_size:
+            segment()
+    if waiting:
+        segment()
+    return errors
+
+
+def _write(segmentation: Segmentation, result: Path) -> None:
+    result.parent.mkdir(parents=True, exist_ok=True)
+    mask = segmentation.mask.astype(np.uint8) * np.uint8(255)
+    probability = np.rint(segmentation.probability * 255).astype(np.uint8)
+    images = (Image.fromarray(mask), Image.fromarray(probability), segmentation.overlay())
+    for path, image in zip(_files(result), images, strict=True):
+        with atomic_write(path) as file:
+            image.save(file, format="PNG")

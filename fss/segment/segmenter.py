@@ -1,0 +1,351 @@
+"""Segmentation of a user's own pictures by the example of a few others."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+import svf_fast
+from fss.colors import ORANGE
+from fss.config import TrainConfig
+from fss.data import EvalTransform, test_transform
+from fss.evaluation.evaluate import enlarge
+from fss.models import FewShotModel, Matching, backbone_of, build_model
+from fss.models.regimes import apply_regime
+from fss.processes import lay_out
+from fss.runs.checkpoint import explain_misfit, load_checkpoint
+from fss.segment.masks import MaskLike, read_mask
+from fss.segment.pictures import Picture, overlay, read_picture
+from fss.segment.supports import Supports, see_supports
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What a segmenter says of a picture, at the size of the upright picture.
+
+    picture: RGB uint8 [H, W, 3].
+    probability: of the object, float32 [H, W], 0 to 1. A network's confidence: not calibrated.
+    mask: bool [H, W], where the probability is above the segmenter's threshold.
+    """
+
+    picture: NDArray[np.uint8]
+    probability: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+
+    def overlay(self, colour: str = ORANGE, opacity: float = 0.5) -> Image.Image:
+        """The picture with the mask in a colour, "#RRGGBB", and a line around it."""
+        return overlay(self.picture, self.mask, colour, opacity)
+
+
+class FewShotSegmenter:
+    """Segments pictures by the example of a few supports: pictures with a mask of the object.
+
+        segmenter = FewShotSegmenter.load("runs/svf")
+        segmenter.support([image], [mask])
+        result = segmenter(query)            # result.mask, result.probability, result.overlay()
+
+    `load` takes a trained run. Without one, as here, nothing is trained: the object is told from
+    the background by the nearer of two mean features, see `Matching`. By default these are features
+    of the embedded backbone, which is small and was trained on rendered shapes: good for a try, and
+    poor on photos. For photos give weights trained on photos, or train a run.
+
+    Pictures and masks: see `read_picture` and `read_mask`. Any size and shape; each is scaled so
+    that its longer side fits the network's input, and results come back at the picture's own size.
+
+    Args:
+        backbone: its name; by default what the weights' file belongs to.
+        weights: file of a pretrained backbone (see `load_backbone`), "shapes" (embedded) or
+            "torchvision" (downloaded; the default if only `backbone` is given).
+        stride_on: of a ResNet's bottlenecks, "conv1" or "conv2" (torchvision); by default what the
+            weights' file says, else conv2.
+        size: longer side of the network's input, pixels, a multiple of 8 plus 1; by default 321,
+            and 161 for the embedded backbone, which sees its shapes best at that size.
+        adapter: file of `svf_fast.save_adapter` on this backbone, see `adapter`.
+        threshold: probability above which a pixel belongs to the object.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+
+    Attributes:
+        model: the network, in evaluation mode, its weights frozen.
+        config: of the run that was loaded; None without a run.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError, ConnectionError: weights that are not there, not
+            readable or do not fit, see `load_backbone`; an argument out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        stride_on: str | None = None,
+        size: int | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        threshold: float = 0.5,
+        device: Device = "auto",
+    ) -> None:
+        if weights is None:
+            weights = "shapes" if backbone is None else "torchvision"
+        if size is None:
+            size = 161 if weights == "shapes" else 321
+        model = Matching(backbone_of(str(weights), backbone, stride_on))
+        self._prepare(model, None, EvalTransform(size), adapter, threshold, device)
+
+    @classmethod
+    def load(
+        cls,
+        run: str | os.PathLike[str],
+        checkpoint: Literal["best", "last"] = "best",
+        adapter: str | os.PathLike[str] | None = None,
+        threshold: float = 0.5,
+        device: Device = "auto",
+    ) -> FewShotSegmenter:
+        """The segmenter of a trained run, at the size it was trained for; see the class.
+
+        Args:
+            run: folder of `fss train`, or a checkpoint in it. No other file is needed.
+            checkpoint: of the folder, "best" or "last".
+
+        Raises:
+            FileNotFoundError: no checkpoint there.
+            ValueError: a damaged checkpoint.
+        """
+        model, config = load_run(Path(run), checkpoint)
+        segmenter = cls.__new__(cls)
+        segmenter._prepare(model, config, test_transform(config.data), adapter, threshold, device)
+        return segmenter
+
+    def _prepare(
+        self,
+        model: FewShotModel | Matching,
+        config: TrainConfig | None,
+        transform: Any,
+        adapter: str | os.PathLike[str] | None,
+        threshold: float,
+        device: Device,
+    ) -> None:
+        self.device = _device(device)
+        model = model.to(self.device).eval().requires_grad_(False)
+        self.model = lay_out(model, self.device)
+        self.config = config
+        self.threshold = threshold
+        self._transform = transform
+        self._resize = config.resize if config else "photo"
+        self._own: svf_fast.Adapter | None = None
+        self._examples: tuple[Tensor, Tensor] | None = None
+        self._supports: Supports | None = None
+        if adapter is not None:
+            self.adapter(adapter)
+
+    @property
+    def threshold(self) -> float:
+        """Probability above which a pixel belongs to the object."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if not 0 < value < 1:
+            raise ValueError(f"threshold: expected a probability between 0 and 1, got {value}")
+        self._threshold = value
+
+    def adapter(self, adapter: str | os.PathLike[str] | svf_fast.Adapter | None) -> None:
+        """Sets the backbone's singular values, without decomposing it anew; supports stay.
+
+        A backbone without SVF layers, as in a run of another regime, is decomposed the first time.
+
+        Args:
+            adapter: a file of `svf_fast.save_adapter`, as runs leave it, or one that was loaded;
+                None for the values that the segmenter came with.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no adapter, or one of another backbone.
+        """
+        backbone = self.model.backbone
+        if adapter is not None and not isinstance(adapter, svf_fast.Adapter):
+            adapter = svf_fast.Adapter.load(adapter)
+        if adapter is None:
+            adapter = self._own
+        elif self._own is None:
+            if not any(True for _ in svf_fast.svf_parameters(backbone)):
+                _check_layers(backbone, adapter)
+                svf_fast.convert(backbone, list(adapter.S), fuse=False)
+                lay_out(backbone, self.device).requires_grad_(False)
+            self._own = svf_fast.Adapter.of(backbone)
+        if adapter is not None:
+            adapter.apply(backbone)
+            self._supports = None
+
+    def support(
+        self, images: Picture | Sequence[Picture], masks: MaskLike | Sequence[MaskLike]
+    ) -> FewShotSegmenter:
+        """Takes K supports in place of earlier ones; returns the segmenter.
+
+        Args:
+            images: K pictures in a list, or one.
+            masks: as many masks in a list, or one if one picture is given.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: see `read_picture` and `read_mask`; another
+                number of masks than of pictures, or none.
+        """
+        if not isinstance(images, (list, tuple)):
+            images, masks = [images], [masks]  # type: ignore[list-item, assignment]
+        if not isinstance(masks, (list, tuple)) or len(images) != len(masks) or not images:
+            got = len(masks) if isinstance(masks, (list, tuple)) else type(masks).__name__
+            raise ValueError(
+                f"masks: expected a list of a mask for each of the {len(images)} images, at least "
+                f"one, got {got}"
+            )
+        samples = []
+        everywhere = True
+        for number, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
+            where = f" {number}" if len(images) > 1 else ""
+            pixels = read_picture(image, f"support image{where}")
+            height, width = pixels.shape[:2]
+            found = read_mask(mask, (height, width), f"support mask{where}")
+            everywhere &= bool(found.all())
+            sample = self._transform(pixels, found.astype(np.uint8))
+            samples.append((sample.image, _kept(sample.mask, found)))
+        if everywhere and isinstance(self.model, Matching):
+            raise ValueError(
+                "support mask: expected some background to tell the object from, got masks that "
+                "cover all of their images; a trained run can do without"
+            )
+        image, mask = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
+        supports = see_supports(self.model, image, mask)
+        self._examples, self._supports = (image, mask), supports
+        return self
+
+    @overload
+    def __call__(self, images: Picture, batch_size: int = 8) -> Segmentation: ...
+
+    @overload
+    def __call__(
+        self, images: list[Any] | tuple[Any, ...], batch_size: int = 8
+    ) -> list[Segmentation]: ...
+
+    def __call__(self, images: Any, batch_size: int = 8) -> Segmentation | list[Segmentation]:
+        """Segments a picture, or each of a list.
+
+        Args:
+            images: a picture or a list of them, each of any size.
+            batch_size: pictures at a time; the result does not depend on it but for rounding.
+
+        Raises:
+            ValueError: no support was given yet; and see `read_picture`.
+        """
+        if self._examples is None:
+            raise ValueError("supports: expected at least one, call support(images, masks) first")
+        if not isinstance(images, (list, tuple)):
+            return self([images], 1)[0]
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        results: list[Segmentation] = []
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            numbered = enumerate(part, start=start + 1)
+            pictures = [read_picture(image, f"image {number}") for number, image in numbered]
+            results += self._segment(pictures)
+        return results
+
+    def _segment(self, pictures: list[NDArray[np.uint8]]) -> list[Segmentation]:
+        if self._supports is None:
+            assert self._examples is not None
+            self._supports = see_supports(self.model, *self._examples)
+        blank = [np.zeros(picture.shape[:2], np.uint8) for picture in pictures]
+        samples = [self._transform(*pair) for pair in zip(pictures, blank, strict=True)]
+        queries = torch.stack([sample.image for sample in samples]).to(self.device)
+        logits = self._supports.segment(queries)
+        results = []
+        for picture, sample, one in zip(pictures, samples, logits, strict=True):
+            background, foreground = enlarge(one, sample.size, picture.shape[:2], self._resize)
+            margin = foreground - background
+            limit = math.log(self.threshold / (1 - self.threshold))
+            # of the margin: a probability rounds
+            mask = (margin > limit).cpu().numpy()
+            results.append(Segmentation(picture, margin.sigmoid().cpu().numpy(), mask))
+        return results
+
+
+def load_run(
+    path: Path, checkpoint: Literal["best", "last"] = "best"
+) -> tuple[FewShotModel, TrainConfig]:
+    """The network of a run and its configuration, from the checkpoint alone.
+
+    Singular vectors are taken from the checkpoint, nothing is decomposed.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a damaged checkpoint.
+    """
+    if path.is_dir():
+        path = path / f"{checkpoint}.pt"
+    content = load_checkpoint(path)
+    with explain_misfit(path):
+        return _network_of(content)
+
+
+def _network_of(content: dict[str, Any]) -> tuple[FewShotModel, TrainConfig]:
+    values, state = content["config"], content["model"]
+    shots = values["data"]["shots"]
+    values["model"] |= {"weights": "none", "base_weights": "none", "official": None}
+    config = TrainConfig.from_dict(values)
+    classes = None
+    if config.model.name == "bam":
+        count = len(state["base_learner.classifier.4.weight"]) - 1
+        classes = {number: f"base class {number}" for number in range(1, count + 1)}
+    network = build_model(config.model, classes, shots)
+    converted = [name.removesuffix(".fingerprint") for name in state if "fingerprint" in name]
+    if converted:
+        for name in converted:
+            convolution: Any = network.get_submodule(name)
+            factors: Any = tuple(state[f"{name}.{part}"] for part in "USV")
+            layer = svf_fast.SVFConv2d.from_conv(convolution, "auto", factors)
+            network.set_submodule(name, layer)
+    else:
+        apply_regime(network, config.regime)
+    network.load_state_dict(state)
+    return network, config
+
+
+def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:
+    """The scaled mask int64, with at least a pixel of the object."""
+    result = mask.long()
+    if not (result == 1).any():  # nearest-neighbour scaling can drop an object of a few pixels
+        valid = result != 255
+        height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
+        y, x = np.argwhere(found).mean(0) / found.shape
+        result[int(y * height), int(x * width)] = 1
+    return result
+
+
+def _check_layers(backbone: nn.Module, adapter: svf_fast.Adapter) -> None:
+    layers = dict(backbone.named_modules())
+    missing = [name for name in adapter.S if not isinstance(layers.get(name), nn.Conv2d)]
+    if missing:
+        raise ValueError(
+            f"{adapter}: expected an adapter of this backbone, which has no convolution "
+            f"{missing[0]!r} ({len(missing)} of {len(adapter.S)} layers are unknown)"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a GPU for cuda, torch finds none; use auto or cpu")
+    return torch.device(name)

@@ -1,0 +1,406 @@
+"""Residual blocks and conv-BN-ReLU units as one differentiable unit each.
+
+A fused block is the block it was: the same children under the same names, the same attributes,
+hooks and place in the model. Only its class is another, a subclass of its own whose forward runs
+:func:`svf_fast.ops.block.block` where that computes the same, and the original forward elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from svf_fast.fusion.reading import Readable, Reading
+from svf_fast.fusion.state import is_hooked, watch
+from svf_fast.fusion.structure import ResidualBlock, Unit, examine
+from svf_fast.fusion.structure import Stage as Names
+from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.ops.block import block
+
+
+class Fused(nn.Module):
+    """Base of what runs several modules as one; mixed into the class of the module it was."""
+
+    original: type
+    _mixin: type[Fused]
+
+    def unfused_reason(self) -> str:
+        """Why the next forward pass runs module by module; empty where it is fused."""
+        return "; ".join(reason for reason in self._reasons() if reason)
+
+    def _reasons(self) -> list[str]:
+        """Of each part that is one node where nothing speaks against it."""
+        raise NotImplementedError
+
+    def constants_key(self) -> tuple:
+        """Of what a CUDA graph of the fused pass holds as constants, batch norms among them.
+
+        Empty where it is not fused: then a graph reads the batch norms themselves.
+        """
+        reading = self.__dict__.get("_reading")
+        if reading is None or any(self._reasons()):
+            return ()
+        return reading.watch.key(), getattr(self, "recompute", False)
+
+    def unfuse(self) -> nn.Module:
+        """Gives the module its original class back, in place; returns it."""
+        for name in ("_names", "_kinds", "recompute", "_reading"):
+            self.__dict__.pop(name, None)
+        self.__class__ = self.original
+        return self
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_reading", None)
+        return replica
+
+    def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        own = {name: value for name, value in reduced[2].items() if name != "_reading"}
+        return (_empty, (self._mixin, self.original), own, *reduced[3:])
+
+
+_F = TypeVar("_F", bound=Fused)
+
+
+@functools.cache
+def _subclass(bases: tuple[type[Fused], type[nn.Module]]) -> type[Fused]:
+    mixin, original = bases
+    members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
+    return type(f"SVF{original.__name__}", bases, members)
+
+
+def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
+    cls = _subclass((mixin, original))
+    return cls.__new__(cls)
+
+
+def fuse(module: nn.Module, mixin: type[_F]) -> _F:
+    """Makes the module one of `mixin`, in place."""
+    module.__class__ = _subclass((mixin, type(module)))
+    return cast(_F, module)
+
+
+def _read(module: Readable) -> Reading:
+    """The reading of the module as it is now, kept until something in it changes."""
+    if torch.compiler.is_compiling():
+        return Reading(module, None)
+    known = module.__dict__.get("_reading")
+    if known is not None and known.holds(module):
+        return known
+    reading = Reading(module, watch(cast(nn.Module, module)))
+    if reading.watch is not None:
+        module.__dict__["_reading"] = reading
+    return reading
+
+
+class ResidualUnit(Fused):
+    """``relu(stages(x) + shortcut(x))`` with frozen batch norms, as one autograd node.
+
+    Attributes:
+        recompute: run the second convolution again in the backward pass instead of keeping its
+            output; less memory, more time.
+    """
+
+    stages: int
+    recompute: bool
+    _names: ResidualBlock
+    _kinds: dict[str, str]  # of the inner modules, as they were when the forward was read
+
+    @classmethod
+    def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
+        """Fuses a residual block in place and returns it; plain convolutions in it are converted.
+
+        The block is recognised by its forward pass, whatever its class and the names in it.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: a module that is no such block, with the reason.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+        if isinstance(module, Fused):
+            raise ValueError(
+                f"module: expected a block to fuse, got a fused {type(module).__name__}"
+            )
+        found = examine(module)
+        if isinstance(found, str):
+            raise ValueError(f"module: {type(module).__name__} cannot be fused: {found}")
+        if len(found.stages) != cls.stages:
+            raise ValueError(
+                f"module: expected {cls.stages} convolutions beside the shortcut, got "
+                f"{len(found.stages)}"
+            )
+        for name in found.convs:
+            conv = module.get_submodule(name)
+            if isinstance(conv, nn.Conv2d):
+                module.set_submodule(name, SVFConv2d.from_conv(conv, strategy))
+        return cls._adopt(module, found)
+
+    @classmethod
+    def _adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
+        fused = fuse(module, cls)
+        fused._names, fused.recompute = found, False
+        fused._kinds = {name: _kind(inner) for name, inner in _inner(fused)}
+        return fused
+
+    @property
+    def recomputed(self) -> str:
+        """Name of the convolution that ``recompute`` runs again."""
+        return self._names.stages[1].conv
+
+    def _reasons(self) -> list[str]:
+        names = self._names
+        stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
+        return [_replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        names, reading = self._names, _read(self)
+        if reading.reasons(self)[0]:
+            return super().forward(x)
+        dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
+        shortcut_x = None
+        if names.pre:
+            shortcut_x = x
+            for name in names.pre:
+                shortcut_x = self.get_submodule(name)(shortcut_x)
+            shortcut_x = shortcut_x.to(dtype)
+        stages, programs = reading.stages(self, names.stages, dtype, True, names.shortcut)
+        shortcut = "identity" if names.shortcut is None else stages.pop()
+        again = self.recompute
+        return block(x.to(dtype), stages, shortcut, shortcut_x, True, again, programs)
+
+
+class SVFBottleneck(ResidualUnit):
+    """A bottleneck of three SVF convolutions as one autograd node.
+
+    ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))`` with batch norms that
+    use their stored statistics; the shortcut is x or a convolution with batch norm. With the
+    strategy ``gram`` it keeps the outputs of conv1 and conv2 and one bit per element of its own:
+    2.125 maps of conv1's size in float32, where the paper's layers keep 18.
+
+    Where it does not fit, because a batch norm trains, a hook sits on an inner module or a
+    convolution computes as ``reference``, the original forward runs; :meth:`unfused_reason` and
+    :func:`svf_fast.memory_report` say so.
+
+    Shapes: x [N, C, H, W] -> [N, C', H', W'].
+    """
+
+    stages = 3
+
+
+class SVFBasicBlock(ResidualUnit):
+    """A basic block of two SVF convolutions as one autograd node: see :class:`SVFBottleneck`.
+
+    With the strategy ``gram`` it keeps the outputs of both and one bit per element of its own.
+    """
+
+    stages = 2
+
+
+def _children(unit: Unit) -> tuple[str, ...]:
+    names = (unit.stage.conv, unit.stage.bn)
+    return (*names, unit.relu) if unit.relu else names
+
+
+class FusedSequential(Fused):
+    """An ``nn.Sequential`` that runs each conv, batch norm and ReLU in it as one autograd node."""
+
+    _names: tuple[Unit, ...]
+
+    def rename(self, names: tuple[Unit, ...]) -> None:
+        """Sets what runs as one node."""
+        self._names = names
+        self.__dict__.pop("_reading", None)
+
+    @classmethod
+    def _adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> Fused:
+        fused = fuse(module, cls)
+        fused._names = units
+        return fused
+
+    def _reasons(self) -> list[str]:
+        return [self._unit_reason(unit) for unit in self._names]
+
+    def __getitem__(self, index):
+        part = super().__getitem__(index)  # type: ignore[misc]
+        if isinstance(part, FusedSequential) and isinstance(index, slice):
+            part._names = tuple(u for u in self._names if part._modules.keys() >= set(_children(u)))
+        return part
+
+    def _unit_reason(self, unit: Unit) -> str:
+        for name in _children(unit):
+            if name not in self._modules:
+                return f"{name} is no longer there"
+            if reason := _hooked_module(name, self.get_submodule(name)):
+                return reason
+        if unit.relu and type(self.get_submodule(unit.relu)) is not nn.ReLU:
+            return f"{unit.relu} is no longer a ReLU"
+        return _reason(self, [unit.stage])
+
+    def forward(self, x: Tensor) -> Tensor:
+        skipped: set[str] = set()
+        reading = units = None
+        for name in self._modules:  # named_children leaves out what comes again
+            if name in skipped:
+                continue
+            if reading is None or units is None:
+                reading = _read(self)
+                reasons = zip(self._names, reading.reasons(self), strict=True)
+                units = {unit.stage.conv: unit for unit, reason in reasons if not reason}
+            unit = units.get(name)
+            if unit is None:
+                x = self.get_submodule(name)(x)
+                reading = None  # its hooks may have changed what comes after
+                continue
+            dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
+            stages, programs = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)
+            x = block(x.to(dtype), stages, relu=unit.stage.relu, programs=programs)
+            skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
+        return x
+
+
+class SVFConvBNAct(nn.Module):
+    """``relu(bn(conv(x)) + residual)`` with a frozen batch norm, as one autograd node.
+
+    Args:
+        conv: a convolution; a plain one is converted with ``strategy``.
+        bn: the batch norm that follows; it uses its stored statistics (evaluation mode).
+        relu: whether a ReLU ends it.
+
+    Shapes: x [N, Ci, H, W], residual [N, Co, Ho, Wo] or None -> [N, Co, Ho, Wo]. With ``gram`` it
+    keeps y alone, or y and a bit per element where a residual is added. Where batch norm trains or
+    an inner module has a hook it runs module by module: :meth:`unfused_reason`.
+
+    Raises TypeError for other modules, ValueError when their channels differ.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d | SVFConv2d,
+        bn: nn.BatchNorm2d,
+        relu: bool = True,
+        strategy: str = "auto",
+    ):
+        super().__init__()
+        if not isinstance(conv, nn.Conv2d | SVFConv2d):
+            raise TypeError(f"conv: expected an nn.Conv2d or SVFConv2d, got {type(conv).__name__}")
+        if getattr(type(bn), "forward", None) is not nn.BatchNorm2d.forward:
+            raise TypeError(
+                f"bn: expected an nn.BatchNorm2d with its own forward, got {type(bn).__name__}"
+            )
+        if bn.num_features != conv.out_channels:
+            raise ValueError(
+                f"bn: expected {conv.out_channels} features, the channels of conv, got "
+                f"{bn.num_features}"
+            )
+        self.conv = conv if isinstance(conv, SVFConv2d) else SVFConv2d.from_conv(conv, strategy)
+        self.bn = bn
+        self.relu = relu
+        self.train(bn.training)
+
+    def unfused_reason(self) -> str:
+        """Why the next forward pass runs module by module; empty where it is fused."""
+        return self._reasons()[0]
+
+    def _reasons(self) -> list[str]:
+        return [_reason(self, [Names("conv", "bn", self.relu)]) or _hooked(self)]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None and not isinstance(residual, Tensor):
+            raise TypeError(
+                f"SVFConvBNAct: residual: expected a tensor or None, got {type(residual).__name__}"
+            )
+        reading = _read(self)
+        if reading.reasons(self)[0]:
+            out = self.bn(self.conv(x))
+            out = out if residual is None else out + residual
+            return out.relu() if self.relu else out
+        dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
+        names, folds = Names("conv", "bn", self.relu), residual is not None or not self.relu
+        stages, programs = reading.stages(self, [names], dtype, folds)
+        if residual is None:
+            return block(x.to(dtype), stages, relu=self.relu, programs=programs)
+        given = residual.to(dtype)
+        return block(x.to(dtype), stages, "given", given, self.relu, False, programs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reading"}
+
+
+def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
+    dtype = conv._compute_dtype(x, name)
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"{name}: expected x of shape [N, {conv.in_channels}, H, W], got {list(x.shape)}"
+        )
+    return dtype
+
+
+def _conv(module: nn.Module, names: Names) -> SVFConv2d:
+    """The convolution of a stage, which :func:`_reason` has found to be an SVF layer."""
+    return cast(SVFConv2d, module.get_submodule(names.conv))
+
+
+def _reason(module: nn.Module, stages: list[Names]) -> str:
+    for stage in stages:
+        conv, bn = module.get_submodule(stage.conv), module.get_submodule(stage.bn)
+        if not isinstance(conv, SVFConv2d):
+            return f"{stage.conv} is a {type(conv).__name__}, not an SVF layer"
+        if conv.pads_outside:
+            return f"{stage.conv} pads x in a pass of its own"
+        if conv.strategy_in_use == "reference":
+            return f"{stage.conv} computes as 'reference'"
+        if not isinstance(bn, _BatchNorm):
+            return f"{stage.bn} is a {type(bn).__name__}, not a batch norm"
+        if bn.training or bn.running_mean is None:
+            return f"{stage.bn} uses the batch's statistics: call eval() on it"
+        if not torch.is_grad_enabled():
+            continue
+        if any(parameter.requires_grad for parameter in bn.parameters()):
+            return f"{stage.bn} trains: call requires_grad_(False) on it"
+        if conv.bias is not None and conv.bias.requires_grad:
+            return f"the bias of {stage.conv} trains: call requires_grad_(False) on it"
+    return ""
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module does in a fused block; convolutions and batch norms are looked at there."""
+    if isinstance(module, nn.Conv2d | SVFConv2d):
+        return "convolution"
+    if isinstance(module, nn.SyncBatchNorm):
+        return nn.BatchNorm2d.__name__  # the same with stored statistics
+    return (module.original if isinstance(module, Fused) else type(module)).__name__
+
+
+def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
+    """The first inner module that is not what it was, or is new or gone."""
+    now = {name: _kind(inner) for name, inner in _inner(module)}
+    if now == kinds:
+        return ""
+    name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
+    was, is_now = kinds.get(name, "not there"), now.get(name, "not there")
+    return f"{name} was {was} at conversion and is {is_now} now"
+
+
+def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:
+    """The first inner module that the fused pass would skip although something listens to it."""
+    for name, inner in _inner(module):
+        if name not in besides and (reason := _hooked_module(name, inner)):
+            return reason
+    return ""
+
+
+def _inner(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, inner) for name, inner in module.named_modules() if name)
+
+
+def _hooked_module(name: str, module: nn.Module) -> str:
+    if is_hooked(module):
+        return f"{name} has a hook"
+    return f"{name} has a forward of its own" if "forward" in vars(module) else ""

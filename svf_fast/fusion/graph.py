@@ -1,0 +1,199 @@
+"""A module's forward pass as a graph (``torch.fx``) that can be followed from output to input."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from svf_fast.layers.conv2d import SVFConv2d
+
+_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELU = {functional.relu, torch.relu, torch.relu_, "relu", "relu_"}
+
+
+class Misfit(Exception):
+    """Why a module does not fit, in plain words."""
+
+
+def is_conv(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.Conv2d, SVFConv2d))
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    return hasattr(module, "running_var")
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether a call of the module calls its children in turn, or computes what that would."""
+    own = getattr(unfused(module), "forward", None)
+    return own is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def unfused(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; what it was where it is fused (fusion.blocks imports this)."""
+    return module.original if is_fused(module) else type(module)  # type: ignore[return-value]
+
+
+def is_fused(module: nn.Module) -> bool:
+    return hasattr(module, "unfused_reason") and hasattr(module, "original")
+
+
+def is_open(module: nn.Module) -> bool:
+    """Whether a trace looks into it: an ``nn.Sequential``, or one convolution with its norm."""
+    if is_sequential(module):
+        return True
+    if is_conv(module) or is_norm(module):
+        return False
+    inner = list(module.modules())
+    return sum(map(is_conv, inner)) == 1 and any(map(is_norm, inner))
+
+
+def hook(module: nn.Module) -> str | None:
+    """The kind of a hook that a call of the module runs, if it has any."""
+    kinds = ("forward_hook", "forward_pre_hook", "backward_hook", "backward_pre_hook")
+    return next((k.replace("_", " ") for k in kinds if getattr(module, f"_{k}s")), None)
+
+
+class ForwardGraph:
+    """The forward pass of a module in training or evaluation; the module is left as it was.
+
+    Modules are its leaves, but those that ``is_open`` holds for. A node that ``operands`` or
+    ``value`` went through counts as ``seen``.
+
+    Raises Misfit when the forward pass cannot be traced or keeps something on the module.
+    """
+
+    def __init__(self, module: nn.Module, training: bool):
+        self.modules = dict(module.named_modules())
+        with _restored(module, training):
+            try:
+                self.nodes = list(_Tracer().trace(module).nodes)
+            except Exception as error:  # whatever a forward raises when it meets a proxy
+                text = str(error) or type(error).__name__
+                raise Misfit(f"its forward cannot be traced ({text.splitlines()[0]})") from error
+        self.inputs = [node for node in self.nodes if node.op == "placeholder"]
+        self.output = self.nodes[-1]
+        self.seen = {self.output, *self.inputs}
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """What a node of one operand works on, past the modules that do nothing."""
+        return self.skip(self.operands(node, 1)[0])
+
+    def skip(self, node: fx.Node) -> fx.Node:
+        """The node whose output a node passes on, itself if it does anything."""
+        while (module := self.module(node)) is not None and _does_nothing(module):
+            node = self.operands(node, 1)[0]
+        return node
+
+    def operands(self, node: fx.Node, count: int) -> list[fx.Node]:
+        """The tensors a node works on, ``count`` of them."""
+        operands = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
+        if len(operands) != count or "alpha" in node.kwargs or "out" in node.kwargs:
+            raise Misfit(f"it calls {self.label(node)} in an unusual way")
+        if len(node.users) > 1:
+            raise Misfit(f"the output of {self.label(node)} is used more than once")
+        self.seen.add(node)
+        return operands
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, None where it calls a function or a method."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def calls(self, node: fx.Node, targets: set) -> bool:
+        """Whether a node calls one of these functions, or methods by name."""
+        return node.op in ("call_function", "call_method") and node.target in targets
+
+    def is_sum(self, node: fx.Node) -> bool:
+        return self.calls(node, _ADD)
+
+    def is_relu(self, node: fx.Node) -> bool:
+        return type(self.module(node)) is nn.ReLU or self.calls(node, _RELU)
+
+    def overwrites(self, node: fx.Node) -> bool:
+        """Whether a sum is written over its first operand."""
+        return node.target in (operator.iadd, "add_")
+
+    def instead(self, node: fx.Node, expected: str) -> Misfit:
+        """That a node is not what was expected there."""
+        module = self.module(node)
+        if type(module).__module__ == "torch.nn.modules.activation":
+            return Misfit(f"uses {type(module).__name__} instead of ReLU")
+        probability = getattr(module, "drop_prob", getattr(module, "p", 0))
+        if isinstance(probability, float) and probability > 0:
+            return Misfit(f"{self.label(node)} is active")
+        return Misfit(f"{self.label(node)} stands where {expected} would fit")
+
+    def label(self, node: fx.Node) -> str:
+        """A node in plain words."""
+        if node.op == "call_module":
+            return f"{node.target!r} ({type(self.module(node)).__name__})"
+        if node in self.inputs:
+            return "its input"
+        if node.op == "get_attr":
+            return f"the attribute {node.target!r}"
+        return getattr(node.target, "__name__", str(node.target))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return not is_open(module) or hook(module) is not None
+
+    def call_module(self, m: nn.Module, forward, args, kwargs):
+        if is_fused(m):
+            forward = partial(unfused(m).forward, m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Proxy(fx.Proxy):
+    """Tells ``a += b`` from ``a + b``: only the first overwrites a."""
+
+    def __iadd__(self, other):
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+@contextmanager
+def _restored(module: nn.Module, training: bool) -> Iterator[None]:
+    """The body runs in the given mode; every attribute that it may have set is put back after."""
+    traced = [inner for inner in module.modules() if inner is module or is_open(inner)]
+    before = [dict(vars(inner)) for inner in traced]
+    stored = []
+    try:
+        for inner in traced:
+            inner.training = training
+        yield
+        for inner, attributes in zip(traced, before, strict=True):
+            now = {**vars(inner), "training": attributes["training"]}
+            stored += [key for key in now if now[key] is not attributes.get(key, now)]
+    finally:
+        for inner, attributes in zip(traced, before, strict=True):
+            vars(inner).clear()
+            vars(inner).update(attributes)
+    if stored:
+        raise Misfit(f"its forward stores {stored[0]!r} on the module")
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    """Whether its output is its input, in training too."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p == 0
+    if type(module) is nn.Identity:
+        return True
+    if (
+        type(module).__module__.startswith("torch.nn")
+        or next(module.parameters(), None) is not None
+    ):
+        return False
+    try:
+        graph = ForwardGraph(module, training=True)
+    except Misfit:
+        return False
+    return [graph.output.args[0]] == graph.inputs

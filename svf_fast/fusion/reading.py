@@ -1,0 +1,166 @@
+"""What a fused module reads of its parts: why they are not fused, and the stages of the op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from svf_fast.fusion.state import Watch
+from svf_fast.fusion.structure import Stage as Names
+from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.layers.values import Plan
+from svf_fast.ops.block import Stage
+from svf_fast.ops.program import Programs
+from svf_fast.ops.svf_conv2d import Layer
+
+
+class Readable(Protocol):
+    """A fused module."""
+
+    def _reasons(self) -> list[str]: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+
+class Slot:
+    """A stage of a block in one dtype: what of it is the same in each forward pass.
+
+    folds: :func:`svf_fast.ops.block.folds_scale`. shift: with that of the shortcut, if it has one.
+    """
+
+    def __init__(
+        self, conv: SVFConv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype, folds: bool
+    ) -> None:
+        self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
+        self._folded = scale if folds else None
+        # under a plan: fields of the layer, of which S and the weights are another each time
+        self._known: tuple[Plan | None, Any] = None, None
+
+    def read(self) -> Stage:
+        """As the op takes it, whatever the values of S are."""
+        layer = self.conv.layer(self.dtype, self._folded)
+        assert layer is not None  # the reasons have seen to it
+        return Stage(layer, self.scale, self.shift)
+
+    def again(self) -> tuple[Plan, Stage]:
+        """The same where no trace or capture runs, and the plan that it is read under."""
+        conv = self.conv
+        plan = conv._plan
+        assert plan is not None  # the reasons have seen to it
+        of, layer = self._known
+        if of is not plan:
+            V = conv._kernel()
+            layer = *conv._reading(plan, V, self.dtype, self._folded, True), conv.U, V
+            self._known = plan, layer
+        kind, constants, U, V = layer
+        pair = conv._made(kind, V, self.dtype, self._folded)
+        made = Layer._make((kind, conv.S, U, V, *pair, *constants))
+        return plan, Stage(made, self.scale, self.shift)
+
+
+class _Chain:
+    """The stages of a block in one dtype, and the programs of its passes under their plans."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = slots
+        self._known: tuple[list[Plan], Programs] = [], Programs()
+
+    def read(self) -> list[Stage]:
+        """As :meth:`Slot.read`."""
+        return [slot.read() for slot in self._slots]
+
+    def again(self) -> tuple[list[Stage], Programs]:
+        """As :meth:`Slot.again`, and the programs."""
+        found = [slot.again() for slot in self._slots]
+        plans, programs = self._known
+        if not plans or any(
+            mine is not known for (mine, _), known in zip(found, plans, strict=True)
+        ):
+            programs = Programs()  # of other constants
+            self._known = [plan for plan, _ in found], programs
+        return [stage for _, stage in found], programs
+
+
+class Reading:
+    """Of a module as it was when it was read; ``watch`` None where changes cannot be seen."""
+
+    def __init__(self, module: Readable, watch: Watch | None) -> None:
+        self.watch = watch
+        self._owner = id(module)
+        self._reasons: dict[bool, list[str]] = {}
+        self._chains: dict[tuple[str, torch.dtype, bool], _Chain] = {}
+
+    def holds(self, module: Readable) -> bool:
+        """Whether it is of this module, not of one that it was copied with, as it is now."""
+        return self._owner == id(module) and self.watch is not None and self.watch.holds()
+
+    def reasons(self, module: Readable) -> list[str]:
+        """Why a part is not fused, empty where it is; other ones where no gradient is wanted."""
+        grad = torch.is_grad_enabled()
+        found = self._reasons.get(grad)
+        if found is None:
+            found = self._reasons[grad] = module._reasons()
+        return found
+
+    def stages(
+        self,
+        module: Readable,
+        names: Sequence[Names],
+        dtype: torch.dtype,
+        folds: bool,
+        shortcut: Names | None = None,
+    ) -> tuple[list[Stage], Programs | None]:
+        """The stages of a chain, that of its shortcut last, as the op takes them, and its programs.
+
+        folds: whether the last one's layer takes the gradient of its batch norm's output.
+        """
+        at = names[0].conv, dtype, folds
+        chain = self._chains.get(at)
+        # what is traced or captured is there only when the graph runs; fakes have no values to keep
+        traced = self.watch is None or _conv(module, names[0])._is_captured()
+        if chain is None:
+            chain = _Chain(_slots(module, names, dtype, folds, shortcut))
+            if not traced:
+                self._chains[at] = chain
+        return (chain.read(), None) if traced else chain.again()
+
+
+def _slots(
+    module: Readable,
+    names: Sequence[Names],
+    dtype: torch.dtype,
+    folds: bool,
+    shortcut: Names | None,
+) -> list[Slot]:
+    affine = [_affine(module, stage, dtype) for stage in names]
+    every, last = list(names), len(names) - 1
+    if shortcut is not None:
+        every.append(shortcut)
+        affine.append(_affine(module, shortcut, dtype))
+        affine[last] = affine[last][0], affine[last][1] + affine[-1][1]
+    return [
+        Slot(_conv(module, stage), *own, dtype, folds and index >= last)
+        for index, (stage, own) in enumerate(zip(every, affine, strict=True))
+    ]
+
+
+def _conv(module: Readable, names: Names) -> SVFConv2d:
+    """The convolution of a stage, which the reasons have found to be an SVF layer."""
+    return cast(SVFConv2d, module.get_submodule(names.conv))
+
+
+def _affine(module: Readable, names: Names, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
+    bias, bn = _conv(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
+    assert bn.running_mean is not None and bn.running_var is not None
+    dtype = torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
+        if bn.weight is not None:
+            scale = scale * bn.weight.to(dtype)
+        mean = bn.running_mean.to(dtype)
+        shift = -(mean if bias is None else mean - bias.to(dtype)) * scale
+        return scale, shift if bn.bias is None else shift + bn.bias.to(dtype)

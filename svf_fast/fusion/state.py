@@ -1,0 +1,159 @@
+"""What a fused block's forward depends on besides its input, watched for changes.
+
+Reading a block (may it be fused, with which constants?) takes several times as long as launching
+its kernels, and what it depends on hardly ever changes. So it is looked at in each forward pass,
+and read again when something is not as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from svf_fast._library import _C
+from svf_fast.layers.conv2d import SVFConv2d
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_OF_CONV = ("stride", "padding_mode", "dilation", "_explicit_padding")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something listens to the module's calls."""
+    own = module.__dict__
+    return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
+
+
+class _Unseen(Exception):
+    """A change could not be seen: of fake and inference tensors."""
+
+
+class Watch:
+    """All modules inside a module, as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._children: list[tuple] = []
+        self._counts: list[tuple[dict, int]] = []
+        self._values: list[tuple[dict[str, Any], str, Any]] = []
+        self._convs: list[tuple[SVFConv2d, str, bool]] = []
+        self._tensors: list[tuple] = []
+        # writes through `tensor.data` pass the version counter by; on the CPU the bytes decide, on
+        # a GPU looking would mean waiting
+        self._bytes: list[tuple[int, int, int]] = []
+        self._copies: list[Tensor] = []
+        self._apart: list[tuple[Tensor, Tensor]] = []  # whose elements do not lie side by side
+        self._look(module)
+
+    def _look(self, module: nn.Module) -> None:
+        self._counts.append((module._modules, len(module._modules)))
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            own = child.__dict__
+            state = own["training"], is_hooked(child), "forward" in own
+            self._children.append((module._modules, name, child, type(child), own, *state))
+            if isinstance(child, SVFConv2d):
+                if not child._has_values():
+                    raise _Unseen
+                self._values += [(own, attribute, own[attribute]) for attribute in _OF_CONV]
+                self._convs.append((child, child.strategy_in_use, child.S.requires_grad))
+                self._tensor(own["_parameters"], "bias", copied=True)
+            elif isinstance(child, _BatchNorm):
+                self._values.append((own, "eps", own["eps"]))
+                for at in ("_parameters", "weight"), ("_parameters", "bias"):
+                    self._tensor(own[at[0]], at[1], copied=True)
+                for name_ in ("running_mean", "running_var"):
+                    self._tensor(own["_buffers"], name_, copied=True)
+            else:
+                self._look(child)
+
+    def _tensor(self, of: dict[str, Tensor | None], name: str, copied: bool = False) -> None:
+        tensor = of.get(name)
+        if tensor is None:
+            self._values.append((of, name, None))
+            return
+        if isinstance(tensor, FakeTensor) or tensor.is_inference():
+            raise _Unseen
+        version = tensor._version
+        self._tensors.append((of, name, tensor, tensor.data_ptr(), version, tensor.requires_grad))
+        if not copied or tensor.device.type != "cpu":
+            return
+        copy = tensor.detach().clone()
+        if tensor.is_contiguous():
+            self._copies.append(copy)
+            self._bytes.append((tensor.data_ptr(), copy.data_ptr(), copy.nbytes))
+        else:
+            self._apart.append((tensor, copy))
+
+    def key(self) -> tuple:
+        """Of all this, as it is now, but the layers: equal as long as nothing of it changes."""
+        tensors = (
+            (t := of.get(name)) is not None and (t.data_ptr(), t._version)
+            for of, name, *_ in self._tensors
+        )
+        values = (of.get(name) for of, name, _ in self._values)
+        children = (
+            (id(modules.get(name)), own["training"], "forward" in own, is_hooked(child))
+            for modules, name, child, _, own, *_ in self._children
+        )
+        return *tensors, *values, *children
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        for modules, count in self._counts:
+            if len(modules) != count:
+                return False
+        for modules, name, child, cls, own, training, hooked, own_forward in self._children:
+            if (
+                modules.get(name) is not child
+                or child.__class__ is not cls
+                or own["training"] is not training
+                or ("forward" in own) is not own_forward
+                or hooked
+                is not bool(
+                    own["_forward_hooks"]
+                    or own["_forward_pre_hooks"]
+                    or own["_backward_hooks"]
+                    or own["_backward_pre_hooks"]
+                )
+            ):
+                return False
+        for of, name, tensor, pointer, version, requires_grad in self._tensors:
+            if (
+                of.get(name) is not tensor
+                or tensor._version != version
+                or tensor.data_ptr() != pointer
+                or tensor.requires_grad is not requires_grad
+            ):
+                return False
+        for of, name, value in self._values:
+            if of.get(name) != value:
+                return False
+        for conv, strategy, requires_grad in self._convs:
+            plan = conv._current_plan()
+            assert plan is not None
+            if plan.strategy != strategy or conv.S.requires_grad is not requires_grad:
+                return False
+        apart = all(torch.equal(tensor, copy) for tensor, copy in self._apart)
+        return apart and _C.same_bytes(self._bytes)
+
+
+def watch(module: nn.Module) -> Watch | None:
+    """None where a change could not be told by looking.
+
+    That is while torch.compile traces, and for tensors without values or version.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return Watch(module)
+    except _Unseen:
+        return None

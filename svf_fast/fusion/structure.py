@@ -1,0 +1,365 @@
+"""Find what can be fused in a model, residual blocks and conv-BN-ReLU units, by structure.
+
+A forward pass is read as a graph and followed from its output back to its input, so neither the
+names of classes nor those of attributes matter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from svf_fast.fusion.graph import (
+    ForwardGraph,
+    Misfit,
+    hook,
+    is_conv,
+    is_fused,
+    is_norm,
+    is_open,
+    is_sequential,
+)
+from svf_fast.layers.conv2d import SVFConv2d
+
+_BATCH_NORM = inspect.signature(functional.batch_norm)
+_MOST_CONVS = 8  # a module with more of its own is no residual block
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A convolution, the batch norm after it and perhaps a ReLU; names relative to the container.
+
+    ``relu`` may be the batch norm's own (timm's ``BatchNormAct2d``).
+    """
+
+    conv: str
+    bn: str
+    relu: bool
+
+
+@dataclass(frozen=True)
+class ResidualBlock:
+    """``relu(stages(x) + shortcut(x))``: He et al., "Deep Residual Learning", 2016, figure 5.
+
+    Attributes:
+        name: in the model.
+        stages: two (basic block) or three (bottleneck); the last has no ReLU, that follows the sum.
+        pre: pooling modules applied to x before the shortcut's convolution.
+        shortcut: its convolution and batch norm, or None where it is x itself.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    pre: tuple[str, ...]
+    shortcut: Stage | None
+
+    @property
+    def convs(self) -> tuple[str, ...]:
+        """Names in the model of all its convolutions."""
+        stages = self.stages if self.shortcut is None else (*self.stages, self.shortcut)
+        return tuple(_join(self.name, stage.conv) for stage in stages)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive children conv, bn (, relu) of an ``nn.Sequential``.
+
+    ``relu`` is the name of the child that is the ReLU; None without one, or if it is the batch
+    norm's own.
+    """
+
+    container: str
+    stage: Stage
+    relu: str | None
+
+
+def find(
+    model: nn.Module, within: Callable[[str], bool]
+) -> tuple[list[ResidualBlock], list[Unit], dict[str, str]]:
+    """The residual blocks of a model, the conv-BN-ReLU units outside of these, and what came close.
+
+    A block or unit counts when ``within`` holds for the names of all its convolutions. What stands
+    at two places in the model is listed at both. A unit's children must be called by its
+    ``nn.Sequential`` alone, which cannot be seen here. The model is not changed.
+
+    Returns blocks and units in the order of ``named_modules``, and for what looks like one but does
+    not fit its name (a block's, or a unit's convolution) with the reason.
+    """
+    blocks: list[ResidualBlock] = []
+    units: list[Unit] = []
+    reasons: dict[str, str] = {}
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    examined: dict[nn.Module, ResidualBlock | str | None] = {}
+    inside: str | None = None
+    with torch.random.fork_rng(devices=[]):  # a traced forward may draw
+        for name, module in model.named_modules(remove_duplicate=False):
+            if inside is not None and name.startswith(inside):
+                continue
+            if is_fused(module) and not is_sequential(module):
+                inside = _join(name, "")
+                continue
+            verdict = None
+            if _is_candidate(module) and any(within(conv) for conv in _convs(name, module)):
+                if module not in examined:
+                    examined[module] = _examine(module, places)
+                verdict = examined[module]
+            if isinstance(verdict, ResidualBlock):
+                verdict = _place(replace(verdict, name=name), within)
+            if isinstance(verdict, ResidualBlock):
+                blocks.append(verdict)
+                inside = _join(name, "")
+                continue
+            if verdict is not None:
+                reasons[name] = verdict
+            if is_sequential(module):
+                units += _units(name, module, within, places, reasons)
+    return blocks, units, reasons
+
+
+def examine(module: nn.Module) -> ResidualBlock | str:
+    """The residual block that a module is, without a name, or why it is none."""
+    found = _examine(module, Counter(module.modules()))
+    return "it has no sum of two maps" if found is None else found
+
+
+def _place(block: ResidualBlock, within: Callable[[str], bool]) -> ResidualBlock | str | None:
+    """The block if it is chosen, why not if it is in part, or None where it is not."""
+    chosen = sum(map(within, block.convs))
+    if chosen == 0:
+        return None
+    if chosen < len(block.convs):
+        return f"only {chosen} of its {len(block.convs)} convolutions are chosen"
+    return block
+
+
+def _join(container: str, name: str) -> str:
+    return f"{container}.{name}" if container else name
+
+
+def _convs(name: str, module: nn.Module) -> Iterator[str]:
+    inner = module.named_modules(remove_duplicate=False)
+    return (_join(name, conv) for conv, child in inner if is_conv(child))
+
+
+def _own(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if is_open(child) or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _own(child)
+        else:
+            yield child
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    """Whether convolutions and batch norms lie in a module directly, not in blocks inside of it."""
+    if is_sequential(module) or is_conv(module) or is_norm(module):
+        return False
+    if getattr(type(module), "forward", nn.Module.forward) is nn.Module.forward:
+        return False  # nn.ModuleList
+    own = list(_own(module))
+    norms = sum(map(is_norm, own))
+    return (
+        2 <= sum(map(is_conv, own)) <= _MOST_CONVS
+        and norms >= 2
+        and norms == sum(map(is_norm, module.modules()))
+    )
+
+
+def _examine(module: nn.Module, places: Counter[nn.Module]) -> ResidualBlock | str | None:
+    """The block without its name, why it does not fit, or None where it is nothing like one."""
+    try:
+        graphs = [ForwardGraph(module, training) for training in (True, False)]
+        if not any(graph.is_sum(node) for graph in graphs for node in graph.nodes):
+            return None
+        for name, inner in module.named_modules():
+            _check_call(name, inner, module, places)
+        training, evaluation = map(_match, graphs)
+        if training != evaluation:
+            raise Misfit("its forward differs between training and evaluation")
+        return training
+    except Misfit as reason:
+        return str(reason)
+
+
+def _match(graph: ForwardGraph) -> ResidualBlock:
+    if len(graph.inputs) != 1:
+        arguments = ", ".join(str(node.target) for node in graph.inputs)
+        raise Misfit(f"its forward takes {arguments or 'nothing'} instead of one tensor")
+    if not isinstance(graph.output.args[0], fx.Node):
+        raise Misfit("its forward returns something else than one tensor")
+    end = graph.value(graph.output)
+    if graph.is_sum(end):
+        raise Misfit("no ReLU follows its sum")
+    if not graph.is_relu(end):
+        raise graph.instead(end, "its last ReLU")
+    total = graph.value(end)
+    if not graph.is_sum(total):
+        raise graph.instead(total, "its sum")
+    operands = [graph.skip(node) for node in graph.operands(total, 2)]
+    if graph.overwrites(total) and operands[0] in graph.inputs:
+        raise Misfit("it writes its sum over its input")
+    branches = [_branch(graph, node) for node in operands]
+    (shortcut, pre), (stages, pools) = sorted(branches, key=lambda branch: len(branch[0]))
+    _check_stages(stages, pools)
+    _check_shortcut(shortcut, pre)
+    for node in graph.nodes:
+        if node not in graph.seen:
+            raise Misfit(f"it also uses {graph.label(node)}")
+    calls = Counter(name for stage in stages + shortcut for name in (stage.conv, stage.bn))
+    for name, count in calls.items():
+        if count > 1:
+            raise Misfit(f"it calls {name!r} {count} times")
+    return ResidualBlock("", stages, pre, shortcut[0] if shortcut else None)
+
+
+def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
+    """The stages between the input and a node, and the pooling before the first of them."""
+    stages: list[Stage] = []
+    pools: list[str] = []
+    while node not in graph.inputs:
+        module = graph.module(node)
+        if module is not None and _pools(module):
+            pools.insert(0, str(node.target))
+            node = graph.value(node)
+        elif pools:
+            raise Misfit(f"{pools[0]!r} pools after a convolution")
+        else:
+            stage, node = _stage(graph, node, "a ReLU" if stages else "a batch norm")
+            stages.insert(0, stage)
+    return tuple(stages), tuple(pools)
+
+
+def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[Stage, fx.Node]:
+    """The stage that ends in a node, and the node it begins after."""
+    relu = graph.is_relu(node)
+    if relu:
+        node, expected = graph.value(node), "a batch norm"
+    norm = graph.module(node)
+    if norm is None or not is_norm(norm):
+        raise graph.instead(node, expected)
+    bn = str(node.target)
+    relu |= _check_norm(bn, norm)
+    node = graph.value(node)
+    conv = graph.module(node)
+    if conv is None or not is_conv(conv):
+        raise graph.instead(node, "a convolution")
+    _check_conv(str(node.target), conv)
+    return Stage(str(node.target), bn, relu), graph.value(node)
+
+
+def _pools(module: nn.Module) -> bool:
+    return any(base.__module__ == "torch.nn.modules.pooling" for base in type(module).__mro__)
+
+
+def _check_stages(stages: tuple[Stage, ...], pools: tuple[str, ...]) -> None:
+    if not 2 <= len(stages) <= 3:
+        raise Misfit(f"its main path has {len(stages)} convolutions instead of 2 or 3")
+    if pools:
+        raise Misfit(f"{pools[0]!r} pools before its first convolution")
+    for stage in stages[:-1]:
+        if not stage.relu:
+            raise Misfit(f"no ReLU follows {stage.bn!r}")
+    if stages[-1].relu:
+        raise Misfit(f"a ReLU stands between {stages[-1].bn!r} and the sum")
+
+
+def _check_shortcut(stages: tuple[Stage, ...], pools: tuple[str, ...]) -> None:
+    if pools and not stages:
+        raise Misfit("its shortcut pools")
+    if len(stages) > 1:
+        raise Misfit(f"its shortcut has {len(stages)} convolutions")
+    if stages and stages[0].relu:
+        raise Misfit("its shortcut has a ReLU")
+
+
+def _check_call(
+    name: str, module: nn.Module, container: nn.Module, places: Counter[nn.Module]
+) -> None:
+    """Whether a call of the module does what its class says, and is the container's alone."""
+    what = repr(name) if name else "it"
+    if kind := hook(module):
+        raise Misfit(f"{what} has a {kind}")
+    if "forward" in vars(module):
+        raise Misfit(f"{what} has a forward of its own instead of its class's")
+    if (is_conv(module) or is_norm(module)) and places[module] != places[container]:
+        raise Misfit(f"{what} stands at two places of the model")
+
+
+def _check_conv(name: str, module: nn.Module) -> None:
+    if type(module) not in (nn.Conv2d, SVFConv2d):
+        raise Misfit(f"{name!r} is of type {type(module).__name__}, not an nn.Conv2d")
+    if module.padding_mode != "zeros":
+        raise Misfit(f"{name!r} pads with {module.padding_mode!r} instead of zeros")
+    spans = zip(module.kernel_size, module.dilation, strict=True)  # type: ignore[arg-type]
+    if module.padding == "same" and any((kernel - 1) * dilation % 2 for kernel, dilation in spans):
+        raise Misfit(f"{name!r} pads one side more than the other")
+
+
+def _check_norm(name: str, module: nn.Module) -> bool:
+    """Whether the batch norm has a ReLU of its own; raises where it is no plain batch norm."""
+    if not isinstance(module, nn.BatchNorm2d):
+        raise Misfit(f"{name!r} is of type {type(module).__name__}, not an nn.BatchNorm2d")
+    if module.running_mean is None or module.running_var is None:
+        raise Misfit(f"{name!r} keeps no running statistics")
+    if type(module).forward is nn.BatchNorm2d.forward and not list(module.children()):
+        return False
+    try:
+        return _ends_in_relu(module)
+    except Misfit as reason:
+        kind = type(module).__name__
+        raise Misfit(f"{name!r} ({kind}) is more than a batch norm: {reason}") from None
+
+
+def _ends_in_relu(norm: nn.BatchNorm2d) -> bool:
+    """Whether a subclass is batch norm and ReLU; raises where it is not batch norm alone either."""
+    graph = ForwardGraph(norm, training=False)
+    node = graph.value(graph.output)
+    relu = graph.is_relu(node)
+    if relu:
+        node = graph.value(node)
+    if not graph.calls(node, {functional.batch_norm}):
+        raise Misfit(f"it calls {graph.label(node)}")
+    bound = _BATCH_NORM.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        given = getattr(call[name], "target", None)  # an fx.Node, or None
+        if given != (None if getattr(norm, name) is None else name):
+            raise Misfit(f"it does not use its {name}")
+    if call["input"] not in graph.inputs or call["training"] or call["eps"] != norm.eps:
+        raise Misfit("it does not normalise its input by its own statistics")
+    return relu
+
+
+def _units(
+    container: str,
+    module: nn.Module,
+    within: Callable[[str], bool],
+    places: Counter[nn.Module],
+    reasons: dict[str, str],
+) -> Iterator[Unit]:
+    children: list[tuple[str, Any]] = [*module._modules.items(), ("", None)]
+    for i, ((conv, first), (bn, second)) in enumerate(pairwise(children)):
+        name = _join(container, conv)
+        if not (is_conv(first) and is_norm(second) and within(name)):
+            continue
+        relu, third = children[i + 2]
+        try:
+            _check_call(conv, first, module, places)
+            _check_call(bn, second, module, places)
+            _check_conv(conv, first)
+            own = _check_norm(bn, second)
+            if type(third) is nn.ReLU:
+                _check_call(relu, third, module, places)
+                yield Unit(container, Stage(conv, bn, True), relu)
+            else:
+                yield Unit(container, Stage(conv, bn, own), None)
+        except Misfit as reason:
+            reasons[name] = str(reason)

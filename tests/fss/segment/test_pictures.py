@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fss.data import scan
+from fss.segment.pictures import overlay, read_picture
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (13, 7, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+
+
+def test_arrays_images_and_files_are_the_same_picture(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(RGB).save(path)
+    for picture in (RGB, Image.fromarray(RGB), path, str(path), RGB / np.float32(255)):
+        np.testing.assert_array_equal(read_picture(picture), RGB)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [GREY, GREY[..., None], GREY.astype(np.uint16) * 257, Image.fromarray(GREY)],
+    ids=["HW", "HW1", "16 bit", "L"],
+)
+def test_grey_becomes_rgb(picture):
+    np.testing.assert_array_equal(read_picture(picture), np.stack([GREY] * 3, axis=2))
+
+
+def test_sixteen_bit_files_keep_their_range(tmp_path):
+    """Pillow's own conversion cuts all above 255 off."""
+    for suffix in ("png", "tif"):
+        path = tmp_path / f"a.{suffix}"
+        Image.fromarray(GREY.astype(np.uint16) * 257).save(path)
+        np.testing.assert_array_equal(read_picture(path)[..., 1], GREY)
+
+
+def test_transparent_pixels_lie_on_white(tmp_path):
+    rgba = np.dstack([RGB, np.full(GREY.shape, 255, np.uint8)])
+    rgba[:4, :, 3] = 0
+    rgba[4:6, :, 3] = 128
+    expected = RGB.copy()
+    expected[:4] = 255
+    expected[4:6] = np.rint(RGB[4:6] * (128 / 255) + 255 * (127 / 255))
+    path = tmp_path / "a.png"
+    Image.fromarray(rgba).save(path)
+    for picture in (rgba, path):
+        np.testing.assert_array_equal(read_picture(picture), expected)
+
+
+def test_palettes_with_and_without_transparency(tmp_path):
+    image = Image.fromarray(RGB).quantize(16)
+    image.save(tmp_path / "plain.png")
+    expected = np.array(image.convert("RGB"))
+    np.testing.assert_array_equal(read_picture(tmp_path / "plain.png"), expected)
+    index = int(np.array(image)[0, 0])
+    image.save(tmp_path / "clear.png", transparency=index)
+    clear = np.array(image) == index
+    found = read_picture(tmp_path / "clear.png")
+    assert (found[clear] == 255).all()
+    np.testing.assert_array_equal(found[~clear], expected[~clear])
+
+
+def test_photos_are_turned_upright(tmp_path):
+    path = tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of what is stored is the photo's right side
+    Image.fromarray(RGB).save(path, exif=exif)
+    np.testing.assert_array_equal(read_picture(path), np.rot90(RGB, -1))
+
+
+def test_of_several_frames_the_first(tmp_path):
+    frames = [Image.fromarray(np.full((5, 6), value, np.uint8)) for value in (200, 10)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (read_picture(tmp_path / "a.gif") == 200).all()
+
+
+@pytest.mark.parametrize(
+    "picture, error, message",
+    [
+        (3, TypeError, "path, a PIL image or a numpy array, got int"),
+        (RGB.astype(np.int64), TypeError, "got int64"),
+        (RGB.astype(np.float32), ValueError, "divide 8-bit values by 255"),
+        (np.full((3, 3), np.nan), ValueError, "from 0 to 1"),
+        (np.zeros((3, 0, 3), np.uint8), ValueError, r"got \[3, 0, 3\]"),
+        (np.zeros((3, 5, 5), np.uint8), ValueError, r"expected \[H, W\]"),
+        ("nowhere/a.png", FileNotFoundError, "nowhere"),
+    ],
+)
+def test_what_is_no_picture(picture, error, message):
+    with pytest.raises(error, match=message):
+        read_picture(picture)
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    for name, content in (
+        ("text.jpg", b"no picture"),
+        ("empty.png", b""),
+        ("cut.png", whole.read_bytes()[:4000]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            read_picture(tmp_path / name)
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "MAX_PIXELS", 90)
+    Image.fromarray(RGB).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="large.png.*million pixels, got 7×13"):
+        read_picture(tmp_path / "large.png")
+
+
+def test_an_overlay_colours_the_mask_and_its_border():
+    grey = np.full((20, 30, 3), 100, np.uint8)
+    mask = np.zeros((20, 30), bool)
+    mask[5:15, 10:25] = True
+    mask[0, 0] = True
+    result = np.array(overlay(grey, mask, "#FF0000", 0.5))
+    assert (result[~mask] == 100).all()
+    assert result[10, 15].tolist() == [178, 50, 50]
+    assert result[5, 12].tolist() == result[0, 0].tolist() == [255, 0, 0]
+    everything = np.array(overlay(grey, np.ones_like(mask)))
+    assert len(np.unique(everything.reshape(-1, 3), axis=0)) == 1  # no border at the edge

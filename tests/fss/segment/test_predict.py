@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fss.cli import main
+from fss.data import ShapesSource
+from fss.segment.predict import find_pictures, parse_mask, predict_files
+from fss.segment.segmenter import FewShotSegmenter
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """support.png with mask.png and, in queries/, pictures of several sizes and kinds."""
+    folder = tmp_path_factory.mktemp("photos")
+    source = ShapesSource(size=97)
+    image, classes = source.load(2003)
+    class_id = int(classes[classes > 0][0])
+    Image.fromarray(image).save(folder / "support.png")
+    Image.fromarray((classes == class_id) * np.uint8(255)).save(folder / "mask.png")
+    queries = folder / "queries"
+    (queries / "deeper").mkdir(parents=True)
+    Image.fromarray(image[:60]).save(queries / "a.png")
+    Image.fromarray(image[..., 0]).save(queries / "grey.PNG")
+    Image.fromarray(source.load(2004)[0]).save(queries / "deeper" / "a.jpg")
+    (queries / ".hidden.png").write_bytes(b"")
+    (queries / "notes.txt").write_text("none")
+    return folder
+
+
+def predict(photos, *arguments: str) -> int:
+    support = ["--support", str(photos / "support.png"), str(photos / "mask.png")]
+    return main(["predict", *support, "--size", "65", "--device", "cpu", *arguments])
+
+
+def pictures(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+
+def test_three_files_of_each_picture_of_a_folder(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert predict(photos, "--query", str(photos / "queries"), "--out", str(out)) == 0
+    names = ("a", "deeper/a", "grey")
+    kinds = ("mask", "overlay", "probability")
+    assert pictures(out) == [f"{name}.{kind}.png" for name in names for kind in kinds]
+    assert "3 pictures segmented" in capsys.readouterr().out
+    segmenter = FewShotSegmenter(size=65, device="cpu")
+    segmenter.support(photos / "support.png", photos / "mask.png")
+    result = segmenter(photos / "queries" / "a.png")
+    mask, overlay, probability = (Image.open(out / f"a.{kind}.png") for kind in kinds)
+    assert mask.mode == probability.mode == "L" and overlay.mode == "RGB"
+    np.testing.assert_array_equal(np.array(mask), result.mask * 255)
+    np.testing.assert_allclose(np.array(probability) / 255, result.probability, atol=0.003)
+    np.testing.assert_array_equal(np.array(overlay), np.array(result.overlay()))
+
+
+def test_boxes_polygons_and_several_supports(photos, tmp_path):
+    path = str(photos / "support.png")
+    arguments = ["--support", path, "5,5,60,60", "--support", path, "0,0 90,0 90.5,90"]
+    query = str(photos / "queries" / "a.png")
+    assert predict(photos, *arguments, "--query", query, "--out", str(tmp_path)) == 0
+    segmenter = FewShotSegmenter(size=65, device="cpu")
+    masks = [photos / "mask.png", (5, 5, 60, 60), [(0, 0), (90, 0), (90.5, 90)]]
+    expected = segmenter.support([path] * 3, masks)(query).mask
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.mask.png")), expected * 255)
+
+
+def test_results_are_not_overwritten_unasked(photos, tmp_path, capsys):
+    query = str(photos / "queries" / "a.png")
+    arguments = ["--query", query, "--out", str(tmp_path)]
+    (tmp_path / "a.probability.png").write_bytes(b"mine")
+    assert predict(photos, *arguments) == 2
+    assert "a.probability.png is there already" in capsys.readouterr().err
+    assert pictures(tmp_path) == ["a.probability.png"]
+    assert predict(photos, *arguments, "--overwrite") == 0
+    assert len(pictures(tmp_path)) == 3 and Image.open(tmp_path / "a.probability.png").size
+
+
+def test_unreadable_pictures_are_named_and_the_others_done(photos, tmp_path, capsys):
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    (queries / "bad1.jpg").write_bytes(b"no")
+    (queries / "bad2.png").write_bytes(b"")
+    Image.new("RGB", (20, 30)).save(queries / "good.png")
+    out = tmp_path / "out"
+    assert predict(photos, "--query", str(queries), "--out", str(out)) == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 pictures cannot be read" in error
+    assert "bad1.jpg" in error and "bad2.png" in error and "good.png" not in error
+    assert len(pictures(out)) == 3
+
+
+@pytest.mark.parametrize(
+    "files, queries, names",
+    [
+        (["x/a.png", "y/a.png"], ["x", "y"], ["x/a", "y/a"]),
+        (["x/a.png", "y/a.png"], ["x/a.png", "y/a.png"], ["x/a", "y/a"]),
+        (["p/x/a.png", "q/x/a.png"], ["p/x", "q/x"], ["p/x/a", "q/x/a"]),
+        (["x/a.png", "x/a.bmp"], ["x"], ["a.bmp", "a.png"]),
+        (["x/a.png", "x/A.bmp"], ["x"], ["A.bmp", "a.png"]),
+        (["x/a.png", "x/a.bmp", "y/a.png"], ["x", "y"], ["x/a.bmp", "x/a.png", "y/a.png"]),
+        (["x/a.png", "x/z/b.png"], ["x", "x/a.png"], ["a", "z/b"]),
+        (["x/a.png", "x/z/b.png"], ["x/z", "x"], ["b", "a"]),
+    ],
+)
+def test_no_result_takes_the_place_of_another(photos, tmp_path, monkeypatch, files, queries, names):
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+    assert predict(photos, "--query", *queries, "--out", "out") == 0
+    expected = sorted(f"{n}.{k}.png" for n in names for k in ("mask", "overlay", "probability"))
+    assert pictures(tmp_path / "out") == expected
+
+
+def test_results_among_the_queries_are_not_segmented(photos, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for out in (tmp_path, tmp_path / "out"):
+        assert predict(photos, "--query", str(tmp_path), "--out", str(out)) == 0
+        assert [p.name for p in find_pictures([str(tmp_path)], tmp_path / "out")] == ["a.png"]
+
+
+def test_results_are_upright(photos, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert predict(photos, "--query", str(tmp_path / "turned.jpg"), "--out", str(tmp_path)) == 0
+    for kind in ("mask", "overlay", "probability"):
+        result = Image.open(tmp_path / f"turned.{kind}.png")
+        assert result.size == (20, 30) and not result.getexif()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--query", "nowhere.png"], "file or a folder at nowhere.png"),
+        (["--query", "."], "expected pictures (.jpg"),
+        (["--query", "a.txt", "--support", "a.txt", "1,2,3"], 'a box "x0,y0,x1,y1"'),
+        (["--query", "a.txt", "--batch_size", "0"], "batch_size"),
+        (["--query", "a.txt", "--threshold", "2"], "threshold"),
+        (["run", "--query", "a.txt"], "size: a run brings its own"),
+        (["--query", "a.txt", "--adapter", "none.safetensors"], "no such file"),
+        (["--query", "a.txt", "--weights", "none.pt"], "none.pt"),
+        (["--query"], "expected at least one argument"),
+        (["--query", "a.txt", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_wrong_use_is_explained(photos, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("no picture, but asked for")
+    assert predict(photos, *arguments, "--out", "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_support_is_needed(photos, tmp_path, capsys):
+    query = str(photos / "support.png")
+    assert main(["predict", "--query", query, "--out", str(tmp_path)]) == 2
+    assert "support: expected at least one picture" in capsys.readouterr().err
+
+
+def test_masks_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1,2,3,4").touch()
+    assert parse_mask("mask.png") == "mask.png"
+    assert parse_mask("1,2,3,4") == "1,2,3,4"  # a file of that name
+    assert parse_mask("1,2,3.5,4") == (1, 2, 3.5, 4)
+    assert parse_mask("1,2 3,4 5,6") == [(1, 2), (3, 4), (5, 6)]
+    for text in ("1,2", "1,2 3,4", "1,2,3 4,5,6 7,8,9", "1,,2"):
+        with pytest.raises(ValueError, match="polygon"):
+            parse_mask(text)
+
+
+def test_a_run_predicts(photos, tmp_path, tiny):
+    from fss.training.run import train
+
+    config = tiny(steps=1)
+    train(config)
+    out, query = tmp_path / "out", str(photos / "support.png")
+    support = (query, str(photos / "mask.png"))
+    predict_files([query], [support], str(out), run=config.out, device="cpu")
+    with_adapter = predict_files(
+        [query],
+        [support],
+        str(out),
+        run=config.out,
+        adapter=f"{config.out}/adapter.safetensors",
+        overwrite=True,
+    )
+    assert "1 picture segmented" in with_adapter and len(pictures(out)) == 3

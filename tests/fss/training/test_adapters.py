@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import svf_fast
+from fss.cli import main
+from fss.models import build_backbone
+from fss.training.adapters import adapter_files
+from fss.training.run import train
+
+
+def test_a_run_leaves_its_adapters(tiny, tmp_path, capsys):
+    result = train(tiny(steps=2))
+    folder = Path(tiny().out)
+    trained = svf_fast.Adapter.load(folder / "adapter.safetensors")
+    pretrained = svf_fast.Adapter.load(folder / "pretrained.safetensors")
+    assert trained.card == {
+        "backbone": "resnet18",
+        "weights": "none",
+        "layers": ["layer2", "layer3", "layer4"],
+        "data": "shapes",
+        "fold": 0,
+        "shots": 1,
+        "model": "baseline",
+        "steps": result["test"]["step"],
+        "metric": {"mIoU": result["test"]["miou"]["mean"]},
+    }
+    assert pretrained.card["steps"] == 0 and "metric" not in pretrained.card
+    assert trained.backbone == pretrained.backbone
+    assert any(not torch.equal(S, pretrained.S[name]) for name, S in trained.S.items())
+
+    # both fit the backbone alone, and S is the tested checkpoint's
+    weights = torch.load(folder / "best.pt", weights_only=True)["model"]
+    prefix = "backbone."
+    backbone = svf_fast.convert(build_backbone("resnet18", width=4))
+    backbone.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    )
+    pretrained.apply(backbone)
+    trained.apply(backbone)
+    assert all(torch.equal(backbone.state_dict()[f"{n}.S"], S) for n, S in trained.S.items())
+
+    files = [str(folder / "pretrained.safetensors"), str(folder / "adapter.safetensors")]
+    half = str(tmp_path / "half.safetensors")
+    assert main(["adapter", *files, "--interpolate", "0.5", "--out", half]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{half}: Adapter(") and "\n  interpolated: 0.5\n" in text
+    assert "\n  layer2.0.conv1: 8 values\n" in text and "mIoU" not in text
+    lines = adapter_files([*files, half]).splitlines()
+    assert [line.partition(":")[0] for line in lines] == [*files, half]
+    assert all(f"backbone {trained.backbone[:8]}" in line for line in lines)
+    assert json.dumps(trained.card["metric"]) in lines[1] and "fold: 0" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--interpolate", "0.5"], "out: expected with the other"),
+        (["--interpolate", "0.5", "--out", "x"], "files: expected two to interpolate, got 1"),
+        ([], "adapter .*stranger: not a readable safetensors file"),
+    ],
+)
+def test_what_the_command_refuses(tmp_path, capsys, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    stranger = tmp_path / "stranger"
+    if "--out" in options:
+        svf_fast.save_adapter(svf_fast.convert(build_backbone("resnet18", width=2)), stranger)
+    else:
+        stranger.write_text("no adapter")
+    assert main(["adapter", str(stranger), *options]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "regime",
+    [
+        {"name": "full"},
+        {"name": "svf", "factors": ["S", "U"]},
+        {"name": "svf", "batch_norm": "both"},
+    ],
+    ids=["full", "U", "batch_norm"],
+)
+def test_no_adapter_where_more_than_S_trains(tiny, regime):
+    config = tiny(steps=1, regime=regime)
+    train(tiny(steps=1))
+    train(config, overwrite=True)
+    left = [path.name for path in Path(config.out).glob("*.safetensors")]
+    # where S trains its first values stay, for the report
+    assert left == (["pretrained.safetensors"] if "batch_norm" in regime else [])
