@@ -17,7 +17,7 @@ from fss.paper.tables import FOLDS, Row, Table, base_values, run_values
 from fss.runs.checkpoint import check_same, explain_misfit
 from fss.settings import merged, read_settings
 from fss.training.base_learner import FREE as BASE_FREE
-from fss.training.base_learner import BaseLearnerConfig, plain, train_base
+from fss.training.base_learner import BaseLearnerConfig, train_base
 from fss.training.loop import INTERRUPTED, Stopped, flat_settings
 from fss.training.run import train
 
@@ -234,7 +234,7 @@ def _check_settings(run: Run) -> None:
     assert run.config is not None
     _check_finished(run.folder, run.config.to_dict(), _FREE, _run_settings)
     if run.base is not None:
-        _check_finished(run.base.folder, plain(run.base.config), BASE_FREE, _base_settings)
+        _check_finished(run.base.folder, run.base.config.to_dict(), BASE_FREE, _base_settings)
 
 
 def _check_finished(
@@ -257,7 +257,7 @@ def _run_settings(stored: dict[str, Any]) -> dict[str, Any]:
 
 def _base_settings(stored: dict[str, Any]) -> dict[str, Any]:
     """As `_run_settings`, of a base learner."""
-    return plain(BaseLearnerConfig.from_dict(stored))
+    return BaseLearnerConfig.from_dict(stored).to_dict()
 
 
 def _make(run: Run, options: Options, evaluate: Callable[..., dict[str, Any]]) -> None:
