@@ -12,7 +12,8 @@ from fss.data import build_episodes
 from fss.evaluation.evaluate import evaluate_seeds
 from fss.files import write_json
 from fss.processes import build_fabric, determinism, float32_products, is_restart
-from fss.report.episodes import draw_curves, draw_episodes
+from fss.report.curves import draw_own_curves
+from fss.report.episodes import draw_episodes
 from fss.runs.checkpoint import explain_misfit, load_checkpoint
 from fss.runs.folder import RunFolder
 from fss.training.adapters import save_run_adapter
@@ -120,7 +121,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
                 config.pictures,
                 fabric.device,
             )
-        draw_curves(folder)
+        draw_own_curves(folder, result)
         save_run_adapter(folder.adapter, trainer.network, config, result["test"])
         write_json(folder.result_file, result)
     fabric.barrier()
