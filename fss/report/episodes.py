@@ -63,7 +63,7 @@ def draw_episodes(
         _fill(predicted, (prediction == 1) & (truth != IGNORE), ORANGE)
         outline(predicted, truth == 1, BLUE)
     figure.supxlabel("orange: support mask, prediction · blue: truth", fontsize=10, color=_GREY)
-    write_png(figure, path, dpi=110, transparent=True)
+    write_png(figure, path, dpi=110, background="none")
 
 
 def spread_over_classes(episodes: EpisodeDataset, count: int) -> list[int]:

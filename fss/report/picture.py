@@ -99,10 +99,10 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 4) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
 
 
-def write_png(figure: Figure, path: Path, dpi: int = 200, transparent: bool = False) -> None:
-    """Write a figure as PNG, on white or without a background."""
+def write_png(figure: Figure, path: Path, dpi: int = 200, background: str = "white") -> None:
+    """Write a figure as PNG on a background color, or on "none"."""
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=dpi, facecolor="white", transparent=transparent)
+        figure.savefig(file, format="png", dpi=dpi, facecolor=background)
 
 
 def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
