@@ -15,10 +15,10 @@ from fss.data import Source, build_source
 from fss.evaluation.evaluate import episode_classes, evaluate_seeds
 from fss.files import write_json
 from fss.models import build_model, rebuild_model
-from fss.paper.tables import read_settings
 from fss.processes import float32_products, launch, lay_out, torchrun_layout
 from fss.runs.checkpoint import explain_misfit
 from fss.runs.folder import RunFolder
+from fss.settings import read_settings
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "bam": {
