@@ -175,6 +175,7 @@ class RunFolder(BaseFolder):
         "machine",
         "versions.torch",
         "commit",
+        "config",
     )
 
     def __init__(self, path: str | Path) -> None:
