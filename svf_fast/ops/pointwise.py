@@ -117,7 +117,7 @@ def pointwise_dot(x: Tensor, weight: Tensor, v: Tensor, s: Tensor) -> tuple[Tens
 
 
 def with_ends(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return what serves the registered op, whose arguments are flat, of a function of tuples."""
+    """Adapt a function of the two tuples to the registered op, whose arguments are flat."""
 
     def call(x: Tensor, weight: Tensor, *flat: Any) -> Result:
         return function(x, weight, Prologue(*flat[:3]), Epilogue(*flat[3:]))
