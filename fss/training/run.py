@@ -12,7 +12,8 @@ from fss.data import build_episodes
 from fss.evaluation.evaluate import evaluate_seeds
 from fss.files import write_json
 from fss.processes import determinism
-from fss.report.episodes import draw_curves, draw_episodes
+from fss.report.curves import draw_own_curves
+from fss.report.episodes import draw_episodes
 from fss.runs.checkpoint import load_checkpoint
 from fss.training.adapters import save_run_adapter
 from fss.training.loop import start
@@ -98,7 +99,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
                 config.pictures,
                 fabric.device,
             )
-        draw_curves(folder)
+        draw_own_curves(folder, result)
         save_run_adapter(folder.adapter, trainer.network, config, result["test"])
         write_json(folder.result_file, result)
     fabric.barrier()
