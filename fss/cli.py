@@ -26,12 +26,12 @@ from fss.evaluation.evaluate import table
 from fss.evaluation.score import evaluate_run
 from fss.files import read_yaml
 from fss.paper.reproduce import Options, listing, reproduce
-from fss.paper.tables import default_folder, load_table, merged, read_settings, table_names
+from fss.paper.tables import default_folder, load_table, table_names
 from fss.report import write_report
 from fss.segment.app import serve
 from fss.segment.export import export_run
 from fss.segment.predict import predict_files
-from fss.settings import config_file, config_names
+from fss.settings import config_file, config_names, merged, read_settings
 from fss.training.adapters import adapter_files
 from fss.training.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.training.loop import INTERRUPTED

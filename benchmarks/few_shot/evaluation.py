@@ -28,9 +28,8 @@ from benchmarks.files import RESULTS
 from fss.config import DataConfig, ModelConfig
 from fss.data import EpisodeDataset, build_episodes, build_source, collate_episodes
 from fss.evaluation.evaluate import episode_classes, evaluate_all
-from fss.evaluation.feature_cache import Names, uses
+from fss.evaluation.feature_cache import Names, Shelf, uses
 from fss.evaluation.metrics import Score
-from fss.evaluation.shelf import Shelf
 from fss.files import write_json
 from fss.models import build_model, load_backbone
 from fss.models.pooling import resize
@@ -212,7 +211,7 @@ def entry_sizes(network: nn.Module, episodes: EpisodeDataset) -> Callable[..., i
     with torch.no_grad():
         low, middle = network.backbone.features(image)
         high = network.backbone.layer4(middle)
-        summaries = network.summarise(low, middle, torch.ones_like(low[:, :1]))
+        summaries = network.summarize(low, middle, torch.ones_like(low[:, :1]))
     summary = sum(each.nbytes for each in summaries)
 
     @functools.cache

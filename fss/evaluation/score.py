@@ -17,9 +17,9 @@ from fss.files import write_json
 from fss.models import build_model
 from fss.models.regimes import apply_regime
 from fss.models.weights import read_state
-from fss.paper.tables import read_settings
 from fss.processes import float32_products, launch, lay_out, torchrun_layout
 from fss.runs.checkpoint import explain_misfit, load_checkpoint
+from fss.settings import read_settings
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "bam": {

@@ -13,8 +13,9 @@ from typing import Any
 from fss.config import TrainConfig
 from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import BaseRun, Run, compared_rows, markdown
-from fss.paper.tables import FOLDS, Row, Table, base_values, merged, read_settings, run_values
+from fss.paper.tables import FOLDS, Row, Table, base_values, run_values
 from fss.runs.checkpoint import check_same, explain_misfit
+from fss.settings import merged, read_settings
 from fss.training.base_learner import FREE as BASE_FREE
 from fss.training.base_learner import BaseLearnerConfig, plain, train_base
 from fss.training.loop import INTERRUPTED, Stopped, flat_settings

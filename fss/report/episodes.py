@@ -18,6 +18,7 @@ from fss.data import IGNORE, MEAN, STD, EpisodeDataset, collate_episodes
 from fss.evaluation.evaluate import predict
 from fss.evaluation.metrics import foreground_iou
 from fss.files import atomic_write
+from fss.runs.folder import RunFolder
 from fss.runs.log import read_log
 
 # Legible on a white page and on a dark one: the picture has no background of its own.
@@ -70,9 +71,9 @@ def draw_episodes(
     _save(figure, path, transparent=True)
 
 
-def draw_curves(path: Path, folder: Path) -> None:
+def draw_curves(folder: RunFolder) -> None:
     """Draws a run's training loss, its validation mIoU and FB-IoU and its mIoU in training."""
-    train, validation = read_log(folder / "train.csv"), read_log(folder / "validation.csv")
+    train, validation = read_log(folder.train_log), read_log(folder.validation_log)
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     loss, iou = figure.subplots(1, 2)
@@ -106,7 +107,7 @@ def draw_curves(path: Path, folder: Path) -> None:
     for ax in (loss, iou):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    _save(figure, folder.curves)
 
 
 def spread_over_classes(episodes: EpisodeDataset, count: int) -> list[int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fss.config import TrainConfig
 from fss.runs.checkpoint import load_checkpoint
+from fss.runs.log import RunLog
 
 _RESULT = (
     "test.miou.mean",
@@ -31,6 +35,140 @@ _RESULT = (
     "versions.torch",
     "commit",
 )
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_UNWRITABLE |= {errno.ENOTDIR, errno.EEXIST}
+
+
+class BaseFolder:
+    """The folder of a training, of `fss train` or `fss train-base`: its files, how it begins anew.
+
+    Attributes:
+        path: of the folder.
+        last: the checkpoint to go on from.
+        result_file: JSON, there when the training is finished.
+        marks: files that only a training leaves there.
+        files: all that a new training replaces.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.last = self.path / "last.pt"
+        self.result_file = self.path / "result.json"
+        self.marks = [self.last, self.result_file]
+        self.files = [self.last, self.result_file]
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Check that a training may begin here, or go on.
+
+        Args:
+            resume: the training is to go on from `last`.
+            overwrite: an earlier one may be replaced.
+
+        Raises:
+            FileNotFoundError: nothing to resume.
+            ValueError: an earlier training that nobody asked to replace.
+        """
+        if resume and not self.last.is_file():
+            raise FileNotFoundError(
+                f"--resume: expected a checkpoint at {self.last}, found none; omit --resume to "
+                "begin anew"
+            )
+        found = [file.name for file in self.marks if file.exists()]
+        if found and not resume and not overwrite:
+            raise ValueError(
+                f"out: {self.path} already holds a run ({', '.join(found)}); go on with --resume, "
+                "replace it with --overwrite, or give another --out"
+            )
+
+    def clear(self) -> None:
+        """Make the folder, without the files of an earlier training."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            file.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove files that a killed process had not finished writing."""
+        for path in (*self.path.glob(".*.tmp"), *self.path.glob(".*.part")):
+            path.unlink(missing_ok=True)
+
+    def last_good(self) -> str:
+        """Return a sentence on the checkpoint to go on from."""
+        if self.last.exists():
+            return f"{self.last} is from before; --resume goes on."
+        return "No checkpoint was written yet."
+
+    @contextmanager
+    def explain_unwritable(self) -> Iterator[None]:
+        """Say in the user's words that the folder cannot be written.
+
+        Raises:
+            OSError: replaces one that does not say which folder and what to do.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+            raise OSError(
+                f"out: {self.path} cannot be written ({error.strerror}); make room or give another "
+                f"--out. {self.last_good()}"
+            ) from error
+
+
+class BaseLearnerFolder(BaseFolder):
+    """The folder of a run of `fss train-base`.
+
+    Attributes:
+        base: the checkpoint with the highest mIoU, which `model.base_weights` takes.
+        log: a CSV table.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.base = self.path / "base.pt"
+        self.log = self.path / "log.csv"
+        self.files += [self.base, self.log]
+        self.marks = self.files
+
+
+class RunFolder(BaseFolder):
+    """The folder of a run of `fss train`.
+
+    Attributes:
+        config_file: the settings, YAML.
+        best: the checkpoint with the highest validation mIoU.
+        train_log, validation_log: CSV tables.
+        events: the same for TensorBoard, a folder.
+        episodes, curves: pictures, PNG.
+        pretrained, adapter: S before the training and after, see `save_run_adapter`.
+        score_file: what `fss eval` found on the run's own data.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.config_file = self.path / "config.yaml"
+        self.best = self.path / "best.pt"
+        self.train_log = self.path / "train.csv"
+        self.validation_log = self.path / "validation.csv"
+        self.events = self.path / "tensorboard"
+        self.episodes = self.path / "episodes.png"
+        self.curves = self.path / "curves.png"
+        self.pretrained = self.path / "pretrained.safetensors"
+        self.adapter = self.path / "adapter.safetensors"
+        self.score_file = self.path / "eval.json"
+        self.marks += [self.train_log]
+        self.files += [self.best, self.score_file, self.episodes, self.curves]
+        self.files += [self.pretrained, self.adapter]
+
+    def clear(self) -> None:
+        """Make the folder, without the files of an earlier run; its logs begin in `open_log`."""
+        super().clear()
+        shutil.rmtree(self.events, ignore_errors=True)
+
+    def open_log(self, class_names: dict[int, str], step: int = 0) -> RunLog:
+        """Open the logs to append to them from a step on; see `RunLog`."""
+        return RunLog(self.train_log, self.validation_log, self.events, class_names, step)
 
 
 @dataclass(frozen=True)

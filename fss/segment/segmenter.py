@@ -24,9 +24,7 @@ from fss.models import FewShotModel, Matching, backbone_of, build_model
 from fss.models.regimes import apply_regime
 from fss.processes import lay_out
 from fss.runs.checkpoint import explain_misfit, load_checkpoint
-from fss.segment.masks import MaskLike, read_mask
-from fss.segment.pictures import Picture, overlay, read_picture
-from fss.segment.supports import Supports, see_supports
+from fss.segment.pictures import MaskLike, Picture, overlay, read_mask, read_picture
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -144,7 +142,7 @@ class FewShotSegmenter:
         self._resize = config.resize if config else "photo"
         self._own: svf_fast.Adapter | None = None
         self._examples: tuple[Tensor, Tensor] | None = None
-        self._supports: Supports | None = None
+        self._supports: Any = None  # what the model keeps of the examples
         if adapter is not None:
             self.adapter(adapter)
 
@@ -224,7 +222,7 @@ class FewShotSegmenter:
                 "cover all of their images; a trained run can do without"
             )
         image, mask = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
-        supports = see_supports(self.model, image, mask)
+        supports = self.model.encode_supports(image, mask)
         self._examples, self._supports = (image, mask), supports
         return self
 
@@ -263,11 +261,11 @@ class FewShotSegmenter:
     def _segment(self, pictures: list[NDArray[np.uint8]]) -> list[Segmentation]:
         if self._supports is None:
             assert self._examples is not None
-            self._supports = see_supports(self.model, *self._examples)
+            self._supports = self.model.encode_supports(*self._examples)
         blank = [np.zeros(picture.shape[:2], np.uint8) for picture in pictures]
         samples = [self._transform(*pair) for pair in zip(pictures, blank, strict=True)]
         queries = torch.stack([sample.image for sample in samples]).to(self.device)
-        logits = self._supports.segment(queries)
+        logits = self.model.segment(queries, self._supports)
         results = []
         for picture, sample, one in zip(pictures, samples, logits, strict=True):
             background, foreground = enlarge(one, sample.size, picture.shape[:2], self._resize)

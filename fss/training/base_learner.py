@@ -29,16 +29,12 @@ from fss.files import atomic_write, write_json
 from fss.models import PSPNet, build_backbone, load_backbone
 from fss.processes import build_fabric, fixed_shapes, float32_products, lay_out
 from fss.runs.checkpoint import check_types, explain_misfit, read_checkpoint, write_checkpoint
+from fss.runs.folder import BaseLearnerFolder
 from fss.training.loop import (
     Stopped,
     agreed,
-    check_folder,
     check_resumable,
-    clear_folder,
-    explain_unwritable,
-    last_good,
     postponed_stop,
-    remove_leftovers,
     restore_training,
     saved_on_failure,
     training_state,
@@ -130,8 +126,6 @@ class BaseLearnerConfig:
         return cls(**{**values, **parts})
 
 
-# What a run leaves in its folder.
-_FILES = ("last.pt", "base.pt", "log.csv", "result.json")
 _NO_CLASS = -1
 
 
@@ -189,7 +183,7 @@ class BaseTrainer:
     """The state of a run and its loop; see `train_base`."""
 
     def __init__(self, config: BaseLearnerConfig, fabric: Fabric) -> None:
-        self.config, self.fabric, self.folder = config, fabric, Path(config.out)
+        self.config, self.fabric, self.folder = config, fabric, BaseLearnerFolder(config.out)
         data = dataclasses.replace(config.data, shots=1)
         source = build_source(data)
         if data.fold >= len(source.folds):
@@ -263,7 +257,7 @@ class BaseTrainer:
             fixed_shapes(),
             postponed_stop() as statuses,
             bar,
-            explain_killed_worker(lambda: last_good(self.folder)),
+            explain_killed_worker(self.folder.last_good),
         ):
             for batch in saved_on_failure(loader, self._save_alone):
                 lr = self._train_step(batch)
@@ -273,11 +267,11 @@ class BaseTrainer:
                     bar.set_postfix(loss=f"{self._log(lr):.4f}", lr=f"{lr:.2e}", refresh=False)
                 if ends or (config.validation_every and self.step % config.validation_every == 0):
                     self._validate()
-                    self._save("last.pt")
+                    self._save(self.folder.last)
                 elif self.step % config.save_every == 0:
-                    self._save("last.pt")
+                    self._save(self.folder.last)
                 if status := agreed(statuses, fabric, self.step % config.log_every == 0):
-                    self._save("last.pt")
+                    self._save(self.folder.last)
                     raise Stopped(
                         f"stopped after step {self.step} of {config.steps}, saved; the same "
                         "command with --resume goes on",
@@ -314,7 +308,7 @@ class BaseTrainer:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss: expected a finite number, got {loss} until step {self.step}; lower lr, or "
-                f"train in precision 32-true. {last_good(self.folder)}"
+                f"train in precision 32-true. {self.folder.last_good()}"
             )
         self.history.append({"step": self.step, "loss": loss, "lr": lr})
         return loss
@@ -340,14 +334,14 @@ class BaseTrainer:
         if self.best is None or miou > self.best["miou"]:
             named = dict(zip(self.classes.values(), iou.tolist(), strict=True))
             self.best = {"step": self.step, "miou": miou, "iou": named}
-            self._save("base.pt")
+            self._save(self.folder.base)
 
     def _save_alone(self) -> None:
         """Saves unless other processes would have to take part."""
         if self.step and self.fabric.world_size == 1:
-            self._save("last.pt")
+            self._save(self.folder.last)
 
-    def _save(self, name: str) -> None:
+    def _save(self, path: Path) -> None:
         state: dict[str, Any] = {
             "state_dict": self.network.state_dict(),
             "classes": self.classes,
@@ -355,19 +349,19 @@ class BaseTrainer:
             "step": self.step,
             "best": self.best,
         }
-        if name == "last.pt":
+        if path == self.folder.last:
             state |= {
                 **training_state(self.fabric, self.optimizer, self.scheduler),
                 "history": self.history,
                 "losses": torch.stack(self.losses) if self.losses else torch.zeros(0),
             }
         if self.fabric.is_global_zero:
-            write_checkpoint(self.folder / name, state)
+            write_checkpoint(path, state)
             table = io.StringIO(newline="")
             writer = csv.DictWriter(table, ("step", "loss", "lr", "miou"))
             writer.writeheader()
             writer.writerows(self.history)
-            with atomic_write(self.folder / "log.csv") as file:
+            with atomic_write(self.folder.log) as file:
                 file.write(table.getvalue().encode())
         self.fabric.barrier()
 
@@ -394,9 +388,9 @@ def train_base(
         OSError: a folder that cannot be written, a full disk; the last checkpoint is whole.
         Stopped: after ctrl-C or SIGTERM, once the step is finished and saved.
     """
-    folder = Path(config.out)
-    path = folder / "last.pt"
-    check_folder(folder, _FILES, resume, overwrite)
+    folder = BaseLearnerFolder(config.out)
+    path = folder.last
+    folder.check(resume, overwrite)
     fabric = build_fabric(config)
     state = read_checkpoint(path) if resume else None
     if state is not None:
@@ -406,18 +400,18 @@ def train_base(
             state["config"] = plain(BaseLearnerConfig.from_dict(state["config"]))
         check_resumable(state, plain(config), FREE, path, fabric)
     trainer = BaseTrainer(config, fabric)
-    with float32_products(config.tf32), explain_unwritable(folder):
+    with float32_products(config.tf32), folder.explain_unwritable():
         if fabric.is_global_zero:
-            remove_leftovers(folder)
+            folder.remove_leftovers()
         if state is not None:
             with explain_misfit(path):
                 trainer.restore(state)
         elif fabric.is_global_zero:
-            clear_folder(folder, _FILES)
+            folder.clear()
         trainer.fit()
         result = {**(trainer.best or {}), "config": plain(config)}
         if fabric.is_global_zero:
-            write_json(folder / "result.json", result)
+            write_json(folder.result_file, result)
     fabric.barrier()
     return result
 

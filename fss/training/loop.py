@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,6 @@ from fss.runs.checkpoint import (
 T = TypeVar("T")
 
 INTERRUPTED = 128 + signal.SIGINT
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-_UNWRITABLE |= {errno.ENOTDIR, errno.EEXIST}
 
 
 class Stopped(KeyboardInterrupt):
@@ -141,72 +138,6 @@ def flat_settings(values: dict[str, Any], free: set[str], prefix: str = "") -> d
         elif name not in free:
             flat[name] = value
     return flat
-
-
-def check_folder(folder: Path, results: Iterable[str], resume: bool, overwrite: bool) -> None:
-    """Raises an error unless a run may begin or go on in a folder.
-
-    Args:
-        folder: of the run.
-        results: names of files that only a run leaves there.
-        resume: the run is to go on from last.pt.
-        overwrite: an earlier run may be replaced.
-
-    Raises:
-        FileNotFoundError: nothing to resume.
-        ValueError: a run that nobody asked to replace.
-    """
-    path = folder / "last.pt"
-    if resume and not path.is_file():
-        raise FileNotFoundError(
-            f"--resume: expected a checkpoint at {path}, found none; leave out --resume to begin "
-            "anew"
-        )
-    found = [name for name in results if (folder / name).exists()]
-    if found and not resume and not overwrite:
-        raise ValueError(
-            f"out: {folder} already holds a run ({', '.join(found)}); go on with --resume, replace "
-            "it with --overwrite, or give another --out"
-        )
-
-
-def clear_folder(folder: Path, names: Iterable[str]) -> None:
-    """Makes the folder of a new run, without the files that an earlier one left there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes files that a killed process of the run had not finished writing."""
-    for path in (*folder.glob(".*.tmp"), *folder.glob(".*.part")):
-        path.unlink(missing_ok=True)
-
-
-def last_good(folder: Path) -> str:
-    """A sentence on the checkpoint to go on from."""
-    path = folder / "last.pt"
-    if path.exists():
-        return f"{path} is from before; --resume goes on."
-    return "No checkpoint was written yet."
-
-
-@contextmanager
-def explain_unwritable(folder: Path) -> Iterator[None]:
-    """Says in the user's words that the folder of a run cannot be written.
-
-    Raises:
-        OSError: in the place of one that does not say which folder and what to do.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise OSError(
-            f"out: {folder} cannot be written ({error.strerror}); make room or give another --out. "
-            f"{last_good(folder)}"
-        ) from error
 
 
 def saved_on_failure(batches: Iterable[T], save: Callable[[], None]) -> Iterator[T]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,21 +14,12 @@ from fss.files import write_json
 from fss.processes import build_fabric, determinism, float32_products, is_restart
 from fss.report.episodes import draw_curves, draw_episodes
 from fss.runs.checkpoint import explain_misfit, load_checkpoint
+from fss.runs.folder import RunFolder
 from fss.training.adapters import save_run_adapter
-from fss.training.loop import (
-    check_folder,
-    check_resumable,
-    clear_folder,
-    explain_unwritable,
-    remove_leftovers,
-)
+from fss.training.loop import check_resumable
 from fss.training.measure import peak_memory
 from fss.training.provenance import provenance
 from fss.training.trainer import FREE, Trainer
-
-# What a new run removes of an earlier one.
-_FILES = ("last.pt", "best.pt", "result.json", "eval.json", "episodes.png", "curves.png")
-_FILES += ("pretrained.safetensors", "adapter.safetensors")
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -57,12 +46,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         Stopped: after ctrl-C or SIGTERM, once the step is finished and saved; the message says how
             to go on.
     """
-    folder = Path(config.out)
-    path = folder / "last.pt"
+    folder = RunFolder(config.out)
+    path = folder.last
     if is_restart():
         resume = path.is_file()
         overwrite = not resume
-    check_folder(folder, ("last.pt", "result.json", "train.csv"), resume, overwrite)
+    folder.check(resume, overwrite)
     state = load_checkpoint(path, config) if resume else None
     fabric = build_fabric(config, config.accumulate)
     if state is not None:
@@ -72,16 +61,15 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         check_resumable(state, config.to_dict(), FREE, path, fabric)
     with determinism(config.deterministic), float32_products(config.tf32):
         trainer = Trainer(config, fabric)
-        with explain_unwritable(folder):
+        with folder.explain_unwritable():
             if fabric.is_global_zero:
-                remove_leftovers(folder)
+                folder.remove_leftovers()
             if state is not None:
                 with explain_misfit(path):
                     trainer.restore(state)
             elif fabric.is_global_zero:
-                clear_folder(folder, _FILES)
-                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-                save_run_adapter(folder / "pretrained.safetensors", trainer.network, config)
+                folder.clear()
+                save_run_adapter(folder.pretrained, trainer.network, config)
             trainer.fit()
             return conclude(trainer)
 
@@ -90,7 +78,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
     """Tests the chosen checkpoint, draws the pictures and writes result.json."""
     config, fabric, folder = trainer.config, trainer.fabric, trainer.folder
     memory = peak_memory(fabric.device)
-    path = folder / f"{config.checkpoint}.pt"
+    path = folder.best if config.checkpoint == "best" else folder.last
     tested = load_checkpoint(path, config)
     trainer.network.load_state_dict(tested["model"])
     test = evaluate_seeds(
@@ -125,16 +113,16 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
                 config.data, "test", config.test_episodes, config.test_seeds[0], trainer.source
             )
             draw_episodes(
-                folder / "episodes.png",
+                folder.episodes,
                 trainer.model,
                 episodes,
                 trainer.classes,
                 config.pictures,
                 fabric.device,
             )
-        draw_curves(folder / "curves.png", folder)
-        save_run_adapter(folder / "adapter.safetensors", trainer.network, config, result["test"])
-        write_json(folder / "result.json", result)
+        draw_curves(folder)
+        save_run_adapter(folder.adapter, trainer.network, config, result["test"])
+        write_json(folder.result_file, result)
     fabric.barrier()
     return result
 

@@ -30,12 +30,12 @@ from fss.models import build_model
 from fss.models.regimes import apply_regime, build_optimizer, build_scheduler
 from fss.processes import fixed_shapes, lay_out, synchronise_batch_norms
 from fss.runs.checkpoint import check_types, save_checkpoint
+from fss.runs.folder import RunFolder
 from fss.runs.log import RunLog
 from fss.training.loop import (
     Stopped,
     agreed,
     gather,
-    last_good,
     postponed_stop,
     restore_training,
     saved_on_failure,
@@ -68,7 +68,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, fabric: Fabric) -> None:
         self.config = config
         self.fabric = fabric
-        self.folder = Path(config.out)
+        self.folder = RunFolder(config.out)
         self.source = build_source(config.data)
         folds = len(self.source.folds)
         if config.data.fold >= folds:
@@ -149,7 +149,7 @@ class Trainer:
             self._open_log(),
             postponed_stop() as statuses,
             bar,
-            explain_killed_worker(lambda: last_good(self.folder)),
+            explain_killed_worker(self.folder.last_good),
         ):
             batches = saved_on_failure(loader, self._save_alone)
             while self.step < config.steps and not self.has_converged:
@@ -162,17 +162,17 @@ class Trainer:
                     window = self.step, time.perf_counter()
                 if self._due(config.validation_every) or ends:
                     self._tell(self._validate())
-                    self._save("last.pt")
+                    self._save(self.folder.last)
                     window = self.step, time.perf_counter()
                     if self.has_converged:
                         self._tell(self._stop_line())
                 elif self._due(config.save_every):
-                    self._save("last.pt")
+                    self._save(self.folder.last)
                 if status := agreed(statuses, fabric, self._due(config.log_every)):
-                    self._save("last.pt")
+                    self._save(self.folder.last)
                     raise Stopped(
                         f"stopped after step {self.step} of {config.steps}, saved; continue with: "
-                        f"fss train --config {self.folder / 'config.yaml'} --resume",
+                        f"fss train --config {self.folder.config_file} --resume",
                         status,
                     )
         self._run_parts = self._backward_parts  # the test needs a graph's memory
@@ -205,9 +205,9 @@ class Trainer:
             yield
             return
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
-        with atomic_write(self.folder / "config.yaml") as file:
+        with atomic_write(self.folder.config_file) as file:
             file.write(text.encode())
-        self.log = RunLog(self.folder, self.validated, self.step)
+        self.log = self.folder.open_log(self.validated, self.step)
         try:
             yield
         finally:
@@ -216,7 +216,7 @@ class Trainer:
     def _save_alone(self) -> None:
         """Saves unless other processes would have to take part."""
         if self.step and self.fabric.world_size == 1:
-            self._save("last.pt")
+            self._save(self.folder.last)
 
     def _train_step(self, parts: list[dict[str, Any]]) -> None:
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -274,7 +274,7 @@ class Trainer:
                 raise FloatingPointError(
                     f"loss: expected a finite number, got {loss} at step {step} with learning rate "
                     f"{learning_rate:.3g}; lower optimizer.lr, or train in precision 32-true. "
-                    + last_good(self.folder)
+                    + self.folder.last_good()
                 )
         self.losses += losses
         self.seconds += self._timer.take()
@@ -326,11 +326,12 @@ class Trainer:
         )
         train_miou = self._train_miou()
         if self.log is not None:
-            self.log.validation(self.step, score, train_miou)
+            scores = {"miou": score.miou, "fb_iou": score.fb_iou, "train_miou": train_miou}
+            self.log.validation({"step": self.step, **scores}, score.iou)
         if self.best is None or score.miou > self.best["miou"]:
             self.best = {"miou": score.miou, "fb_iou": score.fb_iou, "step": self.step}
             self.stale = 0
-            self._save("best.pt")
+            self._save(self.folder.best)
         else:
             self.stale += 1
         unsampled = f", {len(score.unsampled)} classes unsampled" if score.unsampled else ""
@@ -349,13 +350,13 @@ class Trainer:
     def _all_counts(self) -> torch.Tensor:
         return self.fabric.all_reduce(self._counts.clone(), reduce_op="sum").cpu()
 
-    def _save(self, name: str) -> None:
+    def _save(self, path: Path) -> None:
         self._settle()
         for parameter_name, parameter in self.network.named_parameters():
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise FloatingPointError(
                     f"{parameter_name}: expected finite numbers, got others at step {self.step}; "
-                    f"lower optimizer.lr, or train in precision 32-true. {last_good(self.folder)}"
+                    f"lower optimizer.lr, or train in precision 32-true. {self.folder.last_good()}"
                 )
         state: dict[str, Any] = {
             "step": self.step,
@@ -365,7 +366,7 @@ class Trainer:
             "model": self.network.state_dict(),
             "base_classes": self.base_classes,
         }
-        if name == "last.pt":
+        if path == self.folder.last:
             state |= {
                 **training_state(self.fabric, self.optimizer, self.scheduler),
                 "unreadable": dict(self._all_unreadable()),
@@ -375,7 +376,7 @@ class Trainer:
                 "counts": self._all_counts(),
             }
         if self.fabric.is_global_zero:
-            save_checkpoint(self.folder / name, self.config, state)
+            save_checkpoint(path, self.config, state)
         self.fabric.barrier()
 
     def _tell(self, line: str) -> None:

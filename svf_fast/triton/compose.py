@@ -18,7 +18,7 @@ from torch import Tensor
 from svf_fast.triton.language import dot, narrow
 from svf_fast.triton.launch import launch
 from svf_fast.triton.maps import divide_up
-from svf_fast.triton.tuning import OPTIONS, Config, Tunable, find, gpu
+from svf_fast.triton.tuning import OPTIONS, Config, find, gpu
 
 _ALIGNMENT = 64  # elements between the beginnings of two weights
 
@@ -85,7 +85,7 @@ def compose_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one group's matrix [rows, columns]; W is all of them."""
+    """Compute one tile of one group's matrix [rows, columns]; W is all of them."""
     group = tl.program_id(1).to(tl.int64)
     start = group * rows * columns
     compose_tile(
@@ -122,7 +122,7 @@ def compose_all_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one group's matrix of one of many weights."""
+    """Compute one tile of one group's matrix of one of many weights."""
     program = table + first_program + tl.program_id(0) * 3
     entry = table + tl.load(program) * NUMBERS
     group = tl.load(program + 1)
@@ -167,18 +167,6 @@ def compose_all_kernel(
     )
 
 
-class Problem(NamedTuple):
-    """One weight: a [rows, columns] matrix of full rank per group."""
-
-    rows: int
-    columns: int
-    groups: int = 1
-
-    @property
-    def rank(self) -> int:
-        return min(self.rows, self.columns)
-
-
 def compose(
     U: Tensor,
     S: Tensor,
@@ -189,7 +177,7 @@ def compose(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """W = ``U diag(S) V`` per group in ``dtype``, and scale ⊙ W; accumulated in float32.
+    """Compute W = ``U diag(S) V`` per group in ``dtype``, and scale ⊙ W; accumulate in float32.
 
     U [Co, R], S [G·R], V [G·R, Ci/G, kh, kw] of any dtype up to float32, scale [Co] in float32 ->
     [Co, Ci/G, kh, kw] in the order of V's memory, the second empty where no scale is given. Reads
@@ -202,7 +190,7 @@ def compose(
     if out.numel() == 0:
         return out, scaled
     with torch.cuda.device_of(U):
-        config = config or find("compose", key(problem), lambda arch: rule(problem, arch))
+        config = config or find("compose", problem)
         tiles_m = divide_up(problem.rows, config["BLOCK_M"])
         tiles = tiles_m * divide_up(problem.columns, config["BLOCK_N"])
         launch(
@@ -226,19 +214,21 @@ def compose(
 
 
 class Order(NamedTuple):
-    """How V [G·R, Ci/G, kh, kw] lies in memory: directions innermost or outermost, of the rest
-    channels or positions innermost."""
+    """How V [G·R, Ci/G, kh, kw] lies in memory.
+
+    Directions are innermost or outermost; of the rest, channels or positions are innermost.
+    """
 
     rank_inside: bool
     channels_last: bool
 
     def strides(self, V: Tensor) -> tuple[int, int]:
-        """From direction to direction, and from column to column."""
+        """Return the strides from direction to direction and from column to column."""
         return (1, len(V)) if self.rank_inside else (V[0].numel(), 1)
 
 
 def _ordered(V: Tensor) -> tuple[Tensor, Order]:
-    """V, copied where its memory is in none of the orders, and the order."""
+    """Return V, copied if its memory is in none of the orders, and the order."""
     inner = V.movedim(0, -1)
     if V.is_contiguous():
         return V, Order(False, False)
@@ -252,14 +242,14 @@ def _ordered(V: Tensor) -> tuple[Tensor, Order]:
 
 
 def _weight(U: Tensor, V: Tensor, dtype: torch.dtype, order: Order) -> Tensor:
-    """Uninitialised, its columns in the order of V's."""
+    """Allocate a weight whose columns are in the order of V's."""
     shape = U.shape[0], *V.shape[1:]
     memory_format = torch.channels_last if order.channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=U.device, memory_format=memory_format)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """One TF32 product adds 1 % to the error of rounding W to bfloat16."""
+    """Say how to multiply: one TF32 product adds 1 % to the error of rounding W to bfloat16."""
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
@@ -277,7 +267,7 @@ def compose_all(
     *,
     config: Config | None = None,
 ) -> list[Tensor]:
-    """:func:`compose` of several weights in one launch -> W and scale ⊙ W of each, in turns.
+    """Compute :func:`compose` of several weights in one launch -> W, scale ⊙ W of each, in turns.
 
     The factors are in float32, where ``table`` (:func:`table`) says. All weights are views of one
     allocation.
@@ -309,7 +299,7 @@ def compose_all(
 
 
 def table(entries: Sequence, dtype: torch.dtype) -> Tensor:
-    """What :func:`compose_all` reads of its operands: addresses, sizes, tiles; on the CPU.
+    """Collect what :func:`compose_all` reads of its operands: addresses, sizes, tiles; on the CPU.
 
     Raises:
         ValueError: operands that one launch cannot take: of another dtype than float32, or with V
@@ -342,8 +332,10 @@ def table(entries: Sequence, dtype: torch.dtype) -> Tensor:
 def _starts(
     U: Sequence[Tensor], V: Sequence[Tensor], scale: Sequence[Tensor | None]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Where each weight begins in the allocation, how much further the second (0: there is none),
-    and the allocation's length."""
+    """Lay out an allocation: where each weight begins, and the length of all.
+
+    With each start, how much further the second weight begins, 0 if there is none.
+    """
     found, end = [], 0
     for u, v, s in zip(U, V, scale, strict=True):
         size = divide_up(len(u) * math.prod(v.shape[1:]), _ALIGNMENT) * _ALIGNMENT
@@ -353,7 +345,7 @@ def _starts(
 
 
 def _strides(V: Tensor, order: Order) -> tuple[int, ...]:
-    """Of a weight [Co, *V.shape[1:]] whose columns are in V's order."""
+    """Return the strides of a weight [Co, *V.shape[1:]] whose columns are in V's order."""
     if not order.channels_last:
         return (V[0].numel(), *torch.empty(V.shape[1:], device="meta").stride())
     channels, height, width = V.shape[1:]
@@ -367,51 +359,58 @@ def _loads_vectors(U: Sequence[Tensor], V: Sequence[Tensor]) -> bool:
 
 
 def _shared(arch: int) -> Config:
-    """The tiles of all weights."""
-    return {**rule(Problem(4096, 4096), arch), **OPTIONS}
+    """Return the tiles of all weights of one launch."""
+    return {**Problem(4096, 4096).rule(arch), **OPTIONS}
 
 
-def key(problem: Problem) -> str:
-    return "x".join(map(str, problem))
+class Problem(NamedTuple):
+    """One weight: a [rows, columns] matrix of full rank per group."""
 
+    rows: int
+    columns: int
+    groups: int = 1
 
-def rule(problem: Problem, arch: int) -> Config:
-    """Tiles small enough to fill the device: a weight has few."""
-    if arch == 0:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 1}
-    wide = problem.rows * problem.columns * problem.groups >= 132 * 128 * 64
-    return {
-        "BLOCK_M": 64,
-        "BLOCK_N": 128 if wide else 64,
-        "BLOCK_R": 32,
-        "num_warps": 8 if wide else 4,
-        "num_stages": 3,
-    }
+    @property
+    def rank(self) -> int:
+        return min(self.rows, self.columns)
 
+    def key(self) -> str:
+        return "x".join(map(str, self))
 
-def candidates(problem: Problem, arch: int) -> list[Config]:
-    """The rule's first."""
-    by_rule = rule(problem, arch)
-    others = [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
-        for m, n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8))
-        for r in (32, 64)
-        for stages in (2, 3)
-    ]
-    return [by_rule, *(config for config in others if config != by_rule)]
+    def rule(self, arch: int) -> Config:
+        """Return tiles small enough to fill the device: a weight has few."""
+        if arch == 0:
+            return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 1}
+        wide = self.rows * self.columns * self.groups >= 132 * 128 * 64
+        return {
+            "BLOCK_M": 64,
+            "BLOCK_N": 128 if wide else 64,
+            "BLOCK_R": 32,
+            "num_warps": 8 if wide else 4,
+            "num_stages": 3,
+        }
 
+    def candidates(self, arch: int) -> list[Config]:
+        by_rule = self.rule(arch)
+        others = [
+            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
+            for m, n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8))
+            for r in (32, 64)
+            for stages in (2, 3)
+        ]
+        return [by_rule, *(config for config in others if config != by_rule)]
 
-def launcher(problem: Problem, device: torch.device) -> Callable[[Config], Tensor]:
-    rows, columns, groups = problem
-    U = torch.randn(rows * groups, problem.rank, device=device)
-    V = torch.randn(problem.rank * groups, columns, device=device)
-    S = torch.randn(problem.rank * groups, device=device)
-    V = V if device.type == "cpu" else V.t().contiguous().t()  # as layers keep it on a GPU
-    return lambda config: compose(U, S, V, groups, torch.bfloat16, config=config)[0]
+    def launcher(self, device: torch.device) -> Callable[[Config], Tensor]:
+        rows, columns, groups = self
+        U = torch.randn(rows * groups, self.rank, device=device)
+        V = torch.randn(self.rank * groups, columns, device=device)
+        S = torch.randn(self.rank * groups, device=device)
+        V = V if device.type == "cpu" else V.t().contiguous().t()  # as layers keep it on a GPU
+        return lambda config: compose(U, S, V, groups, torch.bfloat16, config=config)[0]
 
 
 def problems() -> list[Problem]:
-    """The weights of ResNet-50's layers 2-4."""
+    """List the weights of ResNet-50's layers 2-4."""
     found = []
     for width in (128, 256, 512):
         found += [Problem(width, 4 * width), Problem(width, 9 * width), Problem(4 * width, width)]
@@ -424,26 +423,27 @@ class Network(NamedTuple):
 
     dtype: torch.dtype
 
+    def key(self) -> str:
+        return f"W in {self.dtype}"
 
-def _shared_launcher(network: Network, device: torch.device) -> Callable[[Config], list[Tensor]]:
-    entries = []
-    for rows, columns, groups in problems():
-        shapes = (rows, min(rows, columns)), (min(rows, columns),), (columns, min(rows, columns))
-        U, S, V = (torch.randn(shape, device=device) for shape in shapes)
-        entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
-    where = table(entries, network.dtype).to(device)
-    operands = list(zip(*entries, strict=True))
-    run: Any = compose_all
-    return lambda config: run(*operands, network.dtype, where, config=config)
+    def candidates(self, arch: int) -> list[Config]:
+        return [Problem(4096, 4096).rule(arch)]
+
+    def launcher(self, device: torch.device) -> Callable[[Config], list[Tensor]]:
+        entries = []
+        for rows, columns, groups in problems():
+            rank = min(rows, columns)
+            shapes = (rows, rank), (rank,), (columns, rank)
+            U, S, V = (torch.randn(shape, device=device) for shape in shapes)
+            entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
+        where = table(entries, self.dtype).to(device)
+        operands = list(zip(*entries, strict=True))
+        run: Any = compose_all
+        return lambda config: run(*operands, self.dtype, where, config=config)
 
 
-TUNABLES = [
-    Tunable("compose", key, candidates, launcher, problems),
-    Tunable(
-        "compose_all",
-        lambda network: f"W in {network.dtype}",
-        lambda network, arch: [rule(Problem(4096, 4096), arch)],
-        _shared_launcher,
-        lambda: [Network(torch.bfloat16), Network(torch.float32)],
-    ),
-]
+def networks() -> list[Network]:
+    return [Network(torch.bfloat16), Network(torch.float32)]
+
+
+TUNABLES = {"compose": problems, "compose_all": networks}

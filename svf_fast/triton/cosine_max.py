@@ -1,7 +1,7 @@
 """cosine_max on a GPU: a running maximum over tiles of products, and the pairs it chose, backward.
 
 The positions of a map are the rows of a matrix of positions by channels: a map whose channels are
-neighbours in memory is read in place, any other is copied once. Masked support positions are left
+adjacent in memory is read in place, any other is copied once. Masked support positions are left
 out of a list that only the device knows; programs loop to its count, so that half a mask is half
 the time and nothing waits for the device.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from svf_fast.ops.cosine_max import EPSILON
 from svf_fast.triton import tuning
 from svf_fast.triton.language import dot, precision
-from svf_fast.triton.tuning import Config, Tunable
+from svf_fast.triton.tuning import Config
 
 _MOST_SPLITS = 32
 _OPTIONS = {"num_warps": 4, **tuning.OPTIONS}
@@ -28,7 +28,7 @@ READING = {"ROWS": 16, "CHANNELS": 256, **_OPTIONS}  # of the passes that compar
 
 @triton.jit
 def cosine_max_choose_kernel(mask, chosen, counts, masked, supports, BLOCK: tl.constexpr):
-    """Lists the positions whose weight is not 0, counts them, and finds the first of the others."""
+    """List the positions whose weight is not 0, count them, and find the first of the others."""
     image = tl.program_id(0).to(tl.int64)
     count, first = 0, supports
     for start in range(0, supports, BLOCK):
@@ -80,7 +80,7 @@ def cosine_max_support_norms_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """For the listed positions, norm n and floor e: the cosine is ``q·s / (|q| n + e)``.
+    """Compute norm n and floor e of the listed positions: the cosine is ``q·s / (|q| n + e)``.
 
     With s' = w s: (q·s') / (|q||s'| + eps), numerator and denominator divided by the weight w.
     """
@@ -98,7 +98,7 @@ def cosine_max_support_norms_kernel(
 
 @triton.jit
 def squares(rows, inside, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums of squares of rows in float32."""
+    """Sum the squares of rows in float32."""
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for c in range(0, channels, CHANNELS):
         channel = c + tl.arange(0, CHANNELS)[None, :]
@@ -131,7 +131,7 @@ def cosine_max_compare_kernel(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The largest cosine of each query to a split of the list, and the first place that has it.
+    """Find the largest cosine of each query to a split of the list, and the first place of it.
 
     NaN counts as infinity, which no cosine is. Rows beyond the last are the last one again: of
     equals the first counts.
@@ -188,7 +188,7 @@ def cosine_max_finish_kernel(
     splits,
     BLOCK: tl.constexpr,
 ):
-    """The largest of all splits and of the masked positions' zero, which enters in their first."""
+    """Find the largest of all splits and of the masked positions' zero, at the first of them."""
     image = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < queries
@@ -219,10 +219,10 @@ def cosine_max_finish_kernel(
 def cosine_max(
     query: Tensor, support: Tensor, mask: Tensor, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``svf_fast::cosine_max`` for float32, bfloat16 and float16 (``ops/cosine_max.py``).
+    """Compute ``svf_fast::cosine_max`` for float32, bfloat16 and float16 (``ops/cosine_max.py``).
 
     Beyond the arguments: 4 bytes per position, 8 per query position and split, 4 per support
-    position; a map whose channels are not neighbours is copied.
+    position; a map whose channels are not adjacent is copied.
     """
     batch, channels, queries = query.shape
     supports = support.shape[2]
@@ -235,7 +235,7 @@ def cosine_max(
     kind = _kind(query.dtype)
     with torch.cuda.device_of(query):
         if config is None:
-            config = tuning.find("cosine_max", key_of(problem), lambda arch: _rule(problem, arch))
+            config = tuning.find("cosine_max", problem)
         chosen = query.new_empty((batch, supports), dtype=torch.int32)
         counts = query.new_empty(batch, dtype=torch.int32)
         masked = torch.empty_like(counts)
@@ -304,7 +304,7 @@ def cosine_max(
 
 
 def positions_by_channels(x: Tensor) -> Tensor:
-    """[B, C, P] -> [B, P, C] with the channels as neighbours; copied where they are not."""
+    """Return [B, C, P] as [B, P, C] with adjacent channels; copied where they are not adjacent."""
     rows = x.mT
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
@@ -314,7 +314,7 @@ def strides(rows: Tensor) -> tuple[int, int]:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    """How products are made: tf32, tf32x3 or 16-bit."""
+    """Say how products are made: tf32, tf32x3 or 16-bit."""
     return precision(convolves=False) if dtype == torch.float32 else "16-bit"
 
 
@@ -325,91 +325,86 @@ class Problem(NamedTuple):
     supports: int
     dtype: torch.dtype
 
+    def key(self) -> str:
+        queries = tuning.bucket(self.batch * self.queries)
+        supports = tuning.bucket(self.supports)
+        return f"{_kind(self.dtype)} C{self.channels} N{queries} M{supports}"
 
-def key_of(problem: Problem) -> str:
-    queries = tuning.bucket(problem.batch * problem.queries)
-    supports = tuning.bucket(problem.supports)
-    return f"{_kind(problem.dtype)} C{problem.channels} N{queries} M{supports}"
+    def rule(self, arch: int) -> Config:
+        """Return the largest tiles whose comparison does not spill registers."""
+        kind = _kind(self.dtype)
+        tile = {"QUERIES": 128, "SUPPORTS": 128, "num_warps": 8, "num_stages": 3}
+        if arch == 0:
+            tile |= {"QUERIES": 16, "SUPPORTS": 32, "CHANNELS": 64}
+        elif kind == "16-bit":
+            tile |= (
+                {"QUERIES": 256, "CHANNELS": 64}
+                if tuning.has_room(arch)
+                else {"CHANNELS": 64, "num_stages": 4}
+            )
+        elif kind == "tf32x3" and not tuning.has_room(arch):
+            tile |= {"CHANNELS": 16, "num_stages": 4}
+        else:
+            tile |= {"CHANNELS": 32}
+        return {**tile, "SPLITS": self._splits(tile, arch)}
 
+    def candidates(self, arch: int) -> list[Config]:
+        found = [self.rule(arch)]
+        for queries, supports, channel_bytes, warps in (
+            (64, 128, 128, 4),
+            (64, 256, 128, 4),
+            (128, 128, 64, 4),
+            (128, 128, 128, 4),
+            (128, 128, 128, 8),
+            (128, 256, 64, 8),
+            (128, 256, 128, 8),
+            (256, 128, 128, 8),
+        ):
+            for stages in (2, 3, 4):
+                tile = {
+                    "QUERIES": queries,
+                    "SUPPORTS": supports,
+                    "CHANNELS": channel_bytes // self.dtype.itemsize,
+                    "num_warps": warps,
+                    "num_stages": stages,
+                }
+                splits = self._splits(tile, arch)
+                found.append({**tile, "SPLITS": splits})
+                found.append({**tile, "SPLITS": min(2 * splits, _MOST_SPLITS)})
+        return [config for at, config in enumerate(found) if config not in found[:at]]
 
-def _rule(problem: Problem, arch: int) -> Config:
-    """The largest tiles whose comparison leaves no register in memory."""
-    kind = _kind(problem.dtype)
-    tile = {"QUERIES": 128, "SUPPORTS": 128, "num_warps": 8, "num_stages": 3}
-    if arch == 0:
-        tile |= {"QUERIES": 16, "SUPPORTS": 32, "CHANNELS": 64}
-    elif kind == "16-bit":
-        tile |= (
-            {"QUERIES": 256, "CHANNELS": 64}
-            if tuning.has_room(arch)
-            else {"CHANNELS": 64, "num_stages": 4}
+    def launcher(self, device: torch.device) -> Callable[[Config], Any]:
+        arguments = self.inputs(device)
+        return lambda config: cosine_max(*arguments, config=config)
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Make random maps in channels_last, half of the support masked."""
+        query, support = (
+            torch.randn(self.batch, positions, self.channels, device=device, dtype=self.dtype)
+            for positions in (self.queries, self.supports)
         )
-    elif kind == "tf32x3" and not tuning.has_room(arch):
-        tile |= {"CHANNELS": 16, "num_stages": 4}
-    else:
-        tile |= {"CHANNELS": 32}
-    return {**tile, "SPLITS": _splits(problem, tile, arch)}
+        mask = torch.rand(self.batch, self.supports, device=device) < 0.5
+        return query.mT, support.mT, mask.float()
 
+    def _splits(self, tile: Config, arch: int) -> int:
+        """Return the number of splits of the supports that takes the busiest processor least time.
 
-def _splits(problem: Problem, tile: Config, arch: int) -> int:
-    """How many splits of the supports have the least time of the busiest processor, in tiles.
+        Time is counted in tiles, half a tile more for each program, and summed for all supports
+        and for half of them.
+        """
+        programs = self.batch * triton.cdiv(self.queries, tile["QUERIES"])
+        processors = tuning.processors(arch)
+        most = triton.cdiv(self.supports, tile["SUPPORTS"])
 
-    Of all supports and of half of them; a program costs the half of a tile beside its tiles.
-    """
-    programs = problem.batch * triton.cdiv(problem.queries, tile["QUERIES"])
-    processors = tuning.processors(arch)
-    most = triton.cdiv(problem.supports, tile["SUPPORTS"])
+        def time(splits: int) -> float:
+            waves = triton.cdiv(programs * splits, processors)
+            return waves * sum(triton.cdiv(tiles, splits) + 0.5 for tiles in (most, most // 2))
 
-    def time(splits: int) -> float:
-        waves = triton.cdiv(programs * splits, processors)
-        return waves * sum(triton.cdiv(tiles, splits) + 0.5 for tiles in (most, most // 2))
-
-    return min(range(1, min(_MOST_SPLITS, most) + 1), key=time)
-
-
-def _candidates(problem: Problem, arch: int) -> list[Config]:
-    found = [_rule(problem, arch)]
-    for queries, supports, channel_bytes, warps in (
-        (64, 128, 128, 4),
-        (64, 256, 128, 4),
-        (128, 128, 64, 4),
-        (128, 128, 128, 4),
-        (128, 128, 128, 8),
-        (128, 256, 64, 8),
-        (128, 256, 128, 8),
-        (256, 128, 128, 8),
-    ):
-        for stages in (2, 3, 4):
-            tile = {
-                "QUERIES": queries,
-                "SUPPORTS": supports,
-                "CHANNELS": channel_bytes // problem.dtype.itemsize,
-                "num_warps": warps,
-                "num_stages": stages,
-            }
-            splits = _splits(problem, tile, arch)
-            found.append({**tile, "SPLITS": splits})
-            found.append({**tile, "SPLITS": min(2 * splits, _MOST_SPLITS)})
-    return [config for at, config in enumerate(found) if config not in found[:at]]
-
-
-def inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps in channels_last, half of the support masked."""
-    query, support = (
-        torch.randn(problem.batch, positions, problem.channels, device=device, dtype=problem.dtype)
-        for positions in (problem.queries, problem.supports)
-    )
-    mask = torch.rand(problem.batch, problem.supports, device=device) < 0.5
-    return query.mT, support.mT, mask.float()
-
-
-def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
-    arguments = inputs(problem, device)
-    return lambda config: cosine_max(*arguments, config=config)
+        return min(range(1, min(_MOST_SPLITS, most) + 1), key=time)
 
 
 def problems() -> list[Problem]:
-    """The last maps of a ResNet and of a VGG at 641 and 473 pixels."""
+    """List the last maps of a ResNet and of a VGG at 641 and 473 pixels."""
     return [
         Problem(batch, channels, positions, positions, dtype)
         for dtype in (torch.bfloat16, torch.float32)
@@ -422,6 +417,4 @@ def problems() -> list[Problem]:
     ]
 
 
-TUNABLES = [
-    Tunable("cosine_max", key_of, _candidates, _launcher, problems),
-]
+TUNABLES = {"cosine_max": problems}

@@ -1,9 +1,9 @@
 """Which block sizes a kernel is launched with: measured on this GPU, else by the kernel's rule.
 
 A configuration is a dict of compile-time constants, ``num_warps`` and ``num_stages``. It is looked
-up by the kernel's name and a key that the kernel makes of its problem, in the table that
-``python -m svf_fast.triton.tune`` left for this GPU in the user's cache folder; what that does not
-have, the kernel's own rule says.
+up by the kernel's name and the key of its problem, in the table that
+``python -m svf_fast.triton.tune`` left for this GPU in the user's cache folder; where the table has
+none, the first candidate of the problem is taken, which the kernel's own rule makes.
 
 Nothing is timed while a model trains: a search would wait for the device and break graph capture.
 """
@@ -14,9 +14,9 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
@@ -49,26 +49,29 @@ class Gpu(NamedTuple):
     processors: int
 
 
-class Tunable(NamedTuple):
-    """A kernel as the search sees it.
+class Problem(Protocol):
+    """What a kernel is launched on: as a named tuple of dimensions, dtype and options.
 
-    key: of a problem (dimensions, dtype, options), what its configuration is looked up by.
-    candidates: the configurations worth timing for a problem on an architecture; the rule's first.
-    launcher: fresh random inputs for a problem -> a function that launches it with a configuration.
-    problems: the problems of a network's layers that are worth an entry of their own.
+    A kernel's module has a dict ``TUNABLES`` from the kernel's name to a function that returns the
+    problems of a network's layers, those worth an entry of their own in the table.
     """
 
-    name: str
-    key: Callable[[Any], str]
-    candidates: Callable[[Any, int], list[Config]]
-    launcher: Callable[[Any, torch.device], Callable[[Config], Any]]
-    problems: Callable[[], list[Any]]
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def key(self) -> str:
+        """Return what the configuration is looked up by."""
+
+    def candidates(self, arch: int) -> list[Config]:
+        """Return the configurations worth timing on an architecture, first that of the rule."""
+
+    def launcher(self, device: torch.device) -> Callable[[Config], Any]:
+        """Make random inputs; return a function that launches the kernel with a configuration."""
 
 
 def per_gpu(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Keeps what a function makes of hashable arguments for the current GPU, until :func:`forget`.
+    """Cache a function of hashable arguments per GPU, until :func:`forget`.
 
-    What a launch needs besides its tensors is so made once; asking for it takes a microsecond.
+    What a launch needs besides its tensors is made once; asking for it takes a microsecond.
     """
     results: dict[tuple, Result] = {}
     _kept.append(results)
@@ -85,60 +88,61 @@ def per_gpu(function: Callable[..., Result]) -> Callable[..., Result]:
     return ask
 
 
-def find(kernel: str, key: str, rule: Callable[[int], Config]) -> Config:
-    """The configuration on the current GPU; where no table has it, the rule's for its architecture.
+def find(kernel: str, problem: Problem) -> Config:
+    """Return the configuration on the current GPU; where no table has one, that of the rule.
 
     Call it with the device of the operands as the current one (``torch.cuda.device_of``).
     """
-    at = _device(), kernel, key
+    at = _device(), kernel, problem.key()
     found = _found.get(at)
     if found is None:
         own = gpu()
         path = cache_path(own.name) if own.name else None
         listed = {} if path is None else _table(path).get(kernel, {})
-        found = _found[at] = {**(listed.get(key) or rule(own.arch)), **OPTIONS}
+        by_table = listed.get(at[2]) or problem.candidates(own.arch)[0]
+        found = _found[at] = {**by_table, **OPTIONS}
     return found
 
 
 def bucket(positions: int) -> int:
-    """Problems whose numbers of positions have the same next power of two share a configuration."""
+    """Round up to a power of two: problems in the same bucket share a configuration."""
     return max(1024, triton.next_power_of_2(positions))
 
 
 def gpu() -> Gpu:
-    """The current GPU."""
+    """Describe the current GPU."""
     return _gpu(_device())
 
 
 def processors(arch: int) -> int:
-    """Multiprocessors to keep busy: of the current GPU if it is of that architecture."""
+    """Count the multiprocessors to keep busy: of the current GPU if it is of that architecture."""
     if not INTERPRETED and torch.cuda.is_available() and gpu().arch == arch:
         return gpu().processors
     return PROCESSORS.get(arch, PROCESSORS[90 if arch >= 90 else 80])
 
 
 def shared_memory(arch: int) -> int:
-    """Bytes of shared memory that a block can have."""
+    """Return the bytes of shared memory that a block can have."""
     return 1024 * SHARED_MEMORY.get(arch, 99)
 
 
 def has_room(arch: int) -> bool:
-    """Whether the tiles of an H100 fit, up to 196 KiB of them; those of an A100 take 96 KiB."""
+    """Tell whether the tiles of an H100 fit, up to 196 KiB; those of an A100 take 96 KiB."""
     return arch >= 90 and shared_memory(arch) >= 200 * 1024
 
 
 def cache_path(name: str) -> Path:
-    """Where the search leaves its table for GPUs of that name and this Triton."""
+    """Return where the search writes its table for GPUs of that name and this Triton."""
     root = os.environ.get("SVF_FAST_CACHE")
     folder = Path(root) if root else Path.home() / ".cache" / "svf_fast"
     return folder / "triton" / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}-{triton.__version__}.json"
 
 
 def read_table(path: Path) -> dict[str, dict[str, Config]]:
-    """Configurations by kernel and key; empty where there is no file.
+    """Read configurations by kernel and key; return none if there is no file.
 
     Raises:
-        ValueError: a file that is no such table.
+        ValueError: the file is not such a table.
     """
     try:
         return json.loads(path.read_text())["kernels"]
@@ -159,7 +163,7 @@ def forget() -> None:
 
 
 def _device() -> int:
-    """The current one, by which what is known of it is kept."""
+    """Return the number of the current GPU, the key of everything cached."""
     return -1 if INTERPRETED else driver.active.get_current_device()
 
 

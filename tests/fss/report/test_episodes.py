@@ -7,10 +7,9 @@ from torch import nn
 
 from fss.data import build_episodes
 from fss.evaluation.evaluate import episode_classes
-from fss.evaluation.metrics import Score
 from fss.models import Prediction
 from fss.report.episodes import draw_curves, draw_episodes
-from fss.runs.log import RunLog
+from fss.runs.folder import RunFolder
 
 
 class Everything(nn.Module):
@@ -35,7 +34,8 @@ def test_episodes_of_two_shots(tiny, tmp_path):
 
 
 def test_curves(tmp_path):
-    log = RunLog(tmp_path, {1: "cat"})
+    folder = RunFolder(tmp_path)
+    log = folder.open_log({1: "cat"})
     for step in range(1, 60):
         log.train(
             {
@@ -50,11 +50,11 @@ def test_curves(tmp_path):
                 "unreadable": 0,
             }
         )
-    log.validation(30, Score(0.2, 0.5, {1: 0.2}, {1: 4}), 0.4)
+    log.validation({"step": 30, "miou": 0.2, "fb_iou": 0.5, "train_miou": 0.4}, {1: 0.2})
     log.close()
-    draw_curves(tmp_path / "curves.png", tmp_path)
-    full = cv2.imread(str(tmp_path / "curves.png"))
+    draw_curves(folder)
+    full = cv2.imread(str(folder.curves))
     assert full.shape[1] > full.shape[0] > 300
-    RunLog(tmp_path, {1: "cat"}).close()
-    draw_curves(tmp_path / "curves.png", tmp_path)
-    assert not np.array_equal(full, cv2.imread(str(tmp_path / "curves.png")))
+    folder.open_log({1: "cat"}).close()
+    draw_curves(folder)
+    assert not np.array_equal(full, cv2.imread(str(folder.curves)))

@@ -16,7 +16,7 @@ from fss.runs.log import read_log
 from fss.training.run import build_fabric, train
 from fss.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

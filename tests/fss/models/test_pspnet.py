@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fss.models.frozen import frozen_conv2d
-from fss.models.pspnet import BaseLearner
+from fss.models.pspnet import BaseLearner, frozen_conv2d
 from fss.training.measure import saved_bytes
 
 
