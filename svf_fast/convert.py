@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,18 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from svf_fast.budget import parse_bytes
+from svf_fast.budget import fit, parse_bytes
+from svf_fast.files import save_atomically
 from svf_fast.fusion.blocks import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
 from svf_fast.fusion.structure import find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.network import Network
-from svf_fast.plan import fit
 from svf_fast.svd import Factors, compose, decompose
 
 
@@ -267,19 +266,3 @@ def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     if not error <= allowed * weight.to(wide).norm():
         raise ValueError("damaged factors")
     return factors
-
-
-def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that a reader sees all of it or none.
-
-    Raises OSError when the disk is full or cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # not by tempfile or save_file, whose files nobody else may read
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        temporary.write_bytes(save(tensors, metadata))
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
