@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from svf_fast.ops import maps
+from svf_fast.ops.activation_gradients import activation_gradients
 from svf_fast.ops.convolution import convolution
-from svf_fast.ops.gram import activation_gradients
 from svf_fast.ops.pointwise import fuses, pointwise
 from svf_fast.ops.program import Programs, runs_programs
 from svf_fast.ops.svf_conv2d import (

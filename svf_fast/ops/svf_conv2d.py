@@ -34,8 +34,9 @@ from svf_fast.ops.convolution import (
     directions_first,
     is_channels_last,
 )
-from svf_fast.ops.gram import gram_gradient, scale_gradient
+from svf_fast.ops.gram_gradient import gram_gradient
 from svf_fast.ops.pointwise import fuses, pointwise, pointwise_dot
+from svf_fast.ops.scale_gradient import scale_gradient
 from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 
 STRATEGIES = ("reference", "fold", "chain", "gram")
