@@ -10,8 +10,7 @@
 
 #include "dispatch.h"
 #include "gram.h"
-#include "isa.h"
-#include "vector.h"
+#include "widen.h"
 
 namespace svf_fast {
 namespace {
@@ -73,20 +72,6 @@ class Channels {
   const Acc* row_;
   V same_;
 };
-
-template <int kBytes, typename T>
-SVF_FAST_INLINE auto load_part(const T* from, int64_t count) {
-  T padded[kBytes / sizeof(accumulator_t<T>)] = {};
-  std::memcpy(padded, from, count * sizeof(T));
-  return Memory<kBytes>::load(padded);
-}
-
-template <int kBytes, typename T, typename V>
-SVF_FAST_INLINE void store_part(T* to, const V& value, int64_t count) {
-  T padded[kBytes / sizeof(accumulator_t<T>)];
-  Memory<kBytes>::store(padded, value);
-  std::memcpy(to, padded, count * sizeof(T));
-}
 
 // Calls body(first element, count, channel) for each run of one row within [begin, end).
 template <bool kLast, typename Body>
@@ -235,54 +220,28 @@ SVF_FAST_INLINE void backward(const Backward<T>& task, int64_t begin, int64_t en
                           });
 }
 
-// The two loops for each instruction set; kOption is kResidual or kMask.
-template <int kBytes, bool kLast, bool kOption, typename T>
-SVF_FAST_INLINE void loop(const Forward<T>& task, int64_t begin, int64_t end) {
-  forward<kBytes, kLast, kOption>(task, begin, end);
-}
-template <int kBytes, bool kLast, bool kOption, typename T>
-SVF_FAST_INLINE void loop(const Backward<T>& task, int64_t begin, int64_t end) {
-  backward<kBytes, kLast, kOption>(task, begin, end);
-}
-
-template <bool kLast, bool kOption, typename Task>
-void loop_baseline(const Task& task, int64_t begin, int64_t end) {
-  loop<16, kLast, kOption>(task, begin, end);
-}
-#if defined(__x86_64__)
-template <bool kLast, bool kOption, typename Task>
-SVF_FAST_AVX2 void loop_avx2(const Task& task, int64_t begin, int64_t end) {
-  loop<32, kLast, kOption>(task, begin, end);
-}
-template <bool kLast, bool kOption, typename Task>
-SVF_FAST_AVX512 void loop_avx512(const Task& task, int64_t begin, int64_t end) {
-  loop<64, kLast, kOption>(task, begin, end);
-}
-#endif
-
-template <bool kLast, bool kOption, typename Task>
-auto loop_for_this_machine() {
-#if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) {
-    return loop_avx512<kLast, kOption, Task>;
+// The loops over a map, for each instruction set.
+template <bool kLast>
+struct Loop {
+  template <int kBytes, typename T>
+  static SVF_FAST_INLINE void run(const Forward<T>& task, int64_t begin, int64_t end) {
+    task.residual ? forward<kBytes, kLast, true>(task, begin, end)
+                  : forward<kBytes, kLast, false>(task, begin, end);
   }
-  if (isa() == Isa::kAvx2) {
-    return loop_avx2<kLast, kOption, Task>;
+  template <int kBytes, typename T>
+  static SVF_FAST_INLINE void run(const Backward<T>& task, int64_t begin, int64_t end) {
+    task.mask ? backward<kBytes, kLast, true>(task, begin, end)
+              : backward<kBytes, kLast, false>(task, begin, end);
   }
-#endif
-  return loop_baseline<kLast, kOption, Task>;
-}
+};
 
 template <typename Task>
-void run(const Task& task, bool option) {
-  const bool last = task.maps.channels_last;
-  const auto work = last ? (option ? loop_for_this_machine<true, true, Task>()
-                                   : loop_for_this_machine<true, false, Task>())
-                         : (option ? loop_for_this_machine<false, true, Task>()
-                                   : loop_for_this_machine<false, false, Task>());
+void run_units(const Task& task) {
   const int64_t elements = task.maps.batch * task.maps.channels * task.maps.positions;
   torch::stable::parallel_for(0, divide_up(elements, kUnit), 2, [&](int64_t begin, int64_t end) {
-    work(task, begin * kUnit, std::min(end * kUnit, elements));
+    const int64_t first = begin * kUnit, last = std::min(end * kUnit, elements);
+    task.maps.channels_last ? run<Loop<true>>(task, first, last)
+                            : run<Loop<false>>(task, first, last);
   });
 }
 
@@ -300,7 +259,7 @@ void run_forward(const AffineAct& operands, bool relu, const Tensor& out, uint8_
   task.residual_scale = operands.residual_scale ? data<Acc>(operands.residual_scale) : ones.data();
   task.floor = relu ? Acc(0) : -std::numeric_limits<Acc>::infinity();
   task.maps = maps_of(operands.y);
-  run(task, operands.residual.has_value());
+  run_units(task);
 }
 
 template <typename T>
@@ -315,7 +274,7 @@ void run_backward(const AffineActBackward& operands, const Tensor& out) {
   task.scale = operands.scale ? data<Acc>(operands.scale) : ones.data();
   task.shift = data<Acc>(operands.shift);
   task.maps = maps_of(operands.grad);
-  run(task, operands.mask.has_value());
+  run_units(task);
 }
 
 struct Passes {

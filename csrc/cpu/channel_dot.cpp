@@ -5,12 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include <torch/csrc/stable/library.h>
 
+#include "dispatch.h"
 #include "gram.h"
-#include "isa.h"
 #include "vector.h"
 
 namespace svf_fast {
@@ -189,46 +188,14 @@ SVF_FAST_INLINE void channels_last(const Task<T>& task, int64_t begin, int64_t e
   }
 }
 
-template <bool kScale, typename T>
-void channels_first_baseline(const Task<T>& task, int64_t begin, int64_t end) {
-  channels_first<16, kScale>(task, begin, end);
-}
-template <bool kScale, typename T>
-void channels_last_baseline(const Task<T>& task, int64_t begin, int64_t end) {
-  channels_last<16, kScale>(task, begin, end);
-}
-
-#if defined(__x86_64__)
-template <bool kScale, typename T>
-SVF_FAST_AVX2 void channels_first_avx2(const Task<T>& task, int64_t begin, int64_t end) {
-  channels_first<32, kScale>(task, begin, end);
-}
-template <bool kScale, typename T>
-SVF_FAST_AVX2 void channels_last_avx2(const Task<T>& task, int64_t begin, int64_t end) {
-  channels_last<32, kScale>(task, begin, end);
-}
-template <bool kScale, typename T>
-SVF_FAST_AVX512 void channels_first_avx512(const Task<T>& task, int64_t begin, int64_t end) {
-  channels_first<64, kScale>(task, begin, end);
-}
-template <bool kScale, typename T>
-SVF_FAST_AVX512 void channels_last_avx512(const Task<T>& task, int64_t begin, int64_t end) {
-  channels_last<64, kScale>(task, begin, end);
-}
-#endif
-
-template <bool kScale, typename T>
-auto kernel(bool last) {
-#if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) {
-    return last ? channels_last_avx512<kScale, T> : channels_first_avx512<kScale, T>;
+template <bool kScale>
+struct Units {
+  template <int kBytes, typename T>
+  static SVF_FAST_INLINE void run(const Task<T>& task, int64_t begin, int64_t end) {
+    task.maps.channels_last ? channels_last<kBytes, kScale>(task, begin, end)
+                            : channels_first<kBytes, kScale>(task, begin, end);
   }
-  if (isa() == Isa::kAvx2) {
-    return last ? channels_last_avx2<kScale, T> : channels_first_avx2<kScale, T>;
-  }
-#endif
-  return last ? channels_last_baseline<kScale, T> : channels_first_baseline<kScale, T>;
-}
+};
 
 // Sum of partial[o, channel, i] over outer and inner.
 double sum_partial(const double* partial, int64_t channel, int64_t channels, int64_t outer,
@@ -243,7 +210,7 @@ double sum_partial(const double* partial, int64_t channel, int64_t channels, int
 }
 
 template <bool kScale, typename T>
-void run(const ChannelDotOperands& operands, const Tensor* s, const Tensor& out) {
+void compute(const ChannelDotOperands& operands, const Tensor* s, const Tensor& out) {
   using Acc = accumulator_t<T>;
   const Maps& maps = operands.maps;
   Task<T> task{};
@@ -269,9 +236,8 @@ void run(const ChannelDotOperands& operands, const Tensor* s, const Tensor& out)
   const int64_t units = maps.channels_last ? outer : outer * maps.channels * inner;
   const int64_t elements = maps.batch * maps.channels * maps.positions;
   const int64_t grain = divide_up(2 * kUnit * units, elements);
-  torch::stable::parallel_for(0, units, grain,
-                              [&, work = kernel<kScale, T>(maps.channels_last)](
-                                  int64_t begin, int64_t end) { work(task, begin, end); });
+  torch::stable::parallel_for(
+      0, units, grain, [&](int64_t begin, int64_t end) { run<Units<kScale>>(task, begin, end); });
   Acc* result = static_cast<Acc*>(out.mutable_data_ptr());
   for (int64_t channel = 0; channel < out.numel(); ++channel) {
     result[channel] =
@@ -285,19 +251,7 @@ Tensor dispatch(const ChannelDotOperands& operands, const Tensor* s) {
   if (operands.a.numel() == 0) {
     return torch::stable::zero_(out);
   }
-  switch (operands.a.scalar_type()) {
-    case ScalarType::Double:
-      run<kScale, double>(operands, s, out);
-      break;
-    case ScalarType::Float:
-      run<kScale, float>(operands, s, out);
-      break;
-    case ScalarType::BFloat16:
-      run<kScale, BFloat16>(operands, s, out);
-      break;
-    default:
-      run<kScale, Half>(operands, s, out);
-  }
+  with_type(operands.a.scalar_type(), [&]<typename T>(T) { compute<kScale, T>(operands, s, out); });
   return out;
 }
 

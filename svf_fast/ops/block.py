@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from svf_fast.ops import maps
 from svf_fast.ops.activation_gradients import activation_gradients
 from svf_fast.ops.convolution import convolution
-from svf_fast.ops.pointwise import fuses, pointwise
+from svf_fast.ops.pointwise import Extras, fuses, pointwise
 from svf_fast.ops.program import Programs, runs_programs
 from svf_fast.ops.svf_conv2d import (
     Activation,
@@ -30,6 +30,7 @@ from svf_fast.ops.svf_conv2d import (
     no_autocast,
     saved,
 )
+from svf_fast.reference.pointwise import Epilogue, Prologue
 
 # of svf_fast.ops.affine_act, whose checks are the caller's here
 _activate, _activate_ = (
@@ -170,16 +171,6 @@ class _Maps(NamedTuple):
     mask: Tensor | None
 
 
-def _ends(form: Form, keep: Kept, last: bool) -> list[str]:
-    """What follows a stage's product, as :func:`svf_fast.ops.pointwise.fuses` names it."""
-    ends = ["scale"]
-    if last and form.shortcut:
-        ends.append("residual")
-    if keep.y and not keep.again:
-        ends.append("keep")
-    return [*ends, "mask"] if keep.mask else ends
-
-
 def _forward(
     form: Form,
     stages: Sequence[Stage],
@@ -195,23 +186,14 @@ def _forward(
     keeps_y = keep.y and not keep.again
     relu = form.relu or not last
     read, geometry, v = layer.last(h)
-    rebuilds = () if read.scale is None else ("in_scale",)
     guards = v is None and layer.tail_V is not None
     on_gpu = maps.on_gpu(read.y)
-    if on_gpu and fuses(read.y, layer.weight, geometry, *rebuilds, *_ends(form, keep, last)):
-        out, y, mask = pointwise(
-            read.y,
-            layer.weight.flatten(1),
-            in_scale=read.scale,
-            in_shift=read.shift,
-            scale=scale,
-            shift=shift,
-            residual=residual,
-            residual_scale=residual_scale,
-            relu=relu,
-            keep=keeps_y,
-            mask=keep.mask,
-        )
+    prologue = Prologue(read.scale, read.shift)
+    epilogue = Epilogue(
+        scale, shift, residual, residual_scale, relu=relu, keep=keeps_y, mask=keep.mask
+    )
+    if on_gpu and fuses(read.y, layer.weight, geometry, Extras.of(prologue, epilogue)):
+        out, y, mask = pointwise(read.y, layer.weight.flatten(1), prologue, epilogue)
         v = layer.guarded(h.tensor()) if guards else v
     else:
         x = read.tensor()
@@ -233,8 +215,14 @@ def _rebuilds(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> boo
     layer, keep = stages[index].layer, form.kept[index]
     if layer.kind.strategy == "chain":
         return False
-    ends = _ends(form, keep, index == len(stages) - 1)
-    return fuses(y, layer.weight, layer.kind.geometry, "in_scale", *ends)
+    extras = Extras(
+        in_scale=True,
+        scale=True,
+        residual=form.shortcut != "" and index == len(stages) - 1,
+        keep=keep.y and not keep.again,
+        mask=keep.mask,
+    )
+    return fuses(y, layer.weight, layer.kind.geometry, extras)
 
 
 class _Block(torch.autograd.Function):

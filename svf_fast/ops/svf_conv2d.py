@@ -35,8 +35,9 @@ from svf_fast.ops.convolution import (
     is_channels_last,
 )
 from svf_fast.ops.gram_gradient import gram_gradient
-from svf_fast.ops.pointwise import fuses, pointwise, pointwise_dot
+from svf_fast.ops.pointwise import Extras, fuses, pointwise, pointwise_dot
 from svf_fast.ops.scale_gradient import scale_gradient
+from svf_fast.reference.pointwise import Epilogue, Prologue
 from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 
 STRATEGIES = ("reference", "fold", "chain", "gram")
@@ -152,10 +153,9 @@ class Activation(NamedTuple):
 
     def through(self, weight: Tensor, geometry: Geometry) -> Tensor:
         """Its convolution, rebuilt as it is read where that is possible."""
-        if self.scale is None or not fuses(self.y, weight, geometry, "in_scale"):
+        if self.scale is None or not fuses(self.y, weight, geometry, Extras(in_scale=True)):
             return convolution(self.tensor(), weight, None, geometry)
-        rows = weight.flatten(1)
-        return pointwise(self.y, rows, in_scale=self.scale, in_shift=self.shift).out
+        return pointwise(self.y, weight.flatten(1), Prologue(self.scale, self.shift)).out
 
 
 class Gradient:
@@ -174,9 +174,9 @@ class Gradient:
 
     def through(self, weight: Tensor, geometry: Geometry) -> Tensor:
         """Its convolution, masked as it is read where that is possible."""
-        if self.mask is None or not fuses(self.value, weight, geometry, "in_mask"):
+        if self.mask is None or not fuses(self.value, weight, geometry, Extras(in_mask=True)):
             return convolution(self.tensor(), weight, None, geometry)
-        return pointwise(self.value, weight.flatten(1), in_mask=self.mask).out
+        return pointwise(self.value, weight.flatten(1), Prologue(mask=self.mask)).out
 
 
 class Layer(NamedTuple):
@@ -259,7 +259,8 @@ class Layer(NamedTuple):
         """``S ⊙ (Uᵀ dL/dy)`` and dL/dS of ``chain``."""
         assert v is not None and self.left is not None
         factor = self.S.detach().to(torch.promote_types(grad_y.dtype, torch.float32))
-        if fuses(grad_y, self.left, self.kind.geometry.pointwise(), "scale", "dot"):
+        extras = Extras(scale=True, dot=True)
+        if fuses(grad_y, self.left, self.kind.geometry.pointwise(), extras):
             grad_y, grad_S = pointwise_dot(grad_y, self.left.flatten(1), v, factor)
         else:
             grad_y = convolution(grad_y, self.left, None, self.kind.geometry.pointwise())
@@ -277,21 +278,16 @@ class Layer(NamedTuple):
         weight, geometry = self.back, self.kind.sampling
         if self.kind.samples:
             shape = torch.Size((*shape[:2], *grad_y.value.shape[2:]))
-        ends = [] if grad_y.mask is None else ["in_mask"]
+        prologue, epilogue = Prologue(mask=grad_y.mask), Epilogue()
         if into is not None:
-            ends += ["residual"] if into.mask is None else ["residual", "residual_mask"]
+            epilogue = Epilogue(residual=into.value, residual_mask=into.mask)
+        extras = Extras.of(prologue, epilogue)
         if (
-            ends
+            any(extras)
             and maps.on_gpu(grad_y.value)
-            and fuses(grad_y.value, weight.transpose(0, 1), geometry, *ends)
+            and fuses(grad_y.value, weight.transpose(0, 1), geometry, extras)
         ):
-            return pointwise(
-                grad_y.value,
-                weight.flatten(1).mT,
-                in_mask=grad_y.mask,
-                residual=None if into is None else into.value,
-                residual_mask=None if into is None else into.mask,
-            ).out
+            return pointwise(grad_y.value, weight.flatten(1).mT, prologue, epilogue).out
         plain = None if into is None else into.tensor()
         return convolution_input_gradient(grad_y.tensor(), weight, shape, geometry, plain)
 

@@ -32,7 +32,7 @@ from svf_fast.triton.splits import (
     shapes_for,
     tile_at,
 )
-from svf_fast.triton.tuning import Config, Tunable, bucket, find, per_gpu
+from svf_fast.triton.tuning import Config, bucket, find, per_gpu
 
 
 # side is 1 where only the second matrix is made: with it as a constant, the rebuilt activation
@@ -213,7 +213,7 @@ def _partial(
 
 @per_gpu
 def _launch(problem: Problem, images: int) -> Launch:
-    config = find("activation_gradients", problem.key(), problem.rule)
+    config = find("activation_gradients", problem)
     positions = problem.positions // images
     return Launch.of(problem.channels, problem.channels, images, positions, config)
 
@@ -237,10 +237,6 @@ class Problem(NamedTuple):
         where = f"{self.channels} channels, {bucket(self.positions)} positions"
         loads = "" if self.vectors else ", loads by elements"
         return f"{where}, {sides}, {dtype_name(self.dtype)}{loads}"
-
-    def rule(self, arch: int) -> Config:
-        """The configuration where no table has one."""
-        return self.candidates(arch)[0]
 
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
@@ -266,6 +262,4 @@ def problems() -> list[Problem]:
     ]
 
 
-TUNABLES = [
-    Tunable("activation_gradients", Problem.key, Problem.candidates, Problem.launcher, problems)
-]
+TUNABLES = {"activation_gradients": problems}

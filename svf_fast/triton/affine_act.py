@@ -37,7 +37,7 @@ from svf_fast.triton.maps import (
     unit_of,
     with_strides_of,
 )
-from svf_fast.triton.tuning import INTERPRETED, OPTIONS, Config, Tunable
+from svf_fast.triton.tuning import INTERPRETED, OPTIONS, Config
 
 
 @triton.jit
@@ -351,6 +351,4 @@ def problems() -> list[Problem]:
     ]
 
 
-TUNABLES = [
-    Tunable("affine_act", Problem.key, Problem.candidates, Problem.launcher, problems),
-]
+TUNABLES = {"affine_act": problems}

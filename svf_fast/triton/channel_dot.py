@@ -33,7 +33,7 @@ from svf_fast.triton.maps import (
     unit_of,
     with_strides_of,
 )
-from svf_fast.triton.tuning import OPTIONS, Config, Tunable
+from svf_fast.triton.tuning import OPTIONS, Config
 
 _TILE = 1024  # elements of a step
 _WIDEST = 64  # channels of a tile: a row of it is a line of the cache in 16 bits
@@ -246,6 +246,9 @@ class Problem(NamedTuple):
         scales = " scaled" if self.scales else ""
         return f"{self.channels}x{self.positions} {self.dtype} {layout}{scales}"
 
+    def candidates(self, arch: int) -> list[Config]:
+        return [_RULE]
+
     def launcher(self, device: torch.device) -> Callable[[Config], Any]:
         a = torch.randn(2, self.positions, self.channels, device=device).to(self.dtype).mT
         a = a if self.last else a.contiguous()
@@ -270,6 +273,4 @@ def problems() -> list[Problem]:
     ]
 
 
-TUNABLES = [
-    Tunable("channel_dot", Problem.key, lambda *_: [_RULE], Problem.launcher, problems),
-]
+TUNABLES = {"channel_dot": problems}

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from svf_fast.triton.tuning import OPTIONS, SEPARATE, Config, Tunable, shared_memory
+from svf_fast.triton.tuning import OPTIONS, SEPARATE, Config, Problem, shared_memory
 
 ARCHITECTURES = (80, 90)
 MODULES = (
@@ -105,44 +105,48 @@ def _usage(name: str, compiled) -> Usage:
     return Usage(name, found["REG"], spilled, compiled.metadata.shared, compiled.asm["ptx"])
 
 
-def tunables() -> list[Tunable]:
-    """Every kernel with a configuration to choose."""
+Kernels = Mapping[str, Callable[[], Sequence[Problem]]]
+"""Problems to choose configurations for, by the name of the kernel."""
+
+
+def tunables() -> Kernels:
+    """Collect every kernel with a configuration to choose."""
     modules = [import_module(f"svf_fast.triton.{name}") for name in MODULES]
-    return [tunable for module in modules for tunable in module.TUNABLES]
+    return {name: problems for module in modules for name, problems in module.TUNABLES.items()}
 
 
-def usages(tunable: Tunable, problem, config: Config, arch: int) -> list[Usage]:
-    """What the kernels need that a launch of the problem with a configuration compiles."""
+def usages(problem: Problem, config: Config, arch: int) -> list[Usage]:
+    """Return what the kernels need that a launch of the problem with a configuration compiles."""
     with compile_only(arch) as found:
-        tunable.launcher(problem, torch.device("cpu"))({**config, **OPTIONS})
+        problem.launcher(torch.device("cpu"))({**config, **OPTIONS})
     return found
 
 
 class Case(NamedTuple):
     """A problem of a kernel, and whether torch's switches allow TF32."""
 
-    tunable: Tunable
-    problem: Any
+    kernel: str
+    problem: Problem
     tf32: bool
 
     @property
     def key(self) -> str:
         with allow_tf32(self.tf32):
-            return self.tunable.key(self.problem)
+            return self.problem.key()
 
     def candidates(self, arch: int) -> list[Config]:
         with allow_tf32(self.tf32):
-            return self.tunable.candidates(self.problem, arch)
+            return self.problem.candidates(arch)
 
 
-def cases(kernels: Sequence[Tunable]) -> list[Case]:
-    """Every problem of every kernel, those in float32 with TF32 and without; a key once."""
+def cases(kernels: Kernels) -> list[Case]:
+    """List every problem of every kernel, in float32 with TF32 and without; a key once."""
     found: dict[tuple[str, str], Case] = {}
-    for tunable in kernels:
-        for problem in tunable.problems():
+    for kernel, problems in kernels.items():
+        for problem in problems():
             for tf32 in (False, True):
-                case = Case(tunable, problem, tf32)
-                found.setdefault((tunable.name, case.key), case)
+                case = Case(kernel, problem, tf32)
+                found.setdefault((kernel, case.key), case)
     return list(found.values())
 
 
@@ -167,10 +171,9 @@ def chosen(case: Case, arch: int) -> Config:
 
 
 class Compilation(NamedTuple):
-    """What a process is asked to compile: names, because functions do not travel."""
+    """What a process is asked to compile."""
 
-    kernel: str
-    problem: int  # its place among the kernel's problems
+    problem: Problem
     tf32: bool
     arch: int
     config: Config
@@ -186,10 +189,9 @@ def compilations(found: Sequence[tuple[Case, int, Config]]) -> list[Compilation]
     for case, arch, config in found:
         if config == SEPARATE:
             continue
-        place = case.tunable.problems().index(case.problem)
-        alike = case.tunable.name, case.tf32, arch, tuple(sorted(config.items())), *_kind(case)
+        alike = case.kernel, case.tf32, arch, tuple(sorted(config.items())), *_kind(case)
         size = math.prod(x for x in case.problem if type(x) is int and x > 0)
-        one = Compilation(case.tunable.name, place, case.tf32, arch, config)
+        one = Compilation(case.problem, case.tf32, arch, config)
         if alike not in apart or size < apart[alike][0]:
             apart[alike] = size, one
     return [one for _, one in apart.values()]
@@ -205,9 +207,8 @@ def _kind(case: Case) -> Iterator[Any]:
 
 def compile_one(one: Compilation) -> list[Usage]:
     """The usages of a compilation; the compiled kernels stay in Triton's cache on disk."""
-    tunable = next(x for x in tunables() if x.name == one.kernel)
     with allow_tf32(one.tf32):
-        return usages(tunable, tunable.problems()[one.problem], one.config, one.arch)
+        return usages(one.problem, one.config, one.arch)
 
 
 def processes(count: int | None = None) -> ProcessPoolExecutor:
@@ -234,8 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: nothing can be compiled. Unset it.", file=sys.stderr)
         return 1
-    kernels = named(tunables(), options.kernels)
-    found = cases(kernels)
+    found = cases(named(tunables(), options.kernels))
     todo = compilations(
         [(case, arch, chosen(case, arch)) for case in found for arch in options.architectures]
     )
@@ -265,17 +265,16 @@ def written(config: Config) -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(config.items()))
 
 
-def named(kernels: list[Tunable], names: Sequence[str] | None) -> list[Tunable]:
-    """The kernels of some names.
+def named(kernels: Kernels, names: Sequence[str] | None) -> Kernels:
+    """Select the kernels of some names, or all of them.
 
     Raises:
         ValueError: a name that no kernel has.
     """
-    known = [tunable.name for tunable in kernels]
     for name in names or ():
-        if name not in known:
-            raise ValueError(f"--kernels: expected names out of {', '.join(known)}, got {name}")
-    return [tunable for tunable in kernels if not names or tunable.name in names]
+        if name not in kernels:
+            raise ValueError(f"--kernels: expected names out of {', '.join(kernels)}, got {name}")
+    return {name: kernels[name] for name in names or kernels}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from svf_fast.triton.language import dot, narrow
 from svf_fast.triton.launch import launch
 from svf_fast.triton.maps import divide_up
-from svf_fast.triton.tuning import OPTIONS, Config, Tunable, find, gpu
+from svf_fast.triton.tuning import OPTIONS, Config, find, gpu
 
 _ALIGNMENT = 64  # elements between the beginnings of two weights
 
@@ -167,18 +167,6 @@ def compose_all_kernel(
     )
 
 
-class Problem(NamedTuple):
-    """One weight: a [rows, columns] matrix of full rank per group."""
-
-    rows: int
-    columns: int
-    groups: int = 1
-
-    @property
-    def rank(self) -> int:
-        return min(self.rows, self.columns)
-
-
 def compose(
     U: Tensor,
     S: Tensor,
@@ -202,7 +190,7 @@ def compose(
     if out.numel() == 0:
         return out, scaled
     with torch.cuda.device_of(U):
-        config = config or find("compose", key(problem), lambda arch: rule(problem, arch))
+        config = config or find("compose", problem)
         tiles_m = divide_up(problem.rows, config["BLOCK_M"])
         tiles = tiles_m * divide_up(problem.columns, config["BLOCK_N"])
         launch(
@@ -368,46 +356,54 @@ def _loads_vectors(U: Sequence[Tensor], V: Sequence[Tensor]) -> bool:
 
 def _shared(arch: int) -> Config:
     """The tiles of all weights."""
-    return {**rule(Problem(4096, 4096), arch), **OPTIONS}
+    return {**Problem(4096, 4096).rule(arch), **OPTIONS}
 
 
-def key(problem: Problem) -> str:
-    return "x".join(map(str, problem))
+class Problem(NamedTuple):
+    """One weight: a [rows, columns] matrix of full rank per group."""
 
+    rows: int
+    columns: int
+    groups: int = 1
 
-def rule(problem: Problem, arch: int) -> Config:
-    """Tiles small enough to fill the device: a weight has few."""
-    if arch == 0:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 1}
-    wide = problem.rows * problem.columns * problem.groups >= 132 * 128 * 64
-    return {
-        "BLOCK_M": 64,
-        "BLOCK_N": 128 if wide else 64,
-        "BLOCK_R": 32,
-        "num_warps": 8 if wide else 4,
-        "num_stages": 3,
-    }
+    @property
+    def rank(self) -> int:
+        return min(self.rows, self.columns)
 
+    def key(self) -> str:
+        return "x".join(map(str, self))
 
-def candidates(problem: Problem, arch: int) -> list[Config]:
-    """The rule's first."""
-    by_rule = rule(problem, arch)
-    others = [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
-        for m, n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8))
-        for r in (32, 64)
-        for stages in (2, 3)
-    ]
-    return [by_rule, *(config for config in others if config != by_rule)]
+    def rule(self, arch: int) -> Config:
+        """Return tiles small enough to fill the device: a weight has few."""
+        if arch == 0:
+            return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 1}
+        wide = self.rows * self.columns * self.groups >= 132 * 128 * 64
+        return {
+            "BLOCK_M": 64,
+            "BLOCK_N": 128 if wide else 64,
+            "BLOCK_R": 32,
+            "num_warps": 8 if wide else 4,
+            "num_stages": 3,
+        }
 
+    def candidates(self, arch: int) -> list[Config]:
+        """Return the configuration of the rule, then others."""
+        by_rule = self.rule(arch)
+        others = [
+            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
+            for m, n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8))
+            for r in (32, 64)
+            for stages in (2, 3)
+        ]
+        return [by_rule, *(config for config in others if config != by_rule)]
 
-def launcher(problem: Problem, device: torch.device) -> Callable[[Config], Tensor]:
-    rows, columns, groups = problem
-    U = torch.randn(rows * groups, problem.rank, device=device)
-    V = torch.randn(problem.rank * groups, columns, device=device)
-    S = torch.randn(problem.rank * groups, device=device)
-    V = V if device.type == "cpu" else V.t().contiguous().t()  # as layers keep it on a GPU
-    return lambda config: compose(U, S, V, groups, torch.bfloat16, config=config)[0]
+    def launcher(self, device: torch.device) -> Callable[[Config], Tensor]:
+        rows, columns, groups = self
+        U = torch.randn(rows * groups, self.rank, device=device)
+        V = torch.randn(self.rank * groups, columns, device=device)
+        S = torch.randn(self.rank * groups, device=device)
+        V = V if device.type == "cpu" else V.t().contiguous().t()  # as layers keep it on a GPU
+        return lambda config: compose(U, S, V, groups, torch.bfloat16, config=config)[0]
 
 
 def problems() -> list[Problem]:
@@ -424,26 +420,27 @@ class Network(NamedTuple):
 
     dtype: torch.dtype
 
+    def key(self) -> str:
+        return f"W in {self.dtype}"
 
-def _shared_launcher(network: Network, device: torch.device) -> Callable[[Config], list[Tensor]]:
-    entries = []
-    for rows, columns, groups in problems():
-        shapes = (rows, min(rows, columns)), (min(rows, columns),), (columns, min(rows, columns))
-        U, S, V = (torch.randn(shape, device=device) for shape in shapes)
-        entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
-    where = table(entries, network.dtype).to(device)
-    operands = list(zip(*entries, strict=True))
-    run: Any = compose_all
-    return lambda config: run(*operands, network.dtype, where, config=config)
+    def candidates(self, arch: int) -> list[Config]:
+        return [Problem(4096, 4096).rule(arch)]
+
+    def launcher(self, device: torch.device) -> Callable[[Config], list[Tensor]]:
+        entries = []
+        for rows, columns, groups in problems():
+            rank = min(rows, columns)
+            shapes = (rows, rank), (rank,), (columns, rank)
+            U, S, V = (torch.randn(shape, device=device) for shape in shapes)
+            entries.append((U, S, V.t()[:, :, None, None], groups, torch.ones(rows, device=device)))
+        where = table(entries, self.dtype).to(device)
+        operands = list(zip(*entries, strict=True))
+        run: Any = compose_all
+        return lambda config: run(*operands, self.dtype, where, config=config)
 
 
-TUNABLES = [
-    Tunable("compose", key, candidates, launcher, problems),
-    Tunable(
-        "compose_all",
-        lambda network: f"W in {network.dtype}",
-        lambda network, arch: [rule(Problem(4096, 4096), arch)],
-        _shared_launcher,
-        lambda: [Network(torch.bfloat16), Network(torch.float32)],
-    ),
-]
+def networks() -> list[Network]:
+    return [Network(torch.bfloat16), Network(torch.float32)]
+
+
+TUNABLES = {"compose": problems, "compose_all": networks}

@@ -19,7 +19,7 @@ from torch import Tensor
 from svf_fast.ops.cosine_max import EPSILON
 from svf_fast.triton import tuning
 from svf_fast.triton.language import dot, precision
-from svf_fast.triton.tuning import Config, Tunable
+from svf_fast.triton.tuning import Config
 
 _MOST_SPLITS = 32
 _OPTIONS = {"num_warps": 4, **tuning.OPTIONS}
@@ -235,7 +235,7 @@ def cosine_max(
     kind = _kind(query.dtype)
     with torch.cuda.device_of(query):
         if config is None:
-            config = tuning.find("cosine_max", key_of(problem), lambda arch: _rule(problem, arch))
+            config = tuning.find("cosine_max", problem)
         chosen = query.new_empty((batch, supports), dtype=torch.int32)
         counts = query.new_empty(batch, dtype=torch.int32)
         masked = torch.empty_like(counts)
@@ -325,87 +325,81 @@ class Problem(NamedTuple):
     supports: int
     dtype: torch.dtype
 
+    def key(self) -> str:
+        queries = tuning.bucket(self.batch * self.queries)
+        supports = tuning.bucket(self.supports)
+        return f"{_kind(self.dtype)} C{self.channels} N{queries} M{supports}"
 
-def key_of(problem: Problem) -> str:
-    queries = tuning.bucket(problem.batch * problem.queries)
-    supports = tuning.bucket(problem.supports)
-    return f"{_kind(problem.dtype)} C{problem.channels} N{queries} M{supports}"
+    def rule(self, arch: int) -> Config:
+        """The largest tiles whose comparison leaves no register in memory."""
+        kind = _kind(self.dtype)
+        tile = {"QUERIES": 128, "SUPPORTS": 128, "num_warps": 8, "num_stages": 3}
+        if arch == 0:
+            tile |= {"QUERIES": 16, "SUPPORTS": 32, "CHANNELS": 64}
+        elif kind == "16-bit":
+            tile |= (
+                {"QUERIES": 256, "CHANNELS": 64}
+                if tuning.has_room(arch)
+                else {"CHANNELS": 64, "num_stages": 4}
+            )
+        elif kind == "tf32x3" and not tuning.has_room(arch):
+            tile |= {"CHANNELS": 16, "num_stages": 4}
+        else:
+            tile |= {"CHANNELS": 32}
+        return {**tile, "SPLITS": self._splits(tile, arch)}
 
+    def candidates(self, arch: int) -> list[Config]:
+        found = [self.rule(arch)]
+        for queries, supports, channel_bytes, warps in (
+            (64, 128, 128, 4),
+            (64, 256, 128, 4),
+            (128, 128, 64, 4),
+            (128, 128, 128, 4),
+            (128, 128, 128, 8),
+            (128, 256, 64, 8),
+            (128, 256, 128, 8),
+            (256, 128, 128, 8),
+        ):
+            for stages in (2, 3, 4):
+                tile = {
+                    "QUERIES": queries,
+                    "SUPPORTS": supports,
+                    "CHANNELS": channel_bytes // self.dtype.itemsize,
+                    "num_warps": warps,
+                    "num_stages": stages,
+                }
+                splits = self._splits(tile, arch)
+                found.append({**tile, "SPLITS": splits})
+                found.append({**tile, "SPLITS": min(2 * splits, _MOST_SPLITS)})
+        return [config for at, config in enumerate(found) if config not in found[:at]]
 
-def _rule(problem: Problem, arch: int) -> Config:
-    """The largest tiles whose comparison leaves no register in memory."""
-    kind = _kind(problem.dtype)
-    tile = {"QUERIES": 128, "SUPPORTS": 128, "num_warps": 8, "num_stages": 3}
-    if arch == 0:
-        tile |= {"QUERIES": 16, "SUPPORTS": 32, "CHANNELS": 64}
-    elif kind == "16-bit":
-        tile |= (
-            {"QUERIES": 256, "CHANNELS": 64}
-            if tuning.has_room(arch)
-            else {"CHANNELS": 64, "num_stages": 4}
+    def launcher(self, device: torch.device) -> Callable[[Config], Any]:
+        arguments = self.inputs(device)
+        return lambda config: cosine_max(*arguments, config=config)
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps in channels_last, half of the support masked."""
+        query, support = (
+            torch.randn(self.batch, positions, self.channels, device=device, dtype=self.dtype)
+            for positions in (self.queries, self.supports)
         )
-    elif kind == "tf32x3" and not tuning.has_room(arch):
-        tile |= {"CHANNELS": 16, "num_stages": 4}
-    else:
-        tile |= {"CHANNELS": 32}
-    return {**tile, "SPLITS": _splits(problem, tile, arch)}
+        mask = torch.rand(self.batch, self.supports, device=device) < 0.5
+        return query.mT, support.mT, mask.float()
 
+    def _splits(self, tile: Config, arch: int) -> int:
+        """How many splits of the supports have the least time of the busiest processor, in tiles.
 
-def _splits(problem: Problem, tile: Config, arch: int) -> int:
-    """How many splits of the supports have the least time of the busiest processor, in tiles.
+        Of all supports and of half of them; a program costs the half of a tile beside its tiles.
+        """
+        programs = self.batch * triton.cdiv(self.queries, tile["QUERIES"])
+        processors = tuning.processors(arch)
+        most = triton.cdiv(self.supports, tile["SUPPORTS"])
 
-    Of all supports and of half of them; a program costs the half of a tile beside its tiles.
-    """
-    programs = problem.batch * triton.cdiv(problem.queries, tile["QUERIES"])
-    processors = tuning.processors(arch)
-    most = triton.cdiv(problem.supports, tile["SUPPORTS"])
+        def time(splits: int) -> float:
+            waves = triton.cdiv(programs * splits, processors)
+            return waves * sum(triton.cdiv(tiles, splits) + 0.5 for tiles in (most, most // 2))
 
-    def time(splits: int) -> float:
-        waves = triton.cdiv(programs * splits, processors)
-        return waves * sum(triton.cdiv(tiles, splits) + 0.5 for tiles in (most, most // 2))
-
-    return min(range(1, min(_MOST_SPLITS, most) + 1), key=time)
-
-
-def _candidates(problem: Problem, arch: int) -> list[Config]:
-    found = [_rule(problem, arch)]
-    for queries, supports, channel_bytes, warps in (
-        (64, 128, 128, 4),
-        (64, 256, 128, 4),
-        (128, 128, 64, 4),
-        (128, 128, 128, 4),
-        (128, 128, 128, 8),
-        (128, 256, 64, 8),
-        (128, 256, 128, 8),
-        (256, 128, 128, 8),
-    ):
-        for stages in (2, 3, 4):
-            tile = {
-                "QUERIES": queries,
-                "SUPPORTS": supports,
-                "CHANNELS": channel_bytes // problem.dtype.itemsize,
-                "num_warps": warps,
-                "num_stages": stages,
-            }
-            splits = _splits(problem, tile, arch)
-            found.append({**tile, "SPLITS": splits})
-            found.append({**tile, "SPLITS": min(2 * splits, _MOST_SPLITS)})
-    return [config for at, config in enumerate(found) if config not in found[:at]]
-
-
-def inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps in channels_last, half of the support masked."""
-    query, support = (
-        torch.randn(problem.batch, positions, problem.channels, device=device, dtype=problem.dtype)
-        for positions in (problem.queries, problem.supports)
-    )
-    mask = torch.rand(problem.batch, problem.supports, device=device) < 0.5
-    return query.mT, support.mT, mask.float()
-
-
-def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
-    arguments = inputs(problem, device)
-    return lambda config: cosine_max(*arguments, config=config)
+        return min(range(1, min(_MOST_SPLITS, most) + 1), key=time)
 
 
 def problems() -> list[Problem]:
@@ -422,6 +416,4 @@ def problems() -> list[Problem]:
     ]
 
 
-TUNABLES = [
-    Tunable("cosine_max", key_of, _candidates, _launcher, problems),
-]
+TUNABLES = {"cosine_max": problems}

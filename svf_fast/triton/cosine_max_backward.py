@@ -15,19 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.ops.cosine_max import EPSILON
+from svf_fast.triton import cosine_max as forward
 from svf_fast.triton import tuning
-from svf_fast.triton.cosine_max import (
-    READING,
-    Problem,
-    inputs,
-    key_of,
-    positions_by_channels,
-    problems,
-    squares,
-    strides,
-)
+from svf_fast.triton.cosine_max import READING, positions_by_channels, squares, strides
 from svf_fast.triton.language import narrow
-from svf_fast.triton.tuning import Config, Tunable
+from svf_fast.triton.tuning import Config
 
 
 @triton.jit
@@ -157,8 +149,7 @@ def cosine_max_backward(
         problem = Problem(batch, channels, queries, supports, query.dtype)
         with torch.cuda.device_of(query):
             if config is None:
-                key = key_of(problem)
-                config = tuning.find("cosine_max_backward", key, _rule)
+                config = tuning.find("cosine_max_backward", problem)
             _fill_gradients(
                 (grad.contiguous(), mask.contiguous(), values.contiguous(), index.contiguous()),
                 (positions_by_channels(query), positions_by_channels(support)),
@@ -225,35 +216,40 @@ def _fill_gradients(
     )
 
 
-def _rule(arch: int) -> Config:
-    """Few rows at once: most supports are chosen by few queries, some by hundreds."""
-    if arch == 0:
-        return {"ROWS": 16, "CHANNELS": 128, "STAGES": 1, "num_warps": 4}
-    return {"ROWS": 8, "CHANNELS": 512, "STAGES": 2, "num_warps": 4}
+class Problem(forward.Problem):
+    """The same, for the passes back."""
+
+    def rule(self, arch: int) -> Config:
+        """Return few rows at once: most supports are chosen by few queries, some by hundreds."""
+        if arch == 0:
+            return {"ROWS": 16, "CHANNELS": 128, "STAGES": 1, "num_warps": 4}
+        return {"ROWS": 8, "CHANNELS": 512, "STAGES": 2, "num_warps": 4}
+
+    def candidates(self, arch: int) -> list[Config]:
+        found = [self.rule(arch)]
+        for rows, channels, warps in (
+            (4, 512, 2),
+            (4, 1024, 4),
+            (8, 256, 2),
+            (8, 512, 4),
+            (16, 256, 4),
+        ):
+            for stages in (1, 2, 3):
+                config = {"ROWS": rows, "CHANNELS": channels, "STAGES": stages, "num_warps": warps}
+                if config not in found:
+                    found.append(config)
+        return found
+
+    def launcher(self, device: torch.device) -> Callable[[Config], Any]:
+        query, support, mask = self.inputs(device)
+        values = torch.rand(self.batch, self.queries, device=device)
+        index = torch.randint(self.supports, values.shape, device=device)
+        arguments = torch.randn_like(values), query, support, mask, values, index
+        return lambda config: cosine_max_backward(*arguments, config=config)
 
 
-def _candidates(problem: Problem, arch: int) -> list[Config]:
-    found = [_rule(arch)]
-    for rows, channels, warps in (
-        (4, 512, 2),
-        (4, 1024, 4),
-        (8, 256, 2),
-        (8, 512, 4),
-        (16, 256, 4),
-    ):
-        for stages in (1, 2, 3):
-            config = {"ROWS": rows, "CHANNELS": channels, "STAGES": stages, "num_warps": warps}
-            if config not in found:
-                found.append(config)
-    return found
+def problems() -> list[Problem]:
+    return [Problem(*problem) for problem in forward.problems()]
 
 
-def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
-    query, support, mask = inputs(problem, device)
-    values = torch.rand(problem.batch, problem.queries, device=device)
-    index = torch.randint(problem.supports, values.shape, device=device)
-    arguments = torch.randn_like(values), query, support, mask, values, index
-    return lambda config: cosine_max_backward(*arguments, config=config)
-
-
-TUNABLES = [Tunable("cosine_max_backward", key_of, _candidates, _launcher, problems)]
+TUNABLES = {"cosine_max_backward": problems}

@@ -31,7 +31,7 @@ from svf_fast.triton.splits import (
     shapes_for,
     tile_at,
 )
-from svf_fast.triton.tuning import Config, Tunable, bucket, find, per_gpu
+from svf_fast.triton.tuning import Config, bucket, find, per_gpu
 
 
 @triton.jit(do_not_specialize=["steps", "split_steps"])
@@ -184,7 +184,7 @@ def _partial(
 
 @per_gpu
 def _launch(problem: Problem, images: int) -> Launch:
-    config = find("gram", problem.key(), problem.rule)
+    config = find("gram", problem)
     return Launch.of(problem.width_a, problem.width_b, images, problem.positions // images, config)
 
 
@@ -211,10 +211,6 @@ class Problem(NamedTuple):
         loads = "" if self.vectors else ", loads by elements"
         return f"{where}{groups}, {dtype_name(self.dtype)}{rebuilt}{loads}"
 
-    def rule(self, arch: int) -> Config:
-        """The configuration where no table has one."""
-        return self.candidates(arch)[0]
-
     def candidates(self, arch: int) -> list[Config]:
         """The rule's configuration first."""
         shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, self.vectors, arch)
@@ -238,4 +234,4 @@ def problems() -> list[Problem]:
     ]
 
 
-TUNABLES = [Tunable("gram", Problem.key, Problem.candidates, Problem.launcher, problems)]
+TUNABLES = {"gram": problems}

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.triton.launch import launch
-from svf_fast.triton.tuning import OPTIONS, Config, Tunable
+from svf_fast.triton.tuning import OPTIONS, Config
 
 _RULE: Config = {"BLOCK": 256, "num_warps": 4, **OPTIONS}
 
@@ -79,17 +79,24 @@ class Problem(NamedTuple):
     layers: int
     values: int
 
+    def key(self) -> str:
+        return f"{self.layers} layers of {self.values}"
 
-def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Tensor]:
-    layers, values = problem
-    S = torch.rand(layers * values, device=device) + 0.5
-    first = torch.arange(layers + 1, device=device) * values
-    groups = torch.ones_like(first)
-    groups[-1] = 0
-    table = torch.stack([first, groups], dim=1)
-    return lambda config: guards_hold(S, S < 0.6, table, 2.0)
+    def candidates(self, arch: int) -> list[Config]:
+        return [_RULE]
+
+    def launcher(self, device: torch.device) -> Callable[[Config], Tensor]:
+        layers, values = self
+        S = torch.rand(layers * values, device=device) + 0.5
+        first = torch.arange(layers + 1, device=device) * values
+        groups = torch.ones_like(first)
+        groups[-1] = 0
+        table = torch.stack([first, groups], dim=1)
+        return lambda config: guards_hold(S, S < 0.6, table, 2.0)
 
 
-TUNABLES = [
-    Tunable("guard", str, lambda *_: [_RULE], _launcher, lambda: [Problem(42, 512)]),
-]
+def problems() -> list[Problem]:
+    return [Problem(42, 512)]
+
+
+TUNABLES = {"guard": problems}

@@ -38,13 +38,6 @@ def affine_relu(y, scale, shift):
 
 
 @triton.jit
-def load_bits(mask, element, inside):
-    """Bits of a mask (``csrc/affine_act.h``) for elements given by their place in memory."""
-    byte = tl.load(mask + (element >> 3), mask=inside, other=0).to(tl.int32)
-    return ((byte >> (element & 7).to(tl.int32)) & 1) != 0
-
-
-@triton.jit
 def pack_bits(passes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] booleans -> [ROWS, COLUMNS / 8] bytes, element i % 8 at bit i % 8."""
     eights = tl.reshape(passes.to(tl.int32), (ROWS, COLUMNS // 8, 8))

@@ -19,12 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from svf_fast.ops.maps import TRITON_DTYPES
+from svf_fast.ops.pointwise import Extras
 from svf_fast.reference.affine_act import mask_bytes
+from svf_fast.reference.pointwise import PLAIN_INPUT, PLAIN_OUTPUT, Epilogue, Prologue
+from svf_fast.triton import passes
 from svf_fast.triton.language import affine_relu, dot, narrow, pack_bits, precision
 from svf_fast.triton.launch import launch
-from svf_fast.triton.pointwise_problem import OPTIONS, Options, Problem, problems
-from svf_fast.triton.tuning import INTERPRETED, Config, Tunable, find, gpu, per_gpu
-from svf_fast.triton.tuning import OPTIONS as TRITON_OPTIONS
+from svf_fast.triton.tuning import (
+    INTERPRETED,
+    OPTIONS,
+    SEPARATE,
+    Config,
+    bucket,
+    find,
+    gpu,
+    has_room,
+    per_gpu,
+    processors,
+)
 
 
 @triton.jit
@@ -190,35 +202,26 @@ def pointwise_kernel(
 def pointwise(
     x: Tensor,
     weight: Tensor,
-    in_scale: Tensor | None = None,
-    in_shift: Tensor | None = None,
-    in_mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_scale: Tensor | None = None,
-    residual_mask: Tensor | None = None,
-    relu: bool = False,
-    keep: bool = False,
-    mask: bool = False,
+    prologue: Prologue = PLAIN_INPUT,
+    epilogue: Epilogue = PLAIN_OUTPUT,
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``out = relu?(y·scale + shift + residual'·residual_scale)`` of ``y_p = weight x'_p``.
+    """Compute ``y_p = weight x'_p``, x' as the prologue reads x, and out of y as the epilogue says.
 
     x [N, K, *spatial] in channels_last, weight [D, K] in any strides, both in bfloat16, float16 or
-    float32; residual [N, D, *spatial]; the vectors are float32. ``x'`` is relu(x·in_scale +
-    in_shift), or x where in_mask has a bit; residual' is residual where residual_mask has a bit.
-    -> out and y (rounded before out is computed of it; empty unless ``keep``) [N, D, *spatial] in
-    channels_last, and the bits of out (:func:`svf_fast.reference.affine_act.pack_mask`; empty
-    unless ``mask``). Reads x, residual and the bits once, apart from what L2 returns.
+    float32; residual [N, D, *spatial]; the vectors are float32 -> out and y (rounded before out is
+    computed of it; empty unless ``keep``) [N, D, *spatial] in channels_last, and the bits of out
+    (:func:`svf_fast.reference.affine_act.pack_mask`; empty unless ``mask``). Reads x, residual and
+    the bits once, apart from what L2 returns.
 
     Raises:
-        ValueError: operands that :func:`serves` says no to; a masked residual in another layout.
+        ValueError: operands that :func:`serves` refuses; a masked residual in another layout.
     """
     _require(x, weight)
+    residual, keep, mask = epilogue.residual, epilogue.keep, epilogue.mask
     if residual is not None:
-        if residual_mask is not None and not _has_rows(residual):
+        if epilogue.residual_mask is not None and not _has_rows(residual):
             raise ValueError(
                 "pointwise: residual: expected channels_last, as its mask counts elements, got "
                 f"strides {residual.stride()}"
@@ -229,48 +232,36 @@ def pointwise(
     bits = x.new_empty(mask_bytes(out.numel()) if mask else 0, dtype=torch.uint8)
     if x.numel() == 0:
         return out, y, bits.zero_()
-    scaled = relu or scale is not None or shift is not None
-    options = _options(in_scale, in_mask, scaled, residual, residual_mask, keep, mask)
-    _launch(
-        x,
-        weight,
-        _packed(in_scale),
-        _packed(in_shift),
-        _aligned(in_mask),
-        _packed(scale),
-        _packed(shift),
-        residual,
-        _packed(residual_scale),
-        _aligned(residual_mask),
-        None,
-        out,
-        y if keep else None,
-        bits if mask else None,
-        relu,
-        options,
-        config,
+    prologue = Prologue(_packed(prologue.scale), _packed(prologue.shift), _aligned(prologue.mask))
+    epilogue = epilogue._replace(
+        scale=_packed(epilogue.scale),
+        shift=_packed(epilogue.shift),
+        residual=residual,
+        residual_scale=_packed(epilogue.residual_scale),
+        residual_mask=_aligned(epilogue.residual_mask),
     )
+    results = out, y if keep else None, bits if mask else None
+    _launch(x, weight, prologue, epilogue, None, results, config)
     return out, y, bits
 
 
 def pointwise_dot(
     x: Tensor, weight: Tensor, v: Tensor, s: Tensor, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``a_p = weight x_p``; returns ``a·s`` per channel and ``dot_d = Σ_p a_pd v_pd`` in float32.
+    """Compute ``a_p = weight x_p`` -> ``a·s`` per channel and ``dot_d = Σ_p a_pd v_pd`` in float32.
 
     x [N, K, *spatial] in channels_last, weight [D, K] in any strides, v [N, D, *spatial], s [D] in
     float32. Both are computed of a rounded to the dtype of x. v is read once, a is not written.
 
     Raises:
-        ValueError: operands that :func:`serves` says no to.
+        ValueError: operands that :func:`serves` refuses.
     """
     _require(x, weight)
     out = _maps(x, len(weight))
     if x.numel() == 0:
         return out, x.new_zeros(len(weight), dtype=torch.float32)
-    v, s, none = _with_rows(v), s.contiguous(), (None,) * 3
-    options = _options(None, None, True, None, None, False, False, dot=True)
-    dots = _launch(x, weight, *none, s, None, *none, v, out, None, None, False, options, config)
+    epilogue = Epilogue(scale=s.contiguous())
+    dots = _launch(x, weight, PLAIN_INPUT, epilogue, _with_rows(v), (out, None, None), config)
     assert dots is not None
     return out, dots.sum(dim=0)
 
@@ -298,12 +289,10 @@ def _fit(maps: torch.Size, weight: torch.Size) -> bool:
     )
 
 
-def wanted(x: Tensor, weight: Tensor, names: tuple[str, ...]) -> bool:
-    """Whether one kernel is the way here: it serves, and no table says that passes are faster.
+def wanted(x: Tensor, weight: Tensor, extras: Extras) -> bool:
+    """Tell whether to launch the kernel: it serves, and no table says that passes are faster.
 
-    weight [D, K] or [D, K, 1, 1]; names: which of
-    :data:`svf_fast.triton.pointwise_problem.OPTIONS` the call will come with; "scale" also for
-    shift or relu, "scale" and "dot" for :func:`pointwise_dot`.
+    weight: [D, K] or [D, K, 1, 1].
     """
     if not serves(x, weight):
         return False
@@ -311,13 +300,12 @@ def wanted(x: Tensor, weight: Tensor, names: tuple[str, ...]) -> bool:
         return True
     D, K = weight.shape[:2]
     with torch.cuda.device_of(x):
-        return _wins(x.numel() // K, K, D, _number(x.dtype), names)
+        return _wins(Problem(x.numel() // K, K, D, _number(x.dtype), extras))
 
 
 @per_gpu
-def _wins(positions: int, K: int, D: int, number: str, names: tuple[str, ...]) -> bool:
-    options = tuple(name in names for name in OPTIONS)
-    return "fused" not in _config(Problem(positions, K, D, number, options))
+def _wins(problem: Problem) -> bool:
+    return "fused" not in find("pointwise", problem)
 
 
 class _Launch(NamedTuple):
@@ -329,8 +317,8 @@ class _Launch(NamedTuple):
 
 
 def _launch_with(problem: Problem, config: Config) -> _Launch:
-    if "fused" in config:  # the rule or a table would rather not, the caller insists
-        config = problem.tiles(gpu().arch) | TRITON_OPTIONS
+    if "fused" in config:  # the table prefers separate passes but the caller asked for the kernel
+        config = problem.tiles(gpu().arch) | OPTIONS
     positions, K, D = problem[:3]
     block_d, block_k = config["BLOCK_D"], config["BLOCK_K"]
     tiles = triton.cdiv(positions, config["BLOCK_P"])
@@ -347,30 +335,23 @@ def _launch_with(problem: Problem, config: Config) -> _Launch:
 
 @per_gpu
 def _launch_of(problem: Problem) -> _Launch:
-    return _launch_with(problem, _config(problem))
+    return _launch_with(problem, find("pointwise", problem))
 
 
 def _launch(
-    x,
-    weight,
-    in_scale,
-    in_shift,
-    in_mask,
-    scale,
-    shift,
-    residual,
-    residual_scale,
-    residual_mask,
-    v,
-    out,
-    y,
-    mask,
-    relu,
-    options,
-    config=None,
+    x: Tensor,
+    weight: Tensor,
+    prologue: Prologue,
+    epilogue: Epilogue,
+    v: Tensor | None,
+    results: tuple[Tensor, Tensor | None, Tensor | None],
+    config: Config | None,
 ) -> Tensor | None:
+    """Fill out, y and the mask; return the sums of each row of tiles if there is a v."""
     D, K = weight.shape
-    problem = Problem(x.numel() // K, K, D, _number(x.dtype), options)
+    extras = Extras.of(prologue, epilogue, dot=v is not None)
+    problem = Problem(x.numel() // K, K, D, _number(x.dtype), extras)
+    *after, relu, _, _ = epilogue
     with torch.cuda.device_of(x):
         found = _launch_with(problem, config) if config else _launch_of(problem)
         dots = None if v is None else x.new_empty((found.tiles, D), dtype=torch.float32)
@@ -379,18 +360,10 @@ def _launch(
             found.grid,
             x,
             weight,
-            in_scale,
-            in_shift,
-            in_mask,
-            scale,
-            shift,
-            residual,
-            residual_scale,
-            residual_mask,
+            *prologue,
+            *after,
             v,
-            out,
-            y,
-            mask,
+            *results,
             dots,
             problem.positions,
             K // 8,
@@ -402,18 +375,9 @@ def _launch(
     return dots
 
 
-def _config(problem: Problem) -> Config:
-    return find("pointwise", problem.key(), problem.rule)
-
-
 def _number(dtype: torch.dtype) -> str:
-    """How products are made, as :class:`Problem` names it."""
+    """Say how products are made, as :class:`Problem` names it."""
     return precision(convolves=True) if dtype == torch.float32 else "16bit"
-
-
-def _options(in_scale, in_mask, scaled, residual, residual_mask, keep, mask, dot=False) -> Options:
-    given = in_scale is not None, in_mask is not None, scaled
-    return (*given, residual is not None, residual_mask is not None, keep, mask, dot)
 
 
 def _maps(x: Tensor, channels: int) -> Tensor:
@@ -454,98 +418,165 @@ def _require(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def passes(
-    x: Tensor,
-    weight: Tensor,
-    in_scale: Tensor | None = None,
-    in_shift: Tensor | None = None,
-    in_mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_scale: Tensor | None = None,
-    residual_mask: Tensor | None = None,
-    relu: bool = False,
-    keep: bool = False,
-    mask: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`pointwise` as it is raced against: cuBLAS between the element-wise ops."""
-    ops = torch.ops.svf_fast
-    if in_scale is not None:
-        x = ops.affine_act(x, in_scale, in_shift, None, None, True, False)[0]
-    if in_mask is not None:
-        x = ops.affine_act_backward(x, None, in_mask, None, None)
-    if residual_mask is not None:
-        residual = ops.affine_act_backward(residual, None, residual_mask, None, None)
-    none, D = x.new_empty(0), len(weight)
-    bits = none.to(torch.uint8)
-    out = _maps(x, D)
-    rows, product = x.movedim(1, -1).flatten(end_dim=-2), out.movedim(1, -1).flatten(end_dim=-2)
-    ends = relu or scale is not None or shift is not None
-    if residual is not None and not (ends or keep or mask):
-        torch.addmm(residual.movedim(1, -1).flatten(end_dim=-2), rows, weight.t(), out=product)
-        return out, none, bits
-    torch.mm(rows, weight.t(), out=product)
-    if residual is None and not (ends or mask):
-        return out, out if keep else none, bits
-    scale = x.new_ones(D, dtype=torch.float32) if scale is None else scale
-    shift = torch.zeros_like(scale) if shift is None else shift
-    after = scale, shift, residual, residual_scale, relu, mask
-    if keep:
-        y = out
-        out, bits = ops.affine_act(y, *after)
-        return out, y, bits
-    return out, none, ops.affine_act_(out, *after)
+class Problem(NamedTuple):
+    """[positions, K] × [K, D], and what it comes with.
+
+    number: "16bit" for bfloat16 and float16, for float32 how products are made: "tf32", "tf32x3".
+    """
+
+    positions: int
+    K: int
+    D: int
+    number: str
+    extras: Extras
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.number == "16bit" else torch.float32
+
+    def key(self) -> str:
+        names = [name for name, given in zip(Extras._fields, self.extras, strict=True) if given]
+        where = f"{bucket(self.positions)}x{self.K}x{self.D}"
+        return f"{where} {self.number} {'+'.join(names) or 'plain'}"
+
+    def rule(self, arch: int) -> Config:
+        """Return what to launch where nothing was timed; cuBLAS adds a residual as well as this."""
+        spares = any(self.extras._replace(residual=False))
+        return self.tiles(arch) if spares else SEPARATE
+
+    def tiles(self, arch: int) -> Config:
+        """Return tiles that do not spill, with two blocks or more on every multiprocessor."""
+        if arch == 0:
+            block_d, block_k = (32 if self.D <= 128 else 512), (16 if self.K <= 128 else 512)
+            return _config(32, block_d, block_k, slices=2, warps=4, stages=1)
+        extras = self.extras
+        uneven = self.K % 64 > 0 or self.D % 128 > 0  # masks take registers, as do two prologues
+        if uneven or self.number != "16bit" or (extras.in_scale and extras.in_mask):
+            return _config(64, 64 if self.D > 32 else 32, 32, slices=1, warps=4, stages=3)
+        blocks = triton.cdiv(self.positions, 128) * (self.D // 128)
+        block_p = 64 if blocks < processors(arch) else 128
+        if not has_room(arch):
+            slices = 4 if extras.in_scale else 2
+            return _config(block_p, 128, 32, slices, warps=4, stages=4)
+        if block_p == 64:
+            return _config(64, 128, 64, slices=2, warps=4, stages=4)
+        if self.K >= 1024 and self.D % 256 == 0 and blocks >= 2 * processors(arch):
+            # L2 delivers 64 FLOP a byte to the other tiles, 85 to these
+            return _config(128, 256, 64, slices=4, warps=8, stages=4)
+        if extras.in_scale or extras.in_mask:  # x passes through registers: less of it a time
+            return _config(128, 128, 32, slices=2, warps=8, stages=5, maxnreg=128)
+        return _config(128, 128, 64, slices=2, warps=8, stages=3, maxnreg=128)
+
+    def candidates(self, arch: int) -> list[Config]:
+        """Return the rule's, its tiles, others that suit the architecture, and separate passes."""
+        if self.number != "16bit":
+            others = [
+                _config(128, 64, 32, slices=2, warps=8, stages=3),
+                _config(64, 128, 32, slices=2, warps=8, stages=3),
+            ]
+        elif has_room(arch):
+            others = [
+                _config(64, 128, 64, slices=2, warps=4, stages=4),
+                _config(128, 128, 32, slices=2, warps=8, stages=5, maxnreg=128),
+                _config(128, 128, 64, slices=2, warps=8, stages=4),
+                _config(128, 256, 64, slices=4, warps=8, stages=3),
+                _config(128, 256, 64, slices=4, warps=8, stages=4),
+                _config(64, 256, 64, slices=4, warps=4, stages=4),
+            ]
+        else:
+            others = [
+                _config(64, 128, 32, slices=2, warps=4, stages=5),
+                _config(128, 128, 32, slices=4, warps=4, stages=5),
+                _config(128, 128, 64, slices=4, warps=8, stages=3),
+                _config(128, 256, 32, slices=4, warps=8, stages=4),
+                _config(64, 256, 32, slices=4, warps=4, stages=4),
+            ]
+        others = [config for config in others if config["BLOCK_D"] <= max(64, self.D)]
+        found = [self.rule(arch), self.tiles(arch), *others, SEPARATE]
+        return [config for at, config in enumerate(found) if config not in found[:at]]
+
+    def launcher(self, device: torch.device) -> Callable[[Config], Any]:
+        """Make random operands; return a function that computes with a configuration."""
+        D, K, extras = self.D, self.K, self.extras
+        forward = extras.scale and not extras.dot
+        # values matter where kernels run, not where they are only compiled
+        runs = device.type == "cuda" or INTERPRETED
+        filled = functools.partial(torch.randn if runs else torch.empty, device=device)
+
+        def maps(channels: int) -> Tensor:
+            shape = 1, self.positions, 1, channels
+            return filled(shape, dtype=self.dtype).movedim(-1, 1)
+
+        def vector(channels: int, wanted: bool) -> Tensor | None:
+            return filled(channels) if wanted else None
+
+        def bits(channels: int, wanted: bool) -> Tensor | None:
+            shape = (mask_bytes(self.positions * channels),)
+            return torch.randint(256, shape, dtype=torch.uint8, device=device) if wanted else None
+
+        x, weight = maps(K), filled(D, K, dtype=self.dtype)
+        weight = weight if forward else weight.t().contiguous().t()
+        if extras.dot:
+            dot = x, weight, maps(D), filled(D)
+            return lambda config: (
+                passes.pointwise_dot(*dot)
+                if "fused" in config
+                else pointwise_dot(*dot, config=config)
+            )
+        given = (
+            x,
+            weight,
+            Prologue(
+                vector(K, extras.in_scale), vector(K, extras.in_scale), bits(K, extras.in_mask)
+            ),
+            Epilogue(
+                vector(D, forward),
+                vector(D, forward),
+                maps(D) if extras.residual else None,
+                # as of a shortcut's convolution: the most registers
+                vector(D, extras.residual and forward),
+                bits(D, extras.residual_mask),
+                forward,
+                extras.keep,
+                extras.mask,
+            ),
+        )
+        return lambda config: (
+            passes.pointwise(*given) if "fused" in config else pointwise(*given, config=config)
+        )
 
 
-def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], Any]:
-    forward = problem.has("scale") and not problem.has("dot")
-    # values matter where kernels run, not where they are only compiled
-    runs = device.type == "cuda" or INTERPRETED
-    filled = functools.partial(torch.randn if runs else torch.empty, device=device)
+def problems() -> list[Problem]:
+    """1×1 convolutions of ResNet-50's layers 2-4 at 641 px, a query alone and with five supports.
 
-    def maps(channels: int) -> Tensor:
-        shape = 1, problem.positions, 1, channels
-        return filled(shape, dtype=problem.dtype).movedim(-1, 1)
-
-    def bits(like: Tensor) -> Tensor:
-        shape = (mask_bytes(like.numel()),)
-        return torch.randint(256, shape, dtype=torch.uint8, device=device)
-
-    x, weight = maps(problem.K), filled(problem.D, problem.K, dtype=problem.dtype)
-    weight = weight if forward else weight.t().contiguous().t()
-    if problem.has("dot"):
-        v, s = maps(problem.D), filled(problem.D)
-
-        def dot_product(config: Config) -> tuple[Tensor, Tensor]:
-            if "fused" in config:
-                a = passes(x, weight)[0]
-                return a, torch.ops.svf_fast.channel_dot_scale_(a, v, s)
-            return pointwise_dot(x, weight, v, s, config=config)
-
-        return dot_product
-
-    given: dict[str, Any] = {"relu": forward}
-    if problem.has("in_scale"):
-        given["in_scale"], given["in_shift"] = filled(problem.K), filled(problem.K)
-    if problem.has("in_mask"):
-        given["in_mask"] = bits(x)
-    if forward:
-        given["scale"], given["shift"] = filled(problem.D), filled(problem.D)
-    if problem.has("residual"):
-        given["residual"] = maps(problem.D)
-    if problem.has("residual") and forward:  # as of a shortcut's convolution: the most registers
-        given["residual_scale"] = filled(problem.D)
-    if problem.has("residual_mask"):
-        given["residual_mask"] = bits(given["residual"])
-    given["keep"], given["mask"] = problem.has("keep"), problem.has("mask")
-
-    def product(config: Config) -> tuple[Tensor, Tensor, Tensor]:
-        if "fused" in config:
-            return passes(x, weight, **given)
-        return pointwise(x, weight, **given, config=config)
-
-    return product
+    In a block of width C: conv1, conv3, their input gradients, those of the first block and its
+    shortcut, and the products with Uᵀ of layers that run as ``chain``.
+    """
+    calls = (
+        (4, 1, ("scale", "keep")),
+        (2, 1, ("scale", "keep")),
+        (1, 4, ("in_scale", "scale", "residual", "mask")),
+        (4, 1, ("in_mask",)),
+        (1, 4, ("residual", "residual_mask")),
+        (1, 2, ("residual",)),
+        (4, 2, ("in_mask",)),
+        (1, 4, ("scale", "residual", "mask")),
+        (1, 1, ("scale", "dot")),
+        (4, 1, ("scale", "dot")),
+    )
+    return [
+        Problem(images * 6561, k * C, d * C, "16bit", Extras(**dict.fromkeys(names, True)))
+        for images in (1, 6)
+        for C in (128, 256, 512)
+        for k, d, names in calls
+    ]
 
 
-TUNABLES = [Tunable("pointwise", Problem.key, Problem.candidates, _launcher, problems)]
+def _config(
+    block_p: int, block_d: int, block_k: int, slices: int, warps: int, stages: int, **more: int
+) -> Config:
+    blocks = {"BLOCK_P": block_p, "BLOCK_D": block_d, "BLOCK_K": block_k, "GROUP": 8}
+    return {**blocks, "SLICES": slices, "num_warps": warps, "num_stages": stages, **more}
+
+
+TUNABLES = {"pointwise": problems}

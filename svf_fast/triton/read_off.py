@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svf_fast.triton.language import dot
 from svf_fast.triton.launch import launch
-from svf_fast.triton.tuning import OPTIONS, Config, Tunable
+from svf_fast.triton.tuning import OPTIONS, Config
 
 
 @triton.jit(do_not_specialize=["splits", "matrices", "groups", "rank", "rank_after"])
@@ -152,21 +152,22 @@ class Problem(NamedTuple):
     channels: int
     sides: int
 
+    def key(self) -> str:
+        return f"{self.channels} channels, {self.sides} sides"
 
-def _launcher(problem: Problem, device: torch.device) -> Callable[[Config], list[Tensor]]:
-    C, sides = problem
-    partial = torch.randn(4, sides, C, C, device=device)
-    factors = torch.randn(1, C, C, device=device)
-    S = torch.ones(C, device=device)
-    return lambda config: read_off(partial, [(factors, factors, S)] * sides, config=config)
+    def candidates(self, arch: int) -> list[Config]:
+        return [rule(self.channels, self.channels)]
+
+    def launcher(self, device: torch.device) -> Callable[[Config], list[Tensor]]:
+        C, sides = self
+        partial = torch.randn(4, sides, C, C, device=device)
+        factors = torch.randn(1, C, C, device=device)
+        S = torch.ones(C, device=device)
+        return lambda config: read_off(partial, [(factors, factors, S)] * sides, config=config)
 
 
-TUNABLES = [
-    Tunable(
-        "read_off",
-        lambda problem: f"{problem.channels} channels, {problem.sides} sides",
-        lambda problem, arch: [rule(problem.channels, problem.channels)],
-        _launcher,
-        lambda: [Problem(C, sides) for C in (128, 256, 512, 1024) for sides in (1, 2)],
-    )
-]
+def problems() -> list[Problem]:
+    return [Problem(C, sides) for C in (128, 256, 512, 1024) for sides in (1, 2)]
+
+
+TUNABLES = {"read_off": problems}

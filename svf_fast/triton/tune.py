@@ -79,7 +79,7 @@ def search(
         if clock() > end:
             break
         with check.allow_tf32(case.tf32):
-            launcher = case.tunable.launcher(case.problem, device)
+            launcher = case.problem.launcher(device)
             costs.append((timer(_launch(launcher, case.candidates(arch)[0]), _BRIEF), case))
     costs.sort(key=lambda pair: pair[0], reverse=True)
     for place, (_, case) in enumerate(costs):
@@ -87,9 +87,8 @@ def search(
         if now > end:
             return
         found = best(case, arch, device, now + (end - now) / (len(costs) - place), timer, clock)
-        kernel = case.tunable.name
-        table["kernels"].setdefault(kernel, {})[case.key] = found.config
-        table["microseconds"].setdefault(kernel, {})[case.key] = round(found.microseconds, 2)
+        table["kernels"].setdefault(case.kernel, {})[case.key] = found.config
+        table["microseconds"].setdefault(case.kernel, {})[case.key] = round(found.microseconds, 2)
         yield case, found
 
 
@@ -109,7 +108,7 @@ def best(
     random.Random(0).shuffle(others)  # a part of them is a fair sample
     differing = failed = 0
     with check.allow_tf32(case.tf32):
-        launcher = case.tunable.launcher(case.problem, device)
+        launcher = case.problem.launcher(device)
         launch = functools.partial(_launch, launcher)
         expected = tensors(launch(rule)())
         brief = [(timer(launch(rule), _BRIEF), 0, rule)]
@@ -141,7 +140,7 @@ def _launch(launcher: Callable[[Config], Any], config: Config) -> Launch:
 def missing(cases: Sequence[Case], table: dict[str, Any]) -> list[Case]:
     """The cases that a table says nothing about."""
     kernels = table["kernels"]
-    return [case for case in cases if case.key not in kernels.get(case.tunable.name, {})]
+    return [case for case in cases if case.key not in kernels.get(case.kernel, {})]
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -205,12 +204,12 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 def of_a_race(case: Case) -> bool:
     """Whether the races' bottlenecks ask for it: at 641 px, one image and six."""
-    problem = case.problem
+    problem: Any = case.problem
     if getattr(problem, "positions", 0) not in RACE_POSITIONS:
         return False
-    if case.tunable.name == "pointwise":
-        return not problem.has("dot")  # of layers that run as `chain`
-    return case.tunable.name != "gram" or problem.width_a <= 512
+    if case.kernel == "pointwise":
+        return not problem.extras.dot  # of layers that run as `chain`
+    return case.kernel != "gram" or problem.width_a <= 512
 
 
 def compile_ahead(cases: Sequence[Case], arch: int, seconds: float) -> None:
@@ -271,7 +270,7 @@ def _tune(cases: Sequence[Case], out: Path | None, budget: float) -> int:
         times = f"{found.by_rule:.1f} | {found.microseconds:.1f}"
         counts = f"{found.timed} | {found.differing} | {found.failed}"
         config = check.written(found.config)
-        print(f"| {case.tunable.name} | {case.key} | {times} | {counts} | {config} |", flush=True)
+        print(f"| {case.kernel} | {case.key} | {times} | {counts} | {config} |", flush=True)
     tuning.forget()
     print(
         f"{path}: {done} of {len(todo)} problems in {time.monotonic() - start:.0f} s; "

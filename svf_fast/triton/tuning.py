@@ -14,9 +14,9 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
@@ -49,20 +49,23 @@ class Gpu(NamedTuple):
     processors: int
 
 
-class Tunable(NamedTuple):
-    """A kernel as the search sees it.
+class Problem(Protocol):
+    """What a kernel is launched on: as a named tuple of dimensions, dtype and options.
 
-    key: of a problem (dimensions, dtype, options), what its configuration is looked up by.
-    candidates: the configurations worth timing for a problem on an architecture; the rule's first.
-    launcher: fresh random inputs for a problem -> a function that launches it with a configuration.
-    problems: the problems of a network's layers that are worth an entry of their own.
+    A kernel's module has a dict ``TUNABLES`` from the kernel's name to a function that returns the
+    problems of a network's layers, those worth an entry of their own in the table.
     """
 
-    name: str
-    key: Callable[[Any], str]
-    candidates: Callable[[Any, int], list[Config]]
-    launcher: Callable[[Any, torch.device], Callable[[Config], Any]]
-    problems: Callable[[], list[Any]]
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def key(self) -> str:
+        """Return what the configuration is looked up by."""
+
+    def candidates(self, arch: int) -> list[Config]:
+        """Return the configurations worth timing on an architecture, first that of the rule."""
+
+    def launcher(self, device: torch.device) -> Callable[[Config], Any]:
+        """Make random inputs; return a function that launches the kernel with a configuration."""
 
 
 def per_gpu(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -85,18 +88,19 @@ def per_gpu(function: Callable[..., Result]) -> Callable[..., Result]:
     return ask
 
 
-def find(kernel: str, key: str, rule: Callable[[int], Config]) -> Config:
-    """The configuration on the current GPU; where no table has it, the rule's for its architecture.
+def find(kernel: str, problem: Problem) -> Config:
+    """Return the configuration on the current GPU; where no table has one, that of the rule.
 
     Call it with the device of the operands as the current one (``torch.cuda.device_of``).
     """
-    at = _device(), kernel, key
+    at = _device(), kernel, problem.key()
     found = _found.get(at)
     if found is None:
         own = gpu()
         path = cache_path(own.name) if own.name else None
         listed = {} if path is None else _table(path).get(kernel, {})
-        found = _found[at] = {**(listed.get(key) or rule(own.arch)), **OPTIONS}
+        by_table = listed.get(at[2]) or problem.candidates(own.arch)[0]
+        found = _found[at] = {**by_table, **OPTIONS}
     return found
 
 

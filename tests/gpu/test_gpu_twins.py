@@ -12,6 +12,7 @@ from torch import Tensor
 from svf_fast import _library
 
 pytest.importorskip("triton")
+from svf_fast.reference.pointwise import Prologue
 from svf_fast.triton import affine_act, channel_dot, guard, pointwise
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -115,8 +116,8 @@ def test_a_capture_without_warm_up_leaves_eager_calls_right():
     mask = torch.randint(256, (x.numel() // 64 * 8 + 16,), device="cuda").to(torch.uint8)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        (out, *_) = pointwise.pointwise(x, weight, in_mask=mask)
-    eager, *_ = pointwise.pointwise(x, weight, in_mask=mask)  # before the first replay
+        (out, *_) = pointwise.pointwise(x, weight, Prologue(mask=mask))
+    eager, *_ = pointwise.pointwise(x, weight, Prologue(mask=mask))  # before the first replay
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(eager, out)

@@ -19,14 +19,14 @@ from svf_fast.reference.guard import guards_hold
 from svf_fast.reference.scale_gradient import scale_gradient as scale_definition
 
 
-def defined_pointwise(x, weight, *arguments):
-    *rest, keep, mask = arguments
-    out, y = definition.pointwise(x, weight, *rest)
-    if keep:  # out is made of y as it is kept
+@pointwise.with_ends
+def defined_pointwise(x, weight, prologue, epilogue):
+    out, y = definition.pointwise(x, weight, prologue, epilogue)
+    if epilogue.keep:  # out is made of y as it is kept
         assert y.dtype == x.dtype
     out, y = (value.contiguous(memory_format=torch.channels_last) for value in (out, y))
-    bits = pack_mask(out) if mask else x.new_empty(0, dtype=torch.uint8)
-    return out, y if keep else x.new_empty(0), bits
+    bits = pack_mask(out) if epilogue.mask else x.new_empty(0, dtype=torch.uint8)
+    return out, y if epilogue.keep else x.new_empty(0), bits
 
 
 def defined_scale_gradient(a, b, scale, shift, left, right, S):
@@ -69,11 +69,12 @@ def interpreted() -> dict[str, Callable]:
     from svf_fast.triton.activation_gradients import activation_gradients
     from svf_fast.triton.compose import compose, compose_all
     from svf_fast.triton.gram import gram, scale_gradient
-    from svf_fast.triton.pointwise import pointwise, pointwise_dot
+    from svf_fast.triton.pointwise import pointwise as kernel
+    from svf_fast.triton.pointwise import pointwise_dot
 
-    kernels = (compose, compose_all, gram, scale_gradient, pointwise, pointwise_dot)
-    found = {kernel.__name__: kernel for kernel in (activation_gradients, *kernels)}
-    return {**found, "guards_hold": guards_hold}
+    kernels = (activation_gradients, compose, compose_all, gram, scale_gradient, pointwise_dot)
+    found: dict[str, Callable] = {kernel.__name__: kernel for kernel in kernels}
+    return {**found, "pointwise": pointwise.with_ends(kernel), "guards_hold": guards_hold}
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def on_gpu(kernels: dict[str, Callable]) -> Iterator[Counter[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maps, "on_gpu", lambda x: True)
-        patch.setattr(pointwise, "_wins", lambda x, weight, ends: True)
+        patch.setattr(pointwise, "_wins", lambda x, weight, extras: True)
         library = torch.library.Library("svf_fast", "IMPL")
         for name, kernel in kernels.items():
             library.impl(name, counted(name, kernel), "CPU", allow_override=True)

@@ -24,7 +24,7 @@ def test_registers_spills_and_shared_memory_per_architecture():
         "problem = cosine_max.Problem(1, 64, 48, 48, torch.bfloat16)\n"
         "tile = dict(QUERIES=64, SUPPORTS=64, CHANNELS=32, num_stages=2, num_warps=4, SPLITS=1)\n"
         "for arch in check.ARCHITECTURES:\n"
-        "    for x in check.usages(cosine_max.TUNABLES[0], problem, tile, arch):\n"
+        "    for x in check.usages(problem, tile, arch):\n"
         "        print(arch, x.kernel, x.registers, x.spilled, x.shared,\n"
         "              'wgmma' in x.ptx, 'mma.sync' in x.ptx)\n"
     )
@@ -44,10 +44,12 @@ def test_the_table_of_a_kernel_and_its_spills(rows, warps, status):
     script = (
         "import builtins, contextlib, sys, torch\n"
         "from svf_fast.triton import check, cosine_max_backward as module\n"
-        "problems = [module.Problem(1, 64, 48, 48, torch.bfloat16)]\n"
         f"config = dict(ROWS={rows}, CHANNELS=512, STAGES=1, num_warps={warps})\n"
-        "check.tunables = lambda: [module.TUNABLES[0]._replace(\n"
-        "    problems=lambda: problems, candidates=lambda problem, arch: [config])]\n"
+        "class Problem(module.Problem):\n"
+        "    def candidates(self, arch):\n"
+        "        return [config]\n"
+        "problems = [Problem(1, 64, 48, 48, torch.bfloat16)]\n"
+        "check.tunables = lambda: {'cosine_max_backward': lambda: problems}\n"
         "check.processes = lambda count: contextlib.nullcontext(builtins)\n"
         "sys.exit(check.main([]))\n"
     )
@@ -66,21 +68,20 @@ def test_an_interpreter_compiles_nothing(capsys):
 
 
 def test_a_compilation_stands_for_all_that_triton_does_not_distinguish():
-    tunable = cosine_max_backward.TUNABLES[0]
-    large, small, *_ = (Case(tunable, problem, False) for problem in tunable.problems())
+    name = "cosine_max_backward"
+    large, small, *_ = (Case(name, problem, False) for problem in cosine_max_backward.problems())
     config = {"ROWS": 8}
     # 6561 is odd, 3600 is not
     assert len(check.compilations([(large, 90, config), (small, 90, config)])) == 2
     assert len(check.compilations([(large, 90, config), (large, 80, config)])) == 2
     (one,) = check.compilations([(large, 90, config), (large, 90, dict(config))])
-    assert one == ("cosine_max_backward", 0, False, 90, config)
+    assert one == (large.problem, False, 90, config)
     problems = [large.problem._replace(batch=b, channels=c) for b, c in ((3, 2048), (5, 512))]
-    several = tunable._replace(problems=lambda: problems)
-    cases = [Case(several, problem, False) for problem in problems]
+    cases = [Case(name, problem, False) for problem in problems]
     (one,) = check.compilations([(case, 90, config) for case in cases])
-    assert problems[one.problem].channels == 512  # the smaller
+    assert one.problem.channels == 512  # the smaller
 
 
 def test_every_kernel_is_known():
-    assert {"cosine_max", "cosine_max_backward"} <= {x.name for x in check.tunables()}
+    assert {"cosine_max", "cosine_max_backward"} <= check.tunables().keys()
     assert check.named(check.tunables(), ["cosine_max"]) == cosine_max.TUNABLES

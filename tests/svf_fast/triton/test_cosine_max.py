@@ -237,20 +237,20 @@ def test_one_support_of_all_queries_and_equal_bits_from_run_to_run(device, poiso
 
 
 def test_every_problem_has_a_key_and_candidates():
-    for tunable in (*forward_kernels.TUNABLES, *backward_kernels.TUNABLES):
-        for problem in tunable.problems():
-            assert tunable.key(problem)
+    for problems in (forward_kernels.problems, backward_kernels.problems):
+        for problem in problems():
+            assert problem.key()
             for arch in (80, 90):
-                found = tunable.candidates(problem, arch)
+                found = problem.candidates(arch)
                 assert len(found) == len({tuple(sorted(config.items())) for config in found}) > 4
 
 
 def test_a_configuration_is_looked_up_by_the_key(monkeypatch):
     sought = []
 
-    def find(kernel, key, rule):
-        sought.append((kernel, key))
-        return rule(tuning.gpu().arch)
+    def find(kernel, problem):
+        sought.append((kernel, problem.key()))
+        return problem.candidates(tuning.gpu().arch)[0]
 
     monkeypatch.setattr(tuning, "find", find)
     arguments = _inputs((1, 4, 5, 6), torch.float16, DEVICES[0])

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from svf_fast.ops.pointwise import Extras
 from svf_fast.reference import pointwise as reference
 from svf_fast.reference.affine_act import mask_bytes, pack_mask
 from svf_fast.reference.channel_dot import channel_dot
+from svf_fast.reference.pointwise import Epilogue, Prologue
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
 pytest.importorskip("triton")
-from svf_fast.triton import pointwise, tune, tuning
-from svf_fast.triton.pointwise_problem import OPTIONS, Problem
+from svf_fast.triton import passes, pointwise, tune, tuning
+from svf_fast.triton.pointwise import Problem, problems
 from svf_fast.triton.tuning import SEPARATE
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]  # cpu: Triton's interpreter
@@ -99,6 +101,12 @@ def operands(case: Any, call: set[str], dtype: torch.dtype, device: str) -> dict
     return {**given, "relu": "relu" in call}
 
 
+def tuples(x: Tensor, weight: Tensor, **given: Any) -> tuple[Tensor, Tensor, Prologue, Epilogue]:
+    """Return the operands as the op takes them."""
+    before = {name: given.pop(f"in_{name}", None) for name in Prologue._fields}
+    return x, weight, Prologue(**before), Epilogue(**given)
+
+
 def doubled(given: dict[str, Any]) -> dict[str, Any]:
     """The same operands in float64."""
     return {
@@ -109,11 +117,11 @@ def doubled(given: dict[str, Any]) -> dict[str, Any]:
 
 def check(given: dict[str, Any], call: set[str]) -> None:
     keep, mask = "keep" in call, "mask" in call
-    out, y, packed = pointwise.pointwise(**given, keep=keep, mask=mask)
+    out, y, packed = pointwise.pointwise(*tuples(**given, keep=keep, mask=mask))
     assert out.movedim(1, -1).is_contiguous()
 
-    eager_out, eager_y = reference.pointwise(**given)
-    truth_out, truth_y = reference.pointwise(**doubled(given))
+    eager_out, eager_y = reference.pointwise(*tuples(**given))
+    truth_out, truth_y = reference.pointwise(*tuples(**doubled(given)))
     dtype = out.dtype
     size = accumulated(truth_out, dtype)  # what the sum adds to may cancel it
     for name in given.keys() & {"residual", "shift"}:
@@ -187,8 +195,8 @@ def test_dot_is_of_a_as_it_is_stored(device: str) -> None:
 def test_tf32_rounds_operands_to_eleven_bits(device: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     given = operands((3, 24, 40, (5, 7)), {"transposed"}, torch.float32, device)
-    out = pointwise.pointwise(**given)[0]
-    eager, truth = (reference.pointwise(**x)[0] for x in (given, doubled(given)))
+    out = pointwise.pointwise(*tuples(**given))[0]
+    eager, truth = (reference.pointwise(*tuples(**x))[0] for x in (given, doubled(given)))
     assert_error_within(out, eager, truth, dtype=torch.float16, channel_dim=1)
 
 
@@ -196,7 +204,7 @@ def test_tf32_rounds_operands_to_eleven_bits(device: str) -> None:
 def test_out_comes_from_the_y_that_is_kept(device: str) -> None:
     given = operands((3, 24, 40, (5, 7)), {"scale", "shift"}, torch.bfloat16, device)
     given["scale"] *= 100  # the rounding of y shows
-    out, y, _ = pointwise.pointwise(**given, keep=True)
+    out, y, _ = pointwise.pointwise(*tuples(**given, keep=True))
     scale, shift = (given[name][:, None, None] for name in ("scale", "shift"))
     exact = y.double() * scale.double() + shift.double()
     assert_error_within(out, (y.float() * scale + shift).bfloat16(), exact, channel_dim=1)
@@ -209,11 +217,11 @@ def test_tiles_of_an_architecture(arch: int, dtype: torch.dtype, device: str) ->
     call = CALLS["everything"] - {"in"}
     given = operands((2, 128, 256, (5, 7)), call, dtype, device)
     number = "16bit" if dtype == torch.bfloat16 else "tf32x3"
-    options = tuple(name in ("in_mask", "scale", "residual", "keep", "mask") for name in OPTIONS)
-    problem = Problem(70, 128, 256, number, options)
-    expected = pointwise.pointwise(**given, keep=True, mask=True)
+    extras = Extras(in_mask=True, scale=True, residual=True, keep=True, mask=True)
+    problem = Problem(70, 128, 256, number, extras)
+    expected = pointwise.pointwise(*tuples(**given, keep=True, mask=True))
     for config in problem.candidates(arch):
-        actual = pointwise.pointwise(**given, keep=True, mask=True, config=config)
+        actual = pointwise.pointwise(*tuples(**given, keep=True, mask=True), config=config)
         for a, b in zip(actual[:2], expected[:2]):
             torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
         assert torch.equal(actual[2], pack_mask(actual[0]))
@@ -222,7 +230,7 @@ def test_tiles_of_an_architecture(arch: int, dtype: torch.dtype, device: str) ->
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_agree_bitwise(device: str) -> None:
     given = operands((2, 24, 32, (5, 7)), CALLS["everything"], torch.bfloat16, device)
-    first, second = (pointwise.pointwise(**given, keep=True, mask=True) for _ in range(2))
+    first, second = (pointwise.pointwise(*tuples(**given, keep=True, mask=True)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     x, weight = given["x"], given["weight"]
     dots = [pointwise.pointwise_dot(x, weight, first[0], given["scale"]) for _ in range(2)]
@@ -233,7 +241,7 @@ def test_runs_agree_bitwise(device: str) -> None:
 def test_nan_passes_and_is_marked(device: str) -> None:
     given = operands((1, 8, 8, (3, 3)), CALLS["conv3"], torch.float32, device)
     given["x"][0, 3, 1, 1] = float("nan")
-    out, _, packed = pointwise.pointwise(**given, mask=True)
+    out, _, packed = pointwise.pointwise(*tuples(**given, mask=True))
     assert out[0, :, 1, 1].isnan().all()
     assert out.isnan().sum() == 8
     assert torch.equal(packed, pack_mask(out))
@@ -243,19 +251,19 @@ def test_nan_passes_and_is_marked(device: str) -> None:
 def test_residual_in_another_layout(device: str) -> None:
     call = CALLS["conv3"]
     given = operands((2, 16, 24, (3, 5)), call, torch.float32, device)
-    expected = pointwise.pointwise(**given)[0]
+    expected = pointwise.pointwise(*tuples(**given))[0]
     given["residual"] = given["residual"].contiguous()
-    assert torch.equal(pointwise.pointwise(**given)[0], expected)
+    assert torch.equal(pointwise.pointwise(*tuples(**given))[0], expected)
     given["residual_mask"] = bits(given["x"])
     with pytest.raises(ValueError, match="channels_last"):
-        pointwise.pointwise(**given)
+        pointwise.pointwise(*tuples(**given))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_slices_of_operands(device: str) -> None:
     call = CALLS["everything"]
     given = operands((4, 16, 24, (3, 5)), call, torch.bfloat16, device)
-    expected = pointwise.pointwise(**given, keep=True, mask=True)
+    expected = pointwise.pointwise(*tuples(**given, keep=True, mask=True))
     for name, x in given.items():
         if not isinstance(x, Tensor):
             continue
@@ -270,7 +278,7 @@ def test_slices_of_operands(device: str) -> None:
             given[name] = torch.stack([x, x], dim=-1)[:, 0]
         else:
             given[name] = moved
-    actual = pointwise.pointwise(**given, keep=True, mask=True)
+    actual = pointwise.pointwise(*tuples(**given, keep=True, mask=True))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
@@ -291,7 +299,7 @@ def test_what_is_served(device: str) -> None:
         (rows(2, 12, 3, 5, dtype=torch.bfloat16, device=device), weight[:, :12]),
     ]:
         assert not pointwise.serves(other_x, other_weight)
-        assert not pointwise.wanted(other_x, other_weight, ("keep",))
+        assert not pointwise.wanted(other_x, other_weight, Extras(keep=True))
         with pytest.raises(ValueError, match="channels_last"):
             pointwise.pointwise(other_x, other_weight)
 
@@ -300,16 +308,16 @@ def test_what_is_served(device: str) -> None:
 def test_a_table_can_say_no(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands((2, 16, 24, (3, 5)), {"residual"}, torch.float32, device)
     x, weight = given["x"], given["weight"]
-    assert pointwise.wanted(x, weight, ("residual", "mask"))
-    assert pointwise.wanted(x, weight, ("scale", "dot"))
-    assert not pointwise.wanted(x, weight, ())  # nothing that cuBLAS would not do
-    assert not pointwise.wanted(x, weight, ("residual",))
-    expected = pointwise.pointwise(**given)[0]
+    assert pointwise.wanted(x, weight, Extras(residual=True, mask=True))
+    assert pointwise.wanted(x, weight, Extras(scale=True, dot=True))
+    assert not pointwise.wanted(x, weight, Extras())  # nothing that cuBLAS would not do
+    assert not pointwise.wanted(x, weight, Extras(residual=True))
+    expected = pointwise.pointwise(*tuples(**given))[0]
     monkeypatch.setattr(pointwise, "find", lambda *_: {"fused": 0, "enable_fp_fusion": True})
     tuning.forget()
     try:
-        assert not pointwise.wanted(x, weight, ("residual", "mask"))
-        assert torch.equal(pointwise.pointwise(**given)[0], expected)
+        assert not pointwise.wanted(x, weight, Extras(residual=True, mask=True))
+        assert torch.equal(pointwise.pointwise(*tuples(**given))[0], expected)
     finally:
         tuning.forget()
 
@@ -319,32 +327,32 @@ def test_a_table_can_say_no(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_it_is_raced_against(call: str, device: str) -> None:
     given = operands((2, 16, 24, (3, 5)), CALLS[call], torch.float32, device)
     keep, mask = "keep" in CALLS[call], "mask" in CALLS[call]
-    expected = pointwise.pointwise(**given, keep=keep, mask=mask)
-    raced = pointwise.passes(**given, keep=keep, mask=mask)
-    for kernels, passes in zip(expected, raced, strict=True):
-        assert kernels.shape == passes.shape and kernels.stride() == passes.stride()
-        torch.testing.assert_close(kernels, passes)
+    expected = pointwise.pointwise(*tuples(**given, keep=keep, mask=mask))
+    raced = passes.pointwise(*tuples(**given, keep=keep, mask=mask))
+    for kernels, apart in zip(expected, raced, strict=True):
+        assert kernels.shape == apart.shape and kernels.stride() == apart.stride()
+        torch.testing.assert_close(kernels, apart)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_problem_can_be_tuned(device: str) -> None:
     """Separate passes, which the search may choose, are no other result to it."""
-    (tunable,) = pointwise.TUNABLES
-    kinds = {problem.options: problem for problem in tunable.problems()}
+    kinds = {problem.extras: problem for problem in problems()}
     for problem in kinds.values():
         small = problem._replace(positions=129, K=16, D=64)
-        launch = tunable.launcher(small, torch.device(device))
+        launch = small.launcher(torch.device(device))
         kernel, separate = (
             tune.tensors(launch(config))
             for config in (small.tiles(0 if device == "cpu" else ARCHITECTURES[0]), SEPARATE)
         )
-        assert tune.agree(separate, kernel), tunable.key(small)
-        assert len(kernel) == (2 if problem.has("dot") else 3)
-        assert tunable.key(problem).endswith("+".join(n for n in OPTIONS if problem.has(n)))
+        assert tune.agree(separate, kernel), small.key()
+        assert len(kernel) == (2 if problem.extras.dot else 3)
+        names = [name for name in Extras._fields if getattr(problem.extras, name)]
+        assert problem.key().endswith("+".join(names))
 
 
 def test_the_rule_comes_first() -> None:
-    for problem in pointwise.TUNABLES[0].problems():
+    for problem in problems():
         for arch in ARCHITECTURES:
             first, *others = problem.candidates(arch)
             assert first == problem.rule(arch)

@@ -3,15 +3,15 @@
 import math
 import threading
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 
-from svf_fast.triton import check, pointwise_problem, tune, tuning
+from svf_fast.triton import check, pointwise, tune, tuning
 from svf_fast.triton.check import Case
-from svf_fast.triton.tuning import Tunable
 
 CPU = torch.device("cpu")
 # of a problem: what a launch with a block of that size takes, in microseconds
@@ -36,24 +36,35 @@ def tables(tmp_path, monkeypatch):
     tuning.forget()
 
 
-def _fake(launched):
-    def launcher(problem, device):
+class Fake(NamedTuple):
+    size: str
+    launched: list
+
+    def key(self):
+        return f"key of {self.size}"
+
+    def candidates(self, arch):
+        return [{"BLOCK": block} for block in (16, 32, 64, WRONG, TOO_LARGE)]
+
+    def launcher(self, device):
         def launch(config):
             block = config["BLOCK"]
-            launched.append((problem, block))
+            self.launched.append((self.size, block))
             if block == TOO_LARGE:
                 raise OutOfResources(256, 128, "shared memory")
             return torch.ones(4) * (2 if block == WRONG else 1), torch.arange(4)
 
         return launch
 
-    return Tunable(
-        "fake",
-        lambda problem: f"key of {problem}",
-        lambda problem, arch: [{"BLOCK": block} for block in (16, 32, 64, WRONG, TOO_LARGE)],
-        launcher,
-        lambda: ["small", "large"],
-    )
+
+class ByArchitecture(NamedTuple):
+    size: str
+
+    def key(self):
+        return f"key of {self.size}"
+
+    def candidates(self, arch):
+        return [{"BLOCK": arch}, {"BLOCK": 1}]
 
 
 def _timer(launched):
@@ -70,16 +81,16 @@ def _empty():
 
 def _search(table, budget=math.inf, clock=lambda: 0.0):
     launched = []
-    cases = check.cases([_fake(launched)])
+    cases = check.cases({"fake": lambda: [Fake(size, launched) for size in ("small", "large")]})
     found = list(tune.search(cases, 90, CPU, table, budget, _timer(launched), clock))
     return found, launched
 
 
 def test_an_entry_of_the_table_is_found_before_the_rule(tables):
-    def find(key):
-        return tuning.find("kernel", key, lambda arch: {"BLOCK": arch})
+    def find(size):
+        return tuning.find("kernel", ByArchitecture(size))
 
-    own = {"kernels": {"kernel": {"a": {"BLOCK": 3}}}}
+    own = {"kernels": {"kernel": {"key of a": {"BLOCK": 3}}}}
     tune.write(tuning.cache_path("Some GPU"), own)
     assert [find(key)["BLOCK"] for key in "ab"] == [3, 90]
     assert find("a")["enable_fp_fusion"] is True
@@ -119,12 +130,12 @@ def two_gpus(monkeypatch):
 def test_each_of_two_gpus_has_its_own_configuration_and_is_asked_once(two_gpus):
     @tuning.per_gpu
     def launch(block):
-        return tuning.find("kernel", "a", lambda arch: {"BLOCK": arch})["BLOCK"] * block
+        return tuning.find("kernel", ByArchitecture("a"))["BLOCK"] * block
 
     for _ in range(3):
         for two_gpus.current, arch in ((0, 80), (1, 90)):
             assert tuning.gpu().arch == arch
-            assert tuning.find("kernel", "a", lambda arch: {"BLOCK": arch})["BLOCK"] == arch
+            assert tuning.find("kernel", ByArchitecture("a"))["BLOCK"] == arch
             assert launch(2) == 2 * arch
     assert two_gpus.asked == 2
 
@@ -150,7 +161,7 @@ def test_processors_are_those_of_the_gpu_itself(two_gpus, monkeypatch):
 def test_tiles_fit_into_shared_memory():
     """In the tiles' own bytes: what Triton adds shows in `make cuda-check`."""
     for arch in (80, 86, 89, 90, 100, 120):
-        for problem in pointwise_problem.problems():
+        for problem in pointwise.problems():
             tile = problem.tiles(arch)
             rows = tile["BLOCK_P"] + tile["BLOCK_D"]
             used = tile["num_stages"] * rows * tile["BLOCK_K"] * 2
@@ -195,7 +206,7 @@ def test_a_reader_never_finds_half_a_table(tmp_path):
 def test_the_fastest_right_configuration_is_kept_and_the_longest_problem_comes_first():
     table = _empty()
     found, launched = _search(table)
-    assert [case.problem for case, _ in found] == ["large", "small"]
+    assert [case.problem.size for case, _ in found] == ["large", "small"]
     assert table["kernels"] == {
         "fake": {"key of large": {"BLOCK": 16}, "key of small": {"BLOCK": 64}}
     }
@@ -210,7 +221,7 @@ def test_what_the_table_has_is_not_timed_again():
     _search(table)
     del table["kernels"]["fake"]["key of small"]
     found, launched = _search(table)
-    assert [case.problem for case, _ in found] == ["small"]
+    assert [case.problem.size for case, _ in found] == ["small"]
     assert {problem for problem, _ in launched} == {"small"}
     assert _search(table) == ([], [])
 
@@ -219,7 +230,7 @@ def test_the_budget_ends_the_search():
     seconds = iter(range(1000))
     table = _empty()
     found, _ = _search(table, budget=5.5, clock=lambda: next(seconds))
-    assert [case.problem for case, _ in found] == ["large"]
+    assert [case.problem.size for case, _ in found] == ["large"]
     assert found[0][1].timed < 3
     assert list(table["kernels"]["fake"]) == ["key of large"]
 
@@ -273,7 +284,7 @@ def test_bits_of_a_mask_are_counted_one_by_one():
 
 def test_the_problems_of_a_race():
     cases = list(filter(tune.of_a_race, check.cases(check.tunables())))
-    assert {case.tunable.name for case in cases} == {"activation_gradients", "gram", "pointwise"}
+    assert {case.kernel for case in cases} == {"activation_gradients", "gram", "pointwise"}
     assert {case.problem.positions for case in cases} == {6561, 39366}
     assert not any("1024 x" in case.key or "dot" in case.key for case in cases)
 
@@ -291,15 +302,12 @@ def test_a_kernel_that_does_not_exist():
 
 
 def test_products_in_float32_are_searched_with_tf32_and_without():
-    float32 = Tunable(
-        "fake",
-        lambda problem: str(torch.backends.cuda.matmul.fp32_precision),
-        lambda problem, arch: [{"BLOCK": 16}],
-        lambda problem, device: lambda config: None,
-        lambda: [1],
-    )
+    class Float32(NamedTuple):
+        def key(self):
+            return str(torch.backends.cuda.matmul.fp32_precision)
+
     before = torch.backends.cuda.matmul.fp32_precision
-    found = check.cases([float32])
+    found = check.cases({"fake": lambda: [Float32()]})
     assert [(case.key, case.tf32) for case in found] == [("ieee", False), ("tf32", True)]
     assert torch.backends.cuda.matmul.fp32_precision == before
-    assert found == [Case(float32, 1, False), Case(float32, 1, True)]
+    assert found == [Case("fake", Float32(), False), Case("fake", Float32(), True)]

@@ -142,13 +142,12 @@ def test_vectors_of_sixteen_bytes_and_no_spills(root: Path) -> None:
         "import torch\n"
         "from svf_fast.triton import affine_act, channel_dot, check\n"
         "for module in (affine_act, channel_dot):\n"
-        "    (tunable,) = module.TUNABLES\n"
-        "    for problem in tunable.problems():\n"
+        "    for problem in module.problems():\n"
         "        vectors = problem.channels % 8 == 0 or problem.positions > 1024\n"
         "        for arch in check.ARCHITECTURES:\n"
-        "            config = tunable.candidates(problem, arch)[0]\n"
+        "            config = problem.candidates(arch)[0]\n"
         "            if problem.dtype == torch.bfloat16 and vectors:\n"
-        "                kernel = check.usages(tunable, problem, config, arch)[0]\n"
+        "                kernel = check.usages(problem, config, arch)[0]\n"
         "                print(kernel.kernel, kernel.spilled, kernel.ptx.count('.v4.b32'))\n"
     )
     environment = {"TRITON_INTERPRET": "0"}
