@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from svf_fast.fusion.blocks import Fused, FusedSequential, ResidualUnit
 from svf_fast.fusion.structure import find
 from svf_fast.layers.factored import Factored, svf_layers
-from svf_fast.ops.svf_conv2d import reads_input
+from svf_fast.ops.factors import reads_input
 
 _MIB = 2**20
 _OTHER = "other layers"
@@ -134,7 +134,9 @@ def memory_report(
     units = _units(model)
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
     saved, outputs = _run(model, input_shape, dtype, units)
-    with _as_reference(layers):
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.as_reference())
         reference, _ = _run(model, input_shape, dtype, units, shapes)
     if not shapes:
         raise ValueError("model: expected a forward pass through its SVF layers, none was called")
@@ -264,20 +266,6 @@ def _run(
     return kept.bytes, outputs
 
 
-@contextlib.contextmanager
-def _as_reference(layers: dict[str, Factored]) -> Iterator[None]:
-    """Every layer computes as the paper's three within."""
-    plans = {name: layer._plan for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            if layer._plan is not None:
-                layer._plan = dataclasses.replace(layer._plan, strategy="reference", tail=None)
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer._plan = plans[name]
-
-
 def _report(
     name: str,
     unit: nn.Module,
@@ -316,7 +304,7 @@ def _report(
 
 def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Size) -> int:
     """Of forward, dx and dS of one call."""
-    geometry = layer._geometry()
+    geometry = layer.geometry
     groups, rank, out_channels = geometry.groups, layer.rank, len(layer.U)
     fan_in = layer.V[0].numel()
     positions = math.prod(output_shape) // out_channels
@@ -363,4 +351,4 @@ def _folding(model: nn.Module) -> set[Factored]:
 
 def _reads_input(layer: Factored) -> bool:
     shape = torch.Size((len(layer.U), *layer.V.shape[1:], 1, 1)[:4])
-    return reads_input(shape, layer._geometry())
+    return reads_input(shape, layer.geometry)

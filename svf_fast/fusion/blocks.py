@@ -334,7 +334,7 @@ class SVFConvBNAct(nn.Module):
 
 
 def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
-    dtype = conv._compute_dtype(x, name)
+    dtype = conv.compute_dtype(x, name)
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
         raise ValueError(
             f"{name}: expected x of shape [N, {conv.in_channels}, H, W], got {list(x.shape)}"

@@ -14,8 +14,8 @@ from svf_fast.fusion.structure import Stage as Names
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.values import Plan
 from svf_fast.ops.block import Stage
+from svf_fast.ops.factors import SVFConvolution
 from svf_fast.ops.program import Programs
-from svf_fast.ops.svf_conv2d import Layer
 
 
 class Readable(Protocol):
@@ -28,7 +28,8 @@ class Readable(Protocol):
 class Slot:
     """A stage of a block in one dtype: what of it is the same in each forward pass.
 
-    folds: :func:`svf_fast.ops.block.folds_scale`. shift: with that of the shortcut, if it has one.
+    folds: whether the scale is folded into the convolution. shift: with that of the shortcut, if
+    it has one.
     """
 
     def __init__(
@@ -36,29 +37,27 @@ class Slot:
     ) -> None:
         self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
         self._folded = scale if folds else None
-        # under a plan: fields of the layer, of which S and the weights are another each time
+        # under a plan: what is the same each time, as S and the weights are not
         self._known: tuple[Plan | None, Any] = None, None
 
     def read(self) -> Stage:
         """As the op takes it, whatever the values of S are."""
-        layer = self.conv.layer(self.dtype, self._folded)
-        assert layer is not None  # the reasons have seen to it
-        return Stage(layer, self.scale, self.shift)
+        conv = self.conv.convolution(self.dtype, self._folded)
+        assert conv is not None  # the reasons have seen to it
+        return Stage(conv, self.scale, self.shift)
 
     def again(self) -> tuple[Plan, Stage]:
         """The same where no trace or capture runs, and the plan that it is read under."""
         conv = self.conv
-        plan = conv._plan
+        plan = conv.plan
         assert plan is not None  # the reasons have seen to it
-        of, layer = self._known
+        of, known = self._known
         if of is not plan:
-            V = conv._kernel()
-            layer = *conv._reading(plan, V, self.dtype, self._folded, True), conv.U, V
-            self._known = plan, layer
-        kind, constants, U, V = layer
-        pair = conv._made(kind, V, self.dtype, self._folded)
-        made = Layer._make((kind, conv.S, U, V, *pair, *constants))
-        return plan, Stage(made, self.scale, self.shift)
+            known = conv.constants(plan, self.dtype, self._folded)
+            self._known = plan, known
+        kind, constants = known
+        pair = conv.weights(kind, self.dtype, self._folded)
+        return plan, Stage(SVFConvolution(kind, conv.S, *pair, constants), self.scale, self.shift)
 
 
 class _Chain:
@@ -120,7 +119,7 @@ class Reading:
         at = names[0].conv, dtype, folds
         chain = self._chains.get(at)
         # what is traced or captured is there only when the graph runs; fakes have no values to keep
-        traced = self.watch is None or _conv(module, names[0])._is_captured()
+        traced = self.watch is None or _conv(module, names[0]).is_captured
         if chain is None:
             chain = _Chain(_slots(module, names, dtype, folds, shortcut))
             if not traced:

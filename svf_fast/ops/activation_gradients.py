@@ -10,9 +10,7 @@ from torch import Tensor
 from svf_fast import _library
 from svf_fast.ops import maps
 from svf_fast.ops.affine_act import affine_act_backward_
-from svf_fast.ops.scale_gradient import empty_scale_gradient, scale_gradient_by_gram
-
-Reading = tuple[Tensor, Tensor, Tensor]  # left, right and S of `scale_gradient`
+from svf_fast.ops.scale_gradient import Reader, empty_scale_gradient, scale_gradient_by_gram
 
 
 def activation_gradients(
@@ -20,8 +18,8 @@ def activation_gradients(
     y: Tensor,
     scale: Tensor,
     shift: Tensor,
-    before: Reading | None,
-    after: Reading | None,
+    before: Reader | None,
+    after: Reader | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The way back through ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from svf_fast import _library
 from svf_fast.ops.gram import gram
 
+Reader = tuple[Tensor, Tensor, Tensor]  # left, right and S of `scale_gradient`
+
 
 def scale_gradient(
     a: Tensor,
