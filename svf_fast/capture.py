@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator
 
 from torch import nn
 
-from svf_fast.fusion.blocks import Fused
+from svf_fast.fusion.fused import Fused
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.network import Network
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from svf_fast.budget import fit, parse_bytes
 from svf_fast.files import save_atomically
-from svf_fast.fusion.blocks import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
+from svf_fast.fusion.blocks import FusedSequential, SVFBasicBlock, SVFBottleneck
+from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.structure import find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
@@ -204,17 +204,13 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
         module = model.get_submodule(found.name)
         if not isinstance(module, Fused) and any(map(within, found.convs)):
             kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
-            undo.append(kind._adopt(module, found).unfuse)
+            undo.append(kind.adopt(module, found).unfuse)
     for container, group in groupby(units, lambda unit: unit.container):
         module = model.get_submodule(container)
         prefix = f"{container}." if container else ""
         new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
-        if isinstance(module, FusedSequential):
-            undo.append(partial(module.rename, module._names))
-            more = tuple(unit for unit in new if unit not in module._names)
-            module.rename(module._names + more)
-        elif new:
-            undo.append(FusedSequential._adopt(module, new).unfuse)
+        if new:
+            undo.append(FusedSequential.adopt(module, new))
     return undo
 
 

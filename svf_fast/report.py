@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from svf_fast.fusion.blocks import Fused, FusedSequential, ResidualUnit
+from svf_fast.fusion.blocks import FusedSequential, ResidualUnit
+from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.structure import find
 from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.ops.factors import reads_input
@@ -179,7 +180,7 @@ def _units(model: nn.Module) -> dict[str, nn.Module]:
 def _run_by(unit: nn.Module) -> set[str]:
     """Names in a unit of the modules that it runs, its sequences' other children left out."""
     if isinstance(unit, FusedSequential):
-        return {part.stage.conv for part in unit._names}
+        return set(unit.fused_convs())
     return {name for name, _ in unit.named_modules() if name}
 
 
@@ -191,7 +192,7 @@ def _note(name: str, notes: dict[str, str]) -> str:
     return ""
 
 
-class _Kept:
+class _SavedBytes:
     """Counts what autograd saves, by the unit whose forward pass is running."""
 
     def __init__(self, state: dict[str, Tensor]):
@@ -230,7 +231,7 @@ def _run(
                 *module.named_buffers(recurse=False, remove_duplicate=False),
             )
         }
-        kept = _Kept(state)
+        kept = _SavedBytes(state)
 
         def enter(name):
             return lambda *_: kept.running.append(name)
@@ -337,16 +338,14 @@ def _resident(layer: Factored, folds: bool) -> int:
 
 def _folding(model: nn.Module) -> set[Factored]:
     """Layers whose gradient comes without their batch norm's scale."""
-    found: set[Factored] = set()
-    for module in model.modules():
-        names = []
-        if isinstance(module, ResidualUnit):
-            names = [module._names.stages[-1], *filter(None, [module._names.shortcut])]
-        elif isinstance(module, FusedSequential):
-            names = [unit.stage for unit in module._names if not unit.stage.relu]
-        layers = (module.get_submodule(stage.conv) for stage in names)
-        found |= {layer for layer in layers if isinstance(layer, Factored)}
-    return found
+    layers = (
+        module.get_submodule(name)
+        for module in model.modules()
+        if isinstance(module, Fused)
+        for name, folds in module.fused_convs().items()
+        if folds
+    )
+    return {layer for layer in layers if isinstance(layer, Factored)}
 
 
 def _reads_input(layer: Factored) -> bool:

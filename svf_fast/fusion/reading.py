@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.fusion.state import Watch
-from svf_fast.fusion.structure import Stage as Names
+from svf_fast.fusion.structure import StageNames
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.values import Plan
 from svf_fast.ops.block import Stage
@@ -21,7 +21,7 @@ from svf_fast.ops.program import Programs
 class Readable(Protocol):
     """A fused module."""
 
-    def _reasons(self) -> list[str]: ...
+    def unfused_reasons(self) -> list[str]: ...
     def get_submodule(self, target: str) -> nn.Module: ...
 
 
@@ -101,16 +101,16 @@ class Reading:
         grad = torch.is_grad_enabled()
         found = self._reasons.get(grad)
         if found is None:
-            found = self._reasons[grad] = module._reasons()
+            found = self._reasons[grad] = module.unfused_reasons()
         return found
 
     def stages(
         self,
         module: Readable,
-        names: Sequence[Names],
+        names: Sequence[StageNames],
         dtype: torch.dtype,
         folds: bool,
-        shortcut: Names | None = None,
+        shortcut: StageNames | None = None,
     ) -> tuple[list[Stage], Programs | None]:
         """The stages of a chain, that of its shortcut last, as the op takes them, and its programs.
 
@@ -119,7 +119,7 @@ class Reading:
         at = names[0].conv, dtype, folds
         chain = self._chains.get(at)
         # what is traced or captured is there only when the graph runs; fakes have no values to keep
-        traced = self.watch is None or _conv(module, names[0]).is_captured
+        traced = self.watch is None or conv_of(module, names[0]).is_captured
         if chain is None:
             chain = _Chain(_slots(module, names, dtype, folds, shortcut))
             if not traced:
@@ -129,10 +129,10 @@ class Reading:
 
 def _slots(
     module: Readable,
-    names: Sequence[Names],
+    names: Sequence[StageNames],
     dtype: torch.dtype,
     folds: bool,
-    shortcut: Names | None,
+    shortcut: StageNames | None,
 ) -> list[Slot]:
     affine = [_affine(module, stage, dtype) for stage in names]
     every, last = list(names), len(names) - 1
@@ -141,19 +141,19 @@ def _slots(
         affine.append(_affine(module, shortcut, dtype))
         affine[last] = affine[last][0], affine[last][1] + affine[-1][1]
     return [
-        Slot(_conv(module, stage), *own, dtype, folds and index >= last)
+        Slot(conv_of(module, stage), *own, dtype, folds and index >= last)
         for index, (stage, own) in enumerate(zip(every, affine, strict=True))
     ]
 
 
-def _conv(module: Readable, names: Names) -> SVFConv2d:
+def conv_of(module: Readable, names: StageNames) -> SVFConv2d:
     """The convolution of a stage, which the reasons have found to be an SVF layer."""
     return cast(SVFConv2d, module.get_submodule(names.conv))
 
 
-def _affine(module: Readable, names: Names, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _affine(module: Readable, names: StageNames, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
-    bias, bn = _conv(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
+    bias, bn = conv_of(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
     assert bn.running_mean is not None and bn.running_var is not None
     dtype = torch.promote_types(dtype, torch.float32)
     with torch.no_grad():

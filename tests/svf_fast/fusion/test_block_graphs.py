@@ -8,7 +8,7 @@ from torch import nn
 
 import svf_fast
 from svf_fast import SVFConv2d
-from svf_fast.fusion.blocks import Fused
+from svf_fast.fusion.fused import Fused
 from tests.svf_fast.ops.test_block import Bottleneck, first, frozen, fused, step
 
 
