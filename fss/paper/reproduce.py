@@ -10,20 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fss.config import TrainConfig
+from fss.config import TrainConfig, free_settings
 from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import BaseRun, Run, compared_rows, markdown
 from fss.paper.tables import FOLDS, Row, Table, base_values, run_values
 from fss.runs.checkpoint import check_same, explain_misfit
 from fss.settings import merged, read_settings
-from fss.training.base_learner import FREE as BASE_FREE
 from fss.training.base_learner import BaseLearnerConfig, plain, train_base
 from fss.training.loop import INTERRUPTED, Stopped, flat_settings
 from fss.training.run import train
 
 # What may differ between a finished run and the one that is asked for: not what was measured.
-_FREE = {"out", "log_every", "save_every", "pictures", "accelerator", "devices", "graph"}
-_FREE |= {"data.root", "data.workers", "model.weights", "model.base_weights", "model.official"}
+_FREE = free_settings(TrainConfig, "finished")
+_BASE_FREE = free_settings(BaseLearnerConfig, "finished")
 # What the settings of all rows must not say, and what says it.
 _OWN = {
     "data.fold": "give --folds",
@@ -234,7 +233,7 @@ def _check_settings(run: Run) -> None:
     assert run.config is not None
     _check_finished(run.folder, run.config.to_dict(), _FREE, _run_settings)
     if run.base is not None:
-        _check_finished(run.base.folder, plain(run.base.config), BASE_FREE, _base_settings)
+        _check_finished(run.base.folder, plain(run.base.config), _BASE_FREE, _base_settings)
 
 
 def _check_finished(

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from fss.captured import captured
-from fss.config import TrainConfig
+from fss.config import TrainConfig, free_settings
 from fss.data import build_episodes, build_source
 from fss.data.loader import episode_loader, explain_killed_worker
 from fss.evaluation.evaluate import episode_classes, evaluate
@@ -44,9 +44,7 @@ from fss.training.loop import (
 from fss.training.measure import StepTimer, peak_memory, saved_bytes
 
 # What may differ between the two halves of a resumed run: it does not change what is trained.
-FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
-FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
-FREE |= {"graph", "model.weights", "model.base_weights", "model.official"}
+FREE = free_settings(TrainConfig, "resume")
 
 # Of what last.pt holds, the plain values.
 _PROGRESS: dict[str, type | UnionType] = {"step": int, "stale": int, "skipped": int, "losses": list}
