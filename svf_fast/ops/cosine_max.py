@@ -15,7 +15,7 @@ _TILE = 1024  # query positions compared at once where there is no kernel
 
 
 def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    """Largest cosine of each query position to any masked support position.
+    """Compute the largest cosine of each query position to any masked support position.
 
     With s'_j = mask_j·s_j:  out_i = max_j (q_i·s'_j) / (|q_i||s'_j| + 1e-7)   (PFENet, section 3.2)
 
@@ -85,7 +85,7 @@ def _(
 
 
 def tiled_cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition a tile of query positions at a time, for devices without a kernel."""
+    """Compute the definition by tiles of query positions, for devices without a kernel."""
     dtype = _result_dtype(query)
     shape = query.shape[0], query.shape[2]
     values = query.new_empty(shape, dtype=dtype)
@@ -106,7 +106,7 @@ def tiled_cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tens
 def paired_cosine_max_backward(
     grad: Tensor, query: Tensor, support: Tensor, mask: Tensor, values: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the pairs of each maximum, for devices without a kernel."""
+    """Compute the gradients of the pairs of each maximum, for devices without a kernel."""
     dtype = grad.dtype
     q = query.to(dtype)
     weight = mask.gather(1, index).unsqueeze(1)
