@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from fss.config import ModelConfig
+from torch import Tensor
+
+import svf_fast
+from fss.config import ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
@@ -14,10 +19,12 @@ from fss.models.matching import Matching
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
-from fss.models.weights import backbone_of, load_backbone
+from fss.models.regimes import apply_regime
+from fss.models.weights import backbone_of, load_backbone, read_state
 
 __all__ = [
     "BAM",
+    "MODELS",
     "VGG",
     "Backbone",
     "Baseline",
@@ -33,17 +40,26 @@ __all__ = [
     "load_backbone",
     "load_base_learner",
     "load_official",
+    "rebuild_model",
 ]
+
+MODELS: dict[str, type[FewShotModel]] = {
+    "baseline": Baseline,
+    "pfenet": PFENet,
+    "bam": BAM,
+}
+"""The methods of few-shot segmentation by `model.name`."""
 
 
 def build_model(
     config: ModelConfig, base_classes: Mapping[int, str] | None = None, shots: int = 1
 ) -> FewShotModel:
-    """Builds the configured model with its pretrained backbone and a random head.
+    """Build the configured model with its pretrained backbone and a random head.
 
     Args:
         config: the network and its files.
-        base_classes: names of the fold's base classes by id, which BAM needs.
+        base_classes: names of the fold's base classes by id, which a model with a base learner
+            needs; with the authors' checkpoint None means as many as that has.
         shots: supports per query (K) that BAM learns to weigh.
 
     Raises:
@@ -51,23 +67,58 @@ def build_model(
         FileNotFoundError, ImportError, ConnectionError, ValueError: see `load_backbone`,
             `load_base_learner` and `load_official`.
     """
-    if config.name not in ("baseline", "pfenet", "bam"):
-        raise ValueError(f"model: expected one of baseline, pfenet, bam; got {config.name!r}")
-    backbone = build_backbone(config.backbone, config.stem, config.stride_on, config.width)
-    brought = config.official or (config.name == "bam" and config.base_weights != "none")
-    if not brought:
+    if config.name not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {config.name!r}")
+    kind = MODELS[config.name]
+    learned = kind.needs_base_learner and config.base_weights != "none"
+    count = len(base_classes or ())
+    if kind.needs_base_learner and base_classes is None:
+        if not config.official:
+            raise ValueError(
+                f"base_classes: expected the names of base classes for {config.name}, got None"
+            )
+        file = Path(config.official).expanduser()
+        count = kind.count_base_classes(read_state("model.official", file))
+    backbone = _backbone(config)
+    if not (config.official or learned):
         load_backbone(backbone, config.weights)
-    model: FewShotModel
-    if config.name == "baseline":
-        model = Baseline(backbone, config.channels, config.dropout)
-    elif config.name == "pfenet":
-        model = PFENet(backbone, config.channels, config.dropout, config.bins)
-    else:
-        if base_classes is None:
-            raise ValueError("base_classes: expected the names of base classes for bam, got None")
-        model = BAM(backbone, len(base_classes), shots, config.channels, config.dropout)
+    model = kind.from_config(backbone, config, count, shots)
     if config.official:
         load_official(model, config.official)
-    elif isinstance(model, BAM) and brought:
+    elif learned:
         load_base_learner(model, str(config.base_weights), base_classes)
     return model
+
+
+def rebuild_model(
+    config: TrainConfig, state: Mapping[str, Tensor], as_trained: bool = True
+) -> FewShotModel:
+    """Build the trained network of a run from its configuration and state dict; reads no file.
+
+    Args:
+        config: of the run, with the K that it was trained for.
+        state: the network's state dict.
+        as_trained: with the strategy and the fused blocks of training, which decomposes the
+            backbone once more. Else SVF layers are made of the state's U, S and V, unfused.
+
+    Raises:
+        LookupError, TypeError, RuntimeError: a state dict of another network.
+    """
+    kind = MODELS[config.model.name]
+    count = kind.count_base_classes(state)
+    model = kind.from_config(_backbone(config.model), config.model, count, config.data.shots)
+    converted = [name.removesuffix(".fingerprint") for name in state if "fingerprint" in name]
+    if as_trained or not converted:
+        apply_regime(model, config.regime)
+    else:
+        for name in converted:
+            convolution: Any = model.get_submodule(name)
+            factors: Any = tuple(state[f"{name}.{part}"] for part in "USV")
+            layer = svf_fast.SVFConv2d.from_conv(convolution, "auto", factors)
+            model.set_submodule(name, layer)
+    model.load_state_dict(state)
+    return model
+
+
+def _backbone(config: ModelConfig) -> Backbone:
+    return build_backbone(config.backbone, config.stem, config.stride_on, config.width)

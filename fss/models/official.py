@@ -75,11 +75,13 @@ def load_official(model: nn.Module, path: str) -> None:
     _load(model, _without_encoder(state, path), path)
 
 
-def load_base_learner(model: BAM, path: str, base_classes: Mapping[int, str] | None = None) -> None:
+def load_base_learner(
+    model: nn.Module, path: str, base_classes: Mapping[int, str] | None = None
+) -> None:
     """Loads backbone and base learner of BAM from `fss train-base`, or the authors' PSPNet.
 
     Args:
-        model: a BAM of the same backbone and fold.
+        model: a BAM, or another model with a `base_learner`, of the same backbone and fold.
         path: the folder of a `fss train-base` run, or a checkpoint file.
         base_classes: names of the fold's base classes by id, with which those of a `fss
             train-base` run must agree; the authors' files do not tell theirs.

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fss.config import DataConfig, ModelConfig, TrainConfig
 from fss.files import read_yaml
-from fss.settings import FOLDER
+from fss.models import MODELS
+from fss.settings import FOLDER, check_names, merged, read_settings
 from fss.training.base_learner import BaseLearnerConfig
 
 FOLDS = 4
@@ -166,9 +166,15 @@ def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) ->
     return {"steps": steps, **values, **parts}
 
 
+def needs_base_learner(model: dict[str, Any]) -> bool:
+    """Tell whether the settings of a model name one with a base learner."""
+    kind = MODELS.get(model.get("name", ModelConfig.name))
+    return kind is not None and kind.needs_base_learner
+
+
 def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[str, Any]:
     path = model.get("base_weights")
-    if model.get("name") != "bam":
+    if not needs_base_learner(model):
         return {name: value for name, value in model.items() if name != "base_weights"}
     if path is None:
         return model
@@ -181,31 +187,6 @@ def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[
             f"{path!r}"
         ) from error
     return model | {"base_weights": path}
-
-
-def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes`, which are nested as they are."""
-    result = dict(values)
-    for name, change in changes.items():
-        former = result.get(name)
-        both = isinstance(change, dict) and isinstance(former, dict)
-        result[name] = merged(former, change) if both else change
-    return result
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Reads a file with settings of `fss train` and checks their names.
-
-    Raises:
-        FileNotFoundError, ValueError: no file; not YAML; a name that is no setting.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"settings: expected a YAML file at {path}, found none")
-    values = read_yaml(path) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected settings by name, got a {type(values).__name__}")
-    _check_names(values, TrainConfig, str(path))
-    return values
 
 
 def _read(path: Path, required: set[str], optional: set[str]) -> dict[str, Any]:
@@ -226,7 +207,7 @@ def _data_set(path: Path) -> DataSet:
                 f"{kind}: {images}"
             )
     for settings in (values["settings"], *values["recipes"].values()):
-        _check_names(settings, TrainConfig, str(path))
+        check_names(settings, TrainConfig, str(path))
     return DataSet(**values)
 
 
@@ -245,7 +226,7 @@ def _row(values: Any, data: DataSet, path: Path) -> Row:
         regime = path.parent.parent / "regimes" / f"{values['regime']}.yaml"
         settings = merged(data.recipes.get(recipe, {}), read_settings(regime))
         own = values.get("settings", {})
-        _check_names(own, TrainConfig, where)
+        check_names(own, TrainConfig, where)
         settings = merged(settings, own)
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(values["run"])):
             raise ValueError(f"{where}: run: expected the name of a folder, got {values['run']!r}")
@@ -289,15 +270,3 @@ def _check_keys(values: Any, required: set[str], optional: set[str], where: str)
             + (f"; missing {', '.join(missing)}" if missing else "")
             + (f"; unknown {', '.join(unknown)}" if unknown else "")
         )
-
-
-def _check_names(values: Any, part: type, where: str) -> None:
-    """Raises ValueError for a name that is not a field of the configuration."""
-    types = typing.get_type_hints(part)
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected settings by name, got {values!r}")
-    for name, value in values.items():
-        if name not in types:
-            raise ValueError(f"{where}: {name!r} is no setting; expected {', '.join(types)}")
-        if dataclasses.is_dataclass(types[name]):
-            _check_names(value, types[name], f"{where}: {name}")

@@ -13,7 +13,7 @@ from fss.cli import build_parser, main
 from fss.config import DataConfig, TrainConfig
 from fss.models import build_model
 from fss.paper.tables import load_table, run_values
-from fss.settings import FOLDER, config_file, config_names
+from fss.settings import FOLDER, config_file, config_names, merged, read_settings
 
 NAMES = config_names()
 PARSER = build_parser()
@@ -50,6 +50,24 @@ def test_a_path_or_a_name(tmp_path, monkeypatch):
     for name in ("nowhere.yaml", "svf", "paper/T1", "../configs/demo", ""):
         with pytest.raises(FileNotFoundError, match="config: expected a YAML file, clothing, coco"):
             config_file(name)
+
+
+def test_settings_of_a_file_over_others(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {shots: 5}\nsteps: 3")
+    values = {"data": {"fold": 1, "shots": 1}, "out": "runs"}
+    assert merged(values, read_settings(path)) == {
+        "data": {"fold": 1, "shots": 5},
+        "out": "runs",
+        "steps": 3,
+    }
+    assert values["data"]["shots"] == 1
+    for text, message in (("data: {sise: 9}", "data: 'sise' is no setting"), ("[1]", "got a list")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_settings(path)
+    with pytest.raises(FileNotFoundError, match="settings: expected a YAML file at .*nowhere"):
+        read_settings(tmp_path / "nowhere")
 
 
 def test_names_on_the_command_line(capsys):

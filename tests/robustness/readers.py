@@ -39,9 +39,9 @@ from fss.models.backbone import build_backbone
 from fss.models.official import load_official
 from fss.models.pspnet import PSPNet
 from fss.models.weights import load_backbone
-from fss.paper.tables import read_settings
 from fss.runs.checkpoint import load_checkpoint, save_checkpoint
 from fss.runs.log import read_log
+from fss.settings import read_settings
 from tests.robustness.mutations import Seed, header, pixels, png, tarred, text, zipped
 
 YAML = """
@@ -444,8 +444,7 @@ def _own_pictures() -> list[Reader]:
     """A user's own pictures and masks, where there is `fss predict`."""
     if importlib.util.find_spec("fss.segment.pictures") is None:
         return []
-    from fss.segment.masks import read_mask
-    from fss.segment.pictures import read_picture
+    from fss.segment.pictures import read_mask, read_picture
 
     def picture(path: Path) -> None:
         found = read_picture(path)

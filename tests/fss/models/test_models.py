@@ -1,19 +1,19 @@
 """What holds for every model: seams, regimes, memory, precisions."""
 
 import functools
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
 import svf_fast
-from fss.config import ModelConfig, RegimeConfig
-from fss.models import BAM, Prediction, build_backbone, build_model
+from fss.config import DataConfig, ModelConfig, RegimeConfig, TrainConfig
+from fss.models import BAM, MODELS, Prediction, build_backbone, build_model, rebuild_model
 from fss.models.pfenet import PFENet
 from fss.models.regimes import apply_regime
 from fss.training.measure import saved_bytes
 
-MODELS = ("baseline", "pfenet", "bam")
 BACKBONES = ("resnet18", "resnet50", "vgg16_bn")
 BASE = {c: f"class {c}" for c in range(1, 6)}
 
@@ -227,6 +227,35 @@ def test_singular_values_of_vgg_run_fused():
     layers = [model.backbone.layer2, model.backbone.layer3, model.backbone.layer4]
     assert all(layer.unfused_reason() == "" for layer in layers)
     assert len(list(svf_fast.svf_parameters(model))) == 9
+
+
+def test_the_configuration_knows_the_models_of_the_registry():
+    assert get_args(get_type_hints(ModelConfig)["name"]) == tuple(MODELS)
+
+
+@pytest.mark.parametrize("regime", ["svf", "freeze"])
+@pytest.mark.parametrize("as_trained", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_network_is_rebuilt_from_its_state_dict(name, as_trained, regime):
+    base = {"base_weights": "gone"} if MODELS[name].needs_base_learner else {}
+    small = {"backbone": "resnet18", "width": 4, "channels": 16}
+    config = TrainConfig(
+        data=DataConfig(source="shapes", shots=2),
+        model=ModelConfig(name=name, weights="gone", **small, **base),
+        regime=RegimeConfig(name=regime),
+    )
+    model = _model(name, shots=2)
+    apply_regime(model, config.regime)
+    _grow(model)
+    rebuilt = rebuild_model(config, model.state_dict(), as_trained)
+    assert len(list(svf_fast.svf_parameters(rebuilt))) == len(list(svf_fast.svf_parameters(model)))
+    batch = _batch(shots=2)
+    with torch.no_grad():
+        expected, got = (_predict(each.eval(), batch).logits for each in (model, rebuilt))
+    torch.testing.assert_close(got, expected)
+    short = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        rebuild_model(config, short, as_trained)
 
 
 def test_build_model_wants_what_bam_needs():

@@ -17,10 +17,10 @@ from fss.paper.tables import (
     base_values,
     default_folder,
     load_table,
-    merged,
     run_values,
     table_names,
 )
+from fss.settings import merged
 from fss.training.base_learner import BaseLearnerConfig
 
 FOLDER = default_folder()

@@ -7,10 +7,8 @@ from torch import nn
 
 from fss.data import build_episodes
 from fss.evaluation.evaluate import episode_classes
-from fss.evaluation.metrics import Score
 from fss.models import Prediction
-from fss.report.episodes import draw_curves, draw_episodes
-from fss.runs.log import RunLog
+from fss.report.episodes import draw_episodes
 
 
 class Everything(nn.Module):
@@ -32,29 +30,3 @@ def test_episodes_of_two_shots(tiny, tmp_path):
     # The last column is under the prediction's orange, BGR (0, 159, 230) over grey.
     blue, _, red = (picture[:, -200:, channel].astype(int) for channel in range(3))
     assert np.mean(red - blue > 60) > 0.3
-
-
-def test_curves(tmp_path):
-    log = RunLog(tmp_path, {1: "cat"})
-    for step in range(1, 60):
-        log.train(
-            {
-                "step": step,
-                "loss": 1 / step,
-                "lr": 0.1,
-                "backbone_lr": None,
-                "step_seconds": 1.0,
-                "images_per_second": 2.0,
-                "peak_memory_bytes": 5,
-                "skipped_steps": 0,
-                "unreadable": 0,
-            }
-        )
-    log.validation(30, Score(0.2, 0.5, {1: 0.2}, {1: 4}), 0.4)
-    log.close()
-    draw_curves(tmp_path / "curves.png", tmp_path)
-    full = cv2.imread(str(tmp_path / "curves.png"))
-    assert full.shape[1] > full.shape[0] > 300
-    RunLog(tmp_path, {1: "cat"}).close()
-    draw_curves(tmp_path / "curves.png", tmp_path)
-    assert not np.array_equal(full, cv2.imread(str(tmp_path / "curves.png")))

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import math
 
-from fss.evaluation.metrics import Score
-from fss.runs.log import RunLog, read_log
+from fss.runs.folder import RunFolder
+from fss.runs.log import read_log
 
 NAMES = {3: "cat", 7: 'dog, "big"'}
-SCORE = Score(0.25, 0.5, {3: 0.5, 7: 0.0}, {3: 1, 7: 0})
 
 
 def row(step: int) -> dict:
@@ -24,10 +23,11 @@ def row(step: int) -> dict:
 
 
 def write(folder, steps, start=0):
-    log = RunLog(folder, NAMES, start)
+    log = RunFolder(folder).open_log(NAMES, start)
     for step in steps:
         log.train(row(step))
-        log.validation(step, SCORE, 0.75)
+        scores = {"miou": 0.25, "fb_iou": 0.5, "train_miou": 0.75}
+        log.validation({"step": step, **scores}, {3: 0.5, 7: 0.0})
     log.close()
 
 

@@ -16,7 +16,7 @@ from fss.config import TrainConfig
 from fss.runs.log import read_log
 from fss.training.run import train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Without dropout and ignored pixels the averaged gradients are those of the whole batch.
 SETTINGS = {
     "model": {"dropout": 0.0},
