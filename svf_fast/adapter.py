@@ -309,7 +309,7 @@ def _plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprints(layers: dict[str, Factored]) -> dict[str, str]:
-    stacked = torch.stack([layer.fingerprint for layer in layers.values()])  # a GPU waits once
+    stacked = torch.stack([layer.fingerprint for layer in layers.values()])  # one copy from a GPU
     return {name: bytes(row).hex() for name, row in zip(layers, stacked.tolist(), strict=True)}
 
 

@@ -36,7 +36,7 @@ class UnitReport:
         output_shape: of its first call; empty for the other layers.
         saved_bytes: what autograd keeps in its forward passes; a tensor that several keep counts
             for the first.
-        reference_bytes: the same with the paper's three layers in the place of each SVF layer.
+        reference_bytes: the same with the paper's three layers instead of each SVF layer.
         flops, reference_flops: of the SVF layers in it, forward and backward.
     """
 
@@ -121,7 +121,7 @@ def memory_report(
 
     The model runs twice on shapes alone (fake tensors), as it is and with the paper's layers: no
     memory, no arithmetic. Counted is every storage that autograd keeps, once, as
-    ``saved_tensors_hooks`` sees them; parameters and buffers do not count. What needs a gradient is
+    ``saved_tensors_hooks`` sees them; parameters and buffers are ignored. What needs a gradient is
     what needs one now, and batch norms are in the mode they are in. ``dtype`` names the dtype of a
     run under autocast; without it the model runs in the dtype of its factors.
 
@@ -166,7 +166,7 @@ def memory_report(
 def _units(model: nn.Module) -> dict[str, nn.Module]:
     """Return the fused modules, and the SVF layers outside of these, by name.
 
-    A fused sequence has its units alone; blocks and layers beside them stand for themselves.
+    A fused sequence runs its units alone; blocks and layers beside them are listed by themselves.
     """
     units: dict[str, nn.Module] = {}
     inside: set[str] = set()

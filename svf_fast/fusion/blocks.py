@@ -329,7 +329,7 @@ def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
     if now == kinds:
         return ""
     name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
-    was, is_now = kinds.get(name, "not there"), now.get(name, "not there")
+    was, is_now = kinds.get(name, "missing"), now.get(name, "missing")
     return f"{name} was {was} at conversion and is {is_now} now"
 
 

@@ -84,7 +84,7 @@ class _Chain:
 
 
 class Reading:
-    """Of a module as it was when it was read; ``watch`` None where changes cannot be seen."""
+    """What a fused module reads of its parts at one moment; no ``watch``: it cannot be kept."""
 
     def __init__(self, module: Readable, watch: Watch | None) -> None:
         self.watch = watch

@@ -37,7 +37,7 @@ class _Unseen(Exception):
 
 
 class Watch:
-    """All modules inside a module, as they are now."""
+    """All modules inside a module and their tensors, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self._children: list[tuple] = []
@@ -147,7 +147,7 @@ class Watch:
 
 
 def watch(module: nn.Module) -> Watch | None:
-    """Watch a module; None where a change could not be seen by looking.
+    """Collect what the forward pass depends on; None where changes of it could not be seen.
 
     That is while torch.compile traces, and for tensors without values or version.
     """

@@ -289,7 +289,7 @@ def _check_call(
     if "forward" in vars(module):
         raise Misfit(f"{what} has a forward of its own instead of its class's")
     if (is_conv(module) or is_norm(module)) and places[module] != places[container]:
-        raise Misfit(f"{what} stands at two places of the model")
+        raise Misfit(f"{what} is used twice in the model")
 
 
 def _check_conv(name: str, module: nn.Module) -> None:

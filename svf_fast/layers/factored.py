@@ -231,7 +231,7 @@ class Factored(nn.Module):
         assert plan is not None
         unguarded = plan.strategy == "gram" and plan.host_tail is None
         if unguarded and not guarded_indices(S, S.numel() // self.rank)[0]:
-            return  # the usual case, told apart at once
+            return  # the usual case, recognized at once
         strategy, host_tail = self._choose(S)
         if strategy == plan.strategy and _same(host_tail, plan.host_tail):
             return
@@ -246,7 +246,7 @@ class Factored(nn.Module):
         """Tell whether ``gram`` multiplies less than ``chain``, per group and position.
 
         Counted beyond the plain convolution's own multiplications. ``gram`` keeps a map that is
-        kept already, or the smaller one: memory never speaks for ``chain``.
+        kept already, or the smaller one: ``chain`` never saves memory.
         """
         geometry = self.geometry
         shapes = self.U.shape, self.V.shape, geometry

@@ -86,7 +86,7 @@ class Values:
         return self.seen.holds(S) and values == self.S
 
     def moved(self, seen: Seen, S: bytes | None) -> None:
-        """Drop what was made of other values; what nobody took of it is asked for no more."""
+        """Drop what was made of other values, and forget the dtypes that nobody took."""
         self.seen, self.S = seen, S
         for dtype in self.made.keys() - self._taken:
             del self.scales[dtype]

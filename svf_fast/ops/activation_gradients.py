@@ -48,7 +48,7 @@ def activation_gradients_by_gram(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`activation_gradients` in the place of grad, one after the other."""
+    """Compute :func:`activation_gradients` in place of grad, one after the other."""
     nothing = scale.new_empty(0)
     behind = nothing
     if after:

@@ -91,7 +91,7 @@ def tiled_cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tens
     values = query.new_empty(shape, dtype=dtype)
     index = query.new_empty(shape, dtype=torch.int64)
     with torch.autocast(query.device.type, enabled=False):
-        # a choice, not a product: the features of a masked position do not count, NaN neither
+        # a choice, not a product: the features of a masked position are ignored, NaN too
         masked = torch.where(mask.unsqueeze(1) != 0, support.to(dtype) * mask.unsqueeze(1), 0)
         norms = masked.norm(dim=1).unsqueeze(1)
         for first in range(0, query.shape[2], _TILE):

@@ -175,7 +175,7 @@ class Gradient:
         self.value, self.mask = value, mask
 
     def tensor(self) -> Tensor:
-        """Return the gradient itself, and keep it in the place of value and mask."""
+        """Return the gradient itself, which replaces value and mask from now on."""
         if self.mask is not None:
             masked = torch.ops.svf_fast.affine_act_backward.default
             self.value, self.mask = masked(self.value, None, self.mask, None, None), None

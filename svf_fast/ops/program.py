@@ -163,7 +163,7 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # it is not there: `runs_programs`; to load it takes a second
+        return False  # Dynamo does not run here: `runs_programs`; to load it takes a second
 
     def __init__(self, inputs: Tensors, constants: Tensors) -> None:
         super().__init__()
