@@ -91,10 +91,10 @@ def check_device(op: str, tensor: Tensor) -> None:
     if cuda_missing and triton_missing():
         raise RuntimeError(
             f"{op}: got a tensor on {tensor.device}, but the CUDA ops are missing: "
-            f"{cuda_missing}; and so are their Triton twins: {triton_missing()}. Install Triton (torch's "
-            "CUDA builds for Linux bring it along; elsewhere: pip install triton), or reinstall "
-            "svf_fast with SVF_FAST_CUDA=1, which stops with the reason if they cannot be built, "
-            "or move the tensors to the CPU."
+            f"{cuda_missing}; and so are their Triton twins: {triton_missing()}. Install Triton "
+            "(torch's CUDA builds for Linux bring it along; elsewhere: pip install triton), or "
+            "reinstall svf_fast with SVF_FAST_CUDA=1, which says why if they cannot be built, or "
+            "move the tensors to the CPU."
         )
 
 

@@ -53,7 +53,7 @@ class ResidualUnit(Fused):
     def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
         """Fuse a residual block in place and return it; plain convolutions in it are converted.
 
-        The block is recognised by its forward pass, whatever its class and the names in it.
+        The block is recognized by its forward pass, whatever its class and the names in it.
 
         Raises:
             TypeError: not a module.

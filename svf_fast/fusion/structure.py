@@ -334,7 +334,7 @@ def _ends_in_relu(norm: nn.BatchNorm2d) -> bool:
         if given != (None if getattr(norm, name) is None else name):
             raise Misfit(f"it does not use its {name}")
     if call["input"] not in graph.inputs or call["training"] or call["eps"] != norm.eps:
-        raise Misfit("it does not normalise its input by its own statistics")
+        raise Misfit("it does not normalize its input by its own statistics")
     return relu
 
 

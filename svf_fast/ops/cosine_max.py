@@ -78,7 +78,7 @@ def _(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _(
     grad: Tensor, query: Tensor, support: Tensor, mask: Tensor, values: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # the kernel's layout: that of the query, where its channels are neighbours
+    # the kernel's layout: that of the query, where its channels are neighbors
     if query.shape[1] > 1 and query.stride(1) == 1 and query.stride(2) > 1:
         return query.new_empty(query.mT.shape).mT, support.new_empty(support.mT.shape).mT
     return query.new_empty(query.shape), support.new_empty(support.shape)
