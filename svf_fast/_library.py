@@ -82,7 +82,7 @@ def _imported(module: str, name: str) -> Callable:
 
 
 def check_device(op: str, tensor: Tensor) -> None:
-    """Raise an error where no kernel of ours can serve the device of `tensor`."""
+    """Check that a kernel of ours can serve the device of `tensor`."""
     device = tensor.device.type
     if device in ("cpu", "meta"):
         return

@@ -19,7 +19,7 @@ from svf_fast.ops.program import Programs
 
 
 class Readable(Protocol):
-    """A fused module."""
+    """What :class:`Reading` needs of a fused module."""
 
     def unfused_reasons(self) -> list[str]: ...
     def get_submodule(self, target: str) -> nn.Module: ...

@@ -13,7 +13,7 @@ from svf_fast.ops.factors import Constants, Kind
 
 
 class Seen:
-    """Tensors as they were: one that is replaced, moved or written to is another.
+    """A snapshot of tensors, which one that is replaced, moved or written to no longer fits.
 
     It keeps them, so that nothing else takes their addresses.
     """

@@ -1,4 +1,4 @@
-"""Affine map, residual sum, ReLU and its 1-bit mask in one pass, and the way back in another.
+"""Affine map, residual sum, ReLU and its 1-bit mask in one pass, and its gradient in another.
 
 The frozen batch norm after a convolution is the affine map ``y·scale_c + shift_c``. Neither its
 input nor its output need be kept for the ReLU's gradient: either y is there for another reason

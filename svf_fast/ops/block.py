@@ -75,7 +75,7 @@ class Keeps(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What of a block is not a tensor.
+    """How a block computes: everything but its tensors.
 
     kinds: of each stage, that of the shortcut last if it has one.
     shortcut: what is added before the last ReLU: "" (nothing), "identity" (x), "given" (a map), or
@@ -153,7 +153,7 @@ def block(
 
 
 class _Block(torch.autograd.Function):
-    """The stages come as they are, with S of each as what is differentiated, or all as tensors."""
+    """The node. It takes the stages and S of each, to be differentiated; traced, all as tensors."""
 
     @staticmethod
     def forward(ctx, x, shortcut_x, form, stages, programs, *tensors):

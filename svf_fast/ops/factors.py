@@ -49,7 +49,7 @@ def reads_input(weight_shape: torch.Size, geometry: Geometry) -> bool:
 
 
 class Kind(NamedTuple):
-    """What of an SVF convolution is not a tensor.
+    """How an SVF convolution computes: everything but its tensors.
 
     strategy: "fold", "chain", "gram", or "frozen" where S takes no gradient.
     keeps: the map that the gradient of S is read off: x (as sampled), v, y, or "" (none of them).

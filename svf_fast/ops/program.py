@@ -117,7 +117,9 @@ def _layout(x: Tensor) -> tuple:
 
 
 class _Program(NamedTuple):
-    """code: from the inputs to the results. rest: what the pass returns besides them.
+    """A recorded pass as code.
+
+    code: from the inputs to the results. rest: what the pass returns besides them.
 
     device: the number of the GPU that kernels are to be launched on, None on the CPU.
     """

@@ -1,4 +1,4 @@
-"""Definition of the way back through an activation, and dS of the layers on both sides."""
+"""Definition of the gradient through an activation, and dS of the layers on both sides."""
 
 from __future__ import annotations
 
