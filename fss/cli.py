@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import traceback
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,13 +24,12 @@ from fss.data.prepare import prepare, verify_data
 from fss.evaluation.evaluate import table
 from fss.evaluation.score import evaluate_run
 from fss.files import read_yaml
-from fss.paper.reproduce import Options, listing, reproduce
-from fss.paper.tables import default_folder, load_table, table_names
+from fss.paper.reproduce import reproduce_table
 from fss.report import write_report
 from fss.segment.app import serve
 from fss.segment.export import export_run
 from fss.segment.predict import predict_files
-from fss.settings import config_file, config_names, merged, read_settings
+from fss.settings import config_file, config_names
 from fss.training.adapters import adapter_files
 from fss.training.base_learner import BaseLearnerConfig, base_table, train_base
 from fss.training.loop import INTERRUPTED
@@ -64,50 +62,6 @@ _RAISING = ("fss", "svf_fast", "jsonargparse")
 _PARTS = ("data", "model", "regime", "optimizer")
 _LONGEST = 4000  # characters of a message
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
-
-
-def reproduce_table(
-    table: str | None = None,
-    list: bool = False,
-    rows: tuple[str, ...] = (),
-    folds: tuple[int, ...] = (),
-    shots: tuple[int, ...] = (),
-    out: str = "runs/paper",
-    scale_down: bool = False,
-    settings: str | None = None,
-    tables: str | None = None,
-    **overrides: dict[str, Any],
-) -> str:
-    """Makes or resumes the runs of a table of the paper and compares it with the paper's numbers.
-
-    Args:
-        table: T1 to T24; without one, all of them are listed.
-        list: only lists the runs and whether they are there.
-        rows: names of runs or numbers of rows, as `--list` shows them; by default all.
-        folds: of 0 to 3; by default all.
-        shots: of 1 and 5; by default all that the table has.
-        out: folder of the runs, which tables share, and of the results NAME.md and NAME.json.
-        scale_down: a small network on small photos for a few steps, to try a table on a CPU.
-        settings: YAML file of settings of `fss train` over those of every row.
-        tables: folder of the tables' files; by default those of the package.
-        overrides: settings by part, over the file's.
-
-    Returns the text to print.
-
-    Raises:
-        FileNotFoundError: no tables there.
-        ValueError: an unknown table, row, fold or setting; photos that nobody named.
-        KeyboardInterrupt: after ctrl-C; the message says how to go on.
-    """
-    folder = Path(tables) if tables else default_folder()
-    values = merged(read_settings(Path(settings)) if settings else {}, overrides)
-    options = Options(rows, folds, shots, out, values, scale_down)
-    names = [table] if table is not None else table_names(folder)
-    if list or table is None:
-        return "\n".join(
-            line for name in names for line in listing(load_table(name, folder), options)
-        )
-    return reproduce(load_table(table, folder), options, evaluate_run)["markdown"]
 
 
 _EXITS = (

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -20,10 +19,9 @@ from fss.colors import ORANGE
 from fss.config import TrainConfig
 from fss.data import EvalTransform, test_transform
 from fss.evaluation.evaluate import enlarge
-from fss.models import FewShotModel, Matching, backbone_of, build_model
-from fss.models.regimes import apply_regime
+from fss.models import FewShotModel, Matching, backbone_of
 from fss.processes import lay_out
-from fss.runs.checkpoint import explain_misfit, load_checkpoint
+from fss.runs.folder import RunFolder
 from fss.segment.pictures import MaskLike, Picture, overlay, read_mask, read_picture
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -119,7 +117,8 @@ class FewShotSegmenter:
             FileNotFoundError: no checkpoint there.
             ValueError: a damaged checkpoint.
         """
-        model, config = load_run(Path(run), checkpoint)
+        folder, name = RunFolder.find(run, checkpoint)
+        model, config = folder.network(name)
         segmenter = cls.__new__(cls)
         segmenter._prepare(model, config, test_transform(config.data), adapter, threshold, device)
         return segmenter
@@ -275,47 +274,6 @@ class FewShotSegmenter:
             mask = (margin > limit).cpu().numpy()
             results.append(Segmentation(picture, margin.sigmoid().cpu().numpy(), mask))
         return results
-
-
-def load_run(
-    path: Path, checkpoint: Literal["best", "last"] = "best"
-) -> tuple[FewShotModel, TrainConfig]:
-    """The network of a run and its configuration, from the checkpoint alone.
-
-    Singular vectors are taken from the checkpoint, nothing is decomposed.
-
-    Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint.
-    """
-    if path.is_dir():
-        path = path / f"{checkpoint}.pt"
-    content = load_checkpoint(path)
-    with explain_misfit(path):
-        return _network_of(content)
-
-
-def _network_of(content: dict[str, Any]) -> tuple[FewShotModel, TrainConfig]:
-    values, state = content["config"], content["model"]
-    shots = values["data"]["shots"]
-    values["model"] |= {"weights": "none", "base_weights": "none", "official": None}
-    config = TrainConfig.from_dict(values)
-    classes = None
-    if config.model.name == "bam":
-        count = len(state["base_learner.classifier.4.weight"]) - 1
-        classes = {number: f"base class {number}" for number in range(1, count + 1)}
-    network = build_model(config.model, classes, shots)
-    converted = [name.removesuffix(".fingerprint") for name in state if "fingerprint" in name]
-    if converted:
-        for name in converted:
-            convolution: Any = network.get_submodule(name)
-            factors: Any = tuple(state[f"{name}.{part}"] for part in "USV")
-            layer = svf_fast.SVFConv2d.from_conv(convolution, "auto", factors)
-            network.set_submodule(name, layer)
-    else:
-        apply_regime(network, config.regime)
-    network.load_state_dict(state)
-    return network, config
 
 
 def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:

@@ -76,7 +76,7 @@ def test_parameters_say_that_they_are_on_a_gpu():
     assert model[1].running_var.device.type == "cuda"
     with host.gpu_path():
         x = torch.randn(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
-        assert layer.S.is_cuda and not layer._is_captured()
+        assert layer.S.is_cuda and not layer.is_captured
         assert svf_fast.ops.maps.on_gpu(x)
     assert not svf_fast.ops.maps.on_gpu(x)
 

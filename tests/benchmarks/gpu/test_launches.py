@@ -38,7 +38,7 @@ def guarded(shared, tmp_path_factory) -> tuple[torch.nn.Module, Settings]:
         size=33, weights=str(weights), stride_on="conv1", dtype="bfloat16", channels_last=True
     )
     model = launches.network("svf_fast", settings, tmp_path_factory.mktemp("svd"))
-    planned = [layer._plan for layer in svf_layers(model).values()]
+    planned = [layer.plan for layer in svf_layers(model).values()]
     assert any(plan.host_tail is not None for plan in planned)
     return model, settings
 

@@ -1,18 +1,14 @@
-"""How a step is computed: schedule, accumulation, precision, determinism, early stop."""
+"""How a step is computed: accumulation, precision, determinism, early stop."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from fss.config import OptimizerConfig
-from fss.evaluation.metrics import Score
-from fss.models.regimes import build_optimizer, build_scheduler
-from fss.processes import build_fabric, determinism, synchronise_batch_norms, torchrun_layout
+from fss.evaluation.metrics import EpisodeIoU, Score
+from fss.processes import build_fabric
 from fss.runs.log import read_log
 from fss.training.run import train
 from fss.training.trainer import Trainer
@@ -26,24 +22,89 @@ def log(config, name: str = "train.csv") -> dict[str, list[float]]:
     return read_log(Path(config.out) / name)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Linear(2, 2)
-        self.head = nn.Linear(2, 2)
+def test_training_learns(tiny):
+    config = tiny(
+        steps=25, optimizer={"name": "adamw"}, model={"dropout": 0.0}, regime={"name": "full"}
+    )
+    train(config)
+    loss = log(config)["loss"]
+    assert sum(loss[-5:]) < 0.9 * sum(loss[:5])
 
 
-def test_poly_is_the_published_schedule_and_the_factor_is_on_every_group():
-    config = OptimizerConfig(lr=0.0025, lr_factor=10, schedule="poly")
-    optimizer = build_optimizer(Net(), config)
-    scheduler = build_scheduler(optimizer, config, 50)
-    for step in range(50):
-        head, backbone = (group["lr"] for group in optimizer.param_groups)
-        assert head == pytest.approx(0.025 * (1 - step / 50) ** 0.9, rel=1e-9)
-        assert backbone == pytest.approx(head / 10)
-        optimizer.step()
-        scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == 0
+def test_the_miou_in_training_is_of_what_was_trained_on(tiny, monkeypatch):
+    """Each step's predictions, summed class by class until the validation."""
+    seen: list[tuple] = []
+    original = Trainer._loss
+
+    def loss(self, batch):
+        prediction = []
+        hook = self.model.register_forward_hook(lambda *call: prediction.append(call[2]))
+        result = original(self, batch)
+        hook.remove()
+        seen.append((prediction[0].logits.argmax(1), batch))
+        return result
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    config = tiny(steps=4, validation_every=2)
+    train(config)
+    expected = []
+    for steps in (seen[:2], seen[2:]):
+        metric = EpisodeIoU(sorted({int(c) for _, batch in steps for c in batch["class_id"]}))
+        for prediction, batch in steps:
+            for one, mask, c in zip(
+                prediction, batch["query_mask"], batch["class_id"], strict=True
+            ):
+                metric.update(one, mask, int(c))
+        expected.append(metric.result().miou)
+    assert log(config, "validation.csv")["train_miou"] == expected
+    assert expected[0] != expected[1]
+
+
+def test_foreground_weight_weighs_the_loss(tiny, tmp_path):
+    losses = []
+    for weight in (1.0, 5.0):
+        config = tiny(steps=1, foreground_weight=weight, out=str(tmp_path / str(weight)))
+        train(config)
+        losses += log(config)["loss"]
+    assert losses[0] != losses[1]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint_before(tiny, monkeypatch):
+    original = Trainer._loss
+    monkeypatch.setattr(
+        Trainer,
+        "_loss",
+        lambda self, batch: original(self, batch) * (float("nan") if self.step == 2 else 1),
+    )
+    config = tiny(steps=4, save_every=2, log_every=4, optimizer={"schedule": "constant"})
+    message = (
+        "loss: expected a finite number, got nan at step 3 with learning rate 0.01; lower "
+        "optimizer.lr, or train in precision 32-true. .*last.pt is from before"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        train(config)
+    state = last(config)
+    assert state["step"] == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, monkeypatch):
+    monkeypatch.setattr(
+        "fss.training.trainer.Trainer._loss",
+        lambda self, batch: sum((p * 1e30).square().sum() for p in self._trained()),
+        raising=False,
+    )
+    monkeypatch.setattr(
+        Trainer,
+        "_trained",
+        lambda self: [p for p in self.network.parameters() if p.requires_grad],
+        raising=False,
+    )
+    original = Trainer._settle
+    monkeypatch.setattr(Trainer, "_settle", lambda self: self._pending.clear() or original(self))
+    monkeypatch.setattr(Trainer, "_log_steps", lambda self, *window: {})
+    with pytest.raises(FloatingPointError, match="expected finite numbers, got others at step 1"):
+        train(tiny(save_every=1))
 
 
 def test_accumulated_parts_are_the_big_batch(tiny, tmp_path):
@@ -114,24 +175,11 @@ def test_deterministic_runs_have_the_same_bits(tiny, tmp_path):
     assert log(runs[0])["loss"] == log(runs[1])["loss"]
 
 
-def test_determinism_is_on_within_and_restored_after(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with pytest.raises(KeyError), determinism(True):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        raise KeyError
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert not torch.backends.cudnn.deterministic
-    with determinism(False):
-        assert not torch.are_deterministic_algorithms_enabled()
-
-
 def scores(monkeypatch, *miou: float) -> None:
     """Validations that give these."""
     values = iter(miou)
     monkeypatch.setattr(
-        "fss.trainer.evaluate",
+        "fss.training.trainer.evaluate",
         lambda model, dataset, classes, *_, **__: Score(
             next(values), 0.5, dict.fromkeys(classes, 0.0), dict.fromkeys(classes, 1)
         ),
@@ -174,31 +222,10 @@ def test_validation_on_base_classes_shows_none_of_the_novel(tiny):
         ({}, "sync_batch_norm: every batch norm uses its stored statistics"),
         (
             {"batch_norm": "both", "batch_norm_statistics": "batch"},
-            "sync_batch_norm: expected several processes on GPUs, .*got 1 on CPU. Leave it out",
+            "sync_batch_norm: expected several processes on GPUs, .*got 1 on CPU. Omit it",
         ),
     ],
 )
-def test_batch_norms_that_cannot_be_synchronised(tiny, regime, message):
+def test_batch_norms_that_cannot_be_synchronized(tiny, regime, message):
     with pytest.raises(ValueError, match=message):
         train(tiny(sync_batch_norm=True, regime=regime))
-
-
-def test_synchronised_batch_norms_on_gpus(tiny):
-    class Two:
-        device, world_size = torch.device("cuda"), 2
-
-    regime = tiny(regime={"batch_norm": "both", "batch_norm_statistics": "batch"}).regime
-    model = synchronise_batch_norms(nn.Sequential(nn.BatchNorm2d(3)), regime, Two())
-    assert isinstance(model[0], nn.SyncBatchNorm)
-
-
-def test_the_layout_of_torchrun(monkeypatch):
-    assert torchrun_layout() is None
-    for name, value in (("RUN_ID", "x"),):
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert torchrun_layout() == (4, 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="torchrun: expected as many processes on each machine"):
-        torchrun_layout()
