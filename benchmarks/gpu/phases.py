@@ -51,7 +51,8 @@ class Phase(NamedTuple):
     """A process of its own.
 
     seconds: at most. least: with less left it does not start. command: what it runs, given the
-    seconds it may take. needs: modules beside those of all phases. repeats: in each call, done or not.
+    seconds it may take. needs: modules beside those of all phases. repeats: it runs in each call,
+    done or not.
     """
 
     name: str

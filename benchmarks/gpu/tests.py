@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.tests --part first --seconds 60 --out runs/gpu
 
 First the files of `tests/gpu`, small ones first; the rest are those whose cases run on a GPU if
-there is one, kernels first. An illegal access in one file cannot affect another. Files that have not
-ended in time are stopped, and counted as far as they came. Results are written after each file;
+there is one, kernels first. An illegal access in one file cannot affect another. Files that have
+not ended in time are stopped, and counted as far as they came. Results are written after each file;
 those of files that ended in an earlier call are kept.
 """
 
