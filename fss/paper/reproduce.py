@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fss.config import TrainConfig
+from fss.config import TrainConfig, free_settings
 from fss.evaluation.score import evaluate_run
 from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import compared_rows, markdown
@@ -18,14 +18,13 @@ from fss.paper.tables import Table, default_folder, load_table, table_names
 from fss.runs.checkpoint import check_same, explain_misfit
 from fss.runs.folder import BaseFolder
 from fss.settings import merged, read_settings
-from fss.training.base_learner import FREE as BASE_FREE
 from fss.training.base_learner import BaseLearnerConfig, train_base
 from fss.training.loop import INTERRUPTED, Stopped, flat_settings
 from fss.training.run import train
 
 # What may differ between a finished run and the one that is asked for: not what was measured.
-_FREE = {"out", "log_every", "save_every", "pictures", "accelerator", "devices", "graph"}
-_FREE |= {"data.root", "data.workers", "model.weights", "model.base_weights", "model.official"}
+_FREE = free_settings(TrainConfig, "finished")
+_BASE_FREE = free_settings(BaseLearnerConfig, "finished")
 _FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
@@ -115,7 +114,7 @@ def _check_finished(run: PlannedRun) -> None:
         _check_same(
             run.base.folder,
             wanted,
-            BASE_FREE,
+            _BASE_FREE,
             lambda old: BaseLearnerConfig.from_dict(old).to_dict(),
         )
 

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
 
-from fss.config import DataConfig, ModelConfig, plain
+from fss.config import (
+    DataConfig,
+    ModelConfig,
+    check_at_least,
+    check_positive,
+    check_settings,
+    free,
+    plain,
+)
 from fss.data import IGNORE, TrainTransform, build_episodes
 from fss.data import test_transform as validation_transform
 from fss.data.base_images import BaseImages
@@ -27,10 +35,6 @@ from fss.models import PSPNet, build_backbone, load_backbone
 from fss.runs.checkpoint import check_types, read_checkpoint, write_checkpoint
 from fss.runs.folder import BaseLearnerFolder
 from fss.training.loop import Loop, start
-
-# What may differ between the two halves of a resumed run.
-FREE = {"out", "log_every", "save_every", "accelerator", "data.root", "data.workers"}
-FREE |= {"model.weights"}
 
 
 @dataclass
@@ -75,32 +79,26 @@ class BaseLearnerConfig:
     foreground_weight: float = 1.0
     validation_every: int = 1000
     validation_images: int = 0
-    save_every: int = 500
-    log_every: int = 10
+    save_every: int = free(500, "resume", "finished")
+    log_every: int = free(10, "resume", "finished")
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
     tf32: Literal["none", "convolutions", "all"] = "convolutions"
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = free("auto", "resume", "finished")
     devices: int | Literal["auto"] = 1
-    out: str = "runs/base"
+    out: str = free("runs/base", "resume", "finished")
     seed: int = 321
 
     accumulate: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self.scale = tuple(self.scale)
         lowest = {"steps": 1, "batch_size": 2, "log_every": 1, "save_every": 1}
         lowest |= {"validation_every": 0, "validation_images": 0, "seed": 0, "weight_decay": 0}
         for name, least in lowest.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(
-                    f"{name}: expected a number from {least} on, got {getattr(self, name)}"
-                )
+            check_at_least(name, getattr(self, name), least)
         for name in ("lr", "foreground_weight"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
-        if self.tf32 not in ("none", "convolutions", "all"):
-            raise ValueError(f"tf32: expected one of none, convolutions, all; got {self.tf32!r}")
+            check_positive(name, getattr(self, name))
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected 0 up to below 1, got {self.momentum}")
         if not self.out:
@@ -120,7 +118,6 @@ class BaseLearnerConfig:
 class BaseTrainer(Loop):
     """Training of a base learner on photos; see `train_base`."""
 
-    FREE = FREE
     FOLDER = BaseLearnerFolder
 
     def __init__(self, config: BaseLearnerConfig, fabric: Fabric) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from fss.config import free_settings
 from fss.data import build_source
 from fss.data.loader import episode_loader, explain_killed_worker
 from fss.processes import build_fabric, fixed_shapes, float32_products, is_restart, lay_out
@@ -49,7 +50,6 @@ class Loop:
     - `read(path, config)`: read last.pt; raise ValueError if it is of another command.
 
     Attributes:
-        FREE: settings that may differ when a run is resumed.
         FOLDER: class of `folder`.
         config, fabric, folder, source: of the run; its processes, files and photos.
         dataset: steps · batch_size items, in the order of training.
@@ -61,7 +61,6 @@ class Loop:
         continuation: says how to go on after a stop.
     """
 
-    FREE: ClassVar[set[str]]
     FOLDER: ClassVar[type[BaseFolder]]
 
     def __init__(self, config: Any, fabric: Fabric) -> None:
@@ -209,7 +208,7 @@ def start(kind: type[Trained], config: Any, resume: bool, overwrite: bool) -> It
     state = kind.read(folder.last, config) if resume else None
     fabric = build_fabric(config)
     if state is not None:
-        _check_resumable(state, config, kind.FREE, folder.last, fabric)
+        _check_resumable(state, config, folder.last, fabric)
     with float32_products(config.tf32):
         trainer = kind(config, fabric)
         with folder.explain_unwritable():
@@ -223,10 +222,9 @@ def start(kind: type[Trained], config: Any, resume: bool, overwrite: bool) -> It
             yield trainer
 
 
-def _check_resumable(
-    state: dict[str, Any], config: Any, free: set[str], path: Path, fabric: Fabric
-) -> None:
+def _check_resumable(state: dict[str, Any], config: Any, path: Path, fabric: Fabric) -> None:
     """Raise ValueError unless a run would go on as that of the checkpoint would have."""
+    free = free_settings(type(config), "resume")
     with explain_misfit(path):
         check_types(state, {"random": list})
         # a setting that is newer than the checkpoint has its default there

@@ -34,11 +34,6 @@ from fss.training.loop import Loop, gather
 from fss.training.measure import StepTimer, peak_memory, saved_bytes
 from fss.training.optimizer import build_optimizer, build_scheduler
 
-# What may differ between the two halves of a resumed run: it does not change what is trained.
-FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
-FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
-FREE |= {"graph", "model.weights", "model.base_weights", "model.official"}
-
 # Plain entries of last.pt, beside those of `Loop`.
 _PROGRESS: dict[str, type | UnionType] = {"stale": int, "skipped": int, "losses": list}
 _PROGRESS |= {"saved_bytes": int | None, "unreadable": dict}
@@ -56,7 +51,6 @@ class Trainer(Loop):
         fabric: launched, see `build_fabric`.
     """
 
-    FREE = FREE
     FOLDER = RunFolder
     read = staticmethod(load_checkpoint)
 
