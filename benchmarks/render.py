@@ -79,7 +79,8 @@ def markdown(path: Path) -> str:
         table = TABLES[result["level"]](result, Results(path.parent))
         return f"{table}\n\n{_machine(result)}\n"
     if result["level"] == "loading":
-        from benchmarks.few_shot import loading  # needs packages that a machine for races may not have
+        # needs packages that a machine for races may not have
+        from benchmarks.few_shot import loading
 
         return f"{loading.table(result)}\n\n{_machine(result)}\n"
     if result["level"] == "memory":

@@ -56,7 +56,9 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__.splitlines()[0]
+    )
     names = [phase.name for phase in PHASES]
     parser.add_argument("--phases", default=",".join(names), help="some of them, with commas")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the results")
