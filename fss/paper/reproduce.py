@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from fss.config import TrainConfig, free_settings
+from fss.evaluation.score import evaluate_run
 from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import BaseRun, Run, compared_rows, markdown
-from fss.paper.tables import FOLDS, Row, Table, base_values, run_values
+from fss.paper.tables import (
+    FOLDS,
+    Row,
+    Table,
+    base_values,
+    default_folder,
+    load_table,
+    run_values,
+    table_names,
+)
 from fss.runs.checkpoint import check_same, explain_misfit
 from fss.settings import merged, read_settings
 from fss.training.base_learner import BaseLearnerConfig, plain, train_base
@@ -137,6 +147,50 @@ def listing(table: Table, options: Options) -> Iterator[str]:
     for name in dict.fromkeys(folder.parent.name for folder in bases):
         own_bases = [base for folder, base in bases.items() if folder.parent.name == name]
         yield f"     {name}: base learner of these rows of BAM; folds {_states(own_bases)}"
+
+
+def reproduce_table(
+    table: str | None = None,
+    list: bool = False,
+    rows: Sequence[str] = (),
+    folds: Sequence[int] = (),
+    shots: Sequence[int] = (),
+    out: str = "runs/paper",
+    scale_down: bool = False,
+    settings: str | None = None,
+    tables: str | None = None,
+    **overrides: Any,
+) -> str:
+    """Make or resume the runs of a table of the paper and compare it with the paper's numbers.
+
+    Args:
+        table: T1 to T24; without one, all of them are listed.
+        list: only list the runs and their states.
+        rows: names of runs or numbers of rows, as `--list` shows them; by default all.
+        folds: of 0 to 3; by default all.
+        shots: of 1 and 5; by default all that the table has.
+        out: folder of the runs, which tables share, and of the results NAME.md and NAME.json.
+        scale_down: a small network on small photos for a few steps, to try a table on a CPU.
+        settings: YAML file of settings of `fss train` over those of every row.
+        tables: folder of the tables' files; by default those of the package.
+        overrides: settings by part, over the file's.
+
+    Returns the text to print.
+
+    Raises:
+        FileNotFoundError: no tables there.
+        ValueError: an unknown table, row, fold or setting; no `data.root`.
+        KeyboardInterrupt: after ctrl-C; the message says how to go on.
+    """
+    folder = Path(tables) if tables else default_folder()
+    values = merged(read_settings(Path(settings)) if settings else {}, overrides)
+    options = Options(rows, folds, shots, out, values, scale_down)
+    names = [table] if table is not None else table_names(folder)
+    if list or table is None:
+        return "\n".join(
+            line for name in names for line in listing(load_table(name, folder), options)
+        )
+    return reproduce(load_table(table, folder), options, evaluate_run)["markdown"]
 
 
 def _states(runs: Sequence[Run | BaseRun]) -> str:

@@ -89,9 +89,11 @@ def kill(process: int) -> None:
 def _serve() -> None:
     import torch._dynamo  # noqa: F401 (seconds that the first optimizer would take)
 
-    from fss.cli import main
+    from fss.cli import build_parser, main
     from fss.data import prepare
     from fss.data.prepare.download import Archive
+
+    build_parser()  # imports every command, once for all forks
 
     answers = os.fdopen(os.dup(1), "w")
     print(os.getpid(), file=answers, flush=True)
