@@ -152,10 +152,9 @@ SVF_FAST_INLINE void forward(const Forward<T>& task, int64_t begin, int64_t end)
   for (; begin < end; begin += kBlock) {
     const int64_t stop = std::min(begin + kBlock, end);
     for_each_run<kLast>(task.maps, begin, stop,
-                        [&](int64_t at, int64_t count, int64_t channel)
-                            __attribute__((always_inline)) {
-                              forward_run<kBytes, kLast, kResidual>(task, at, count, channel);
-                            });
+                        [&](int64_t at, int64_t count, int64_t channel) SVF_FAST_LAMBDA {
+                          forward_run<kBytes, kLast, kResidual>(task, at, count, channel);
+                        });
     if (task.mask != nullptr) {
       pack(task.mask, task.out, begin, stop);
     }
@@ -214,10 +213,9 @@ SVF_FAST_INLINE void backward_run(const Backward<T>& task, int64_t at, int64_t c
 template <int kBytes, bool kLast, bool kMask, typename T>
 SVF_FAST_INLINE void backward(const Backward<T>& task, int64_t begin, int64_t end) {
   for_each_run<kLast>(task.maps, begin, end,
-                      [&](int64_t at, int64_t count, int64_t channel)
-                          __attribute__((always_inline)) {
-                            backward_run<kBytes, kLast, kMask>(task, at, count, channel);
-                          });
+                      [&](int64_t at, int64_t count, int64_t channel) SVF_FAST_LAMBDA {
+                        backward_run<kBytes, kLast, kMask>(task, at, count, channel);
+                      });
 }
 
 // The loops over a map, for each instruction set.

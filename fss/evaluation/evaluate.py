@@ -18,8 +18,8 @@ from fss.config import DataConfig
 from fss.data import EpisodeDataset, Source, Split, build_episodes
 from fss.data.loader import episode_loader
 from fss.evaluation.feature_cache import FeatureCache, Names
-from fss.evaluation.intervals import bootstrap_miou, over_seeds
-from fss.evaluation.metrics import EpisodeIoU, Score
+from fss.evaluation.metrics import EpisodeIoU, Score, bootstrap_miou, over_seeds
+from fss.models import FewShotModel
 from fss.processes import fixed_shapes
 
 
@@ -67,17 +67,28 @@ def segment(
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:
-    """The entries of a batch that a model takes; one that does not say so takes the usual three."""
+    """Return the entries of a batch that a model takes, the usual three if it does not say so."""
     return getattr(model, "inputs", ("query_image", "support_images", "support_masks"))
 
 
 def forward_of(model: nn.Module) -> Body:
-    """From the one part of a step, a batch, to the logits of its queries."""
+    """Return the function from the one part of a step, a batch, to the logits of its queries."""
     names = input_names(model)
 
     def forward(parts: Parts) -> Tensor:
         (batch,) = parts
         return model(*(batch[name] for name in names)).logits
+
+    return forward
+
+
+def cached_forward(model: FewShotModel, cache: FeatureCache, fabric: Fabric) -> Body:
+    """Return the same function, with features that come from a cache."""
+
+    def forward(parts: Parts) -> Tensor:
+        (batch,) = parts
+        with fabric.autocast():
+            return model.head(cache.features(batch), batch["query_image"].shape[-2:]).logits
 
     return forward
 
@@ -89,7 +100,7 @@ def predict(
     resize: str = "photo",
     forward: Body | None = None,
 ) -> list[Tensor]:
-    """Label maps of a batch of test episodes, each at its photo's original size; see `segment`.
+    """Segment a batch of test episodes, each at its photo's original size; see `segment`.
 
     `forward` runs the model for it, if given.
     """
@@ -153,23 +164,26 @@ def evaluate_all(
     # Of each episode the place of its class, then its counts; each process fills its rows.
     rows = torch.zeros(sum(map(len, datasets)), 6, dtype=torch.int64)
     order = list(range(len(rows)))
-    names = [name for dataset in datasets for name in _names(dataset)] if feature_cache else []
-    if feature_cache:
+    network = getattr(model, "module", model)  # Fabric wraps it
+    caches = feature_cache > 0 and isinstance(network, FewShotModel)
+    names = [name for dataset in datasets for name in _names(dataset)] if caches else []
+    if caches:
         order.sort(key=lambda place: (names[place].class_id, names[place].query, place))
-    # neighbours share photos: a process takes a stretch
+    # neighbors share photos: a process takes a stretch
     first, last = (len(rows) * (fabric.global_rank + n) // fabric.world_size for n in (0, 1))
     share = order[first:last]
-    cache = FeatureCache(model, feature_cache, [names[place] for place in share if names])
+    if caches:
+        cache = FeatureCache(network, feature_cache, [names[place] for place in share])
+        eager = recorded = cached_forward(network, cache, fabric)
+    else:
+        eager = forward_of(model)
+        recorded = captured_forward(eager, model, input_names(model), fabric, graph)
     places = iter(share)
     episodes = Subset(ConcatDataset(datasets), share)
-    fixed = cache.model is None  # else a batch computes what it lacks
-    eager, whole = forward_of(model), "auto" if fixed and graph == "auto" else "off"
-    recorded = captured_forward(eager, model, input_names(model), fabric, whole)
-    with fixed_shapes(fixed):
+    with fixed_shapes(not caches):  # else a batch computes what it lacks
         for batch in episode_loader(episodes, batch_size, workers, fabric):
             forward = recorded if len(batch["class_id"]) == batch_size else eager
-            with cache.serve(batch):
-                predicted = predict(model, batch, resize, forward)
+            predicted = predict(model, batch, resize, forward)
             labels = zip(
                 predicted,
                 batch["query_mask" if resize == "network" else "query_mask_original"],

@@ -2,20 +2,85 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fss.evaluation.shelf import Shelf
-from fss.models.episode import check_episode
-from fss.models.features import Features, FewShotModel
-from fss.models.pooling import resize
-from fss.models.prior import prior_masks
+from fss.models.features import Features, FewShotModel, Supports
 
+Value = TypeVar("Value")
 _Maps = tuple[Tensor, ...]
+
+
+class _Kept(NamedTuple, Generic[Value]):
+    value: Value
+    nbytes: int
+
+
+class Shelf(Generic[Value]):
+    """A cache that knows all future accesses (Belady's rule).
+
+    When full, it evicts the value with the most bytes times turns until its next use, which is
+    Belady's rule for values of unlike size. A value that is not used again is not kept.
+
+    Args:
+        capacity: bytes.
+        turns: the keys that each turn uses.
+
+    Attributes:
+        nbytes: of all that is kept.
+    """
+
+    def __init__(self, capacity: int, turns: Sequence[Sequence[Hashable]]) -> None:
+        self.capacity = capacity
+        self.nbytes = 0
+        self._turns = turns
+        self._turn = 0
+        self._uses: dict[Hashable, deque[int]] = {}
+        for turn, keys in enumerate(turns):
+            for key in dict.fromkeys(keys):
+                self._uses.setdefault(key, deque()).append(turn)
+        self._kept: dict[Hashable, _Kept[Value]] = {}
+
+    def get(self, key: Hashable) -> Value | None:
+        """Return the value of a key, None if it is not kept."""
+        kept = self._kept.get(key)
+        return None if kept is None else kept.value
+
+    def advance(self, turns: int) -> None:
+        """End that many turns, and drop what only they used."""
+        ended = self._turns[self._turn : self._turn + turns]
+        self._turn += turns
+        for keys in ended:
+            for key in keys:
+                if key in self._kept and self._next_use(key) is None:
+                    self._drop(key)
+
+    def put(self, key: Hashable, value: Value, nbytes: int) -> None:
+        """Keep a value of so many bytes, if it is used again and its place is worth it."""
+        if self._next_use(key) is None:
+            return
+        if key in self._kept:
+            self._drop(key)
+        self._kept[key] = _Kept(value, nbytes)
+        self.nbytes += nbytes
+        while self.nbytes > self.capacity:
+            self._drop(max(self._kept, key=self._rent))
+
+    def _rent(self, key: Hashable) -> int:
+        return self._kept[key].nbytes * (1 + self._uses[key][0] - self._turn)
+
+    def _next_use(self, key: Hashable) -> int | None:
+        uses = self._uses.get(key, deque())
+        while uses and uses[0] < self._turn:
+            uses.popleft()
+        return uses[0] if uses else None
+
+    def _drop(self, key: Hashable) -> None:
+        self.nbytes -= self._kept.pop(key).nbytes
 
 
 class Names(NamedTuple):
@@ -29,15 +94,15 @@ class Names(NamedTuple):
 class FeatureCache:
     """Keeps what a frozen backbone computes of test photos, which have no random transform.
 
-    Of a support stays what the head reads of it (`FewShotModel.summarise`) and, for the prior,
+    Of a support stays what the head reads of it (`FewShotModel.summarize`) and, for the prior,
     layer 4 where its mask is not 0: all other positions have similarity 0. That is a twentieth of
     its maps where the class covers a twentieth of the photo. Of a query stay the maps of layers 2,
     3 and 4, of which the first two also serve the same photo as a support under a new mask. What
     is missing from a batch goes through the backbone together. The weights must stay as they are.
 
     Args:
-        model: a few-shot model, in evaluation mode while it is used; any other is left alone.
-        gib: the most to keep, GiB; 0 keeps nothing.
+        model: in evaluation mode while it is used.
+        gib: the most to keep, GiB.
         episodes: all that are to come, in their order; see `Shelf`.
 
     Attributes:
@@ -45,68 +110,45 @@ class FeatureCache:
         layer4: how many went through layer 4, as a query or under a mask.
     """
 
-    def __init__(self, model: nn.Module, gib: float, episodes: Sequence[Names]) -> None:
-        network = getattr(model, "module", model)  # Fabric wraps it
-        self.model = network if isinstance(network, FewShotModel) and gib > 0 else None
+    def __init__(self, model: FewShotModel, gib: float, episodes: Sequence[Names]) -> None:
+        self.model = model
         self.photos = self.layer4 = 0
-        self.shelf: Shelf[_Maps] = Shelf(int(gib * 2**30), uses(episodes) if self.model else [])
-
-    @contextmanager
-    def serve(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Within, the model takes the features of this batch of test episodes from the cache."""
-        if self.model is None:
-            yield
-            return
-        episodes = [
-            Names(query, tuple(supports), class_id)
-            for query, supports, class_id in zip(
-                batch["query_name"],
-                batch["support_names"],
-                batch["class_id"].tolist(),
-                strict=True,
-            )
-        ]
-
-        def features(
-            query_image: Tensor, support_images: Tensor, support_masks: Tensor
-        ) -> Features:
-            return self._features(query_image, support_images, support_masks, episodes)
-
-        # An attribute of the instance comes before the method of its class.
-        self.model.features = features  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del self.model.features
+        self.shelf: Shelf[_Maps] = Shelf(int(gib * 2**30), uses(episodes))
 
     @torch.no_grad()
-    def _features(
-        self,
-        query_image: Tensor,
-        support_images: Tensor,
-        support_masks: Tensor,
-        episodes: Sequence[Names],
-    ) -> Features:
-        assert self.model is not None
-        model, backbone = self.model, self.model.backbone
-        check_episode(query_image, support_images, support_masks, model.query_reduce[0].weight)
-        batch, shots = support_masks.shape[:2]
-        images = torch.cat([query_image, support_images.flatten(0, 1)])
-        masks = (support_masks == 1).flatten(0, 1).unsqueeze(1).to(images.dtype)
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """Return what `FewShotModel.features` computes of a batch of test episodes.
 
-        photos = [episode.query for episode in episodes]
-        photos += [name for episode in episodes for name in episode.supports]
-        queries = [_query(name) for name in photos[:batch]]
-        supports = [_support(name, e.class_id) for e in episodes for name in e.supports]
+        Args:
+            batch: of `collate_episodes`: images, masks, and the names of photos and classes.
+        """
+        backbone, dtype = self.model.backbone, next(self.model.parameters()).dtype
+        query_image, support_images = (
+            batch[name].to(dtype) for name in ("query_image", "support_images")
+        )
+        support_masks = batch["support_masks"]
+        self.model.check(query_image, support_images, support_masks)
+        count, shots = support_masks.shape[:2]
+        images = torch.cat([query_image, support_images.flatten(0, 1)])
+        masks = support_masks.flatten(0, 1)
+
+        classes = batch["class_id"].tolist()
+        photos = [*batch["query_name"], *(n for names in batch["support_names"] for n in names)]
+        queries = [_query(name) for name in photos[:count]]
+        supports = [
+            _support(name, class_id)
+            for names, class_id in zip(batch["support_names"], classes, strict=True)
+            for name in names
+        ]
         found = {
             key: maps
             for key in (*map(_photo, photos), *queries, *supports)
             if (maps := self.shelf.get(key)) is not None
         }
-        self.shelf.advance(batch)
+        self.shelf.advance(count)
 
         unseen = _places(supports, found)
-        needed = [*range(batch), *(batch + place for place in unseen)]
+        needed = [*range(count), *(count + place for place in unseen)]
         missing = [needed[n] for n in _places([_photo(photos[n]) for n in needed], found)]
         if missing:
             self.photos += len(missing)
@@ -119,50 +161,43 @@ class FeatureCache:
             self._add(found, [queries[n] for n in missing], zip(backbone.layer4(middle).split(1)))
         if unseen:
             self.layer4 += len(unseen)
-            low, middle = _stacked([found[_photo(photos[batch + n])] for n in unseen])
-            made = self._supports(low, middle, masks[unseen])
-            self._add(found, [supports[n] for n in unseen], made)
+            low, middle = _stacked([found[_photo(photos[count + n])] for n in unseen])
+            made = self.model.support_features(low, middle, masks[unseen])
+            self._add(found, [supports[n] for n in unseen], _covered(made))
 
-        low, middle = _stacked([found[_photo(name)] for name in photos[:batch]])
+        low, middle = _stacked([found[_photo(name)] for name in photos[:count]])
         (high,) = _stacked([found[key] for key in queries])
         weights, positions, *summaries = zip(*(found[key] for key in supports), strict=True)
-        priors = prior_masks(
-            high,
-            _padded(positions).unflatten(0, (batch, shots)),
-            _padded(weights).unflatten(0, (batch, shots)),
+        kept = Supports(
+            _padded(weights), _padded(positions), tuple(torch.stack(each) for each in summaries)
         )
-        stacked = (torch.stack(each).unflatten(0, (batch, shots)) for each in summaries)
-        return Features(low, middle, high, tuple(stacked), priors)
-
-    def _supports(self, low: Tensor, middle: Tensor, masks: Tensor) -> Iterator[_Maps]:
-        """Of each support the weights [1, 1, n] and layer 4 [C, 1, n] of some positions, summaries.
-
-        The positions are those whose weight is not 0, and one of the others, if there is one.
-        """
-        assert self.model is not None
-        masks = resize(masks, middle.shape[-2:])
-        high = self.model.backbone.layer4(middle * masks)
-        summaries = self.model.summarise(low, middle, masks)
-        for n, (maps, weights) in enumerate(zip(high.flatten(2), masks.flatten(1), strict=True)):
-            kept = torch.cat([weights.nonzero(), (weights == 0).nonzero()[:1]]).flatten()
-            yield (
-                weights[None, None, kept],
-                maps[:, None, kept],
-                *(summary[n] for summary in summaries),
-            )
+        kept = kept.map(lambda each: each.unflatten(0, (count, shots)))
+        return Features.of(low, middle, high, kept)
 
     def _add(
         self, found: dict[Hashable, _Maps], keys: Sequence[Hashable], made: Iterable[_Maps]
     ) -> None:
-        """Adds the maps made of the keys to what was found, and to the shelf."""
+        """Add the maps made for the keys to what was found, and to the shelf."""
         for key, maps in zip(keys, made, strict=True):
             # a copy: a slice would keep the whole batch
             found[key] = kept = tuple(tensor.clone() for tensor in maps)
             self.shelf.put(key, kept, sum(tensor.nbytes for tensor in kept))
 
 
+def _covered(supports: Supports) -> Iterator[_Maps]:
+    """Yield, per support, weights [1, 1, n] and layer 4 [C, 1, n] of some positions, and summaries.
+
+    The positions are those whose weight is not 0, and one of the others, if there is one.
+    """
+    flat = zip(supports.mask.flatten(1), supports.high.flatten(2), strict=True)
+    for n, (weights, maps) in enumerate(flat):
+        kept = torch.cat([weights.nonzero(), (weights == 0).nonzero()[:1]]).flatten()
+        summaries = (summary[n] for summary in supports.summaries)
+        yield weights[None, None, kept], maps[:, None, kept], *summaries
+
+
 def uses(episodes: Sequence[Names]) -> list[list[Hashable]]:
-    """The keys that each episode asks for: a support's photo only before the support is known."""
+    """List the keys that each episode asks for: a support's photo only before it is known."""
     known: set[Hashable] = set()
     turns = []
     for query, supports, class_id in episodes:
@@ -188,12 +223,12 @@ def _support(name: str, class_id: int) -> Hashable:
 
 
 def _places(keys: Sequence[Hashable], found: Mapping[Hashable, Any]) -> list[int]:
-    """The place of each key that is not found, of equal ones the last."""
+    """List the place of each key that is not found, of equal ones the last."""
     return list({key: place for place, key in enumerate(keys) if key not in found}.values())
 
 
 def _stacked(entries: Sequence[_Maps]) -> list[Tensor]:
-    """The maps [1, C, h, w] of several entries, one batch for each kind.
+    """Join the maps [1, C, h, w] of several entries, one batch for each kind.
 
     torch.stack of maps without the first dimension would give up channels_last.
     """
@@ -201,7 +236,7 @@ def _stacked(entries: Sequence[_Maps]) -> list[Tensor]:
 
 
 def _padded(maps: Sequence[Tensor]) -> Tensor:
-    """Maps [C, 1, n] to [N, C, 1, max n]: the last position is repeated, which adds nothing."""
+    """Stack maps [C, 1, n] as [N, C, 1, max n], repeating the last position, which adds nothing."""
     longest = max(each.shape[2] for each in maps)
     return torch.stack(
         [

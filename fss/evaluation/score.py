@@ -14,11 +14,10 @@ from fss.config import DataConfig, TrainConfig
 from fss.data import Source, build_source
 from fss.evaluation.evaluate import episode_classes, evaluate_seeds
 from fss.files import write_json
-from fss.models import build_model
-from fss.models.regimes import apply_regime
-from fss.models.weights import read_state
+from fss.models import build_model, rebuild_model
 from fss.processes import float32_products, launch, lay_out, torchrun_layout
-from fss.runs.checkpoint import explain_misfit, load_checkpoint
+from fss.runs.checkpoint import explain_misfit
+from fss.runs.folder import RunFolder
 from fss.settings import read_settings
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -53,8 +52,6 @@ _PASCAL_NAMES = {
     "sofa": "couch",
     "tvmonitor": "tv",
 }
-# The last convolution of BAM's base learner: here, and in the authors' files.
-_BASE_OUTPUTS = ("base_learner.classifier.4.weight", "learner_base.1.4.weight")
 
 
 def evaluate_run(
@@ -158,18 +155,18 @@ def evaluate_run(
     fabric = launch(accelerator, devices, nodes, config.precision)
     photos, described = build_source(config.data), trained.description
     if source is None:
-        base = episode_classes(photos, config.data.fold, novel=False)
+        base: Mapping[int, str] | None = episode_classes(photos, config.data.fold, novel=False)
     else:
-        base = _base_classes(trained, config)
+        base = None
         photos, seen = _without_seen(photos, config.data.fold, trained.base_classes or _seen(own))
         described |= {"source": source, "seen_in_training": seen}
     if protocol is not None:
         described |= {"protocol": protocol}
-    network = build_model(config.model, base, own.shots)
-    if trained.weights is not None:
-        apply_regime(network, config.regime)
+    if trained.weights is None:
+        network = build_model(config.model, base, own.shots)
+    else:
         with explain_misfit(Path(run)):
-            network.load_state_dict(trained.weights)
+            network = rebuild_model(TrainConfig.from_dict(trained.settings), trained.weights)
     with float32_products(config.tf32):
         result = described | evaluate_seeds(
             fabric.setup(lay_out(network, fabric.device)),
@@ -185,9 +182,8 @@ def evaluate_run(
             config.graph,
         )
     if fabric.is_global_zero:
-        name = "eval" if source is None else f"eval_{source}_fold{config.data.fold}"
-        trained.folder.mkdir(parents=True, exist_ok=True)
-        write_json(trained.folder / f"{name}.json", result)
+        trained.folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(trained.folder.score_file(source, config.data.fold), result)
     return result
 
 
@@ -197,7 +193,7 @@ class _Trained(NamedTuple):
     settings: dict[str, Any]
     weights: dict[str, Tensor] | None
     base_classes: dict[int, str] | None
-    folder: Path
+    folder: RunFolder
     description: dict[str, Any]
 
 
@@ -213,7 +209,7 @@ def _read_official(path: Path, official: str | None, root: str | None) -> _Train
     data |= _given({"root": root})
     settings = TrainConfig.from_dict({**settings, "model": model, "data": data}).to_dict()
     description = {"checkpoint": Path(model["official"]).name}
-    return _Trained(settings, None, None, Path(settings["out"]), description)
+    return _Trained(settings, None, None, RunFolder(settings["out"]), description)
 
 
 def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
@@ -222,30 +218,19 @@ def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
             "official: expected a YAML file beside it, that says model, data and fold of the "
             f"authors' checkpoint, got {path}; a run's own checkpoint needs no --official"
         )
-    path = path / f"{checkpoint}.pt" if path.is_dir() else path
-    state = load_checkpoint(path)
+    folder, name = RunFolder.find(path, checkpoint)
+    state = folder.checkpoint(name)
     # The checkpoint holds the backbone too: no other file is needed.
     none = {"weights": "none", "base_weights": "none", "official": None}
-    with explain_misfit(path):
+    with explain_misfit(folder.path / name):
         settings = {**state["config"], "model": state["config"]["model"] | none}
-        description = {"checkpoint": path.name, "step": state["step"]}
+        description = {"checkpoint": name, "step": state["step"]}
         weights, classes = state["model"], state.get("base_classes")
-    return _Trained(settings, weights, classes, path.parent, description)
+    return _Trained(settings, weights, classes, folder, description)
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _base_classes(trained: _Trained, config: TrainConfig) -> dict[int, str]:
-    """As many as BAM's base learner has outputs for, without the data that it learnt from."""
-    if config.model.name != "bam":
-        return {}
-    weights = trained.weights
-    if weights is None:
-        weights = read_state("model.official", Path(str(config.model.official)).expanduser())
-    outputs = next((len(weights[name]) for name in _BASE_OUTPUTS if name in weights), 2)
-    return {n: f"class {n}" for n in range(1, outputs)}
 
 
 def _seen(own: DataConfig) -> dict[int, str] | None:

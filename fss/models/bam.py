@@ -5,7 +5,7 @@ Equations are those of the paper; the published code is the reference where it s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.baseline import Baseline
 from fss.models.episode import Prediction, check_target
-from fss.models.features import cross_entropy
-from fss.models.gram import gram_distance, gram_matrix
+from fss.models.features import Features, cross_entropy
 from fss.models.pooling import resize
 from fss.models.pspnet import BaseLearner
 
@@ -121,29 +120,20 @@ class BAM(Baseline):
         self.base_learner.eval()
         return self
 
-    def forward(
-        self,
-        query_image: Tensor,
-        support_images: Tensor,
-        support_masks: Tensor,
-        base_class: Tensor | None = None,
+    def head(
+        self, features: Features, size: Sequence[int], base_class: Tensor | None = None
     ) -> Prediction:
-        """Segments the queries into background and what the supports show.
+        """Combine the meta learner with the base learner.
+
+        Auxiliary are, while training, the logits of the meta learner [B, 2, h, w] and of the base
+        learner [B, 1 + n, h, w].
 
         Args:
-            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
-            support_images: K supports per query [B, K, 3, H, W]; K is 1 or `shots`.
-            support_masks: integers or bool [B, K, H, W]; 1 is foreground, anything else is not.
+            features: of K supports; K is 1 or `shots`.
+            size: height and width of the logits.
             base_class: int64 [B], index of the episode's class among the base classes, -1 for a
                 novel one; needed while training, and else not used.
-
-        Returns final logits, and as auxiliary ones those of the meta learner [B, 2, h, w] and the
-        base learner [B, 1 + n, h, w] while training.
-
-        Raises:
-            TypeError, ValueError: inputs of another type, shape, size or device.
         """
-        features = self.features(query_image, support_images, support_masks)
         prototypes, grams = features.supports
         distances = gram_distance(gram_matrix(features.query_low), grams)
         weights = self._weigh(distances)
@@ -159,12 +149,12 @@ class BAM(Baseline):
         not_this = self._base_foreground(base.softmax(dim=1), base_class)
         background = self.base_merge(self.distance_merge(background, distance), not_this)
         foreground = self.distance_merge(foreground, distance)
-        final = resize(torch.cat([background, foreground], dim=1), query_image.shape[-2:])
+        final = resize(torch.cat([background, foreground], dim=1), size)
         return Prediction(final, (meta, base) if self.training else ())
 
-    def summarise(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    def summarize(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """Prototypes [N, C, 1, 1], and the Gram matrices [N, C', C'] of layer 2's C' channels."""
-        return (*super().summarise(low, middle, mask), gram_matrix(low))
+        return (*super().summarize(low, middle, mask), gram_matrix(low))
 
     def loss(
         self,
@@ -226,3 +216,22 @@ class BAM(Baseline):
         channel = torch.arange(classes, device=probabilities.device)
         kept = (channel != 0) & (channel != base_class[:, None] + 1)
         return (probabilities * kept[:, :, None, None]).sum(dim=1, keepdim=True)
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """Cosines between the channels of a map: G_ij = f_i·f_j / (|f_i||f_j| + 1e-7).
+
+    features [B, C, h, w] -> [B, C, C] in float32 at least; f_i is channel i at all positions.
+    """
+    rows = features.flatten(2)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(rows, dim=2, keepdim=True, dtype=dtype)
+    return (rows @ rows.mT).to(dtype) / (norms * norms.mT + 1e-7)
+
+
+def gram_distance(query: Tensor, supports: Tensor) -> Tensor:
+    """ψ_k = |G_query - G_support,k| / C, the Frobenius norm, from 0 on (BAM, section 4.4).
+
+    Gram matrices [B, C, C] of the queries and [B, K, C, C] of their supports -> [B, K].
+    """
+    return torch.linalg.matrix_norm(query.unsqueeze(1) - supports) / query.shape[1]

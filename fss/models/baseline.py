@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
-from fss.models.aspp import ASPP
+from torch import Tensor, nn
+
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction
-from fss.models.features import FewShotModel, classifier, pointwise, two_convolutions
+from fss.models.features import Features, FewShotModel, classifier, pointwise, two_convolutions
 from fss.models.pooling import cat_maps, resize
+
+
+class ASPP(nn.Module):
+    """Five views of a map side by side: a 1×1 convolution, 3×3 ones of dilation 6, 12 and 18, and
+    the 1×1 convolution of the image's mean (DeepLabv3, section 3.3), each followed by ReLU.
+
+    [B, C, h, w] -> [B, 5·C, h, w]. As in BAM's meta learner there is no batch norm, so a batch of
+    one and a map of one pixel do.
+    """
+
+    dilations = (6, 12, 18)
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pooled = nn.Conv2d(channels, channels, 1)
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+        self.atrous = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
+            for dilation in self.dilations
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pooled(x.mean(dim=(2, 3), keepdim=True))
+        views = [pooled, self.pointwise(x)] + [conv(x) for conv in self.atrous]
+        return cat_maps(views, like=x).relu()
 
 
 class Baseline(FewShotModel):
@@ -36,24 +62,12 @@ class Baseline(FewShotModel):
         self.residual = two_convolutions(channels)
         self.classifier = classifier(channels, 2, 0.1 if dropout else 0.0)
 
-    def forward(
-        self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
-    ) -> Prediction:
-        """Segments the queries into background and what the supports show.
-
-        Args:
-            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
-            support_images: K supports per query [B, K, 3, H, W].
-            support_masks: integers or bool [B, K, H, W]; 1 is foreground, anything else is not.
-
-        Raises:
-            TypeError, ValueError: inputs of another type, shape, size or device.
-        """
-        features = self.features(query_image, support_images, support_masks)
+    def head(self, features: Features, size: Sequence[int]) -> Prediction:
+        """Compare the queries with the mean prototype and prior of their supports."""
         query = self.query(features)
         prototype = features.supports[0].mean(dim=1)
         logits = self.compare(query, prototype, features.priors.mean(dim=0))
-        return Prediction(resize(logits, query_image.shape[-2:]), ())
+        return Prediction(resize(logits, size), ())
 
     def compare(self, query: Tensor, prototype: Tensor, prior: Tensor) -> Tensor:
         """Query [B, C, h, w], prototype [B, C, 1, 1], prior [B, 1, h, w] to logits [B, 2, h, w]."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +18,28 @@ from fss.models.pooling import masked_average_pool, resize
 from fss.models.prior import prior_masks
 
 
+class Supports(NamedTuple):
+    """What a model reads of supports, whatever the query; [N, …] each, [B, K, …] of episodes.
+
+    mask: share of foreground [N, 1, h, w] at each position of layer 3, floating.
+    high: maps [N, C, h, w] of layer 4 under the mask.
+    summaries: see `FewShotModel.summarize`.
+    """
+
+    mask: Tensor
+    high: Tensor
+    summaries: tuple[Tensor, ...]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Supports:
+        """Return the supports with each tensor changed."""
+        return Supports(change(self.mask), change(self.high), tuple(map(change, self.summaries)))
+
+
 class Features(NamedTuple):
     """What a head reads of episodes of K shots.
 
     query_low, query_middle, query_high: maps [B, C, h, w] of layers 2, 3 and 4.
-    supports: what `FewShotModel.summarise` makes of each support, [B, K, …] each.
+    supports: summaries of each support, [B, K, …] each, see `FewShotModel.summarize`.
     priors: prior masks [K, B, 1, h, w].
     """
 
@@ -30,9 +49,17 @@ class Features(NamedTuple):
     supports: tuple[Tensor, ...]
     priors: Tensor
 
+    @staticmethod
+    def of(low: Tensor, middle: Tensor, high: Tensor, supports: Supports) -> Features:
+        """Compare the maps of queries [B, C, h, w] with their supports [B, K, …]."""
+        priors = prior_masks(high, supports.high, supports.mask)
+        return Features(low, middle, high, supports.summaries, priors)
 
-class FewShotModel(nn.Module):
+
+class FewShotModel(nn.Module, ABC):
     """A head on a backbone that sees queries and supports.
+
+    `features` runs the backbone, `head` reads what it found, and `forward` is one after the other.
 
     The backbone stays in evaluation mode whatever the mode of the model: its batch norms use their
     stored statistics, also while its parameters train. It runs without autograd if nothing in
@@ -92,47 +119,109 @@ class FewShotModel(nn.Module):
         self.backbone.eval()
         return self
 
+    def forward(
+        self,
+        query_image: Tensor,
+        support_images: Tensor,
+        support_masks: Tensor,
+        *others: Tensor | None,
+    ) -> Prediction:
+        """Segment the queries into background and what the supports show.
+
+        Args:
+            query_image, support_images, support_masks: see `features`.
+            others: what the model's `head` takes besides, in the order of `inputs`.
+
+        Raises:
+            TypeError, ValueError: inputs of another type, shape, size or device.
+        """
+        features = self.features(query_image, support_images, support_masks)
+        return self.head(features, query_image.shape[-2:], *others)
+
+    @abstractmethod
+    def head(self, features: Features, size: Sequence[int]) -> Prediction:
+        """Predict the queries' masks from features, as logits [B, 2, *size]."""
+
     def features(
         self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
     ) -> Features:
-        """Maps and priors, from one run of the backbone over all images and a masked layer 4.
+        """Compute maps and priors in one run of the backbone over all images and a masked layer 4.
 
         Args:
-            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
+            query_image: normalized images [B, 3, H, W], H-1 and W-1 multiples of 8.
             support_images: K supports per query [B, K, 3, H, W].
             support_masks: integers or bool [B, K, H, W]; 1 is foreground, anything else is not.
 
         Raises:
             TypeError, ValueError: inputs of another type, shape, size or device.
         """
-        check_episode(query_image, support_images, support_masks, self.query_reduce[0].weight)
+        self.check(query_image, support_images, support_masks)
         batch, shots = support_masks.shape[:2]
         images = torch.cat([query_image, support_images.flatten(0, 1)])
-        mask = (support_masks == 1).flatten(0, 1).unsqueeze(1).to(images.dtype)
-        differentiable = images.requires_grad or any(
-            parameter.requires_grad for parameter in self.backbone.parameters()
-        )
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        with self._recorded(images):
             low, middle = self.backbone.features(images)
-            mask = resize(mask, middle.shape[-2:])
             # two calls: the query's part of layer 3 need not be copied beside the masked supports
-            query_high = self.backbone.layer4(middle[:batch])
-            support_high = self.backbone.layer4(middle[batch:] * mask)
-            priors = prior_masks(
-                query_high,
-                support_high.unflatten(0, (batch, shots)),
-                mask.unflatten(0, (batch, shots)),
-            )
-        summaries = self.summarise(low[batch:], middle[batch:], mask)
-        supports = tuple(each.unflatten(0, (batch, shots)) for each in summaries)
-        return Features(low[:batch], middle[:batch], query_high, supports, priors)
+            high = self.backbone.layer4(middle[:batch])
+        supports = self.support_features(low[batch:], middle[batch:], support_masks.flatten(0, 1))
+        supports = supports.map(lambda each: each.unflatten(0, (batch, shots)))
+        with self._recorded(images):
+            return Features.of(low[:batch], middle[:batch], high, supports)
+
+    def support_features(self, low: Tensor, middle: Tensor, masks: Tensor) -> Supports:
+        """Compute what the model reads of N supports, whatever the query.
+
+        Args:
+            low, middle: maps [N, C, h, w] of layers 2 and 3.
+            masks: integers or bool [N, H, W]; 1 is foreground, anything else is not.
+        """
+        # not of the maps' dtype, which autocast may have chosen
+        mask = (masks == 1).unsqueeze(1).to(self.query_reduce[0].weight.dtype)
+        mask = resize(mask, middle.shape[-2:])
+        with self._recorded(middle):
+            high = self.backbone.layer4(middle * mask)
+        return Supports(mask, high, self.summarize(low, middle, mask))
+
+    @torch.no_grad()
+    def encode_supports(self, images: Tensor, masks: Tensor) -> Supports:
+        """Compute once what `segment` reads of K supports, which serve any number of queries.
+
+        Args:
+            images: normalized images [K, 3, H, W], H-1 and W-1 multiples of 8.
+            masks: integers or bool [K, H, W]; 1 is foreground, anything else is not.
+
+        Raises:
+            TypeError, ValueError: inputs of another type, shape, size or device.
+        """
+        self.check(images[:1], images[None], masks[None])
+        return self.support_features(*self.backbone.features(images), masks)
+
+    @torch.no_grad()
+    def segment(self, queries: Tensor, supports: Supports) -> Tensor:
+        """Compute logits [B, 2, H, W] of queries [B, 3, H, W] by supports of `encode_supports`.
+
+        Raises:
+            ValueError: another number of supports than the model can weigh (BAM).
+        """
+        low, middle = self.backbone.features(queries)
+        high = self.backbone.layer4(middle)
+        repeated = supports.map(lambda each: each.expand(len(queries), *each.shape))
+        return self.head(Features.of(low, middle, high, repeated), queries.shape[-2:]).logits
+
+    def check(self, query_image: Tensor, support_images: Tensor, support_masks: Tensor) -> None:
+        """Raise TypeError or ValueError unless `features` takes these inputs."""
+        check_episode(query_image, support_images, support_masks, self.query_reduce[0].weight)
+
+    def _recorded(self, x: Tensor) -> AbstractContextManager[object]:
+        """Let autograd record the backbone on x only if something there needs a gradient."""
+        needed = x.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
+        return torch.set_grad_enabled(needed and torch.is_grad_enabled())
 
     def query(self, features: Features) -> Tensor:
         """The reduced features of the queries [B, C, h, w]."""
         return pointwise_cat(self.query_reduce, features.query_middle, features.query_low)
 
-    def summarise(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """What the head reads of each support but for the prior, whatever the query; [N, …] each.
+    def summarize(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Compute what the head reads of each support besides the prior; [N, …] each.
 
         The first is the prototype [N, C, 1, 1], the mean reduced feature under the mask.
 

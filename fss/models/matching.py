@@ -30,11 +30,10 @@ class Matching(nn.Module):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.train()
+        self.backbone = backbone.eval()
 
     def train(self, mode: bool = True) -> Matching:
-        """Sets the mode; the backbone stays in evaluation mode."""
+        """Set the mode; the backbone stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -43,7 +42,7 @@ class Matching(nn.Module):
     def forward(
         self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
     ) -> Prediction:
-        """Segments the queries into background and what the supports show.
+        """Segment the queries into background and what the supports show.
 
         Args:
             query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
@@ -57,12 +56,12 @@ class Matching(nn.Module):
         parameter = next(self.backbone.parameters())
         check_episode(query_image, support_images, support_masks, parameter)
         episodes = zip(support_images, support_masks, strict=True)
-        prototypes = torch.stack([self.prototypes(*episode) for episode in episodes])
-        return Prediction(self.compare(query_image, prototypes), ())
+        prototypes = torch.stack([self.encode_supports(*episode) for episode in episodes])
+        return Prediction(self.segment(query_image, prototypes), ())
 
     @torch.no_grad()
-    def prototypes(self, images: Tensor, masks: Tensor) -> Tensor:
-        """The prototypes of background and object [2, C] of K supports.
+    def encode_supports(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Compute the prototypes of background and object [2, C] of K supports.
 
         Each support counts the same. Of images [K, 3, H, W] and masks [K, H, W] as in `forward`.
         """
@@ -75,15 +74,15 @@ class Matching(nn.Module):
         return functional.normalize(means, dim=2).sum(dim=0) / len(images)
 
     @torch.no_grad()
-    def compare(self, images: Tensor, prototypes: Tensor) -> Tensor:
-        """Logits [B, 2, H, W] of images [B, 3, H, W] against prototypes [2, C] or [B, 2, C]."""
-        features = functional.normalize(self._features(images), dim=1)
-        prototypes = functional.normalize(prototypes, dim=-1).expand(len(images), -1, -1)
+    def segment(self, queries: Tensor, prototypes: Tensor) -> Tensor:
+        """Compute logits [B, 2, H, W] of queries [B, 3, H, W] by prototypes [2, C] or [B, 2, C]."""
+        features = functional.normalize(self._features(queries), dim=1)
+        prototypes = functional.normalize(prototypes, dim=-1).expand(len(queries), -1, -1)
         cosines = torch.einsum("bchw,bpc->bphw", features, prototypes)
-        return resize(_SHARPNESS * cosines, images.shape[-2:])
+        return resize(_SHARPNESS * cosines, queries.shape[-2:])
 
     def _features(self, images: Tensor) -> Tensor:
-        """Layers 2 to 4, each of length 1 at each position: [B, C, h, w]."""
+        """Join layers 2 to 4 [B, C, h, w], each of length 1 at each position."""
         low, middle = self.backbone.features(images)
         maps = (resize(low, middle.shape[-2:]), middle, self.backbone.layer4(middle))
         return torch.cat([functional.normalize(each, dim=1) for each in maps], dim=1)

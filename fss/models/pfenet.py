@@ -11,6 +11,7 @@ from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_target
 from fss.models.features import (
+    Features,
     FewShotModel,
     classifier,
     cross_entropy,
@@ -114,29 +115,15 @@ class PFENet(FewShotModel):
     ) -> PFENet:
         return cls(backbone, config.channels, config.dropout, config.bins)
 
-    def forward(
-        self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
-    ) -> Prediction:
-        """Segments the queries into background and what the supports show.
-
-        Args:
-            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
-            support_images: K supports per query [B, K, 3, H, W].
-            support_masks: integers or bool [B, K, H, W]; 1 is foreground, anything else is not.
-
-        Returns logits, and as auxiliary ones those of each scale while training.
-
-        Raises:
-            TypeError, ValueError: inputs of another type, shape, size or device.
-        """
-        features = self.features(query_image, support_images, support_masks)
+    def head(self, features: Features, size: Sequence[int]) -> Prediction:
+        """Enrich the queries at several scales; auxiliary, while training, are logits of each."""
         enriched, auxiliary = self.enrich(
             self.query(features),
             features.supports[0].mean(dim=1),
             features.priors.mean(dim=0),
         )
         enriched = enriched + self.residual(enriched)
-        return Prediction(resize(self.classifier(enriched), query_image.shape[-2:]), auxiliary)
+        return Prediction(resize(self.classifier(enriched), size), auxiliary)
 
     def loss(
         self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None

@@ -9,7 +9,7 @@ from svf_fast import cosine_max
 
 
 def prior_masks(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    """Where the query resembles the foreground of each support, from 0 to 1.
+    """Compute where the query resembles the foreground of each support, from 0 to 1.
 
     With c_i the largest cosine of query position i to any masked support position,
 
@@ -32,8 +32,3 @@ def prior_masks(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
         high = cosine.amax(dim=1, keepdim=True)
         priors.append((cosine - low) / (high - low + 1e-7))
     return torch.stack(priors).reshape(-1, batch, 1, height, width)
-
-
-def prior_mask(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    """The mean [B, 1, h, w] of `prior_masks` over K shots."""
-    return prior_masks(query, support, mask).mean(dim=0)

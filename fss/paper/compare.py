@@ -1,78 +1,25 @@
-"""The runs of a table of the paper, and its numbers next to theirs."""
+"""The numbers of runs next to those of a table of the paper."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fss.config import TrainConfig
-from fss.paper.tables import FOLDS, Published, Row, Table
-from fss.training.base_learner import BaseLearnerConfig
+from fss.paper.plan import PlannedRun
+from fss.paper.tables import FOLDS, Published, Table
 
 
-@dataclass
-class BaseRun:
-    """The training of a base learner, which rows and tables share; `reason` is why it failed."""
-
-    fold: int
-    folder: Path
-    config: BaseLearnerConfig
-    reason: str | None = None
-
-    @property
-    def state(self) -> str:
-        """ "finished", "begun" or "not begun"."""
-        return _state(self.folder)
-
-
-@dataclass
-class Run:
-    """One training of a row, or why there is none."""
-
-    row: Row
-    shots: int
-    fold: int
-    folder: Path
-    config: TrainConfig | None = None
-    base: BaseRun | None = None
-    reason: str | None = None
-    test: dict[str, Any] | None = None
-    source: dict[str, Any] | None = None
-
-    @property
-    def state(self) -> str:
-        """ "finished", "begun", "not begun", or "cannot run"."""
-        if self.reason is not None:
-            return "cannot run"
-        return _state(self.folder)
-
-
-def _state(folder: Path) -> str:
-    if (folder / "result.json").is_file():
-        return "finished"
-    return "begun" if (folder / "last.pt").is_file() else "not begun"
-
-
-def compared_rows(table: Table, runs: list[Run]) -> Iterator[dict[str, Any]]:
-    """The rows of the result: ours and the paper's by number of shots and fold, in percent."""
+def compared_rows(table: Table, runs: list[PlannedRun]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the result: ours and the paper's by shots and fold, in percent."""
     for row in table.rows:
         for shots, published in row.paper.items():
             own = [run for run in runs if run.row is row and run.shots == shots]
             if not own:
                 continue
-            scores = {
-                run.fold: 100 * run.test[table.metric]["mean"]
-                for run in own
-                if run.test is not None
-            }
-            stds = {
-                run.fold: 100 * run.test[table.metric]["std"]
-                for run in own
-                if run.test is not None and run.test[table.metric]["std"] is not None
-            }
+            found = {run.fold: run.test[table.metric] for run in own if run.test is not None}
+            scores = {fold: 100 * score["mean"] for fold, score in found.items()}
+            stds = {fold: score["std"] for fold, score in found.items()}
             yield {
                 "label": row.label,
                 "run": row.run,
@@ -80,7 +27,7 @@ def compared_rows(table: Table, runs: list[Run]) -> Iterator[dict[str, Any]]:
                 "note": row.note,
                 "paper": published._asdict(),
                 "folds": scores,
-                "folds_std": stds,
+                "folds_std": {fold: 100 * std for fold, std in stds.items() if std is not None},
                 "mean": statistics.fmean(scores.values()) if scores else None,
                 **_difference(scores, published),
                 "not_run": {
@@ -90,7 +37,7 @@ def compared_rows(table: Table, runs: list[Run]) -> Iterator[dict[str, Any]]:
 
 
 def _difference(scores: dict[int, float], published: Published) -> dict[str, float | None]:
-    """Ours less the paper's, over the folds that ran; only where the paper tells those."""
+    """Subtract the paper's mean from ours, over the folds that ran; None where it gives none."""
     if len(scores) == FOLDS:
         theirs: float | None = published.mean
     elif scores and published.folds is not None:
@@ -103,7 +50,7 @@ def _difference(scores: dict[int, float], published: Published) -> dict[str, flo
 
 
 def markdown(result: dict[str, Any]) -> Iterator[str]:
-    """Lines of the table, from what `fss.paper.reproduce.reproduce` returns."""
+    """Yield the lines of the table, from what `fss.paper.reproduce.reproduce` returns."""
     metric = {"miou": "mIoU", "fb_iou": "FB-IoU"}[result["metric"]]
     yield f"# {result['table']}: {result['title']}"
     yield ""

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from fss.config import DataConfig, ModelConfig, TrainConfig
 from fss.files import read_yaml
+from fss.models import MODELS
 from fss.settings import FOLDER, check_names, merged, read_settings
 from fss.training.base_learner import BaseLearnerConfig
 
@@ -165,9 +166,15 @@ def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) ->
     return {"steps": steps, **values, **parts}
 
 
+def needs_base_learner(model: dict[str, Any]) -> bool:
+    """Tell whether the settings of a model name one with a base learner."""
+    kind = MODELS.get(model.get("name", ModelConfig.name))
+    return kind is not None and kind.needs_base_learner
+
+
 def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[str, Any]:
     path = model.get("base_weights")
-    if model.get("name") != "bam":
+    if not needs_base_learner(model):
         return {name: value for name, value in model.items() if name != "base_weights"}
     if path is None:
         return model

@@ -16,12 +16,12 @@ from fss.report.picture import (
     save_picture,
     series_style,
 )
-from fss.runs.folder import Run
+from fss.report.runs import ReportedRun
 
 _BAR = 0.17  # inches
 
 
-def draw_classes(runs: Sequence[Run], folder: Path) -> Picture | None:
+def draw_classes(runs: Sequence[ReportedRun], folder: Path) -> Picture | None:
     """Horizontal bars, a group a class, best run's IoU first; None before any run is tested.
 
     Runs that were tested on the same classes share a panel.
@@ -29,7 +29,7 @@ def draw_classes(runs: Sequence[Run], folder: Path) -> Picture | None:
     tested = [(number, run) for number, run in enumerate(runs) if run.result]
     if not tested:
         return None
-    panels: dict[tuple[str, ...], list[tuple[int, Run]]] = {}
+    panels: dict[tuple[str, ...], list[tuple[int, ReportedRun]]] = {}
     for number, run in tested:
         panels.setdefault(tuple(sorted(run.result["test"]["iou"])), []).append((number, run))
     heights = [len(names) * (len(own) * _BAR + 0.14) + 0.55 for names, own in panels.items()]
@@ -53,7 +53,7 @@ def draw_classes(runs: Sequence[Run], folder: Path) -> Picture | None:
     return save_picture(figure, folder, "classes", "IoU of each test class, by run")
 
 
-def _draw_panel(axes, names: tuple[str, ...], runs: list[tuple[int, Run]]) -> None:
+def _draw_panel(axes, names: tuple[str, ...], runs: list[tuple[int, ReportedRun]]) -> None:
     def best(name: str) -> float:
         return max(run.result["test"]["iou"][name]["mean"] for _, run in runs)
 

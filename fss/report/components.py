@@ -20,8 +20,8 @@ from fss.data.scan import read_image
 from fss.models import FewShotModel
 from fss.report.episodes import outline, photo_pixels, spread_over_classes
 from fss.report.picture import Picture, figure_style, new_figure, save_picture
+from fss.report.runs import ReportedRun
 from fss.report.spectrum import Spectrum
-from fss.runs.folder import Run
 
 _SHOWN = 4
 _COLOURS = "magma"
@@ -47,7 +47,7 @@ class Photo:
     mask: Tensor | None
 
 
-def example_photo(run: Run, path: str | None) -> Photo:
+def example_photo(run: ReportedRun, path: str | None) -> Photo:
     """A photo of one's own, or by default the query of the first test episode of the run.
 
     Raises:
@@ -92,7 +92,7 @@ def default_layers(spectra: Sequence[Spectrum]) -> list[str]:
 
 
 def draw_components(
-    run: Run,
+    run: ReportedRun,
     network: FewShotModel,
     spectra: Sequence[Spectrum],
     photo: Photo,

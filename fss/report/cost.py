@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
+from torch import Tensor, nn
 
+import svf_fast
+from fss.models import FewShotModel
 from fss.report.picture import (
     INK,
     Picture,
@@ -18,9 +22,11 @@ from fss.report.picture import (
     save_picture,
     series_style,
 )
-from fss.runs.folder import Run
+from fss.report.runs import ReportedRun
 
 MIB = 2**20
+_WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def readable(value: float | None) -> str:
@@ -32,7 +38,7 @@ def readable(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def measured(run: Run) -> dict[str, float | None]:
+def measured(run: ReportedRun) -> dict[str, float | None]:
     """Saved and peak MiB and milliseconds of a step; of a run in progress what the log tells."""
     if run.result is None:
         seconds = run.train.get("step_seconds", [])
@@ -50,7 +56,7 @@ def measured(run: Run) -> dict[str, float | None]:
     }
 
 
-def draw_measured(runs: Sequence[Run], folder: Path) -> Picture:
+def draw_measured(runs: Sequence[ReportedRun], folder: Path) -> Picture:
     """Bars of what the runs measured: saved bytes, peak memory, time of a step."""
     panels = (
         ("saved_mib", "saved for backward\n(MiB per step)"),
@@ -81,6 +87,45 @@ def draw_measured(runs: Sequence[Run], folder: Path) -> Picture:
         grid[0].set_yticks(range(len(runs)), [run.name for run in runs])
         grid[0].invert_yaxis()
     return save_picture(figure, folder, "measured", "Saved bytes, peak memory and time of a step")
+
+
+def step_memory(run: ReportedRun, network: FewShotModel) -> Any:
+    """What one process keeps of a training step for its backward pass, predicted from shapes.
+
+    Without the loss; the networks with a loss for training alone count as in evaluation.
+    """
+    config = run.config
+    devices = config.devices if isinstance(config.devices, int) else 1
+    batch = max(1, config.batch_size // config.accumulate // devices)
+    shape = (batch * (1 + config.data.shots), 3, config.data.size, config.data.size)
+    step = _Step(network.to(_WEIGHTS.get(config.precision, torch.float32)), config.data.shots)
+    step.train(not network.needs_base_learner)
+    try:
+        return svf_fast.memory_report(step, shape, _AUTOCAST.get(config.precision))
+    finally:
+        network.float().eval()
+
+
+class _Step(nn.Module):
+    """A network that takes the photos of a step as one tensor."""
+
+    def __init__(self, network: FewShotModel, shots: int) -> None:
+        super().__init__()
+        self.network = network
+        self.shots = shots
+
+    def forward(self, photos: Tensor) -> Tensor:
+        """[B·(1 + shots), 3, H, W], the B queries first, to logits [B, 2, H, W]."""
+        batch = len(photos) // (1 + self.shots)
+        inputs = {
+            "query_image": photos[:batch],
+            "support_images": photos[batch:].unflatten(0, (batch, self.shots)),
+            "support_masks": torch.ones(
+                (batch, self.shots, *photos.shape[-2:]), dtype=torch.int64, device=photos.device
+            ),
+            "base_class": None,
+        }
+        return self.network(*(inputs[name] for name in self.network.inputs)).logits
 
 
 def memory_rows(report: Any) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
-"""Loss and mIoU of runs, in training and on novel classes (the paper's Figures 2, 3 and 7)."""
+"""Loss and mIoU of runs, in training and in validation (the paper's Figures 2, 3 and 7)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from fss.report.picture import (
     INK,
@@ -15,12 +17,32 @@ from fss.report.picture import (
     new_figure,
     save_picture,
     series_style,
+    write_png,
 )
-from fss.runs.folder import Run
+from fss.report.runs import ReportedRun, read_run
+from fss.runs.folder import RunFolder
 
 
-def draw_curves(runs: Sequence[Run], folder: Path) -> Picture:
-    """The loss, mIoU in training, and mIoU of validation and, with its spread, of the test."""
+def draw_curves(runs: Sequence[ReportedRun], folder: Path) -> Picture:
+    """Draw the curves of runs for a page; see `plot_curves`."""
+    names = ", ".join(run.name for run in runs)
+    text = f"Training loss, mIoU in training and in validation against the step of {names}"
+    return save_picture(plot_curves(runs), folder, "curves", text)
+
+
+def draw_own_curves(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Draw the curves of one run into its folder.
+
+    Args:
+        folder: of the run.
+        result: what result.json will hold.
+    """
+    run = read_run(folder, folder.path.resolve().name, result)
+    write_png(plot_curves([run]), folder.curves, dpi=110)
+
+
+def plot_curves(runs: Sequence[ReportedRun]) -> Figure:
+    """Plot the loss, mIoU in training, and mIoU of validation and, with its spread, of the test."""
     with figure_style():
         figure = new_figure(10.4, 3.9)
         loss, seen, iou = figure.subplots(1, 3)
@@ -42,16 +64,10 @@ def draw_curves(runs: Sequence[Run], folder: Path) -> Picture:
         for axes in (seen, iou):
             axes.set_ylim(bottom=0)
         legend_above(figure, iou, 5)
-    names = ", ".join(run.name for run in runs)
-    return save_picture(
-        figure,
-        folder,
-        "curves",
-        f"Training loss, mIoU in training and in validation against the step of {names}",
-    )
+    return figure
 
 
-def _draw_loss(axes, run: Run, style: dict) -> None:
+def _draw_loss(axes, run: ReportedRun, style: dict) -> None:
     if not run.train:
         return
     steps, values = run.train["step"], np.array(run.train["loss"])
@@ -69,7 +85,7 @@ def _draw_loss(axes, run: Run, style: dict) -> None:
     axes.plot(steps, values, linewidth=1.8, **line)
 
 
-def _draw_iou(axes, run: Run, style: dict) -> None:
+def _draw_iou(axes, run: ReportedRun, style: dict) -> None:
     label = run.name if run.result else f"{run.name} (in progress)"
     _draw_percent(axes, run, "miou", style, label=label)
     if run.result:
@@ -89,7 +105,7 @@ def _draw_iou(axes, run: Run, style: dict) -> None:
         )
 
 
-def _draw_percent(axes, run: Run, column: str, style: dict, **settings) -> None:
+def _draw_percent(axes, run: ReportedRun, column: str, style: dict, **settings) -> None:
     steps, values = run.validation.get("step", []), run.validation.get(column)
     if values is None:  # a log of before the column
         steps, values = [], []

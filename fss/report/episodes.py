@@ -1,4 +1,4 @@
-"""Pictures of a run: episodes with their predictions, and curves over the steps."""
+"""A picture of test episodes with their predictions."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fss.colors import BLUE, GREEN, ORANGE
+from fss.colors import BLUE, ORANGE
 from fss.data import IGNORE, MEAN, STD, EpisodeDataset, collate_episodes
 from fss.evaluation.evaluate import predict
 from fss.evaluation.metrics import foreground_iou
-from fss.files import atomic_write
-from fss.runs.folder import RunFolder
-from fss.runs.log import read_log
+from fss.report.picture import new_figure, write_png
 
 # Legible on a white page and on a dark one: the picture has no background of its own.
 _GREY = "#808080"
@@ -44,8 +40,7 @@ def draw_episodes(
     shapes = [item["query_mask_original"].shape for item in items]
     ratio = min(max(float(np.median([width / height for height, width in shapes])), 0.7), 1.6)
     size = (2.4 * ratio * columns, 2.65 * len(items))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     grid = figure.subplots(len(items), columns, squeeze=False)
     for axes, item in zip(grid, items, strict=True):
         truth = item["query_mask_original"]
@@ -68,46 +63,7 @@ def draw_episodes(
         _fill(predicted, (prediction == 1) & (truth != IGNORE), ORANGE)
         outline(predicted, truth == 1, BLUE)
     figure.supxlabel("orange: support mask, prediction · blue: truth", fontsize=10, color=_GREY)
-    _save(figure, path, transparent=True)
-
-
-def draw_curves(folder: RunFolder) -> None:
-    """Draws a run's training loss, its validation mIoU and FB-IoU and its mIoU in training."""
-    train, validation = read_log(folder.train_log), read_log(folder.validation_log)
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, iou = figure.subplots(1, 2)
-    if train:
-        window = max(1, len(train["loss"]) // 20)
-        style = {"alpha": 0.35, "linewidth": 1} if window > 1 else {"linewidth": 2}
-        loss.plot(train["step"], train["loss"], color=BLUE, **style)
-        if window > 1:
-            smooth = np.convolve(train["loss"], np.ones(window) / window, "valid")
-            loss.plot(train["step"][window - 1 :], smooth, color=BLUE, linewidth=2)
-            label = f"dark: mean of {window} log rows"
-            loss.text(0.98, 0.95, label, ha="right", va="top", color=BLUE, transform=loss.transAxes)
-    loss.set(title="training", xlabel="step", ylabel="cross-entropy (nats per pixel)")
-    marks = {"markersize": 4} if len(validation.get("step", [])) < 40 else {"marker": ""}
-    for name, label, colour, marker in (
-        ("miou", "mIoU", ORANGE, "o"),
-        ("fb_iou", "FB-IoU", GREEN, "s"),
-        ("train_miou", "mIoU in training, base classes", BLUE, "D"),
-    ):
-        if name in validation:
-            percent = [100 * value for value in validation[name]]
-            style = {"marker": marker, **marks}
-            iou.plot(validation["step"], percent, color=colour, label=label, **style)
-    if validation:
-        best = int(np.argmax(validation["miou"]))
-        step, score = validation["step"][best], 100 * validation["miou"][best]
-        iou.axhline(score, color=ORANGE, linewidth=1, linestyle=":")
-        iou.legend(loc="best", title=f"best mIoU {score:.1f} % at step {step:.0f}")
-    iou.set(title="validation, novel classes; training", xlabel="step", ylabel="IoU (%)")
-    iou.set_ylim(bottom=0)
-    for ax in (loss, iou):
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    _save(figure, folder.curves)
+    write_png(figure, path, dpi=110, background="none")
 
 
 def spread_over_classes(episodes: EpisodeDataset, count: int) -> list[int]:
@@ -167,8 +123,3 @@ def outline(ax: Axes, mask: Tensor, colour: str) -> None:
         ax.contour(columns, rows, framed, [0.5], colors=colour, linewidths=1.4)
         ax.set_xlim(-0.5, mask.shape[1] - 0.5)
         ax.set_ylim(mask.shape[0] - 0.5, -0.5)
-
-
-def _save(figure: Figure, path: Path, transparent: bool = False) -> None:
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110, transparent=transparent)

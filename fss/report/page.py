@@ -14,12 +14,11 @@ from PIL import Image
 
 import fss
 from fss.files import atomic_write
-from fss.models import FewShotModel
+from fss.models import FewShotModel, rebuild_model
 from fss.report.classes import draw_classes
 from fss.report.components import default_layers, draw_components, example_photo
-from fss.report.cost import MIB, draw_counted, draw_measured, readable
+from fss.report.cost import MIB, draw_counted, draw_measured, readable, step_memory
 from fss.report.curves import draw_curves
-from fss.report.network import build_network, step_memory
 from fss.report.picture import CONTROL, Picture
 from fss.report.results import (
     differences,
@@ -29,8 +28,8 @@ from fss.report.results import (
     result_row,
     setting_in_words,
 )
+from fss.report.runs import ReportedRun, read_runs
 from fss.report.spectrum import Spectrum, change_rows, draw_all, draw_largest, read_spectra
-from fss.runs.folder import Run, read_runs
 
 _EPISODES_WIDTH = 1200  # pixels
 
@@ -60,7 +59,7 @@ def write_report(
         ValueError: a damaged file, named; a layer that no run trains.
     """
     read = read_runs(runs)
-    folder = Path(out) if out is not None else read[0].folder / "report"
+    folder = Path(out) if out is not None else read[0].folder.path / "report"
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
@@ -95,7 +94,7 @@ def write_report(
 
 
 def _learned(
-    runs: Sequence[Run], folder: Path, photo: str | None, layers: Sequence[str]
+    runs: Sequence[ReportedRun], folder: Path, photo: str | None, layers: Sequence[str]
 ) -> dict[str, Any]:
     """What the page shows of the singular values, and why of some runs it shows nothing."""
     spectra: dict[int, list[Spectrum]] = {}
@@ -113,10 +112,12 @@ def _learned(
             continue
         state = checkpoint["model"]
         setting = setting_in_words(run)
-        network = networks[setting] = networks.get(setting) or build_network(run, state)
-        network.load_state_dict(state)
-        if setting not in reports:
-            reports[setting] = step_memory(run, network)
+        if setting in networks:
+            networks[setting].load_state_dict(state)
+        else:
+            networks[setting] = rebuild_model(run.config, state)
+            reports[setting] = step_memory(run, networks[setting])
+        network = networks[setting]
         try:
             own = read_spectra(run, state)
         except FileNotFoundError as error:
@@ -147,20 +148,21 @@ def _learned(
     }
 
 
-def _title(runs: Sequence[Run]) -> str:
+def _title(runs: Sequence[ReportedRun]) -> str:
     names = [run.name for run in runs]
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return f"fss report: {shown}"
 
 
-def _episodes(run: Run, number: int, folder: Path) -> dict[str, Any]:
+def _episodes(run: ReportedRun, number: int, folder: Path) -> dict[str, Any]:
     """The picture of test episodes as a data URI, a tenth of the PNG's size; "" without one."""
-    if run.episodes is None:
+    content = run.episodes()
+    if content is None:
         why = "the run is in progress" if run.result is None else "the run drew none"
         return {"name": run.name, "uri": "", "why": why}
     with atomic_write(folder / f"episodes-{number}.png") as file:
-        file.write(run.episodes)
-    picture = Image.open(io.BytesIO(run.episodes)).convert("RGBA")
+        file.write(content)
+    picture = Image.open(io.BytesIO(content)).convert("RGBA")
     if picture.width > _EPISODES_WIDTH:
         height = round(picture.height * _EPISODES_WIDTH / picture.width)
         picture = picture.resize((_EPISODES_WIDTH, height), Image.Resampling.LANCZOS)
@@ -170,7 +172,7 @@ def _episodes(run: Run, number: int, folder: Path) -> dict[str, Any]:
     return {"name": run.name, "uri": uri, "why": "", "size": picture.size}
 
 
-def _details(run: Run) -> dict[str, str]:
+def _details(run: ReportedRun) -> dict[str, str]:
     result = run.result or {}
     return {
         "name": run.name,

@@ -99,6 +99,12 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 4) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
 
 
+def write_png(figure: Figure, path: Path, dpi: int = 200, background: str = "white") -> None:
+    """Write a figure as PNG on a background color, or on "none"."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=dpi, facecolor=background)
+
+
 def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
     """Writes NAME.png (on white, 200 dpi) and NAME.svg (no background, light and dark).
 
@@ -108,8 +114,7 @@ def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
         name: unique in the page.
         text: what the picture shows, for those who cannot see it.
     """
-    with atomic_write(folder / f"{name}.png") as file:
-        figure.savefig(file, format="png", dpi=200, facecolor="white")
+    write_png(figure, folder / f"{name}.png")
     figure.set_layout_engine("none")  # it lies as the PNG does, at half the time
     buffer = io.BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -9,16 +9,16 @@ from typing import Any
 from fss.config import TrainConfig, free_settings
 from fss.report.cost import measured
 from fss.report.picture import series_style
-from fss.runs.folder import Run
+from fss.report.runs import ReportedRun
 
 # What may differ between runs of which a mean makes sense: folds and seeds, places and speed.
 _FREE = free_settings(TrainConfig, "mean")
 
 
-def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def facts(runs: Sequence[ReportedRun]) -> list[tuple[str, str]]:
     """What was run, in pairs; values that differ between the runs side by side."""
 
-    def each(value: Callable[[Run], object]) -> str:
+    def each(value: Callable[[ReportedRun], object]) -> str:
         known = dict.fromkeys(str(found) for run in runs if (found := value(run)) is not None)
         return " · ".join(known) or "not known before the end of a run"
 
@@ -34,11 +34,11 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     ]
 
 
-def _commit(run: Run) -> str | None:
+def _commit(run: ReportedRun) -> str | None:
     return run.result and (run.result["commit"] or "none: not run from a checkout")
 
 
-def _machine(run: Run) -> str | None:
+def _machine(run: ReportedRun) -> str | None:
     if run.result is None:
         return None
     machine = run.result["machine"]
@@ -47,7 +47,7 @@ def _machine(run: Run) -> str | None:
     return f"{device}, torch {run.result['versions']['torch']}"
 
 
-def regime_in_words(run: Run) -> str:
+def regime_in_words(run: ReportedRun) -> str:
     regime = run.config.regime
     if regime.name == "freeze" and regime.batch_norm == "none":
         return regime.name
@@ -61,12 +61,12 @@ def regime_in_words(run: Run) -> str:
     return ", ".join(parts)
 
 
-def _test(run: Run) -> str:
+def _test(run: ReportedRun) -> str:
     seeds = ", ".join(map(str, run.config.test_seeds))
     return f"{run.config.test_episodes:,} episodes for each of the seeds {seeds}"
 
 
-def result_row(run: Run, number: int) -> dict[str, Any]:
+def result_row(run: ReportedRun, number: int) -> dict[str, Any]:
     """A row of the table of results; None where a run in progress has no number yet."""
     result = run.result or {}
     test = result.get("test", {})
@@ -88,9 +88,9 @@ def result_row(run: Run, number: int) -> dict[str, Any]:
     }
 
 
-def mean_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def mean_rows(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the tested runs that differ in fold or seed alone."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
         if run.result is not None:
             values = _flat(run.config.to_dict())
@@ -112,7 +112,7 @@ def mean_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def _over(runs: Sequence[Run], metric: str) -> dict[str, float]:
+def _over(runs: Sequence[ReportedRun], metric: str) -> dict[str, float]:
     values = [run.result["test"][metric]["mean"] for run in runs if run.result]
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
 
@@ -128,7 +128,7 @@ def _interval(test: dict[str, Any]) -> str:
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} (episodes)" if bounds else ""
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def differences(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
     """The settings that are not the same in all runs, with the value of each."""
     flat = [_flat(run.config.to_dict()) for run in runs]
     names = dict.fromkeys(name for values in flat for name in values if name != "out")
@@ -145,7 +145,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def setting_in_words(run: Run) -> str:
+def setting_in_words(run: ReportedRun) -> str:
     """What the memory of a step depends on, in words."""
     config = run.config
     words = [config.model.name, config.model.backbone, f"{config.data.size} px"]

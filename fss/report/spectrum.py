@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import svf_fast
-from fss.models import build_model
+from fss.models import MODELS, build_model
 from fss.report.picture import (
     INK,
     Picture,
@@ -22,7 +22,7 @@ from fss.report.picture import (
     save_picture,
     series_style,
 )
-from fss.runs.folder import Run
+from fss.report.runs import ReportedRun
 
 LARGEST = 30
 """Singular values of each convolution that the paper's Figures 8 to 11 show."""
@@ -53,7 +53,7 @@ class Spectrum:
         return torch.where(before == 0, torch.nan, change)
 
 
-def read_spectra(run: Run, state: Mapping[str, Any]) -> list[Spectrum]:
+def read_spectra(run: ReportedRun, state: Mapping[str, Any]) -> list[Spectrum]:
     """The spectra of all SVF layers of a run, in the network's order.
 
     The pretrained values come from pretrained.safetensors, which `fss train` writes; for a run of
@@ -68,7 +68,7 @@ def read_spectra(run: Run, state: Mapping[str, Any]) -> list[Spectrum]:
         FileNotFoundError: the pretrained values are nowhere; the message names both places.
         ValueError: a damaged file, or one that does not belong to the run.
     """
-    path = run.folder / "pretrained.safetensors"
+    path = run.folder.pretrained
     names = [key.removesuffix(".S") for key in state if key.endswith(".S")]
     before = _kept(path, names) if path.is_file() else _from_weights(run, state, names, path)
     spectra = []
@@ -90,7 +90,7 @@ def _kept(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     try:
         values = svf_fast.Adapter.load(path).S
     except ValueError as error:
-        raise ValueError(f"run: {path} cannot be read, it was cut ({error})") from error
+        raise ValueError(f"run: {path} cannot be read, it is truncated ({error})") from error
     kept = {name: values.get(name.removeprefix("backbone.")) for name in names}
     missing = [name for name, S in kept.items() if S is None]
     if missing:
@@ -102,10 +102,11 @@ def _kept(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _from_weights(
-    run: Run, state: Mapping[str, Any], names: Sequence[str], path: Path
+    run: ReportedRun, state: Mapping[str, Any], names: Sequence[str], path: Path
 ) -> dict[str, Tensor]:
     model = run.config.model
-    source = model.official or (model.base_weights if model.name == "bam" else model.weights)
+    learned = MODELS[model.name].needs_base_learner
+    source = model.official or (model.base_weights if learned else model.weights)
     hint = (
         f"run: expected the pretrained singular values in {path}, found none, and the weights that "
         f"training began with ({source}) "
@@ -113,7 +114,7 @@ def _from_weights(
     if source != "shapes" and not Path(str(source)).exists():
         raise FileNotFoundError(f"{hint}are not there")
     backbone = replace(model, name="baseline", base_weights=None, official=None)
-    if model.name == "bam" or model.official:
+    if learned or model.official:
         raise FileNotFoundError(f"{hint}are not a backbone's alone")
     weights = build_model(backbone).state_dict()
     before = {}

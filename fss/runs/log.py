@@ -74,18 +74,33 @@ class RunLog:
                 self._events.add_scalar(f"{group}/{name}", value, step)
 
 
-def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a CSV log; an empty cell is NaN.
+def read_log(path: Path, growing: bool = False) -> dict[str, list[float]]:
+    """Read the columns of a CSV log by name, none before the first row; an empty cell is NaN.
+
+    Args:
+        path: of the log.
+        growing: the run may be in the middle of writing the last row, which is then left out.
 
     Raises:
+        FileNotFoundError: no log.
         ValueError: no table of numbers.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"run: expected a log at {path}, found none")
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path))))
-        names = rows[0] if rows else ()
-        return {name: [float(row[name] or "nan") for row in rows] for name in names}
-    except (csv.Error, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a table of numbers ({error})") from error
+        text = read_text(path)
+        header, *rows = csv.reader(io.StringIO(text))
+        if growing and rows and not text.endswith("\n"):
+            rows.pop()
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {number}: expected {len(header)} values, got {len(row)}, it is truncated"
+                )
+        columns = zip(*([float(cell or "nan") for cell in row] for row in rows), strict=True)
+        return dict(zip(header, map(list, columns), strict=True)) if rows else {}
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"run: {path}: expected a table of numbers ({error})") from error
 
 
 def _append(path: Path, values: list) -> None:

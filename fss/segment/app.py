@@ -16,8 +16,7 @@ from PIL import Image, ImageColor
 
 from fss.colors import ORANGE
 from fss.data import ShapesSource
-from fss.segment.masks import read_mask
-from fss.segment.pictures import overlay, read_picture
+from fss.segment.pictures import overlay, read_mask, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter
 
 MAX_BYTES = 20 * 2**20

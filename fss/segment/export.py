@@ -13,7 +13,7 @@ import svf_fast
 from fss.data import MEAN, STD
 from fss.files import atomic_write
 from fss.models import FewShotModel
-from fss.segment.segmenter import load_run
+from fss.runs.folder import RunFolder
 
 INPUTS = ("query_image", "support_images", "support_masks")
 _TOLERANCE = 1e-4
@@ -112,7 +112,8 @@ def export_run(
         FileNotFoundError: no checkpoint there.
         ImportError, ValueError, RuntimeError: see `export_onnx`.
     """
-    model, config = load_run(Path(run), checkpoint)
+    folder, name = RunFolder.find(run, checkpoint)
+    model, config = folder.network(name)
     data = config.data
     metadata = {"data": data.source, "fold": data.fold, "model": config.model.name}
     shots = shots or data.shots

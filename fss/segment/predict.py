@@ -14,8 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fss.files import atomic_write
-from fss.segment.masks import MaskLike
-from fss.segment.pictures import read_picture
+from fss.segment.pictures import MaskLike, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter, Segmentation
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")

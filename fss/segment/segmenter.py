@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -20,13 +19,10 @@ from fss.colors import ORANGE
 from fss.config import TrainConfig
 from fss.data import EvalTransform, test_transform
 from fss.evaluation.evaluate import enlarge
-from fss.models import FewShotModel, Matching, backbone_of, build_model
-from fss.models.regimes import apply_regime
+from fss.models import FewShotModel, Matching, backbone_of
 from fss.processes import lay_out
-from fss.runs.checkpoint import explain_misfit, load_checkpoint
-from fss.segment.masks import MaskLike, read_mask
-from fss.segment.pictures import Picture, overlay, read_picture
-from fss.segment.supports import Supports, see_supports
+from fss.runs.folder import RunFolder
+from fss.segment.pictures import MaskLike, Picture, overlay, read_mask, read_picture
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -121,7 +117,8 @@ class FewShotSegmenter:
             FileNotFoundError: no checkpoint there.
             ValueError: a damaged checkpoint.
         """
-        model, config = load_run(Path(run), checkpoint)
+        folder, name = RunFolder.find(run, checkpoint)
+        model, config = folder.network(name)
         segmenter = cls.__new__(cls)
         segmenter._prepare(model, config, test_transform(config.data), adapter, threshold, device)
         return segmenter
@@ -144,7 +141,7 @@ class FewShotSegmenter:
         self._resize = config.resize if config else "photo"
         self._own: svf_fast.Adapter | None = None
         self._examples: tuple[Tensor, Tensor] | None = None
-        self._supports: Supports | None = None
+        self._supports: Any = None  # what the model keeps of the examples
         if adapter is not None:
             self.adapter(adapter)
 
@@ -224,7 +221,7 @@ class FewShotSegmenter:
                 "cover all of their images; a trained run can do without"
             )
         image, mask = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
-        supports = see_supports(self.model, image, mask)
+        supports = self.model.encode_supports(image, mask)
         self._examples, self._supports = (image, mask), supports
         return self
 
@@ -263,11 +260,11 @@ class FewShotSegmenter:
     def _segment(self, pictures: list[NDArray[np.uint8]]) -> list[Segmentation]:
         if self._supports is None:
             assert self._examples is not None
-            self._supports = see_supports(self.model, *self._examples)
+            self._supports = self.model.encode_supports(*self._examples)
         blank = [np.zeros(picture.shape[:2], np.uint8) for picture in pictures]
         samples = [self._transform(*pair) for pair in zip(pictures, blank, strict=True)]
         queries = torch.stack([sample.image for sample in samples]).to(self.device)
-        logits = self._supports.segment(queries)
+        logits = self.model.segment(queries, self._supports)
         results = []
         for picture, sample, one in zip(pictures, samples, logits, strict=True):
             background, foreground = enlarge(one, sample.size, picture.shape[:2], self._resize)
@@ -277,47 +274,6 @@ class FewShotSegmenter:
             mask = (margin > limit).cpu().numpy()
             results.append(Segmentation(picture, margin.sigmoid().cpu().numpy(), mask))
         return results
-
-
-def load_run(
-    path: Path, checkpoint: Literal["best", "last"] = "best"
-) -> tuple[FewShotModel, TrainConfig]:
-    """The network of a run and its configuration, from the checkpoint alone.
-
-    Singular vectors are taken from the checkpoint, nothing is decomposed.
-
-    Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint.
-    """
-    if path.is_dir():
-        path = path / f"{checkpoint}.pt"
-    content = load_checkpoint(path)
-    with explain_misfit(path):
-        return _network_of(content)
-
-
-def _network_of(content: dict[str, Any]) -> tuple[FewShotModel, TrainConfig]:
-    values, state = content["config"], content["model"]
-    shots = values["data"]["shots"]
-    values["model"] |= {"weights": "none", "base_weights": "none", "official": None}
-    config = TrainConfig.from_dict(values)
-    classes = None
-    if config.model.name == "bam":
-        count = len(state["base_learner.classifier.4.weight"]) - 1
-        classes = {number: f"base class {number}" for number in range(1, count + 1)}
-    network = build_model(config.model, classes, shots)
-    converted = [name.removesuffix(".fingerprint") for name in state if "fingerprint" in name]
-    if converted:
-        for name in converted:
-            convolution: Any = network.get_submodule(name)
-            factors: Any = tuple(state[f"{name}.{part}"] for part in "USV")
-            layer = svf_fast.SVFConv2d.from_conv(convolution, "auto", factors)
-            network.set_submodule(name, layer)
-    else:
-        apply_regime(network, config.regime)
-    network.load_state_dict(state)
-    return network, config
 
 
 def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:

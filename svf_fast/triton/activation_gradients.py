@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svf_fast.triton.language import dot, narrow
 from svf_fast.triton.launch import launch
+from svf_fast.triton.maps import dense
 from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
     Launch,
@@ -60,7 +61,7 @@ def activation_grams_partial_kernel(
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile [BLOCK_A, BLOCK_B] of ``Σ_p g_p y_pᵀ`` or ``Σ_p x_p grad_pᵀ`` over one split."""
+    """Sum one tile of ``Σ_p g_p y_pᵀ`` or ``Σ_p x_p grad_pᵀ`` over one split of the positions."""
     tiles_b = tl.cdiv(channels, BLOCK_B)
     tiles = tl.cdiv(channels, BLOCK_A) * tiles_b
     matrix = tl.program_id(0) // tiles  # of the partial ones: sides of a split
@@ -113,11 +114,12 @@ def activation_gradients(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``g = dL/dy`` of ``x = relu(y · scale + shift)``, and dS read off the matrices of both sides.
+    """Compute ``g = dL/dy`` of ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
 
     grad, y, scale, shift as for :func:`activation_grams`. before: left, right [1, C, R] and S [R]
     of the layer that made y, whose matrix is ``Σ_p g_p y_pᵀ``; after: of the one that reads x,
-    whose matrix is ``Σ_p x_p grad_pᵀ``; empty for none -> g, dS [1, R] of each, empty for none.
+    whose matrix is ``Σ_p x_p grad_pᵀ``; empty for none -> g, dS [1, R] of each, read off its
+    matrix, empty for none.
     """
     g, partial = _partial(grad, y, scale, shift, bool(before), bool(after), None)
     sides = [(side[0], side[1], side[2]) for side in (before, after) if side]
@@ -136,11 +138,13 @@ def activation_grams(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``g = dL/dy`` of ``x = relu(y · scale + shift)``, ``Σ_p g_p y_pᵀ`` and ``Σ_p x_p grad_pᵀ``.
+    """Compute ``g = dL/dy`` of ``x = relu(y · scale + shift)`` and the matrices of both sides.
+
+    They are ``Σ_p g_p y_pᵀ`` and ``Σ_p x_p grad_pᵀ``.
 
     grad = dL/dx and y [N, C, *spatial] of one dtype, scale and shift [C] in float32 -> g
-    [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not asked
-    for has no elements; for neither, g is affine_act_backward's. x and g are rounded to the dtype
+    [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not wanted
+    has no elements; for neither, g is affine_act_backward's. x and g are rounded to the dtype
     of the maps. Maps that are contiguous or channels_last (which loads 16 bytes at a time) are read
     as they lie; grad is brought to the layout of y. Bytes of DRAM: grad and y read once, g written
     once, partial matrices.
@@ -163,7 +167,7 @@ def _partial(
     after: bool,
     config: Config | None,
 ) -> tuple[Tensor, Tensor]:
-    """g, and of the matrices that are asked for the sums over each split [splits, sides, C, C]."""
+    """Compute g, and the matrices that are wanted over each split [splits, sides, C, C]."""
     refuse_float64("activation_gradients", "y", y)
     scale, shift = scale.contiguous(), shift.contiguous()
     sides = before + after
@@ -171,8 +175,7 @@ def _partial(
         g = torch.ops.svf_fast.affine_act_backward(grad, y, None, scale, shift)
         return g, y.new_empty(0, dtype=torch.float32)
     channels = y.shape[1]
-    if not (y.is_contiguous() or y.movedim(1, -1).is_contiguous()):
-        y = y.contiguous()
+    y = dense(y)
     if grad.stride() != y.stride():
         grad = torch.empty_like(y).copy_(grad)
     g = torch.empty_like(y)
@@ -232,20 +235,17 @@ class Problem(NamedTuple):
     vectors: bool = True
 
     def key(self) -> str:
-        """What a configuration is looked up by."""
         sides = ("", "one side", "both sides")[self.sides]
         where = f"{self.channels} channels, {bucket(self.positions)} positions"
         loads = "" if self.vectors else ", loads by elements"
         return f"{where}, {sides}, {dtype_name(self.dtype)}{loads}"
 
     def candidates(self, arch: int) -> list[Config]:
-        """The rule's configuration first."""
         width = self.channels
         shapes = shapes_for(width, self.dtype, self.vectors, arch)
         return configurations(shapes, width, width, self.sides, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
-        """Fresh random maps, and a call with a configuration."""
         grad, y = random_maps(self.positions, [self.channels] * 2, self.dtype, self.vectors, device)
         scale, shift = torch.randn(2, self.channels, device=device)
         both = self.sides == 2
@@ -253,7 +253,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """y1 (its own matrix) and y2 (both sides) of the bottlenecks of layers 2-4."""
+    """List y1 (its own matrix) and y2 (both sides) of the bottlenecks of layers 2-4."""
     return [
         Problem(channels, positions, sides, torch.bfloat16)
         for channels in (128, 256, 512)

@@ -44,7 +44,7 @@ from svf_fast.triton.tuning import INTERPRETED, OPTIONS, Config
 def of_channels(
     values, start, units, positions, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A value per channel, for the BLOCK elements of a map from ``start`` on.
+    """Load a value per channel for the BLOCK elements of a map from ``start`` on.
 
     ROWS: "channels" where the map is channels_last, "long" and "short" where rows are of positions:
     a block lies in two of the long ones at most.
@@ -148,7 +148,7 @@ def affine_act_backward_kernel(
 
 
 def rule(dtype: torch.dtype) -> Config:
-    """16 bytes a thread; the interpreter takes its time for a program."""
+    """Return blocks of 16 bytes a thread; larger ones for the interpreter, slow at each program."""
     block = 8192 if INTERPRETED else 2048 // dtype.itemsize
     return {"BLOCK": block, "num_warps": 4, **OPTIONS}
 
@@ -162,7 +162,7 @@ def affine_act(
     relu: bool,
     mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``relu?(y·scale_c + shift_c + residual·residual_scale_c)``, and its mask or no bytes.
+    """Compute ``relu?(y·scale_c + shift_c + residual·residual_scale_c)``, and its mask or no bytes.
 
     y, residual [N, C, *spatial] of one dtype; scale, shift, residual_scale [C] in float32 -> out in
     the layout of y, contiguous where that has gaps. A residual in another layout is copied first.
@@ -181,7 +181,7 @@ def affine_act_(
     relu: bool,
     mask: bool,
 ) -> Tensor:
-    """:func:`affine_act` in the place of y -> mask.
+    """Compute :func:`affine_act` in place of y; return the mask.
 
     Raises:
         ValueError: y that is neither contiguous nor channels_last.
@@ -197,7 +197,7 @@ def affine_act_backward(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    """``scale_c · grad`` where the ReLU passed, by y or by the mask; in the layout of y or grad.
+    """Compute ``scale_c · grad`` where the ReLU passed, by y or by the mask, in its layout.
 
     Raises:
         ValueError: with a mask, grad that is neither contiguous nor channels_last.
@@ -219,7 +219,7 @@ def affine_act_backward_(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> None:
-    """:func:`affine_act_backward` in the place of grad.
+    """Compute :func:`affine_act_backward` in place of grad.
 
     Raises:
         ValueError: grad that is neither contiguous nor channels_last.
@@ -284,7 +284,7 @@ def _backward(grad, y, mask, scale, shift, out) -> None:
 
 
 def _shape_of(x: Tensor, block: int) -> dict[str, Any]:
-    """The kernels' arguments that say how a map lies in memory."""
+    """Return the kernels' arguments that say how a map lies in memory."""
     rows: Rows = rows_of(x)
     unit = unit_of(rows.channels)
     kind = "channels" if rows.last else "long" if rows.positions >= block else "short"
@@ -337,7 +337,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """Channels in eights and not, rows longer than a block and not."""
+    """List channels in eights and not, rows longer than a block and not."""
     return [
         Problem(channels, positions, dtype, last, kind)
         for dtype in (torch.bfloat16, torch.float32)

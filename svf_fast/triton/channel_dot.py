@@ -54,7 +54,7 @@ def channel_dot_columns_kernel(
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Maps [positions, C]: COLUMNS channels over STEPS tiles of ROWS positions."""
+    """Sum COLUMNS channels of maps [positions, C] over STEPS tiles of ROWS positions."""
     channels = units * UNIT
     tiles = tl.cdiv(channels, COLUMNS)
     block = tl.program_id(0) // tiles
@@ -94,7 +94,7 @@ def channel_dot_rows_kernel(
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Maps [batch, C, positions]: a segment of STEPS tiles of the row of an image and channel.
+    """Sum STEPS tiles of a row of maps [batch, C, positions]: of one image and channel.
 
     Tiles begin at multiples of eight elements, the first one in the row before if need be: a tile
     that lies in the row is read by 16 bytes.
@@ -126,7 +126,7 @@ def channel_dot_rows_kernel(
 def channel_dot_sum_kernel(
     partial, out, count, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """``out_c = Σ_i partial_ic`` of partial [count, C]."""
+    """Compute ``out_c = Σ_i partial_ic`` of partial [count, C]."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float64)
@@ -138,7 +138,7 @@ def channel_dot_sum_kernel(
 
 
 def channel_dot(a: Tensor, b: Tensor) -> Tensor:
-    """``out_c = Σ_{n,p} a_ncp · b_ncp``: a, b [N, C, *spatial] of one dtype -> [C] in float32.
+    """Compute ``out_c = Σ_{n,p} a_ncp · b_ncp``: a, b [N, C, *spatial] of one dtype -> [C] float32.
 
     b is brought to the layout of a, which is copied where it has gaps.
     """
@@ -147,7 +147,7 @@ def channel_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def channel_dot_scale_(a: Tensor, v: Tensor, s: Tensor) -> Tensor:
-    """:func:`channel_dot` of a and v, and in the same pass ``a_ncp ← a_ncp · s_c``.
+    """Compute :func:`channel_dot` of a and v, and in the same pass ``a_ncp ← a_ncp · s_c``.
 
     Raises:
         ValueError: a that is neither contiguous nor channels_last, or shares a part of v's memory.
@@ -165,7 +165,7 @@ def channel_dot_scale_(a: Tensor, v: Tensor, s: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor, s: Tensor | None) -> Tensor:
-    """Of dense maps of the same strides; with s, a is scaled."""
+    """Sum products of dense maps of the same strides; with s, scale a."""
     if a.dtype == torch.float64:
         with torch.no_grad():
             if s is None:
@@ -259,7 +259,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """Channels in eights and not, rows longer than a tile and not."""
+    """List channels in eights and not, rows longer than a tile and not."""
     return [
         Problem(channels, positions, dtype, last, scales)
         for dtype in (torch.bfloat16, torch.float32)

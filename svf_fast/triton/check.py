@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not here: registers, spills and shared memory of each.
+"""Compile the kernels for absent GPUs: registers, spills and shared memory of each.
 
 ``python -m svf_fast.triton.check`` prints a table for sm_80 and sm_90 and fails on a spill or on
 more shared memory than a block can have; ``--architectures 89 120`` for other GPUs.
@@ -57,7 +57,7 @@ class Usage(NamedTuple):
 
 @contextlib.contextmanager
 def compile_only(arch: int) -> Iterator[list[Usage]]:
-    """Launches inside compile for sm_``arch`` and do not run; the usage of each is appended."""
+    """Compile launches for sm_``arch`` instead of running them; append the usage of each."""
     launch, before, usages = JITFunction.run, driver._active, []
 
     def run(self, *args, grid, warmup, **options):
@@ -75,7 +75,7 @@ def compile_only(arch: int) -> Iterator[list[Usage]]:
 
 
 class _Absent:
-    """The driver of a GPU that is not here."""
+    """The driver of an absent GPU."""
 
     def __init__(self, arch: int):
         self.target = GPUTarget("cuda", arch, 32)
@@ -152,7 +152,7 @@ def cases(kernels: Kernels) -> list[Case]:
 
 @contextlib.contextmanager
 def allow_tf32(allowed: bool) -> Iterator[None]:
-    """Sets torch's switches for products in TF32, and puts them back."""
+    """Set torch's switches for products in TF32, and restore them."""
     cudnn: Any = torch.backends.cudnn
     switches = cudnn.conv, torch.backends.cuda.matmul
     before = [switch.fp32_precision for switch in switches]
@@ -165,8 +165,8 @@ def allow_tf32(allowed: bool) -> Iterator[None]:
             switch.fp32_precision = value
 
 
-def chosen(case: Case, arch: int) -> Config:
-    """The first configuration of a case's kernel on an architecture, which the rule says."""
+def choose(case: Case, arch: int) -> Config:
+    """Return the rule's configuration of a case; where that is no kernel, the one after it."""
     return next(config for config in case.candidates(arch) if config != SEPARATE)
 
 
@@ -180,10 +180,10 @@ class Compilation(NamedTuple):
 
 
 def compilations(found: Sequence[tuple[Case, int, Config]]) -> list[Compilation]:
-    """Those of cases, architectures and configurations that Triton compiles apart.
+    """Select the cases, architectures and configurations that Triton compiles separately.
 
-    It distinguishes numbers that are 1, and those that 16 divides; kernels distinguish those that
-    their blocks divide. Of equals the smallest problem is compiled.
+    It distinguishes numbers that are 1 and multiples of 16; kernels distinguish multiples of their
+    blocks. Of those it compiles alike, the smallest problem is selected.
     """
     apart: dict[tuple, tuple[int, Compilation]] = {}
     for case, arch, config in found:
@@ -206,13 +206,13 @@ def _kind(case: Case) -> Iterator[Any]:
 
 
 def compile_one(one: Compilation) -> list[Usage]:
-    """The usages of a compilation; the compiled kernels stay in Triton's cache on disk."""
+    """Compile, and return the usages; the kernels stay in Triton's cache on disk."""
     with allow_tf32(one.tf32):
         return usages(one.problem, one.config, one.arch)
 
 
 def processes(count: int | None = None) -> ProcessPoolExecutor:
-    """Processes that compile and see no GPU."""
+    """Start processes that compile and see no GPU."""
     return ProcessPoolExecutor(
         count or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_hide_gpus
     )
@@ -224,7 +224,7 @@ def _hide_gpus() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table; 1 where a kernel spills or needs more shared memory than there is."""
+    """Print the table; return 1 if a kernel spills or needs more shared memory than a block has."""
     parser = argparse.ArgumentParser(prog="python -m svf_fast.triton.check", description=__doc__)
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="all of them if not given")
     parser.add_argument("--processes", type=int, help="as many as there are processors")
@@ -235,9 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: nothing can be compiled. Unset it.", file=sys.stderr)
         return 1
-    found = cases(named(tunables(), options.kernels))
+    found = cases(select_kernels(tunables(), options.kernels))
     todo = compilations(
-        [(case, arch, chosen(case, arch)) for case in found for arch in options.architectures]
+        [(case, arch, choose(case, arch)) for case in found for arch in options.architectures]
     )
     print("| kernel | arch | configuration | registers | spilled | shared |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -257,15 +257,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _row(one: Compilation, usage: Usage) -> str:
     numbers = f"{usage.registers} | {usage.spilled} | {usage.shared}"
-    return f"| {usage.kernel} | sm_{one.arch} | {written(one.config)} | {numbers} |"
+    return f"| {usage.kernel} | sm_{one.arch} | {format_config(one.config)} | {numbers} |"
 
 
-def written(config: Config) -> str:
-    """A configuration in a line."""
+def format_config(config: Config) -> str:
+    """Format a configuration in a line."""
     return " ".join(f"{name}={value}" for name, value in sorted(config.items()))
 
 
-def named(kernels: Kernels, names: Sequence[str] | None) -> Kernels:
+def select_kernels(kernels: Kernels, names: Sequence[str] | None) -> Kernels:
     """Select the kernels of some names, or all of them.
 
     Raises:

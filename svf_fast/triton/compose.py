@@ -85,7 +85,7 @@ def compose_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one group's matrix [rows, columns]; W is all of them."""
+    """Compute one tile of one group's matrix [rows, columns]; W is all of them."""
     group = tl.program_id(1).to(tl.int64)
     start = group * rows * columns
     compose_tile(
@@ -122,7 +122,7 @@ def compose_all_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one group's matrix of one of many weights."""
+    """Compute one tile of one group's matrix of one of many weights."""
     program = table + first_program + tl.program_id(0) * 3
     entry = table + tl.load(program) * NUMBERS
     group = tl.load(program + 1)
@@ -177,7 +177,7 @@ def compose(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """W = ``U diag(S) V`` per group in ``dtype``, and scale ⊙ W; accumulated in float32.
+    """Compute W = ``U diag(S) V`` per group in ``dtype``, and scale ⊙ W; accumulate in float32.
 
     U [Co, R], S [G·R], V [G·R, Ci/G, kh, kw] of any dtype up to float32, scale [Co] in float32 ->
     [Co, Ci/G, kh, kw] in the order of V's memory, the second empty where no scale is given. Reads
@@ -214,19 +214,21 @@ def compose(
 
 
 class Order(NamedTuple):
-    """How V [G·R, Ci/G, kh, kw] lies in memory: directions innermost or outermost, of the rest
-    channels or positions innermost."""
+    """How V [G·R, Ci/G, kh, kw] lies in memory.
+
+    Directions are innermost or outermost; of the rest, channels or positions are innermost.
+    """
 
     rank_inside: bool
     channels_last: bool
 
     def strides(self, V: Tensor) -> tuple[int, int]:
-        """From direction to direction, and from column to column."""
+        """Return the strides from direction to direction and from column to column."""
         return (1, len(V)) if self.rank_inside else (V[0].numel(), 1)
 
 
 def _ordered(V: Tensor) -> tuple[Tensor, Order]:
-    """V, copied where its memory is in none of the orders, and the order."""
+    """Return V, copied if its memory is in none of the orders, and the order."""
     inner = V.movedim(0, -1)
     if V.is_contiguous():
         return V, Order(False, False)
@@ -240,14 +242,14 @@ def _ordered(V: Tensor) -> tuple[Tensor, Order]:
 
 
 def _weight(U: Tensor, V: Tensor, dtype: torch.dtype, order: Order) -> Tensor:
-    """Uninitialised, its columns in the order of V's."""
+    """Allocate a weight whose columns are in the order of V's."""
     shape = U.shape[0], *V.shape[1:]
     memory_format = torch.channels_last if order.channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=U.device, memory_format=memory_format)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """One TF32 product adds 1 % to the error of rounding W to bfloat16."""
+    """Say how to multiply: one TF32 product adds 1 % to the error of rounding W to bfloat16."""
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
@@ -265,7 +267,7 @@ def compose_all(
     *,
     config: Config | None = None,
 ) -> list[Tensor]:
-    """:func:`compose` of several weights in one launch -> W and scale ⊙ W of each, in turns.
+    """Compute :func:`compose` of several weights in one launch -> W, scale ⊙ W of each, in turns.
 
     The factors are in float32, where ``table`` (:func:`table`) says. All weights are views of one
     allocation.
@@ -297,7 +299,7 @@ def compose_all(
 
 
 def table(entries: Sequence, dtype: torch.dtype) -> Tensor:
-    """What :func:`compose_all` reads of its operands: addresses, sizes, tiles; on the CPU.
+    """Collect what :func:`compose_all` reads of its operands: addresses, sizes, tiles; on the CPU.
 
     Raises:
         ValueError: operands that one launch cannot take: of another dtype than float32, or with V
@@ -330,8 +332,10 @@ def table(entries: Sequence, dtype: torch.dtype) -> Tensor:
 def _starts(
     U: Sequence[Tensor], V: Sequence[Tensor], scale: Sequence[Tensor | None]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Where each weight begins in the allocation, how much further the second (0: there is none),
-    and the allocation's length."""
+    """Lay out an allocation: where each weight begins, and the length of all.
+
+    With each start, how much further the second weight begins, 0 if there is none.
+    """
     found, end = [], 0
     for u, v, s in zip(U, V, scale, strict=True):
         size = divide_up(len(u) * math.prod(v.shape[1:]), _ALIGNMENT) * _ALIGNMENT
@@ -341,7 +345,7 @@ def _starts(
 
 
 def _strides(V: Tensor, order: Order) -> tuple[int, ...]:
-    """Of a weight [Co, *V.shape[1:]] whose columns are in V's order."""
+    """Return the strides of a weight [Co, *V.shape[1:]] whose columns are in V's order."""
     if not order.channels_last:
         return (V[0].numel(), *torch.empty(V.shape[1:], device="meta").stride())
     channels, height, width = V.shape[1:]
@@ -355,7 +359,7 @@ def _loads_vectors(U: Sequence[Tensor], V: Sequence[Tensor]) -> bool:
 
 
 def _shared(arch: int) -> Config:
-    """The tiles of all weights."""
+    """Return the tiles of all weights of one launch."""
     return {**Problem(4096, 4096).rule(arch), **OPTIONS}
 
 
@@ -387,7 +391,6 @@ class Problem(NamedTuple):
         }
 
     def candidates(self, arch: int) -> list[Config]:
-        """Return the configuration of the rule, then others."""
         by_rule = self.rule(arch)
         others = [
             {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
@@ -407,7 +410,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """The weights of ResNet-50's layers 2-4."""
+    """List the weights of ResNet-50's layers 2-4."""
     found = []
     for width in (128, 256, 512):
         found += [Problem(width, 4 * width), Problem(width, 9 * width), Problem(4 * width, width)]

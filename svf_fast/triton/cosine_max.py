@@ -1,7 +1,7 @@
 """cosine_max on a GPU: a running maximum over tiles of products, and the pairs it chose, backward.
 
 The positions of a map are the rows of a matrix of positions by channels: a map whose channels are
-neighbours in memory is read in place, any other is copied once. Masked support positions are left
+adjacent in memory is read in place, any other is copied once. Masked support positions are left
 out of a list that only the device knows; programs loop to its count, so that half a mask is half
 the time and nothing waits for the device.
 """
@@ -28,7 +28,7 @@ READING = {"ROWS": 16, "CHANNELS": 256, **_OPTIONS}  # of the passes that compar
 
 @triton.jit
 def cosine_max_choose_kernel(mask, chosen, counts, masked, supports, BLOCK: tl.constexpr):
-    """Lists the positions whose weight is not 0, counts them, and finds the first of the others."""
+    """List the positions whose weight is not 0, count them, and find the first of the others."""
     image = tl.program_id(0).to(tl.int64)
     count, first = 0, supports
     for start in range(0, supports, BLOCK):
@@ -80,7 +80,7 @@ def cosine_max_support_norms_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """For the listed positions, norm n and floor e: the cosine is ``q·s / (|q| n + e)``.
+    """Compute norm n and floor e of the listed positions: the cosine is ``q·s / (|q| n + e)``.
 
     With s' = w s: (q·s') / (|q||s'| + eps), numerator and denominator divided by the weight w.
     """
@@ -98,7 +98,7 @@ def cosine_max_support_norms_kernel(
 
 @triton.jit
 def squares(rows, inside, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums of squares of rows in float32."""
+    """Sum the squares of rows in float32."""
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for c in range(0, channels, CHANNELS):
         channel = c + tl.arange(0, CHANNELS)[None, :]
@@ -131,7 +131,7 @@ def cosine_max_compare_kernel(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The largest cosine of each query to a split of the list, and the first place that has it.
+    """Find the largest cosine of each query to a split of the list, and the first place of it.
 
     NaN counts as infinity, which no cosine is. Rows beyond the last are the last one again: of
     equals the first counts.
@@ -188,7 +188,7 @@ def cosine_max_finish_kernel(
     splits,
     BLOCK: tl.constexpr,
 ):
-    """The largest of all splits and of the masked positions' zero, which enters in their first."""
+    """Find the largest of all splits and of the masked positions' zero, at the first of them."""
     image = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < queries
@@ -219,10 +219,10 @@ def cosine_max_finish_kernel(
 def cosine_max(
     query: Tensor, support: Tensor, mask: Tensor, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``svf_fast::cosine_max`` for float32, bfloat16 and float16 (``ops/cosine_max.py``).
+    """Compute ``svf_fast::cosine_max`` for float32, bfloat16 and float16 (``ops/cosine_max.py``).
 
     Beyond the arguments: 4 bytes per position, 8 per query position and split, 4 per support
-    position; a map whose channels are not neighbours is copied.
+    position; a map whose channels are not adjacent is copied.
     """
     batch, channels, queries = query.shape
     supports = support.shape[2]
@@ -304,7 +304,7 @@ def cosine_max(
 
 
 def positions_by_channels(x: Tensor) -> Tensor:
-    """[B, C, P] -> [B, P, C] with the channels as neighbours; copied where they are not."""
+    """Return [B, C, P] as [B, P, C] with adjacent channels; copied where they are not adjacent."""
     rows = x.mT
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
@@ -314,7 +314,7 @@ def strides(rows: Tensor) -> tuple[int, int]:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    """How products are made: tf32, tf32x3 or 16-bit."""
+    """Say how products are made: tf32, tf32x3 or 16-bit."""
     return precision(convolves=False) if dtype == torch.float32 else "16-bit"
 
 
@@ -331,7 +331,7 @@ class Problem(NamedTuple):
         return f"{_kind(self.dtype)} C{self.channels} N{queries} M{supports}"
 
     def rule(self, arch: int) -> Config:
-        """The largest tiles whose comparison leaves no register in memory."""
+        """Return the largest tiles whose comparison does not spill registers."""
         kind = _kind(self.dtype)
         tile = {"QUERIES": 128, "SUPPORTS": 128, "num_warps": 8, "num_stages": 3}
         if arch == 0:
@@ -378,7 +378,7 @@ class Problem(NamedTuple):
         return lambda config: cosine_max(*arguments, config=config)
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps in channels_last, half of the support masked."""
+        """Make random maps in channels_last, half of the support masked."""
         query, support = (
             torch.randn(self.batch, positions, self.channels, device=device, dtype=self.dtype)
             for positions in (self.queries, self.supports)
@@ -387,9 +387,10 @@ class Problem(NamedTuple):
         return query.mT, support.mT, mask.float()
 
     def _splits(self, tile: Config, arch: int) -> int:
-        """How many splits of the supports have the least time of the busiest processor, in tiles.
+        """Return the number of splits of the supports that takes the busiest processor least time.
 
-        Of all supports and of half of them; a program costs the half of a tile beside its tiles.
+        Time is counted in tiles, half a tile more for each program, and summed for all supports
+        and for half of them.
         """
         programs = self.batch * triton.cdiv(self.queries, tile["QUERIES"])
         processors = tuning.processors(arch)
@@ -403,7 +404,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """The last maps of a ResNet and of a VGG at 641 and 473 pixels."""
+    """List the last maps of a ResNet and of a VGG at 641 and 473 pixels."""
     return [
         Problem(batch, channels, positions, positions, dtype)
         for dtype in (torch.bfloat16, torch.float32)

@@ -45,7 +45,7 @@ def cosine_max_query_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Gradient of the query, and what each pair adds to that of its support.
+    """Compute the gradient of the query, and what each pair adds to that of its support.
 
     With n = |q||s'| + eps, s' = m s and f = (q·s')/n:
     df/dq = s'/n - f |s'|/(|q| n) q and df/ds = m (q/n - f |q|/(|s'| n) s'); at 0 a norm is flat.
@@ -103,7 +103,7 @@ def cosine_max_support_gradient_kernel(
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradient of one support position: the sum over its queries, in their order."""
+    """Compute the gradient of one support position: the sum over its queries, in their order."""
     image = tl.program_id(2).to(tl.int64)
     j = tl.program_id(0)
     begin = tl.load(starts + image * supports + j)
@@ -140,7 +140,7 @@ def cosine_max_backward(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``svf_fast::cosine_max_backward``; an index outside the support is not found out."""
+    """Compute ``svf_fast::cosine_max_backward``; an index outside the support is not detected."""
     batch, channels, queries = query.shape
     supports = support.shape[2]
     grad_query = query.new_empty((batch, queries, channels))
@@ -217,7 +217,7 @@ def _fill_gradients(
 
 
 class Problem(forward.Problem):
-    """The same, for the passes back."""
+    """The maps of a call, for its backward passes."""
 
     def rule(self, arch: int) -> Config:
         """Return few rows at once: most supports are chosen by few queries, some by hundreds."""

@@ -58,7 +58,7 @@ def gram_partial_kernel(
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile [BLOCK_A, BLOCK_B] of the matrix of one group, over one split of the positions."""
+    """Sum one tile [BLOCK_A, BLOCK_B] of one group's matrix over one split of the positions."""
     tiles_b = tl.cdiv(width_b, BLOCK_B)
     tiles = tl.cdiv(width_a, BLOCK_A) * tiles_b
     matrix = tl.program_id(0) // tiles  # of the partial ones: groups of a split
@@ -102,7 +102,7 @@ def gram(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """``M = Σ_p a'_p b_pᵀ`` per group, ``a' = relu(a · scale + shift)`` if given, else a.
+    """Compute ``M = Σ_p a'_p b_pᵀ`` per group, ``a' = relu(a · scale + shift)`` if given, else a.
 
     a [N, Ca, *spatial] and b [N, Cb, *spatial] of one dtype, scale and shift [Ca] in float32 ->
     [G, Ca/G, Cb/G] in float32. a' is rounded to the dtype of a. A map is read as it lies wherever
@@ -129,9 +129,10 @@ def scale_gradient(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """``dS_r = left_rᵀ M right_r / S_r`` of M = :func:`gram`, per group, in two launches and a sum.
+    """Compute ``dS_r = left_rᵀ M right_r / S_r`` of M = :func:`gram`, per group.
 
-    left [G, Ca/G, R], right [G, Cb/G, R] in any strides, S [G·R] -> [G, R] in float32.
+    left [G, Ca/G, R], right [G, Cb/G, R] in any strides, S [G·R] -> [G, R] in float32, in two
+    launches and a sum.
     """
     if a.numel() == 0 or b.numel() == 0:
         return a.new_zeros((len(left), left.shape[2]), dtype=torch.float32)
@@ -147,7 +148,7 @@ def _partial(
     shift: Tensor | None,
     config: Config | None,
 ) -> Tensor:
-    """The sums over each split of the positions [splits, G, Ca/G, Cb/G]."""
+    """Sum over each split of the positions -> [splits, G, Ca/G, Cb/G]."""
     refuse_float64("gram", "a", a)
     width_a, width_b = a.shape[1] // groups, b.shape[1] // groups
     maps = sequences(a, b)
@@ -204,7 +205,6 @@ class Problem(NamedTuple):
     vectors: bool = True
 
     def key(self) -> str:
-        """What a configuration is looked up by."""
         where = f"{self.width_a} x {self.width_b} channels, {bucket(self.positions)} positions"
         groups = f", {self.groups} groups" if self.groups > 1 else ""
         rebuilt = ", rebuilt" if self.rebuild else ""
@@ -212,12 +212,10 @@ class Problem(NamedTuple):
         return f"{where}{groups}, {dtype_name(self.dtype)}{rebuilt}{loads}"
 
     def candidates(self, arch: int) -> list[Config]:
-        """The rule's configuration first."""
         shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, self.vectors, arch)
         return configurations(shapes, self.width_a, self.width_b, self.groups, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
-        """Fresh random maps, and a call with a configuration."""
         channels = [self.groups * self.width_a, self.groups * self.width_b]
         a, b = random_maps(self.positions, channels, self.dtype, self.vectors, device)
         affine = torch.randn(2, channels[0], device=device) if self.rebuild else (None, None)
@@ -225,7 +223,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """Widths of the convolutions of layers 2-4; rebuilt, the inputs of the third ones."""
+    """List the widths of the convolutions of layers 2-4; rebuilt, the inputs of the third ones."""
     return [
         Problem(width, width, 1, positions, torch.bfloat16, rebuild)
         for width in (128, 256, 512, 1024)

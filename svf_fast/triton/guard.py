@@ -1,4 +1,4 @@
-"""Whether the guarded directions of ``gram`` are still enough: a program a layer, all at once.
+"""Whether the guarded directions of ``gram`` still suffice: one program a layer, all at once.
 
 Serves where ``csrc/cuda/guard.cu`` was not built. Definition: :mod:`svf_fast.reference.guard`.
 """
@@ -21,7 +21,7 @@ _RULE: Config = {"BLOCK": 256, "num_warps": 4, **OPTIONS}
 
 @triton.jit
 def guards_hold_kernel(S, guarded, layers, holds, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
-    """One layer; sums are in float64, as in the definition."""
+    """Check one layer; sums are in float64, as in the definition."""
     layers += 2 * tl.program_id(0)
     first, groups, end = tl.load(layers), tl.load(layers + 1), tl.load(layers + 2)
     rank = (end - first) // groups
@@ -46,7 +46,7 @@ def guards_hold_kernel(S, guarded, layers, holds, LIMIT: tl.constexpr, BLOCK: tl
 
 
 def guards_hold(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Tensor:
-    """:func:`svf_fast.reference.guard.guards_hold` in one launch, without waiting for the device.
+    """Compute :func:`svf_fast.reference.guard.guards_hold` in one launch, without synchronizing.
 
     S float32 [n], guarded bool [n], layers int64 [L + 1, 2] -> bool [L].
 
@@ -74,7 +74,7 @@ def guards_hold(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Ten
 
 
 class Problem(NamedTuple):
-    """Layers of as many values each."""
+    """So many layers of so many values of S each."""
 
     layers: int
     values: int

@@ -13,7 +13,7 @@ INTERPRETED = tl.constexpr(tuning.INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` on tensor cores, accumulated in float32."""
+    """Compute ``acc + a @ b`` on tensor cores, accumulated in float32."""
     if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -22,7 +22,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """x in float32, rounded to the nearest value of a dtype, ties to even."""
+    """Round x in float32 to the nearest value of a dtype, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:  # it would cut the last 16 bits off
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -32,20 +32,20 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def affine_relu(y, scale, shift):
-    """``relu(y · scale + shift)`` in float32, rounded to the dtype of y; NaN passes."""
+    """Compute ``relu(y · scale + shift)`` in float32, rounded to the dtype of y; NaN passes."""
     z = y.to(tl.float32) * scale + shift
     return narrow(tl.where(z <= 0, 0.0, z), y.dtype)
 
 
 @triton.jit
 def pack_bits(passes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] booleans -> [ROWS, COLUMNS / 8] bytes, element i % 8 at bit i % 8."""
+    """Pack booleans [ROWS, COLUMNS] into bytes [ROWS, COLUMNS / 8], element i at bit i % 8."""
     eights = tl.reshape(passes.to(tl.int32), (ROWS, COLUMNS // 8, 8))
     return tl.sum(eights << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
 
 
 def precision(convolves: bool) -> str:
-    """How float32 products are made, as torch's switches say for convolutions and for matmul.
+    """Say how float32 products are made, by torch's switches for convolutions and for matmul.
 
     Without TF32 three TF32 products stand for one (``tf32x3``): the error of float32, on tensor
     cores.

@@ -9,7 +9,7 @@ from svf_fast.ops.program import Recorder
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``.
+    """Launch ``kernel[grid](*arguments, **constants)``.
 
     arguments: tensors, integers and None, by position; constants: what the kernel is compiled for,
     and Triton's options. Each launch looks up what was compiled for arguments of these kinds, which

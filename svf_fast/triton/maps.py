@@ -26,27 +26,27 @@ class Rows(NamedTuple):
 
 
 def divide_up(a: int, b: int) -> int:
-    """``⌈a / b⌉``; triton.cdiv, which kernels may call too, takes microseconds."""
+    """Compute ``⌈a / b⌉``; triton.cdiv, which kernels may call too, takes microseconds."""
     return -(-a // b)
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a map is contiguous or channels_last."""
+    """Tell whether a map is contiguous or channels_last."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, or a contiguous copy."""
+    """Return x, or a contiguous copy."""
     return x if is_dense(x) else x.contiguous()
 
 
 def like(x: Tensor) -> Tensor:
-    """Uninitialised, with the strides of the dense map x."""
+    """Allocate a map with the strides of the dense map x."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
-    """x, or a copy that lies as the dense map ``other`` of the same shape."""
+    """Return x, or a copy with the strides of the dense map ``other`` of the same shape."""
     if x.stride() == other.stride():
         return x
     pairs = zip(x.shape, x.stride(), other.stride(), strict=True)
@@ -56,7 +56,7 @@ def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor) -> Rows:
-    """How a dense map lies in memory."""
+    """Return how a dense map lies in memory."""
     batch, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
     if channels == 1:
         return Rows(1, 1, batch * positions, False)
@@ -64,22 +64,22 @@ def rows_of(x: Tensor) -> Rows:
 
 
 def unit_of(channels: int) -> int:
-    """What the channels of a row are counted in: kernels then see where eight divides them."""
+    """Return the unit in which channels are counted: kernels then see where eight divides them."""
     return 8 if channels % 8 == 0 else 1
 
 
 @triton.jit
 def load_block(at, inside, whole):
-    """A block of elements; where all of them exist (``whole``) by 16 bytes, however many there are.
+    """Load a block of elements; where all of them exist (``whole``), by 16 bytes.
 
-    The compiler takes a mask that it knows nothing of for one that may change at each element.
+    Of a mask that it knows nothing about, the compiler assumes that it changes at each element.
     """
     return tl.load(at) if whole else tl.load(at, mask=inside, other=0)
 
 
 @triton.jit
 def store_block(at, values, inside, whole):
-    """The way back of :func:`load_block`."""
+    """Store a block as :func:`load_block` loads it."""
     if whole:
         tl.store(at, values)
     else:

@@ -43,7 +43,7 @@ from svf_fast.triton.tuning import (
 def load_bit_rows(
     mask, bit, row, inside_p, column, width, COLUMNS: tl.constexpr, WORD: tl.constexpr
 ):
-    """Bits [rows, COLUMNS] from ``column`` on of a mask of [positions, width].
+    """Load bits [rows, COLUMNS] from ``column`` on of a mask of [positions, width].
 
     Read in words of WORD bits, which column and width are multiples of; bit: 0 .. WORD - 1. Where
     a word is as wide as the tile no bit changes threads.
@@ -62,7 +62,7 @@ def load_bit_rows(
 
 @triton.jit
 def columns(z, SLICES: tl.constexpr):
-    """[R, C] -> SLICES tiles [R, C / SLICES], from left to right."""
+    """Split [R, C] into SLICES tiles [R, C / SLICES], from left to right."""
     if SLICES == 1:
         parts = (z,)
     else:
@@ -207,7 +207,7 @@ def pointwise(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ``y_p = weight x'_p``, x' as the prologue reads x, and out of y as the epilogue says.
+    """Compute ``y_p = weight x'_p``, with x' what the prologue makes of x, and the epilogue of y.
 
     x [N, K, *spatial] in channels_last, weight [D, K] in any strides, both in bfloat16, float16 or
     float32; residual [N, D, *spatial]; the vectors are float32 -> out and y (rounded before out is
@@ -267,7 +267,7 @@ def pointwise_dot(
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes these operands: channels_last maps, channels in multiples of 8."""
+    """Tell whether the kernel takes these operands: channels_last, channels in multiples of 8."""
     return (
         x.dtype == weight.dtype
         and x.dtype in TRITON_DTYPES
@@ -381,7 +381,7 @@ def _number(dtype: torch.dtype) -> str:
 
 
 def _maps(x: Tensor, channels: int) -> Tensor:
-    """Uninitialised, of the positions of x in channels_last."""
+    """Allocate maps of the positions of x in channels_last."""
     images, _, *spatial = x.shape
     if len(spatial) == 2:
         shape = images, channels, *spatial
@@ -390,7 +390,7 @@ def _maps(x: Tensor, channels: int) -> Tensor:
 
 
 def _has_rows(x: Tensor) -> bool:
-    """Whether the map is [positions, channels] in memory."""
+    """Tell whether the map is [positions, channels] in memory."""
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0
     return x.dim() > 1 and x.movedim(1, -1).is_contiguous()
@@ -405,7 +405,7 @@ def _packed(vector: Tensor | None) -> Tensor | None:
 
 
 def _aligned(mask: Tensor | None) -> Tensor | None:
-    """Masks are read in words of eight bytes."""
+    """Copy a mask that does not begin at a multiple of eight bytes: it is read in such words."""
     return mask if mask is None or mask.data_ptr() % 8 == 0 else mask.clone()
 
 
@@ -496,7 +496,6 @@ class Problem(NamedTuple):
         return [config for at, config in enumerate(found) if config not in found[:at]]
 
     def launcher(self, device: torch.device) -> Callable[[Config], Any]:
-        """Make random operands; return a function that computes with a configuration."""
         D, K, extras = self.D, self.K, self.extras
         forward = extras.scale and not extras.dot
         # values matter where kernels run, not where they are only compiled
@@ -547,7 +546,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """1×1 convolutions of ResNet-50's layers 2-4 at 641 px, a query alone and with five supports.
+    """List 1×1 convolutions of ResNet-50's layers 2-4 at 641 px, with supports and without.
 
     In a block of width C: conv1, conv3, their input gradients, those of the first block and its
     shortcut, and the products with Uᵀ of layers that run as ``chain``.

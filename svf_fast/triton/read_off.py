@@ -50,7 +50,7 @@ def read_off_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile [BLOCK_A, BLOCK_B] of one matrix, for all directions of it."""
+    """Read off one tile [BLOCK_A, BLOCK_B] of one matrix, for all its directions."""
     tiles_b = tl.cdiv(columns, BLOCK_B)
     tiles = tl.cdiv(rows, BLOCK_A) * tiles_b
     tile, matrix = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -95,7 +95,7 @@ def read_off_kernel(
 def read_off(
     partial: Tensor, sides: Sequence[tuple[Tensor, Tensor, Tensor]], *, config: Config | None = None
 ) -> list[Tensor]:
-    """dS [G, R] of each side from ``partial`` [splits, matrices, Ca, Cb] in float32.
+    """Read dS [G, R] of each side off ``partial`` [splits, matrices, Ca, Cb] in float32.
 
     A side: left [G, Ca, R], right [G, Cb, R] in any strides, S [G·R]. One side has a matrix a
     group; of two each has one. The operands of one side are of the dtypes of the other's.
@@ -141,7 +141,7 @@ def read_off(
 
 
 def rule(rows: int, columns: int) -> Config:
-    """Tiles enough to fill a good part of a GPU: 16 of 128 channels, 64 of 512."""
+    """Return tiles that fill a good part of a GPU: 16 of 128 channels, 64 of 512."""
     block = 64 if min(rows, columns) > 256 else 32 if min(rows, columns) > 16 else 16
     return {"BLOCK_A": block, "BLOCK_B": block, "BLOCK_R": 32, "num_warps": 4}
 

@@ -29,7 +29,7 @@ class Splits(NamedTuple):
 
     @classmethod
     def of(cls, images: int, positions: int, wanted: int, tile: int) -> Splits:
-        """At most ``wanted`` splits of tiles of ``tile`` positions, none of them empty."""
+        """Make at most ``wanted`` splits of tiles of ``tile`` positions, none of them empty."""
         all_steps = images * divide_up(positions, tile)
         steps = divide_up(all_steps, max(1, wanted))
         return cls(divide_up(all_steps, steps), steps, all_steps)
@@ -47,7 +47,7 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, width_a: int, width_b: int, images: int, positions: int, config: Config) -> Launch:
-        """For matrices [width_a, width_b], in a configuration."""
+        """Lay out matrices [width_a, width_b] in a configuration."""
         constants = dict(config)
         splits = Splits.of(images, positions, constants.pop("SPLITS"), constants["BLOCK_P"])
         rows = divide_up(width_a, constants["BLOCK_A"])
@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 
 @triton.jit
 def tile_at(step, positions, image_stride, position_stride, BLOCK_P: tl.constexpr):
-    """Where the step-th tile of BLOCK_P positions begins, and how many positions of it exist."""
+    """Return where the step-th tile of BLOCK_P positions begins, and how many of them exist."""
     steps = tl.cdiv(positions, BLOCK_P)  # of an image
     image = step // steps
     first = (step - image * steps) * BLOCK_P
@@ -66,12 +66,12 @@ def tile_at(step, positions, image_stride, position_stride, BLOCK_P: tl.constexp
 
 @triton.jit
 def offsets(rows, channels, position_stride, channel_stride):
-    """Of a tile [positions, channels] from where it begins."""
+    """Return the offsets of a tile [positions, channels] from where it begins."""
     return rows[:, None] * position_stride + channels[None, :].to(tl.int64) * channel_stride
 
 
 def sequences(*maps: Tensor) -> list[Tensor]:
-    """[N, C, *spatial] -> [N, P, C], or [1, N · P, C] where all maps' images follow each other.
+    """Return [N, C, *spatial] as [N, P, C], or as [1, N · P, C] if images are adjacent in all maps.
 
     Views; a map is copied only where its positions have no common stride.
     """
@@ -83,7 +83,7 @@ def sequences(*maps: Tensor) -> list[Tensor]:
 
 
 class Shape(NamedTuple):
-    """Of a program's tiles; ``blocks``: programs that a multiprocessor holds at once."""
+    """Sizes of a program's tiles; ``blocks``: programs that a multiprocessor holds at once."""
 
     rows: int
     columns: int
@@ -94,12 +94,12 @@ class Shape(NamedTuple):
 
 
 def loads_vectors(maps: Sequence[Tensor]) -> bool:
-    """Whether all maps [N, P, C] can be loaded by 16 bytes, as far as Triton sees."""
+    """Tell whether Triton loads all maps [N, P, C] by 16 bytes."""
     return all(x.stride(2) == 1 and x.stride(0) % 16 == x.stride(1) % 16 == 0 for x in maps)
 
 
 def shapes_for(width: int, dtype: torch.dtype, vectors: bool, arch: int) -> list[Shape]:
-    """Shapes worth timing for matrices of that width, the one to take without timing first.
+    """Return the shapes worth timing for matrices of that width, the rule's first.
 
     None of them spills registers on sm_80 or sm_90. From 256 channels on L2 is what limits: a tile
     of 128 x 256 makes 85 FLOP of each byte of 16-bit maps that it reads. Loads by elements take
@@ -126,7 +126,9 @@ def shapes_for(width: int, dtype: torch.dtype, vectors: bool, arch: int) -> list
 def configurations(
     shapes: Sequence[Shape], width_a: int, width_b: int, matrices: int, arch: int
 ) -> list[Config]:
-    """Of matrices [width_a, width_b]: tiles no larger than those, splits that fill the GPU.
+    """Return configurations for matrices [width_a, width_b] whose splits fill the GPU.
+
+    Tiles are of the shapes, or smaller as the matrices are.
 
     The first shape comes again with fewer splits: few positions make less of a partial matrix than
     it costs to add it.
@@ -145,9 +147,9 @@ def configurations(
 
 
 def _splits_for(programs: int, places: int) -> int:
-    """Splits of so many programs each that fill the places of a GPU.
+    """Return how many splits of so many programs each fill the places of a GPU.
 
-    Once, and more often only where more than a tenth of it would stand idle.
+    They fill it once; more often only where more than a tenth of it would be idle.
     """
     for waves in range(1, 5):
         splits = max(1, waves * places // programs)
@@ -157,18 +159,18 @@ def _splits_for(programs: int, places: int) -> int:
 
 
 def refuse_float64(op: str, name: str, maps: Tensor) -> None:
-    """Raises TypeError for maps that tensor cores do not multiply."""
+    """Raise TypeError for maps that tensor cores do not multiply."""
     if maps.dtype not in TRITON_DTYPES:
         raise TypeError(f"{op}: {name}: expected float32, bfloat16 or float16, got {maps.dtype}")
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """How maps of a dtype are multiplied: float32 as torch's switch for matmul says."""
+    """Say how maps of a dtype are multiplied: float32 by torch's switch for matmul."""
     return precision(convolves=False) if dtype == torch.float32 else "ieee"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype and how it is multiplied, for a configuration's key."""
+    """Name a dtype and how it is multiplied, for a configuration's key."""
     name = str(dtype).removeprefix("torch.")
     return f"{name} {product_precision(dtype)}" if dtype == torch.float32 else name
 
@@ -180,12 +182,15 @@ def random_maps(
     vectors: bool,
     device: torch.device,
 ) -> list[Tensor]:
-    """An image of that many positions for each number of channels: channels_last or contiguous."""
+    """Make an image of that many positions for each number of channels.
+
+    vectors: in channels_last, which is loaded by 16 bytes, else contiguous.
+    """
     maps = [torch.randn(1, positions, 1, n, device=device).to(dtype) for n in channels]
     maps = [x.movedim(-1, 1) for x in maps]
     return maps if vectors else [x.contiguous() for x in maps]
 
 
 def positions_of_resnet() -> list[int]:
-    """Of layers 2-4 at stride 8, 321, 473 and 641 px, 1 to 12 images; one of each bucket."""
+    """List positions of layers 2-4 at stride 8, 321 to 641 px, 1 to 12 images; one a bucket."""
     return [1681, 3600, 6561, 13122, 21600, 39366, 78732]

@@ -1,11 +1,11 @@
-"""Times the configurations of the kernels on this GPU and keeps the fastest.
+"""Time the configurations of the kernels on this GPU and keep the fastest.
 
 ``python -m svf_fast.triton.tune`` writes a table to the user's cache folder, where the kernels find
-it (``tuning.py``). Nothing of it is needed for a right result. An interrupted search goes on where
-it was; a finished one has nothing left to do.
+it (``tuning.py``). Results are the same without it. The same command continues an interrupted
+search; after a finished one it has nothing to do.
 
 1. Other processes compile the candidates, for at most a third of the budget.
-2. The rule's configuration of each problem is timed: what takes longest is searched first.
+2. The rule's configuration of each problem is timed: the slowest are searched first.
 3. Each candidate's result is compared with that of the rule's configuration, then timed briefly;
    the fastest few are timed again, and the best is kept.
 
@@ -68,14 +68,14 @@ def search(
     timer: Timer,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[Case, Found]]:
-    """Puts the fastest configuration of each case into a table, the longest-running first.
+    """Add the fastest configuration of each case to a table, the longest-running case first.
 
-    Each case may take an equal part of the seconds that are left; what was not reached when the
-    budget is spent stays out of the table, and so does what the table has already.
+    Each case may take an equal part of the seconds that are left; cases not reached within the
+    budget are not added, and those in the table already are not timed again.
     """
     end = clock() + budget
     costs = []
-    for case in missing(cases, table):
+    for case in select_missing(cases, table):
         if clock() > end:
             break
         with check.allow_tf32(case.tf32):
@@ -86,13 +86,15 @@ def search(
         now = clock()
         if now > end:
             return
-        found = best(case, arch, device, now + (end - now) / (len(costs) - place), timer, clock)
+        found = find_best(
+            case, arch, device, now + (end - now) / (len(costs) - place), timer, clock
+        )
         table["kernels"].setdefault(case.kernel, {})[case.key] = found.config
         table["microseconds"].setdefault(case.kernel, {})[case.key] = round(found.microseconds, 2)
         yield case, found
 
 
-def best(
+def find_best(
     case: Case,
     arch: int,
     device: torch.device,
@@ -100,9 +102,9 @@ def best(
     timer: Timer,
     clock: Callable[[], float] = time.monotonic,
 ) -> Found:
-    """The fastest configuration of a case that has the result of the rule's.
+    """Find the fastest configuration of a case that has the result of the rule's.
 
-    After the time ``end`` no further candidate is begun.
+    After the time ``end`` no further candidate is tried.
     """
     rule, *others = case.candidates(arch)
     random.Random(0).shuffle(others)  # a part of them is a fair sample
@@ -110,13 +112,13 @@ def best(
     with check.allow_tf32(case.tf32):
         launcher = case.problem.launcher(device)
         launch = functools.partial(_launch, launcher)
-        expected = tensors(launch(rule)())
+        expected = collect_tensors(launch(rule)())
         brief = [(timer(launch(rule), _BRIEF), 0, rule)]
         for number, config in enumerate(others, 1):
             if clock() > end:
                 break
             try:
-                result = tensors(launch(config)())
+                result = collect_tensors(launch(config)())
             except TritonError:  # too much shared memory, or an assembler that gives up
                 failed += 1
                 continue
@@ -137,23 +139,23 @@ def _launch(launcher: Callable[[Config], Any], config: Config) -> Launch:
     return lambda: launcher({**config, **OPTIONS})
 
 
-def missing(cases: Sequence[Case], table: dict[str, Any]) -> list[Case]:
-    """The cases that a table says nothing about."""
+def select_missing(cases: Sequence[Case], table: dict[str, Any]) -> list[Case]:
+    """Select the cases that a table does not have."""
     kernels = table["kernels"]
     return [case for case in cases if case.key not in kernels.get(case.kernel, {})]
 
 
-def tensors(result: Any) -> list[Tensor]:
-    """The tensors of a launch's result: one, or in tuples and lists among other things."""
+def collect_tensors(result: Any) -> list[Tensor]:
+    """Collect the tensors of a launch's result: one, or in tuples and lists among other things."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, tuple | list):
-        return [tensor for part in result for tensor in tensors(part)]
+        return [tensor for part in result for tensor in collect_tensors(part)]
     return []
 
 
 def agree(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether results are equal up to rounding, which other block sizes change.
+    """Tell whether results are equal up to rounding, which other block sizes change.
 
     Floating point: ``|actual - expected| <= max(eps, 1e-5) |expected|`` in the L2 norm. Of other
     results, which follow from a comparison, one in a thousand may differ.
@@ -174,11 +176,11 @@ def _near(actual: Tensor, expected: Tensor) -> bool:
     return ((a - b).norm() <= tolerance * b.norm()).item()
 
 
-def begin(path: Path, gpu: str) -> dict[str, Any]:
-    """The table at a path, to go on with, or an empty one.
+def open_table(path: Path, gpu: str) -> dict[str, Any]:
+    """Return the table at a path, to be continued, or an empty one.
 
     Raises:
-        ValueError: a file that is no such table.
+        ValueError: the file is not such a table.
     """
     tuning.read_table(path)
     head = {
@@ -193,7 +195,7 @@ def begin(path: Path, gpu: str) -> dict[str, Any]:
 
 
 def write(path: Path, table: dict[str, Any]) -> None:
-    """Replaces the file at once: a reader finds the old table or the new one."""
+    """Replace the file atomically: a reader finds the old table or the new one."""
     text = json.dumps(table, indent=1, sort_keys=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -202,8 +204,8 @@ def write(path: Path, table: dict[str, Any]) -> None:
         part.replace(path)
 
 
-def of_a_race(case: Case) -> bool:
-    """Whether the races' bottlenecks ask for it: at 641 px, one image and six."""
+def is_of_a_race(case: Case) -> bool:
+    """Tell whether the races' bottlenecks at 641 px, one image or six, need the case."""
     problem: Any = case.problem
     if getattr(problem, "positions", 0) not in RACE_POSITIONS:
         return False
@@ -213,7 +215,7 @@ def of_a_race(case: Case) -> bool:
 
 
 def compile_ahead(cases: Sequence[Case], arch: int, seconds: float) -> None:
-    """Fills Triton's cache on disk with the candidates of the cases, as far as the time goes."""
+    """Fill Triton's cache on disk with the candidates of the cases, as far as time allows."""
     rules = [(case, arch, case.candidates(arch)[0]) for case in cases]
     others = [(case, arch, config) for case in cases for config in case.candidates(arch)[1:]]
     random.Random(0).shuffle(others)  # a part of them is a fair sample
@@ -242,9 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="only what the races' bottlenecks ask for: 6561 and 39366 positions",
     )
     options = parser.parse_args(arguments)
-    cases = check.cases(check.named(check.tunables(), options.kernels))
+    cases = check.cases(check.select_kernels(check.tunables(), options.kernels))
     if options.like == "race":
-        cases = list(filter(of_a_race, cases))
+        cases = list(filter(is_of_a_race, cases))
     if knobs.runtime.interpret or not torch.cuda.is_available():
         why = "TRITON_INTERPRET is set" if knobs.runtime.interpret else "torch finds no GPU here"
         print(f"{why}: there is nothing to time, the kernels use their rules.", file=sys.stderr)
@@ -256,8 +258,8 @@ def _tune(cases: Sequence[Case], out: Path | None, budget: float) -> int:
     start = time.monotonic()
     arch, gpu, _ = tuning.gpu()
     path = out or tuning.cache_path(gpu)
-    table = begin(path, gpu)
-    todo = [case for case in missing(cases, table) if len(case.candidates(arch)) > 1]
+    table = open_table(path, gpu)
+    todo = [case for case in select_missing(cases, table) if len(case.candidates(arch)) > 1]
     compile_ahead(todo, arch, budget / 3)
     print("| kernel | problem | rule, µs | best, µs | timed | differ | fail | configuration |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -269,7 +271,7 @@ def _tune(cases: Sequence[Case], out: Path | None, budget: float) -> int:
         done, differing, failed = done + 1, differing + found.differing, failed + found.failed
         times = f"{found.by_rule:.1f} | {found.microseconds:.1f}"
         counts = f"{found.timed} | {found.differing} | {found.failed}"
-        config = check.written(found.config)
+        config = check.format_config(found.config)
         print(f"| {case.kernel} | {case.key} | {times} | {counts} | {config} |", flush=True)
     tuning.forget()
     print(

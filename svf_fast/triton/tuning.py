@@ -1,9 +1,9 @@
 """Which block sizes a kernel is launched with: measured on this GPU, else by the kernel's rule.
 
 A configuration is a dict of compile-time constants, ``num_warps`` and ``num_stages``. It is looked
-up by the kernel's name and a key that the kernel makes of its problem, in the table that
-``python -m svf_fast.triton.tune`` left for this GPU in the user's cache folder; what that does not
-have, the kernel's own rule says.
+up by the kernel's name and the key of its problem, in the table that
+``python -m svf_fast.triton.tune`` left for this GPU in the user's cache folder; where the table has
+none, the first candidate of the problem is taken, which the kernel's own rule makes.
 
 Nothing is timed while a model trains: a search would wait for the device and break graph capture.
 """
@@ -69,9 +69,9 @@ class Problem(Protocol):
 
 
 def per_gpu(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Keeps what a function makes of hashable arguments for the current GPU, until :func:`forget`.
+    """Cache a function of hashable arguments per GPU, until :func:`forget`.
 
-    What a launch needs besides its tensors is so made once; asking for it takes a microsecond.
+    What a launch needs besides its tensors is made once; asking for it takes a microsecond.
     """
     results: dict[tuple, Result] = {}
     _kept.append(results)
@@ -105,44 +105,44 @@ def find(kernel: str, problem: Problem) -> Config:
 
 
 def bucket(positions: int) -> int:
-    """Problems whose numbers of positions have the same next power of two share a configuration."""
+    """Round up to a power of two: problems in the same bucket share a configuration."""
     return max(1024, triton.next_power_of_2(positions))
 
 
 def gpu() -> Gpu:
-    """The current GPU."""
+    """Describe the current GPU."""
     return _gpu(_device())
 
 
 def processors(arch: int) -> int:
-    """Multiprocessors to keep busy: of the current GPU if it is of that architecture."""
+    """Count the multiprocessors to keep busy: of the current GPU if it is of that architecture."""
     if not INTERPRETED and torch.cuda.is_available() and gpu().arch == arch:
         return gpu().processors
     return PROCESSORS.get(arch, PROCESSORS[90 if arch >= 90 else 80])
 
 
 def shared_memory(arch: int) -> int:
-    """Bytes of shared memory that a block can have."""
+    """Return the bytes of shared memory that a block can have."""
     return 1024 * SHARED_MEMORY.get(arch, 99)
 
 
 def has_room(arch: int) -> bool:
-    """Whether the tiles of an H100 fit, up to 196 KiB of them; those of an A100 take 96 KiB."""
+    """Tell whether the tiles of an H100 fit, up to 196 KiB; those of an A100 take 96 KiB."""
     return arch >= 90 and shared_memory(arch) >= 200 * 1024
 
 
 def cache_path(name: str) -> Path:
-    """Where the search leaves its table for GPUs of that name and this Triton."""
+    """Return where the search writes its table for GPUs of that name and this Triton."""
     root = os.environ.get("SVF_FAST_CACHE")
     folder = Path(root) if root else Path.home() / ".cache" / "svf_fast"
     return folder / "triton" / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}-{triton.__version__}.json"
 
 
 def read_table(path: Path) -> dict[str, dict[str, Config]]:
-    """Configurations by kernel and key; empty where there is no file.
+    """Read configurations by kernel and key; return none if there is no file.
 
     Raises:
-        ValueError: a file that is no such table.
+        ValueError: the file is not such a table.
     """
     try:
         return json.loads(path.read_text())["kernels"]
@@ -163,7 +163,7 @@ def forget() -> None:
 
 
 def _device() -> int:
-    """The current one, by which what is known of it is kept."""
+    """Return the number of the current GPU, the key of everything cached."""
     return -1 if INTERPRETED else driver.active.get_current_device()
 
 

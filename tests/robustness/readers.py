@@ -444,8 +444,7 @@ def _own_pictures() -> list[Reader]:
     """A user's own pictures and masks, where there is `fss predict`."""
     if importlib.util.find_spec("fss.segment.pictures") is None:
         return []
-    from fss.segment.masks import read_mask
-    from fss.segment.pictures import read_picture
+    from fss.segment.pictures import read_mask, read_picture
 
     def picture(path: Path) -> None:
         found = read_picture(path)

@@ -7,8 +7,8 @@ from lightning_fabric import Fabric
 from fss.data import build_episodes, collate_episodes
 from fss.evaluation import evaluate as evaluation
 from fss.evaluation.evaluate import episode_classes, evaluate, evaluate_all
-from fss.evaluation.feature_cache import FeatureCache, Names
-from fss.models import build_model
+from fss.evaluation.feature_cache import FeatureCache, Names, Shelf
+from fss.models import Prediction, build_model
 
 
 @pytest.fixture
@@ -69,8 +69,7 @@ def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name
     for batch_size, gib in ((1, 1.0), (5, 1.0), (3, 1e-6)):
         scores = evaluate_all(network, sets, classes, fabric, batch_size, feature_cache=gib)
         assert scores == plain
-    assert "features" not in vars(network.module)
-    all_fits, _, little_fits = (cache for cache in caches if cache.photos)
+    all_fits, _, little_fits = caches
     done, redone = (cache.photos + cache.layer4 for cache in (all_fits, little_fits))
     assert 0 < done < redone <= 2 * (1 + shots) * 23
 
@@ -90,13 +89,13 @@ def test_features_are_the_models_own(tiny, name):
         "class_id": torch.tensor([1, 2]),
     }
     arguments = images[:2], images[torch.tensor([[1, 2], [0, 3]])], masks
+    batch |= dict(zip(network.inputs, arguments))
     episodes = [Names("a", ("b", "c"), 1), Names("b", ("a", "d"), 2)] * 2
     cache = FeatureCache(network, 1.0, episodes)
     with torch.no_grad():
         expected = network.features(*arguments)
         for _ in range(2):
-            with cache.serve(batch):
-                found = network.features(*arguments)
+            found = cache.features(batch)
             for a, b in zip((*found[:3], *found.supports), (*expected[:3], *expected.supports)):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(found.priors, expected.priors, rtol=1e-9, atol=1e-9)
@@ -129,20 +128,33 @@ def test_a_support_is_another_one_under_the_mask_of_another_class(tiny, fabric):
             "query_name": ["a"],
             "support_names": [["b"]],
             "class_id": torch.tensor([class_id]),
+            "query_image": image,
+            "support_images": image[:, None],
+            "support_masks": masks,
         }
         with torch.no_grad():
             expected = network(image, image[:, None], masks).logits
-            with cache.serve(batch):
-                cached = network(image, image[:, None], masks).logits
+            cached = network.head(cache.features(batch), image.shape[-2:]).logits
         torch.testing.assert_close(cached, expected)
     assert cache.photos == 2 and cache.layer4 == 1 + 2
 
 
-def test_a_cache_of_nothing_and_another_model_are_left_alone(tiny):
-    network = model_of(tiny())
-    for cache in (FeatureCache(network, 0, []), FeatureCache(torch.nn.Identity(), 1, [])):
-        with cache.serve({}):
-            assert "features" not in vars(network)
+class Darkness(torch.nn.Module):
+    """No few-shot model of ours: what is dark is the object."""
+
+    def forward(self, query_image, support_images, support_masks):
+        gray = query_image.mean(1)
+        return Prediction(torch.stack([gray, -gray], dim=1), ())
+
+
+def test_a_cache_of_nothing_and_another_model_do_without(tiny, fabric, caches):
+    config = tiny()
+    episodes = build_episodes(config.data, "test", 4, 0)
+    classes = list(episode_classes(episodes.source, 0))
+    scores = [evaluate(Darkness(), episodes, classes, fabric, feature_cache=g) for g in (0, 1)]
+    assert scores[0] == scores[1] and scores[0].miou > 0
+    evaluate(model_of(config), episodes, classes, fabric)
+    assert not caches
 
 
 def test_episodes_that_were_not_foreseen_are_computed(tiny):
@@ -150,6 +162,55 @@ def test_episodes_that_were_not_foreseen_are_computed(tiny):
     image, mask = torch.randn(1, 3, 33, 33), torch.ones(1, 1, 33, 33).long()
     cache = FeatureCache(network, 1.0, [Names("a", ("b",), 1)])
     batch = {"query_name": ["c"], "support_names": [["d"]], "class_id": torch.tensor([1])}
-    with torch.no_grad(), cache.serve(batch):
-        network(image, image[:, None], mask)
+    batch |= {"query_image": image, "support_images": image[:, None], "support_masks": mask}
+    cache.features(batch)
     assert cache.photos == 2 and cache.shelf.nbytes == 0
+
+
+def misses(turns, capacity, sizes):
+    """Values that are not there when a turn asks for them."""
+    shelf = Shelf(capacity, turns)
+    missed = 0
+    for keys in turns:
+        missing = [key for key in dict.fromkeys(keys) if shelf.get(key) is None]
+        missed += len(missing)
+        shelf.advance(1)
+        for key in missing:
+            shelf.put(key, key, sizes[key])
+            assert shelf.nbytes <= capacity
+    return missed, shelf
+
+
+def test_of_equal_sizes_the_one_used_last_goes_first():
+    """Belady's own rule: the best there is."""
+    turns = [[key] for key in "abcdabeabcde"]
+    found, _ = misses(turns, 3, dict.fromkeys("abcde", 1))
+    assert found == 7
+
+
+def test_a_large_value_gives_way_to_many_small_ones():
+    turns = [["L"], ["a"], ["b"], ["c"], ["L"], ["a"], ["b"], ["c"]]
+    assert misses(turns, 8, {"L": 6, "a": 1, "b": 1, "c": 1})[0] == 5
+    assert misses(turns, 9, {"L": 6, "a": 1, "b": 1, "c": 1})[0] == 4
+
+
+def test_nothing_stays_without_a_further_use():
+    turns = [["a", "b"], ["b", "c"], ["c"]]
+    found, shelf = misses(turns, 10, dict.fromkeys("abc", 2))
+    assert found == 3 and shelf.nbytes == 0 and shelf.get("c") is None
+
+
+@pytest.mark.parametrize("capacity", [0, 3])
+def test_what_cannot_fit_is_not_kept(capacity):
+    shelf = Shelf(capacity, [["a"], ["a"]])
+    shelf.advance(1)
+    shelf.put("a", "value", 4)
+    shelf.put("never asked for", "value", 1)
+    assert shelf.get("a") is None and shelf.nbytes == 0
+
+
+def test_a_value_put_again_counts_once():
+    shelf = Shelf(9, [["a"], ["a"]])
+    shelf.put("a", 1, 4)
+    shelf.put("a", 2, 5)
+    assert shelf.get("a") == 2 and shelf.nbytes == 5

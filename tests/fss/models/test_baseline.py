@@ -6,7 +6,7 @@ from torch.nn import functional
 import svf_fast
 from fss.config import ModelConfig
 from fss.models import Baseline, Prediction, build_backbone, build_model
-from fss.models.aspp import ASPP
+from fss.models.baseline import ASPP
 from fss.models.pooling import masked_average_pool
 
 

@@ -45,11 +45,11 @@ def test_supports_count_the_same_whatever_their_area(model):
     few[:, 0] = 255
     few[:, 0, :9, :9] = masks[:, 0, :9, :9]
     prototypes = [
-        torch.cat([model.prototypes(s[None], m[None])[None] for s, m in zip(*each)])
+        torch.cat([model.encode_supports(s[None], m[None])[None] for s, m in zip(*each)])
         for each in zip(supports, few)
     ]
     normalised = functional.normalize(torch.stack(prototypes), dim=3).mean(1)
-    expected = model.compare(queries, normalised)
+    expected = model.segment(queries, normalised)
     torch.testing.assert_close(model(queries, supports, few).logits, expected)
 
 

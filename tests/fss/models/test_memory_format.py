@@ -14,7 +14,6 @@ from fss.config import ModelConfig
 from fss.evaluation.feature_cache import FeatureCache, Names
 from fss.models import Matching, build_backbone, build_model
 from fss.models.pooling import cat_maps
-from fss.segment.supports import see_supports
 
 SHOTS = 2
 # The mean of all positions, which BAM's base learner enlarges: torch then has no format to keep.
@@ -108,8 +107,8 @@ def test_supports_that_are_seen_once(name):
     model.to(memory_format=torch.channels_last).eval()
     batch = episodes()
     with LaidOutAnew() as watch:
-        supports = see_supports(model, batch["support_images"][0], batch["support_masks"][0])
-        supports.segment(batch["query_image"])
+        supports = model.encode_supports(batch["support_images"][0], batch["support_masks"][0])
+        model.segment(batch["query_image"], supports)
     assert watch.convolutions > 50
     assert watch.maps.total() == ANEW.get(name, 0), watch.maps
 
@@ -124,8 +123,7 @@ def test_features_that_are_kept(name):
     cache = FeatureCache(model, 1.0, names * 2)
     with LaidOutAnew() as watch, torch.no_grad():
         for _ in range(2):
-            with cache.serve(batch):
-                model(*(batch[name] for name in model.inputs))
+            model.head(cache.features(batch), batch["query_image"].shape[-2:])
     assert cache.photos == 3
     assert watch.maps.total() == 2 * ANEW[name], watch.maps
 

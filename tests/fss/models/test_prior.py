@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fss.models.prior import prior_mask
+from fss.models.prior import prior_masks
 from fss.training.measure import saved_bytes
 
 
@@ -15,7 +15,7 @@ def _inputs(shots=1, seed=0):
 
 
 def test_spans_zero_to_one_per_image():
-    prior = prior_mask(*_inputs())
+    (prior,) = prior_masks(*_inputs())
     assert prior.shape == (2, 1, 3, 4)
     assert prior.amin(dim=(1, 2, 3)).tolist() == [0, 0]
     torch.testing.assert_close(prior.amax(dim=(1, 2, 3)), torch.ones(2), rtol=0, atol=1e-5)
@@ -31,26 +31,26 @@ def test_finds_the_support_feature_at_its_place():
     mask[..., 0, 0] = 1
     expected = torch.zeros(4, 5)
     expected[2, 3] = 1
-    torch.testing.assert_close(prior_mask(query, support, mask)[0, 0], expected)
+    torch.testing.assert_close(prior_masks(query, support, mask)[0, 0, 0], expected)
 
 
-def test_shots_are_averaged_after_normalisation():
+def test_shots_are_normalized_each_by_itself():
     query, support, mask = _inputs(shots=3)
-    single = [prior_mask(query, support[:, k : k + 1], mask[:, k : k + 1]) for k in range(3)]
-    torch.testing.assert_close(prior_mask(query, support, mask), torch.stack(single).mean(dim=0))
+    single = [prior_masks(query, support[:, k : k + 1], mask[:, k : k + 1]) for k in range(3)]
+    torch.testing.assert_close(prior_masks(query, support, mask), torch.cat(single))
 
 
 def test_supports_of_another_size():
     query, support, mask = _inputs()
-    larger = prior_mask(query, support.repeat(1, 1, 1, 2, 2), mask.repeat(1, 1, 1, 2, 2))
-    torch.testing.assert_close(larger, prior_mask(query, support, mask))
+    larger = prior_masks(query, support.repeat(1, 1, 1, 2, 2), mask.repeat(1, 1, 1, 2, 2))
+    torch.testing.assert_close(larger, prior_masks(query, support, mask))
 
 
 def test_an_empty_support_gives_zeros_and_finite_gradients():
     query, support, mask = _inputs()
     query.requires_grad_()
     support.requires_grad_()
-    prior = prior_mask(query, support, torch.zeros_like(mask))
+    prior = prior_masks(query, support, torch.zeros_like(mask))
     prior.sum().backward()
     assert not prior.any()
     assert query.grad.isfinite().all()
@@ -61,15 +61,15 @@ def test_gradcheck():
     query, support, mask = (tensor.double() for tensor in _inputs(shots=2))
     query = (query + torch.rand_like(query)).requires_grad_()
     support = (support + torch.rand_like(support)).requires_grad_()
-    assert torch.autograd.gradcheck(prior_mask, (query, support, mask))
+    assert torch.autograd.gradcheck(prior_masks, (query, support, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_keep_a_float32_prior(dtype):
     query, support, mask = _inputs()
-    prior = prior_mask(query.to(dtype), support.to(dtype), mask)
+    prior = prior_masks(query.to(dtype), support.to(dtype), mask)
     assert prior.dtype == torch.float32
-    torch.testing.assert_close(prior, prior_mask(query, support, mask), rtol=0, atol=0.02)
+    torch.testing.assert_close(prior, prior_masks(query, support, mask), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,7 +80,7 @@ def test_keeps_nothing_that_grows_with_the_square_of_the_positions(dtype):
     ]
     mask = torch.rand(1, shots, 1, height, width)
     with saved_bytes(torch.nn.Module()) as saved:
-        prior = prior_mask(maps[0], maps[1].unsqueeze(0), mask)
+        prior = prior_masks(maps[0], maps[1].unsqueeze(0), mask)
     prior.sum().backward()
     given = sum(tensor.untyped_storage().nbytes() for tensor in (*maps, mask))
     assert saved.total - given <= 32 * shots * height * width

@@ -121,7 +121,7 @@ def test_an_interrupted_table_goes_on(command, trained, tmp_path, capsys, monkey
     assert [row["not_run"] for row in result(tmp_path, "T19")["rows"]] == [{"3": "not run yet"}] * 2
     assert main(["reproduce", "T19", "--list", "--scale-down", "--out", str(tmp_path / "out")]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert "folds begun: 3, not begun: 0 1 2" in listed[2]
+    assert "folds in progress: 3, not started: 0 1 2" in listed[2]
     assert command(*arguments) == 0
     assert trained == [f"r50-baseline-factors-{name}" for name in ("U False", "U True", "SV False")]
     assert all(not row["not_run"] for row in result(tmp_path, "T19")["rows"])
@@ -270,16 +270,16 @@ def test_all_tables_are_listed(capsys):
     assert main(["reproduce"]) == 0
     printed = capsys.readouterr().out
     assert "T1: Pascal-5i, mIoU; Pascal-5i: what `fss data prepare pascal` makes" in printed
-    assert "r50-baseline-svf, 1-shot: S (SVF); folds not begun: 0 1 2 3" in printed
+    assert "r50-baseline-svf, 1-shot: S (SVF); folds not started: 0 1 2 3" in printed
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": {"fold": 2}}, "settings: data.fold is not for all rows to have; give --folds"),
-        ({"data": {"shots": 5}}, "settings: data.shots is not for all rows to have; give --shots"),
-        ({"out": "elsewhere"}, "settings: out is not for all rows to have; give --out"),
-        ({"regime": {"kernel": "3x3"}}, "settings: regime is not for all rows to have; it is what"),
+        ({"data": {"fold": 2}}, "settings: data.fold cannot be set for all rows; give --folds"),
+        ({"data": {"shots": 5}}, "settings: data.shots cannot be set for all rows; give --shots"),
+        ({"out": "elsewhere"}, "settings: out cannot be set for all rows; give --out"),
+        ({"regime": {"kernel": "3x3"}}, "settings: regime cannot be set for all rows; rows differ"),
     ],
 )
 def test_settings_that_are_the_tables(command, capsys, settings, message):

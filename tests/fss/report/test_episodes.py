@@ -8,8 +8,7 @@ from torch import nn
 from fss.data import build_episodes
 from fss.evaluation.evaluate import episode_classes
 from fss.models import Prediction
-from fss.report.episodes import draw_curves, draw_episodes
-from fss.runs.folder import RunFolder
+from fss.report.episodes import draw_episodes
 
 
 class Everything(nn.Module):
@@ -31,30 +30,3 @@ def test_episodes_of_two_shots(tiny, tmp_path):
     # The last column is under the prediction's orange, BGR (0, 159, 230) over grey.
     blue, _, red = (picture[:, -200:, channel].astype(int) for channel in range(3))
     assert np.mean(red - blue > 60) > 0.3
-
-
-def test_curves(tmp_path):
-    folder = RunFolder(tmp_path)
-    log = folder.open_log({1: "cat"})
-    for step in range(1, 60):
-        log.train(
-            {
-                "step": step,
-                "loss": 1 / step,
-                "lr": 0.1,
-                "backbone_lr": None,
-                "step_seconds": 1.0,
-                "images_per_second": 2.0,
-                "peak_memory_bytes": 5,
-                "skipped_steps": 0,
-                "unreadable": 0,
-            }
-        )
-    log.validation({"step": 30, "miou": 0.2, "fb_iou": 0.5, "train_miou": 0.4}, {1: 0.2})
-    log.close()
-    draw_curves(folder)
-    full = cv2.imread(str(folder.curves))
-    assert full.shape[1] > full.shape[0] > 300
-    folder.open_log({1: "cat"}).close()
-    draw_curves(folder)
-    assert not np.array_equal(full, cv2.imread(str(folder.curves)))

@@ -14,7 +14,7 @@ import pytest
 from fss.cli import main
 from fss.report import write_report
 from fss.report.results import mean_rows
-from fss.runs.folder import read_runs
+from fss.report.runs import read_runs
 from fss.training.run import train
 
 SECTIONS = ["results", "curves", "classes", "episodes", "singular-values", "components", "cost"]

@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import svf_fast
-from fss.models import build_model
+from fss.models import build_model, rebuild_model
 from fss.report.components import _responses, default_layers
-from fss.report.network import build_network, step_memory
+from fss.report.cost import step_memory
+from fss.report.runs import read_runs
 from fss.report.spectrum import Spectrum, change_rows, read_spectra
-from fss.runs.checkpoint import load_checkpoint
-from fss.runs.folder import read_runs
 from fss.training.run import train
 
 
@@ -31,7 +30,7 @@ def test_pretrained_values_are_kept_and_found_again(tiny, weights):
     config = tiny(model={"weights": str(path)}, regime={"layers": ("layer3",)})
     train(config)
     (run,) = read_runs([config.out])
-    trained = load_checkpoint(run.folder / "best.pt")["model"]
+    trained = run.folder.checkpoint("best.pt")["model"]
     kept = read_spectra(run, trained)
     assert [s.layer for s in kept][:2] == ["layer3.0.conv1", "layer3.0.conv2"]
     for spectrum in kept:
@@ -41,7 +40,7 @@ def test_pretrained_values_are_kept_and_found_again(tiny, weights):
         assert torch.equal(spectrum.after, S[spectrum.component])
         assert not torch.equal(spectrum.after, spectrum.before)
 
-    (run.folder / "pretrained.safetensors").unlink()
+    run.folder.pretrained.unlink()
     for spectrum, found in zip(kept, read_spectra(run, trained)):
         torch.testing.assert_close(found.before, spectrum.before, rtol=1e-5, atol=1e-6)
 
@@ -98,13 +97,13 @@ def test_memory_of_a_step_is_that_which_the_run_measured(tiny):
     config = tiny()
     measured = train(config)["saved_bytes_per_step"]
     (run,) = read_runs([config.out])
-    state = load_checkpoint(run.folder / "best.pt")["model"]
-    counted = step_memory(run, build_network(run, state)).saved_bytes
+    state = run.folder.checkpoint("best.pt")["model"]
+    counted = step_memory(run, rebuild_model(config, state)).saved_bytes
     # the loss keeps the logits, their logarithms and the target besides
     pixels = config.batch_size * config.data.size**2
     assert 0 <= measured - counted <= 40 * pixels
     halves = dataclasses.replace(run, config=dataclasses.replace(config, accumulate=2))
-    assert step_memory(halves, build_network(run, state)).saved_bytes < 0.6 * counted
+    assert step_memory(halves, rebuild_model(config, state)).saved_bytes < 0.6 * counted
 
 
 @pytest.mark.parametrize("name", ["pfenet", "bam"])
@@ -113,8 +112,7 @@ def test_networks_of_other_models(tiny, name):
     config = tiny(model={"name": name, "base_weights": base})
     train(config)
     (run,) = read_runs([config.out])
-    state = load_checkpoint(run.folder / "best.pt")["model"]
-    network = build_network(run, state)
-    network.load_state_dict(state)
+    state = run.folder.checkpoint("best.pt")["model"]
+    network = rebuild_model(config, state)
     report = step_memory(run, network)
     assert 0 < report.saved_bytes < report.reference_bytes

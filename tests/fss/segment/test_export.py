@@ -14,8 +14,8 @@ from fss.cli import main
 from fss.config import ModelConfig
 from fss.data import MEAN, STD, build_episodes, collate_episodes
 from fss.models import build_model
+from fss.runs.folder import RunFolder
 from fss.segment.export import INPUTS, export_onnx
-from fss.segment.segmenter import load_run
 from fss.training.run import train
 
 
@@ -82,7 +82,7 @@ def test_a_run_of_the_baseline(tiny, tmp_path, capsys):
     batch = collate_episodes([episodes[0]])
     inputs = [batch[name] for name in INPUTS]
     inputs[2] = inputs[2].long()
-    model, _ = load_run(Path(config.out))
+    model, _ = RunFolder(config.out).network("best.pt")
     with torch.no_grad():
         expected = model.eval()(*inputs).logits
     torch.testing.assert_close(logits(path, *inputs), expected, rtol=1e-4, atol=1e-4)

@@ -342,7 +342,7 @@ def test_every_problem_can_be_tuned(device: str) -> None:
         small = problem._replace(positions=129, K=16, D=64)
         launch = small.launcher(torch.device(device))
         kernel, separate = (
-            tune.tensors(launch(config))
+            tune.collect_tensors(launch(config))
             for config in (small.tiles(0 if device == "cpu" else ARCHITECTURES[0]), SEPARATE)
         )
         assert tune.agree(separate, kernel), small.key()

@@ -179,7 +179,7 @@ def test_the_cache_is_of_one_gpu_and_one_triton(tables):
 def test_a_file_that_is_no_table(text, tmp_path):
     path = tmp_path / "table.json"
     path.write_text(text)
-    for read in (tuning.read_table, lambda path: tune.begin(path, "Some GPU")):
+    for read in (tuning.read_table, lambda path: tune.open_table(path, "Some GPU")):
         with pytest.raises(ValueError, match=r"table.json: expected a table .*triton.tune"):
             read(path)
 
@@ -261,15 +261,15 @@ def test_few_bits_and_indices_may_differ():
 
 def test_tensors_of_a_result():
     a, b = torch.ones(1), torch.ones(2)
-    assert tune.tensors(a) == [a]
-    assert tune.tensors((a, [b, None])) == [a, b]
-    assert tune.tensors(None) == []
+    assert tune.collect_tensors(a) == [a]
+    assert tune.collect_tensors((a, [b, None])) == [a, b]
+    assert tune.collect_tensors(None) == []
 
 
 def test_the_table_says_where_it_is_from(tmp_path):
     path = tmp_path / "table.json"
     tune.write(path, {"kernels": {"kernel": {"a": {"BLOCK": 1}}}, "gpu": "another"})
-    table = tune.begin(path, "Some GPU")
+    table = tune.open_table(path, "Some GPU")
     assert table["gpu"] == "Some GPU" and table["kernels"] == {"kernel": {"a": {"BLOCK": 1}}}
     assert {"origin", "triton", "torch", "date", "microseconds"} <= table.keys()
 
@@ -283,7 +283,7 @@ def test_bits_of_a_mask_are_counted_one_by_one():
 
 
 def test_the_problems_of_a_race():
-    cases = list(filter(tune.of_a_race, check.cases(check.tunables())))
+    cases = list(filter(tune.is_of_a_race, check.cases(check.tunables())))
     assert {case.kernel for case in cases} == {"activation_gradients", "gram", "pointwise"}
     assert {case.problem.positions for case in cases} == {6561, 39366}
     assert not any("1024 x" in case.key or "dot" in case.key for case in cases)
