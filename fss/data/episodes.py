@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -227,18 +226,6 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             drawn = rng.choice(images, self.shots + 1, replace=False)
             supports = [int(i) for i in drawn if i != query][: self.shots]
         return Episode(query, class_id, tuple(supports))
-
-    def sampled_classes(self) -> dict[int, int]:
-        """Episodes of each class of the split, 0 for a class that is never drawn."""
-        counts = Counter(self.draw(index).class_id for index in range(self.episodes))
-        return {class_id: counts[class_id] for class_id in self.classes}
-
-    def summary(self) -> str:
-        """One line for the log: the images listed and how many show each class."""
-        counts = ", ".join(
-            f"{self.source.class_names[c]} {len(images)}" for c, images in self.class_images.items()
-        )
-        return f"{self.split}, fold {self.fold}: {len(self.queries)} images; {counts}"
 
     def _list_images(self, novel: set[int]) -> tuple[list[int], dict[int, list[int]]]:
         source, kind = self.source, "novel" if self.split == "test" else "base"

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fss.data.images import check_sizes, open_classes, read_image
 from fss.data.lists import Pair
-from fss.data.scan import check_sizes, open_classes, read_image, scan
+from fss.data.scan import scan
 from fss.data.source import Mask
 
 

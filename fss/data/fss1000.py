@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fss.data.file_source import ListedSource
+from fss.data.images import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
 from fss.data.lists import Pair, check_files
-from fss.data.scan import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
 from fss.data.source import IGNORE, Mask
 from fss.files import read_text
 
