@@ -161,13 +161,13 @@ COMMANDS = {
         "", "make or verify a data set", "fss data prepare|verify pascal|coco ROOT [options]"
     ),
     "data prepare": Command(
-        "fss.data.prepare:prepare",
+        "fss.data.prepare.datasets:prepare",
         "download and convert Pascal-5i or COCO-20i",
         "fss data prepare pascal|coco ROOT [options]",
         _data_text,
     ),
     "data verify": Command(
-        "fss.data.prepare:verify_data",
+        "fss.data.prepare.datasets:verify_data",
         "compare a data set with the published numbers",
         "fss data verify pascal|coco ROOT [options]",
         _data_text,

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from fss.cli import main
-from fss.data import CocoSource, PascalSource, prepare
+from fss.data import CocoSource, PascalSource
 from fss.data.coco import CLASSES, JSON_IDS
+from fss.data.prepare import datasets as prepare
 from fss.data.prepare.annotations import Annotated, draw_coco
 from fss.data.prepare.archives import members
 from fss.data.prepare.download import Archive
@@ -333,7 +334,7 @@ def test_a_shape_that_does_not_fit_is_one_line(coco, tmp_path, monkeypatch, caps
 _POOL = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
-from fss.data.prepare import _end_with_parent
+from fss.data.prepare.datasets import _end_with_parent
 
 def work(i):
     time.sleep(0.3)
