@@ -12,8 +12,17 @@ import functools
 import math
 import numbers
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+SourceName = Literal["folder", "pascal", "coco", "fss1000", "shapes"]
+Folds = Literal["fwb", "panet"]
+Checkpoint = Literal["best", "last"]
+Resize = Literal["photo", "canvas", "network"]
+Precision = Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"]
+TF32 = Literal["none", "convolutions", "all"]
+Accelerator = Literal["auto", "cpu", "cuda"]
 
 
 def free(default: Any, *between: str) -> Any:
@@ -76,11 +85,11 @@ class DataConfig:
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
 
-    source: Literal["folder", "pascal", "coco", "fss1000", "shapes"] = "folder"
+    source: SourceName = "folder"
     root: str | None = free(None, "resume", "finished", "mean")
     train_list: str | None = None
     val_list: str | None = None
-    folds: Literal["fwb", "panet"] = "fwb"
+    folds: Folds = "fwb"
     fold: int = free(0, "mean")
     shots: int = 1
     size: int = 473
@@ -117,19 +126,10 @@ class DataConfig:
             )
         check_at_least("data.fold", self.fold, 0)
         check_at_least("data.shots", self.shots, 1)
-        if self.size < 9 or (self.size - 1) % 8:
-            lower = max(9, (self.size - 1) // 8 * 8 + 1)
-            raise ValueError(
-                "data.size: expected a multiple of 8 plus 1 pixels, so that maps at output stride "
-                f"8 align with the image; got {self.size}, the nearest are {lower} and {lower + 8}"
-            )
+        check_side("data.size", self.size)
         check_positive("data.min_area", self.min_area)
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"data.scale: expected two factors, smallest first, above 0; got {list(self.scale)}"
-            )
-        if not 0 <= self.rotate <= 180:
-            raise ValueError(f"data.rotate: expected 0 to 180 degrees, got {self.rotate}")
+        check_scale("data.scale", self.scale)
+        check_rotation("data.rotate", self.rotate)
         check_at_least("data.workers", self.workers, 0)
         check_at_least("data.seed", self.seed, 0)
 
@@ -432,18 +432,18 @@ class TrainConfig:
     early_stop: int = 0
     test_episodes: int = free(1000, "resume")
     test_seeds: tuple[int, ...] = free((510, 365, 382, 322, 988), "resume")
-    checkpoint: Literal["best", "last"] = free("best", "resume")
-    resize: Literal["photo", "canvas", "network"] = free("photo", "resume")
+    checkpoint: Checkpoint = free("best", "resume")
+    resize: Resize = free("photo", "resume")
     feature_cache: float = free(2.0, "resume", "mean")
     save_every: int = free(500, "resume", "finished", "mean")
     log_every: int = free(10, "resume", "finished", "mean")
     pictures: int = free(6, "resume", "finished", "mean")
-    precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
-    tf32: Literal["none", "convolutions", "all"] = "convolutions"
+    precision: Precision = "32-true"
+    tf32: TF32 = "convolutions"
     graph: Literal["auto", "off", False] = free("auto", "resume", "finished", "mean")
     deterministic: bool = False
     sync_batch_norm: bool = False
-    accelerator: Literal["auto", "cpu", "cuda"] = free("auto", "resume", "finished", "mean")
+    accelerator: Accelerator = free("auto", "resume", "finished", "mean")
     devices: int | Literal["auto"] = free(1, "resume", "finished", "mean")
     out: str = free("runs/fss", "resume", "finished", "mean")
     seed: int = free(321, "mean")
@@ -573,3 +573,27 @@ def check_at_least(name: str, value: float, lowest: int) -> None:
 def check_positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
+def check_side(name: str, size: int) -> None:
+    """Check the side of a network's square input."""
+    if size < 9 or (size - 1) % 8:
+        lower = max(9, (size - 1) // 8 * 8 + 1)
+        raise ValueError(
+            f"{name}: expected a multiple of 8 plus 1 pixels, so that maps at output stride 8 "
+            f"align with the image; got {size}, the nearest are {lower} and {lower + 8}"
+        )
+
+
+def check_scale(name: str, scale: Sequence[float]) -> None:
+    """Check the range of a random scale."""
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise ValueError(
+            f"{name}: expected two factors, smallest first, above 0; got {list(scale)}"
+        )
+
+
+def check_rotation(name: str, degrees: float) -> None:
+    """Check the largest angle of a random rotation."""
+    if not 0 <= degrees <= 180:
+        raise ValueError(f"{name}: expected 0 to 180 degrees, got {degrees}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
+from fss.config import Folds
 from fss.data.file_source import ListedSource
 from fss.data.lists import Pair, check_files, find_folder, read_list
 from fss.data.prepare.counts import Counts
@@ -163,7 +163,7 @@ class CocoSource(ListedSource):
     def __init__(
         self,
         root: str | os.PathLike[str],
-        folds: Literal["fwb", "panet"] = "fwb",
+        folds: Folds = "fwb",
         train_list: str | os.PathLike[str] | None = None,
         val_list: str | os.PathLike[str] | None = None,
     ) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from fss.config import check_at_least, check_positive, misfit
 from fss.data.source import IGNORE, Mask, Source
 from fss.data.transforms import Sample, Transform
 
@@ -110,7 +111,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             ("episodes", episodes, 1),
             ("seed", seed, 0),
         ):
-            _check_integer(name, value, lowest)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(misfit(name, int, repr(value)))
+            check_at_least(name, value, lowest)
         if fold >= len(source.folds):
             raise ValueError(
                 f"fold: expected 0 to {len(source.folds) - 1}, the source has "
@@ -118,8 +121,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             )
         if split not in ("train", "validation", "test"):
             raise ValueError(f"split: expected train, validation or test; got {split!r}")
-        if not 0 < min_area < float("inf"):
-            raise ValueError(f"min_area: expected pixels or a share above 0, got {min_area}")
+        check_positive("min_area", min_area)
         self.source, self.fold, self.split = source, fold, split
         self.shots, self.transform = shots, transform
         self.episodes, self.seed = episodes, seed
@@ -348,10 +350,3 @@ def _labels(classes: Mask, table: NDArray[np.uint8]) -> Tensor:
         return torch.from_numpy(cv2.LUT(classes, table[: IGNORE + 1]))
     labels = np.where(classes < len(table), table[np.minimum(classes, len(table) - 1)], 0)
     return torch.from_numpy(labels.astype(np.uint8))
-
-
-def _check_integer(name: str, value: object, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < lowest:
-        raise ValueError(f"{name}: expected at least {lowest}, got {value}")

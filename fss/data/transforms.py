@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fss.config import check_rotation, check_scale, check_side
 from fss.data.source import IGNORE, Mask
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
@@ -70,11 +71,9 @@ class TrainTransform:
     def __init__(
         self, size: int, scale: tuple[float, float] = (0.9, 1.1), rotate: float = 10.0
     ) -> None:
-        _check_size(size)
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale: expected two factors above 0, smallest first; got {scale}")
-        if not 0 <= rotate <= 180:
-            raise ValueError(f"rotate: expected 0 to 180 degrees, got {rotate}")
+        check_side("size", size)
+        check_scale("scale", scale)
+        check_rotation("rotate", rotate)
         self.size, self.scale, self.rotate = size, scale, rotate
 
     def __call__(
@@ -131,7 +130,7 @@ class EvalTransform:
     """
 
     def __init__(self, size: int) -> None:
-        _check_size(size)
+        check_side("size", size)
         self.size = size
 
     def __call__(
@@ -161,7 +160,7 @@ class SquareTransform:
     """
 
     def __init__(self, size: int) -> None:
-        _check_size(size)
+        check_side("size", size)
         self.size = size
 
     def __call__(
@@ -239,11 +238,6 @@ def _normalise(
         np.subtract(seen[..., channel], 255 * MEAN[channel], out=inside)
         inside /= 255 * STD[channel]
     return torch.from_numpy(result)
-
-
-def _check_size(size: int) -> None:
-    if size < 9 or (size - 1) % 8:
-        raise ValueError(f"size: expected a multiple of 8 plus 1, such as 473; got {size}")
 
 
 def _check_pair(image: NDArray[np.uint8], mask: Mask) -> None:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fss.config import check_at_least
 from fss.data.shapes import silhouettes, textures
 from fss.data.shapes.silhouettes import Parts, Silhouette
 from fss.data.shapes.textures import TEXTURES, Texture
@@ -122,20 +123,20 @@ class ShapesSource:
         radius: tuple[float, float] = (0.14, 0.3),
         clutter: int = 3,
     ) -> None:
-        if size < 32:
-            raise ValueError(f"size: expected at least 32 pixels, got {size}")
-        if seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}")
-        if train < 1 or test < 1:
-            raise ValueError(f"train, test: expected at least 1 image each, got {train}, {test}")
+        for name, value, lowest in (
+            ("size", size, 32),
+            ("seed", seed, 0),
+            ("train", train, 1),
+            ("test", test, 1),
+            ("clutter", clutter, 0),
+        ):
+            check_at_least(name, value, lowest)
         if not classes:
             raise ValueError("classes: expected at least one class, got none")
         if not 1 <= objects[0] <= objects[1]:
             raise ValueError(f"objects: expected 1 or more, fewest first; got {objects}")
         if not 0 < radius[0] <= radius[1]:
             raise ValueError(f"radius: expected shares above 0, smallest first; got {radius}")
-        if clutter < 0:
-            raise ValueError(f"clutter: expected at least 0, got {clutter}")
         self.image_size, self.seed = size, seed
         self.objects, self.radius, self.clutter = objects, radius, clutter
         self.classes = tuple(classes)
