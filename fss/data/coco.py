@@ -156,7 +156,7 @@ class CocoSource(ListedSource):
 
     Raises:
         FileNotFoundError: no such folder, or files are missing.
-        ValueError: a bad list, an unreadable file, a mask that has not the size of its image, or
+        ValueError: a bad list, an unreadable file, a mask of another size than its image, or
             masks with other class ids.
     """
 
@@ -225,7 +225,7 @@ class CocoSource(ListedSource):
             raise ValueError(
                 f"wrong class ids in {wrong} of {known} known masks: {example}. Classes are 1 to "
                 "80 in the order of the json's ids; with another map a model trained elsewhere "
-                "scores far too low (about 39 mIoU with BAM's weights). Make the masks anew: `fss "
+                "scores far too low (about 39 mIoU with BAM's weights). Make the masks again: `fss "
                 "data prepare coco`"
             )
 

@@ -37,8 +37,8 @@ class Fss1000Source(ListedSource):
 
     Raises:
         FileNotFoundError: the folder, a list or a mask is missing, or a class of a list.
-        ValueError: a class in both lists or none in one, an unreadable file, or a mask that has not
-            the size of its image.
+        ValueError: a class in both lists or none in one, an unreadable file, or a mask of
+            another size than its image.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def _read_names(path: Path, known: dict[str, int], root: Path) -> list[str]:
     if unknown:
         raise FileNotFoundError(
             f"{path}: {len(unknown)} of {len(names)} classes have no folder in {root}, the first "
-            f"is {unknown[0]!r}; the data set is half there"
+            f"is {unknown[0]!r}; the data set is incomplete"
         )
     if not names:
         raise ValueError(f"{path}: expected a class name per line, the file is empty")

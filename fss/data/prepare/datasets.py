@@ -1,7 +1,7 @@
 """`fss data prepare` and `fss data verify`: data sets from their published archives.
 
-Each step makes one folder or file, whole or not at all, and is passed over where that is there: a
-run that was cut goes on when started again.
+Each step makes one folder or file, completely or not at all, and is skipped if that exists: an
+interrupted command goes on when started again.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ COCO_JSON = Archive(
 def prepare(
     name: Literal["pascal", "coco"], root: str, archives: str | None = None
 ) -> Verification:
-    """Makes Pascal-5i or COCO-20i from the published archives and verifies it.
+    """Make Pascal-5i or COCO-20i from the published archives and verify it.
 
     Args:
         name: "pascal" (VOC 2012 and SBD, 3.4 GB) or "coco" (COCO 2014, 20 GB).
         root: folder that gets VOCdevkit2012/VOC2012 or MSCOCO2014.
-        archives: folder of the archives; what it has is not downloaded. By default `downloads` in
-            the root.
+        archives: folder of archives, which are not downloaded again; by default `downloads` in the
+            root.
 
     Returns what `verify_data` does.
 
@@ -87,7 +87,7 @@ def verify_data(
     train_list: str | None = None,
     val_list: str | None = None,
 ) -> Verification:
-    """Checks a data set's files and class ids, and its numbers against the published ones.
+    """Check a data set's files and class ids, and compare its counts with the published ones.
 
     Args:
         name: "pascal" or "coco".
@@ -109,7 +109,7 @@ def verify_data(
 
 
 def _get(folder: Path, given: bool, archive: Archive) -> Path:
-    """An archive, checked once: a given one now, a downloaded one when it was complete."""
+    """Get an archive, checked once: a given one now, a downloaded one when it was complete."""
     path = folder / archive.name
     if given and path.is_file():
         check(path, archive)
@@ -165,7 +165,7 @@ def _prepare_coco(folder: Path, get: Callable[[Archive], Path]) -> None:
 
 
 def _convert_json(archive: Path, split: str, folder: Path) -> None:
-    """Masks of all annotated images of a split."""
+    """Draw the masks of all annotated images of a split."""
     wanted = f"instances_{split}.json"
     text = b""
     for member in members(archive, "annotations"):
@@ -187,7 +187,7 @@ def _convert_json(archive: Path, split: str, folder: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that made it is gone: kill -9 gives that no time to say so."""
+    """End this process when its parent is gone: kill -9 gives that no time to do so."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -199,7 +199,7 @@ def _draw(job: tuple[Path, Annotated]) -> None:
 
 
 def _write_mask(path: Path, mask: np.ndarray) -> None:
-    """Writes class ids as an 8-bit PNG; a kill leaves the whole file or none of that name."""
+    """Write class ids as an 8-bit PNG; a kill leaves the complete file or none."""
     temporary = path.with_name(f".{path.name}.tmp")
     Image.fromarray(mask.astype(np.uint8)).save(temporary, format="PNG")
     temporary.rename(path)

@@ -1,7 +1,7 @@
 """The embedded data set: textured objects over cluttered backgrounds, rendered from a seed.
 
-A class is told by its silhouette and, mostly, its kind of texture; colours, texture scale, pose
-and light are drawn for each object. Twenty classes serve few-shot learning in four folds of five.
+A class has a silhouette and, mostly, a kind of texture; colors, texture scale, pose and light are
+random for each object. Twenty classes serve few-shot learning in four folds of five.
 Twenty others, `PRETRAINING_CLASSES`, train the shipped backbone, so it never saw a few-shot class.
 """
 
@@ -179,7 +179,7 @@ class ShapesSource:
         return _expose(rng, canvas), self._mask(placed)
 
     def _layout(self, index: int) -> list[Placed]:
-        """Clutter first, then the objects, from the back to the front."""
+        """Place clutter first, then the objects, from the back to the front."""
         if not 0 <= index < len(self):
             raise IndexError(f"image: expected 0 to {len(self) - 1}, got {index}")
         rng = self._rng(_LAYOUT, index)
@@ -188,23 +188,23 @@ class ShapesSource:
             self._place(rng, 0, silhouettes.blob(rng), rng.uniform(-0.1, 1.1, 2))
             for _ in range(blobs)
         ]
-        for centre in _centres(rng, int(rng.integers(self.objects[0], self.objects[1] + 1))):
+        for center in _centers(rng, int(rng.integers(self.objects[0], self.objects[1] + 1))):
             class_id = int(rng.integers(len(self.classes))) + 1
             outline = self.classes[class_id - 1].silhouette(rng)
-            placed.append(self._place(rng, class_id, outline, centre))
+            placed.append(self._place(rng, class_id, outline, center))
         return placed
 
     def _place(
-        self, rng: Rng, class_id: int, outline: Parts, centre: NDArray[np.float64]
+        self, rng: Rng, class_id: int, outline: Parts, center: NDArray[np.float64]
     ) -> Placed:
-        """Turns, stretches and tilts an outline and moves it to `centre` of the unit square."""
+        """Turn, stretch and tilt an outline and move it to `center` of the unit square."""
         radius = rng.uniform(*self.radius) * self.image_size
         angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.25)
         tilt = rng.uniform(-0.25, 0.25, 2)
         rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         linear = np.diag([stretch, 1 / stretch]) @ rotation * radius
         parts = [
-            ((points / (1 + points @ tilt)[:, None]) @ linear + centre * self.image_size, filled)
+            ((points / (1 + points @ tilt)[:, None]) @ linear + center * self.image_size, filled)
             for points, filled in outline
         ]
         return Placed(class_id, radius, parts)
@@ -220,15 +220,15 @@ class ShapesSource:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(stream, index)))
 
 
-def _centres(rng: Rng, count: int) -> NDArray[np.float64]:
-    """Centres [count, 2] in the unit square: of some random sets the one that is spread widest."""
+def _centers(rng: Rng, count: int) -> NDArray[np.float64]:
+    """Sample centers [count, 2] in the unit square: the most spread of eight random sets."""
     sets = rng.uniform(0.18, 0.82, (8, count, 2))
     gaps = np.linalg.norm(sets[:, :, None] - sets[:, None], axis=-1) + 2 * np.eye(count)
     return sets[gaps.min(axis=(1, 2)).argmax()]
 
 
 def _coverage(parts: Parts, shape: tuple[int, ...]) -> Image:
-    """How far each pixel lies inside the object, 0 to 255."""
+    """Return how much of each pixel the object covers, 0 to 255."""
     alpha = np.zeros(shape[:2], dtype=np.uint8)
     for points, filled in parts:
         fixed = np.round(points * 16).astype(np.int32)
@@ -236,8 +236,8 @@ def _coverage(parts: Parts, shape: tuple[int, ...]) -> Image:
     return alpha
 
 
-def _colours(rng: Rng) -> NDArray[np.float32]:
-    """Two colours [2, 3] that differ enough to show a texture."""
+def _colors(rng: Rng) -> NDArray[np.float32]:
+    """Sample two colors [2, 3] that differ enough to show a texture."""
     first, second = rng.uniform(20, 235, (2, 3))
     contrast = second - first
     length = max(float(np.linalg.norm(contrast)), 1.0)
@@ -248,13 +248,13 @@ def _colours(rng: Rng) -> NDArray[np.float32]:
 def _fill(
     rng: Rng, texture: Texture, height: int, width: int, period: float
 ) -> NDArray[np.float32]:
-    first, second = _colours(rng)
+    first, second = _colors(rng)
     blend = np.stack([second - first, first], axis=1)
     return cv2.transform(texture(rng, height, width, period), blend)
 
 
 def _paint(rng: Rng, canvas: NDArray[np.float32], placed: Placed, texture: Texture) -> None:
-    """Blends a textured and shaded object into the canvas."""
+    """Blend a textured and shaded object into the canvas."""
     size = canvas.shape[0]
     corners = np.concatenate([points for points, _ in placed.parts])
     left, top = np.clip(np.floor(corners.min(0)).astype(int) - 1, 0, size)
@@ -271,26 +271,26 @@ def _paint(rng: Rng, canvas: NDArray[np.float32], placed: Placed, texture: Textu
 
 
 def _background(rng: Rng, size: int) -> NDArray[np.float32]:
-    """A texture with large repeats, blended with clouds and scribbled over."""
+    """Paint a texture with large repeats, clouds and scribbles."""
     texture = TEXTURES[rng.integers(len(TEXTURES))]
     canvas = _fill(rng, texture, size, size, rng.uniform(0.06, 0.3) * size)
     share = rng.uniform(0.4, 0.9)
     canvas += share * (_fill(rng, textures.clouds, size, size, 0.3 * size) - canvas)
     for _ in range(rng.integers(2, 7)):
-        colour = rng.uniform(0, 255, 3).tolist()
+        color = rng.uniform(0, 255, 3).tolist()
         thickness = int(rng.integers(1, max(2, size // 40) + 1))
         if rng.random() < 0.5:
             points = rng.uniform(0, size, (int(rng.integers(2, 5)), 2)).astype(np.int32)
-            cv2.polylines(canvas, [points], rng.random() < 0.3, colour, thickness)
+            cv2.polylines(canvas, [points], rng.random() < 0.3, color, thickness)
         else:
-            centre, axes = rng.integers(0, size, 2).tolist(), rng.integers(2, size // 4, 2).tolist()
-            cv2.ellipse(canvas, centre, axes, rng.uniform(0, 180), 0, rng.uniform(90, 360), colour,
+            center, axes = rng.integers(0, size, 2).tolist(), rng.integers(2, size // 4, 2).tolist()
+            cv2.ellipse(canvas, center, axes, rng.uniform(0, 180), 0, rng.uniform(90, 360), color,
                         thickness)  # fmt: skip
     return canvas
 
 
 def _expose(rng: Rng, canvas: NDArray[np.float32]) -> Image:
-    """Contrast, brightness, sometimes blur, and sensor noise."""
+    """Change contrast and brightness, sometimes blur, and add sensor noise."""
     canvas = (canvas - 128) * rng.uniform(0.7, 1.1) + 128 + rng.uniform(-25, 25)
     if rng.random() < 0.3:
         canvas = cv2.GaussianBlur(canvas, (3, 3), 0)

@@ -303,7 +303,7 @@ def test_run_lengths_in_both_forms_are_those_of_pycocotools():
         ({"size": [40, 60], "counts": [2, -1, 2399]}, "run lengths that are no numbers"),
         ({"size": [40, 60], "counts": [2**40]}, "run lengths of another number of pixels"),
         ({"size": [60, 40], "counts": [2400]}, r"run lengths for \[60, 40\]"),
-        ({"size": [40, 60], "counts": "P"}, "run lengths that are cut off"),
+        ({"size": [40, 60], "counts": "P"}, "run lengths are truncated"),
         ({"size": [40, 60], "counts": "\x00"}, "cannot be decoded"),
         ({"size": [40, 60]}, "counts"),
         ([[1, 2, 3]], "a polygon of 3 numbers"),
