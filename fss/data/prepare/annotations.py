@@ -123,7 +123,7 @@ def _check_image(image: Annotated, name: str) -> None:
 
 
 def _inside(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Draw the pixels [H, W] of an object: a list of polygons x, y, …, or run lengths by columns."""
+    """Draw the pixels [H, W] of an object: polygons x, y, …, or run lengths by columns."""
     height, width = size
     if isinstance(shape, list):
         polygons = [np.array(polygon, dtype=np.float64) for polygon in shape]

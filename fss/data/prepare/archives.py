@@ -23,7 +23,7 @@ class MemberFile:
         self._file, self._archive = file, archive
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes, all by default.
+        """Return the next bytes, by default all.
 
         Raises:
             ValueError: a damaged archive.
