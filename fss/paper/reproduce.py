@@ -15,12 +15,12 @@ from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import compared_rows, markdown
 from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, listing, plan
 from fss.paper.tables import Table, default_folder, load_table, table_names
-from fss.runs.checkpoint import check_same, explain_misfit
+from fss.runs.checkpoint import check_same, explain_misfit, flat_settings
 from fss.runs.folder import BaseFolder
 from fss.settings import merged, read_settings
 from fss.training.base_learner import FREE as BASE_FREE
 from fss.training.base_learner import BaseLearnerConfig, plain, train_base
-from fss.training.loop import INTERRUPTED, Stopped, flat_settings
+from fss.training.loop import INTERRUPTED, Stopped
 from fss.training.run import train
 
 # What may differ between a finished run and the one that is asked for: not what was measured.

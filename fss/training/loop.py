@@ -15,6 +15,7 @@ from fss.runs.checkpoint import (
     check_same,
     check_types,
     explain_misfit,
+    flat_settings,
     random_state,
     restore_random_state,
 )
@@ -126,18 +127,6 @@ def check_resumable(
             f"devices: the checkpoint was written by {len(state['random'])} processes, these are "
             f"{fabric.world_size}; resume with as many"
         )
-
-
-def flat_settings(values: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
-    """The settings of a configuration by dotted name, without those of `free`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, dict):
-            flat |= flat_settings(value, free, f"{name}.")
-        elif name not in free:
-            flat[name] = value
-    return flat
 
 
 def saved_on_failure(batches: Iterable[T], save: Callable[[], None]) -> Iterator[T]:
