@@ -8,7 +8,6 @@ JOBS ?= $(if $(ARGS),0,2)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BENCH := $(BIN)/python -m pytest -o addopts=--import-mode=importlib --benchmark-only --benchmark-quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 FORMATTED := $(CSRC) $(wildcard tests/gpu/*.cpp tests/gpu/*.h)
 # one stamp per requirement, so that another TORCH is installed when asked for
@@ -16,7 +15,7 @@ TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 STAMP := $(VENV)/.installed-svf-fast
 LEVELS := layer block backbone step prior
 
-.PHONY: help venv demo test lint format bench $(LEVELS:%=bench-%) bench-memory bench-loading render \
+.PHONY: help venv demo test lint format bench race $(LEVELS:%=race-%) race-memory loading render \
   gpu asan gpu-sanitize cuda-check docs clean check-machine
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # benchmarks want the machine for themselves
@@ -27,7 +26,7 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv with torch, the package (editable) and the tools, if need be
 
 demo: venv ## the main job on the embedded data: three regimes, table and pictures
-	$(BIN)/python benchmarks/regimes.py --config demo --folds 0 \
+	$(BIN)/python -m benchmarks.few_shot.regimes --config demo --folds 0 \
 	  --out runs/demo --results runs/demo/regimes
 
 test: venv ## run the tests; ARGS="-k chain" chooses
@@ -44,23 +43,29 @@ format: venv ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-bench: $(LEVELS:%=bench-%) bench-memory bench-loading render ## the race; alone: bench-layer, -block, -backbone, -step, -prior
+bench: venv ## fused against reference layers, blocks and prior mask: a table, and runs/bench.json
+	mkdir -p runs
+	$(BIN)/python -m pytest -o addopts=--import-mode=importlib benchmarks/bench_svf.py \
+	  --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
+	  --benchmark-json=runs/bench.json $(ARGS)
 
-$(LEVELS:%=bench-%): bench-%: venv
-	$(BENCH) benchmarks/bench_$*.py $(ARGS)
+race: $(LEVELS:%=race-%) race-memory loading render ## every peer in turns, into benchmarks/results; alone: race-layer, -block, -backbone, -step, -prior
 
-bench-memory: venv ## saved bytes and peaks at the sizes of the papers
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/memory.py --models
+$(LEVELS:%=race-%): race-%: venv
+	$(BIN)/python -m benchmarks.race --level $* $(ARGS)
 
-bench-loading: venv ## episodes a core loads, against what a step consumes
-	$(BIN)/python benchmarks/loading.py --workers 2
+race-memory: venv ## saved bytes and peaks at the sizes of the papers
+	$(BIN)/python -m benchmarks.race.memory
+	$(BIN)/python -m benchmarks.race.memory --models
+
+loading: venv ## episodes a core loads, against what a step consumes
+	$(BIN)/python -m benchmarks.few_shot.loading --workers 2
 
 render: venv ## tables, picture and docs/benchmarks.md from benchmarks/results
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/python -m benchmarks.render
 
 gpu: ## everything a GPU can show, in 13 minutes, with the torch of PYTHON; ARGS="--seconds 570"
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 cuda-check: venv ## compile all GPU kernels for sm_80 and sm_90: registers, spills; no GPU needed
 	$(BIN)/python setup.py -q cuda_check

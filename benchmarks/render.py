@@ -1,6 +1,6 @@
 """Tables and the picture of the race, from the results: results/*.md, race.png, docs/benchmarks.md.
 
-python benchmarks/render.py
+python -m benchmarks.render
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import figures
-from gpu_tables import TABLES, Results, weights_of
-from race_picture import draw
-
+from benchmarks.files import RESULTS
+from benchmarks.gpu import figures
+from benchmarks.gpu.tables import TABLES, Results, weights_of
+from benchmarks.race.picture import draw
 from fss.files import atomic_write
 
 MIB = 2**20
-FOLDER = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- race: from benchmarks/render.py -->", "<!-- end of race -->"
 FIGURES = "figures.md"
@@ -33,7 +32,7 @@ Row = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--results", type=Path, nargs="+", default=[FOLDER], help="folders of results, each alone"
+        "--results", type=Path, nargs="+", default=[RESULTS], help="folders of results, each alone"
     )
     parser.add_argument("--page", type=Path, default=PAGE, help="of which a block is replaced")
     options = parser.parse_args()
@@ -80,7 +79,8 @@ def markdown(path: Path) -> str:
         table = TABLES[result["level"]](result, Results(path.parent))
         return f"{table}\n\n{_machine(result)}\n"
     if result["level"] == "loading":
-        import loading  # needs packages that a machine for races may not have
+        # needs packages that a machine for races may not have
+        from benchmarks.few_shot import loading
 
         return f"{loading.table(result)}\n\n{_machine(result)}\n"
     if result["level"] == "memory":

@@ -11,10 +11,33 @@ import dataclasses
 import functools
 import math
 import numbers
-import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+
+def free(default: Any, *between: str) -> Any:
+    """Return the field of a setting that may differ between two runs, see `free_settings`."""
+    return field(default=default, metadata={"free": between})
+
+
+def free_settings(config: type, between: str, prefix: str = "") -> set[str]:
+    """Collect the dotted names of the settings that may differ.
+
+    Args:
+        config: a configuration's class.
+        between: "resume", the two halves of a resumed run; "finished", a finished run and the one
+            that is asked for; "mean", the runs of which a mean is reported.
+        prefix: of the names.
+    """
+    names = set()
+    for one in dataclasses.fields(config):
+        part = _hints(config)[one.name]
+        if dataclasses.is_dataclass(part):
+            names |= free_settings(part, between, f"{prefix}{one.name}.")
+        elif between in one.metadata.get("free", ()):
+            names.add(prefix + one.name)
+    return names
 
 
 @dataclass
@@ -54,11 +77,11 @@ class DataConfig:
     """
 
     source: Literal["folder", "pascal", "coco", "fss1000", "shapes"] = "folder"
-    root: str | None = None
+    root: str | None = free(None, "resume", "finished", "mean")
     train_list: str | None = None
     val_list: str | None = None
     folds: Literal["fwb", "panet"] = "fwb"
-    fold: int = 0
+    fold: int = free(0, "mean")
     shots: int = 1
     size: int = 473
     min_area: float = 2048
@@ -69,15 +92,12 @@ class DataConfig:
     shuffle_test: bool = True
     drop_small_classes: bool = False
     skip_unreadable: bool = False
-    workers: int = 2
-    seed: int = 321
+    workers: int = free(2, "resume", "finished", "mean")
+    seed: int = free(321, "mean")
 
     def __post_init__(self) -> None:
-        _check_types(self, "data.")
+        check_settings(self, "data.")
         self.scale = tuple(self.scale)
-        _choice("data.source", self.source, ("folder", "pascal", "coco", "fss1000", "shapes"))
-        _choice("data.protocol", self.protocol, ("pfenet", "hsnet"))
-        _choice("data.folds", self.folds, ("fwb", "panet"))
         if (self.train_list is None) != (self.val_list is None):
             raise ValueError("data.train_list, data.val_list: expected both or none, got one")
         if self.train_list and self.source not in ("pascal", "coco", "fss1000"):
@@ -95,23 +115,23 @@ class DataConfig:
                 "data.root: expected the folder of the photos, got nothing; give --data.root, or "
                 "--data.source shapes for the embedded photos"
             )
-        _at_least("data.fold", self.fold, 0)
-        _at_least("data.shots", self.shots, 1)
+        check_at_least("data.fold", self.fold, 0)
+        check_at_least("data.shots", self.shots, 1)
         if self.size < 9 or (self.size - 1) % 8:
             lower = max(9, (self.size - 1) // 8 * 8 + 1)
             raise ValueError(
                 "data.size: expected a multiple of 8 plus 1 pixels, so that maps at output stride "
                 f"8 align with the image; got {self.size}, the nearest are {lower} and {lower + 8}"
             )
-        _positive("data.min_area", self.min_area)
+        check_positive("data.min_area", self.min_area)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(
                 f"data.scale: expected two factors, smallest first, above 0; got {list(self.scale)}"
             )
         if not 0 <= self.rotate <= 180:
             raise ValueError(f"data.rotate: expected 0 to 180 degrees, got {self.rotate}")
-        _at_least("data.workers", self.workers, 0)
-        _at_least("data.seed", self.seed, 0)
+        check_at_least("data.workers", self.workers, 0)
+        check_at_least("data.seed", self.seed, 0)
 
 
 @dataclass
@@ -142,22 +162,18 @@ class ModelConfig:
     stem: Literal["plain", "deep"] = "plain"
     stride_on: Literal["conv1", "conv2"] = "conv2"
     width: int = 64
-    weights: str = "torchvision"
-    base_weights: str | None = None
-    official: str | None = None
+    weights: str = free("torchvision", "resume", "finished")
+    base_weights: str | None = free(None, "resume", "finished", "mean")
+    official: str | None = free(None, "resume", "finished")
     channels: int = 256
     dropout: float = 0.5
     bins: tuple[float, ...] = (60, 30, 15, 8)
 
     def __post_init__(self) -> None:
-        _check_types(self, "model.")
+        check_settings(self, "model.")
         self.bins = tuple(self.bins)
-        _choice("model.name", self.name, ("baseline", "pfenet", "bam"))
-        _choice("model.backbone", self.backbone, ("resnet18", "resnet50", "resnet101", "vgg16_bn"))
-        _choice("model.stem", self.stem, ("plain", "deep"))
-        _choice("model.stride_on", self.stride_on, ("conv1", "conv2"))
-        _at_least("model.width", self.width, 1)
-        _at_least("model.channels", self.channels, 1)
+        check_at_least("model.width", self.width, 1)
+        check_at_least("model.channels", self.channels, 1)
         if not self.weights:
             raise ValueError('model.weights: expected a file, "torchvision", "shapes" or "none"')
         if self.name == "bam" and not self.base_weights and not self.official:
@@ -236,16 +252,11 @@ class RegimeConfig:
     strategy: Literal["auto", "reference", "fold", "chain", "gram"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_types(self, "regime.")
+        check_settings(self, "regime.")
         self.layers = tuple(self.layers)
         if self.factors is not None:
             self.factors = tuple(self.factors)
-        _choice("regime.name", self.name, _REGIMES)
-        _choice("regime.kernel", self.kernel, ("all", "3x3", "1x1"))
-        _choice("regime.batch_norm", self.batch_norm, ("none", "weight", "bias", "both"))
-        _choice("regime.batch_norm_statistics", self.batch_norm_statistics, ("frozen", "batch"))
-        _choice("regime.strategy", self.strategy, ("auto", "reference", "fold", "chain", "gram"))
-        _at_least("regime.adapter_reduction", self.adapter_reduction, 1)
+        check_at_least("regime.adapter_reduction", self.adapter_reduction, 1)
         acts = self.name != "freeze" or self.batch_norm != "none"
         if acts and not self.layers:
             what = self.name if self.name != "freeze" else f"batch_norm {self.batch_norm}"
@@ -301,18 +312,6 @@ class RegimeConfig:
         return values
 
 
-_REGIMES = (
-    "freeze",
-    "full",
-    "svf",
-    "svf_scale",
-    "scale_output",
-    "scale_input",
-    "rotated_scale",
-    "rotated_svf",
-    "adapter",
-    "bias",
-)
 # What may train of a decomposed weight, by regime, in the order of the messages.
 _FACTORS: dict[str, tuple[frozenset[str], ...]] = {
     "svf": tuple(map(frozenset, ("S", "U", "V", "SU", "SV", "UV", "SUV"))),
@@ -349,18 +348,16 @@ class OptimizerConfig:
     backbone_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self, "optimizer.")
-        _choice("optimizer.name", self.name, ("sgd", "adamw"))
-        _choice("optimizer.schedule", self.schedule, ("cosine", "poly", "constant"))
-        _positive("optimizer.lr", self.lr)
-        _positive("optimizer.lr_factor", self.lr_factor)
+        check_settings(self, "optimizer.")
+        check_positive("optimizer.lr", self.lr)
+        check_positive("optimizer.lr_factor", self.lr_factor)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum: expected 0 up to below 1, got {self.momentum}")
-        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
         if self.backbone_lr is not None:
-            _positive("optimizer.backbone_lr", self.backbone_lr)
+            check_positive("optimizer.backbone_lr", self.backbone_lr)
         if self.backbone_weight_decay is not None:
-            _at_least("optimizer.backbone_weight_decay", self.backbone_weight_decay, 0)
+            check_at_least("optimizer.backbone_weight_decay", self.backbone_weight_decay, 0)
 
 
 @dataclass
@@ -433,39 +430,41 @@ class TrainConfig:
     validation_classes: Literal["novel", "base"] = "novel"
     validation_seed: int = 0
     early_stop: int = 0
-    test_episodes: int = 1000
-    test_seeds: tuple[int, ...] = (510, 365, 382, 322, 988)
-    checkpoint: Literal["best", "last"] = "best"
-    resize: Literal["photo", "canvas", "network"] = "photo"
-    feature_cache: float = 2.0
-    save_every: int = 500
-    log_every: int = 10
-    pictures: int = 6
+    test_episodes: int = free(1000, "resume")
+    test_seeds: tuple[int, ...] = free((510, 365, 382, 322, 988), "resume")
+    checkpoint: Literal["best", "last"] = free("best", "resume")
+    resize: Literal["photo", "canvas", "network"] = free("photo", "resume")
+    feature_cache: float = free(2.0, "resume", "mean")
+    save_every: int = free(500, "resume", "finished", "mean")
+    log_every: int = free(10, "resume", "finished", "mean")
+    pictures: int = free(6, "resume", "finished", "mean")
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
     tf32: Literal["none", "convolutions", "all"] = "convolutions"
-    graph: Literal["auto", "off"] | bool = "auto"
+    graph: Literal["auto", "off", False] = free("auto", "resume", "finished", "mean")
     deterministic: bool = False
     sync_batch_norm: bool = False
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int | Literal["auto"] = 1
-    out: str = "runs/fss"
-    seed: int = 321
+    accelerator: Literal["auto", "cpu", "cuda"] = free("auto", "resume", "finished", "mean")
+    devices: int | Literal["auto"] = free(1, "resume", "finished", "mean")
+    out: str = free("runs/fss", "resume", "finished", "mean")
+    seed: int = free(321, "mean")
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
+        if self.graph is False:  # what YAML 1.1 reads of a bare off
+            self.graph = "off"
+        check_settings(self)
         self.test_seeds = tuple(self.test_seeds)
         counts = ("steps", "batch_size", "accumulate", "validation_episodes", "test_episodes")
         for name in (*counts, "log_every"):
-            _at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         counts = ("validation_every", "validation_seed", "early_stop", "save_every", "pictures")
         for name in (*counts, "feature_cache", "seed"):
-            _at_least(name, getattr(self, name), 0)
+            check_at_least(name, getattr(self, name), 0)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of batch_size {self.batch_size}, "
                 f"got {self.accumulate}"
             )
-        _positive("foreground_weight", self.foreground_weight)
+        check_positive("foreground_weight", self.foreground_weight)
         if not self.test_seeds:
             raise ValueError("test_seeds: expected at least one seed, got none")
         if len(set(self.test_seeds)) != len(self.test_seeds):
@@ -474,28 +473,15 @@ class TrainConfig:
                 "seed repeats its episodes and narrows the spread"
             )
         for seed in self.test_seeds:
-            _at_least("test_seeds", seed, 0)
-        _choice("checkpoint", self.checkpoint, ("best", "last"))
-        _choice("resize", self.resize, ("photo", "canvas", "network"))
-        _choice("validation_classes", self.validation_classes, ("novel", "base"))
-        _choice(
-            "precision",
-            self.precision,
-            ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"),
-        )
-        _choice("tf32", self.tf32, ("none", "convolutions", "all"))
-        if self.graph is False:  # what YAML 1.1 reads of a bare off
-            self.graph = "off"
-        _choice("graph", self.graph, ("auto", "off"))
-        _choice("accelerator", self.accelerator, ("auto", "cpu", "cuda"))
+            check_at_least("test_seeds", seed, 0)
         if self.devices != "auto":
-            _at_least("devices", self.devices, 1)
+            check_at_least("devices", self.devices, 1)
         if not self.out:
             raise ValueError("out: expected a folder for the run, got nothing")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as nested plain values, for JSON, YAML and checkpoints."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -514,23 +500,55 @@ class TrainConfig:
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return nested values with lists for tuples, as JSON and YAML know them."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _check_types(config: Any, prefix: str) -> None:
-    """Raises TypeError unless the fields of a dataclass have the types that it declares."""
+def check_settings(config: Any, prefix: str = "") -> None:
+    """Check that the fields of a dataclass have the types that it declares.
+
+    Raises:
+        ValueError: a value that is none of a fixed list.
+        TypeError: a value of another type.
+    """
     for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         if not _is(value, hint):
-            expected = _TYPES.get(hint) or re.sub(r"\w+\.", "", str(hint))
-            raise TypeError(f"{prefix}{name}: expected {expected}, got {value!r:.200}")
+            error = ValueError if _choices(hint) else TypeError
+            raise error(misfit(prefix + name, hint, f"{value!r:.200}"))
+
+
+def misfit(name: str, hint: Any, got: str) -> str:
+    """Return the message of a setting whose value is not of its type `hint`."""
+    expected = _in_words(hint)
+    return f"{name}: expected {expected}{';' if ',' in expected else ','} got {got}"
 
 
 _hints = functools.cache(typing.get_type_hints)
-_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_WORDS |= {type(None): "null"}
+_PLURALS = {int: "integers", float: "numbers", str: "texts"}
+
+
+def _in_words(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if choices := _choices(hint):
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if typing.get_origin(hint) is tuple:
+        count = "a list of" if arguments[-1] is ... else str(len(arguments))
+        return f"{count} {_PLURALS[arguments[0]]}"
+    if arguments:
+        return " or ".join(map(_in_words, arguments))
+    return _WORDS.get(hint) or hint.__name__
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the texts of a Literal, [] for another type."""
+    literal = typing.get_origin(hint) is Literal
+    return [value for value in typing.get_args(hint) if literal and isinstance(value, str)]
 
 
 def _is(value: object, hint: Any) -> bool:
@@ -538,7 +556,7 @@ def _is(value: object, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, (list, tuple)) and all(_is(item, arguments[0]) for item in value)
     if typing.get_origin(hint) is Literal:
-        return True  # `_choice` tells which there are
+        return value in arguments
     if arguments:
         return any(_is(value, argument) for argument in arguments)
     if hint in (int, float):
@@ -547,16 +565,11 @@ def _is(value: object, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
-
-
-def _at_least(name: str, value: float, lowest: int) -> None:
+def check_at_least(name: str, value: float, lowest: int) -> None:
     if not (value >= lowest and math.isfinite(value)):
         raise ValueError(f"{name}: expected a number from {lowest} on, got {value}")
 
 
-def _positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a number above 0, got {value}")

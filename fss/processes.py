@@ -19,28 +19,25 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Launched(Protocol):
-    """What a configuration says of the processes of its run."""
+    """What a configuration says about the processes of its run."""
 
     accelerator: str
     devices: int | str
     precision: str
     batch_size: int
+    accumulate: int
 
 
-def build_fabric(config: Launched, accumulate: int = 1) -> Fabric:
-    """Devices, precision and processes of a run, launched; under torchrun it takes its processes.
-
-    Args:
-        config: of the run.
-        accumulate: parts of a step in each process.
+def build_fabric(config: Launched) -> Fabric:
+    """Launch the processes of a run on its devices; under torchrun, join its processes.
 
     Raises:
-        ValueError: devices that this machine does not have; a batch that cannot be shared evenly.
+        ValueError: devices that this machine lacks; a batch that cannot be shared evenly.
     """
     devices, nodes = _layout(config)
     fabric = launch(config.accelerator, devices, nodes, config.precision)
-    if config.batch_size % (fabric.world_size * accumulate):
-        parts = f" in {accumulate} parts (accumulate)" if accumulate > 1 else ""
+    if config.batch_size % (fabric.world_size * config.accumulate):
+        parts = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
         raise ValueError(
             f"batch_size: expected a multiple of the {fabric.world_size} processes{parts}, "
             f"got {config.batch_size}"
@@ -49,10 +46,10 @@ def build_fabric(config: Launched, accumulate: int = 1) -> Fabric:
 
 
 def launch(accelerator: str, devices: int | str, nodes: int, precision: Any) -> Fabric:
-    """Launches the processes.
+    """Launch the processes.
 
     Raises:
-        ValueError: devices that this machine does not have.
+        ValueError: devices that this machine lacks.
     """
     gpus = torch.cuda.device_count()
     if accelerator == "cuda" and not gpus:
@@ -79,7 +76,7 @@ def launch(accelerator: str, devices: int | str, nodes: int, precision: Any) -> 
 
 
 def torchrun_layout() -> tuple[int, int] | None:
-    """Processes per machine and number of machines of torchrun, None without it."""
+    """Return torchrun's processes per machine and number of machines; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -92,18 +89,18 @@ def torchrun_layout() -> tuple[int, int] | None:
 
 
 def is_restart() -> bool:
-    """Whether torchrun's elastic agent started these processes after others had died."""
+    """Return whether torchrun started these processes again after others had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _connect_anew(backend: str) -> None:
-    """Connects restarted processes; Fabric finds them connected.
+    """Connect restarted processes, before Fabric would.
 
-    torchrun's agent serves the same key-value store in every life of the processes, with the
-    addresses of the dead in it: each life has to have keys of its own.
+    torchrun's agent serves one key-value store across restarts, which still holds the addresses of
+    the dead processes: each restart needs its own keys.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or distributed.is_initialized():
-        return  # or a process that has made another run of a table before
+        return  # connected already: by an earlier run of a table in this process
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     life = f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}"
     distributed.init_process_group(
@@ -121,35 +118,35 @@ def _layout(config: Launched) -> tuple[int | str, int]:
     if config.devices not in ("auto", 1, layout[0]):
         raise ValueError(
             f"devices: torchrun started {layout[0]} processes on this machine, devices is "
-            f"{config.devices}; leave it out"
+            f"{config.devices}; omit it"
         )
     return layout
 
 
-def synchronise_batch_norms(model: nn.Module, regime: RegimeConfig, fabric: Fabric) -> nn.Module:
-    """Makes batch norms take the statistics of the batches of all processes.
+def synchronize_batch_norms(model: nn.Module, regime: RegimeConfig, fabric: Fabric) -> nn.Module:
+    """Make batch norms use statistics over the batches of all processes.
 
     Raises:
-        ValueError: where no batch norm takes statistics of a batch, on the CPU, which has no
-            synchronised batch norm, or in a single process.
+        ValueError: if no batch norm uses batch statistics, in a single process, or on a CPU, where
+            torch has no synchronized batch norm.
     """
     if regime.batch_norm_statistics != "batch":
         raise ValueError(
             "sync_batch_norm: every batch norm uses its stored statistics, which are the same in "
-            "all processes; leave it out, or set regime.batch_norm_statistics to batch"
+            "all processes; omit it, or set regime.batch_norm_statistics to batch"
         )
     if fabric.device.type != "cuda" or fabric.world_size == 1:
         kind = "GPU" if fabric.device.type == "cuda" else fabric.device.type.upper()
         raise ValueError(
-            "sync_batch_norm: expected several processes on GPUs, torch synchronises batch norms "
-            f"only there; got {fabric.world_size} on {kind}. Leave it out"
+            "sync_batch_norm: expected several processes on GPUs, torch synchronizes batch norms "
+            f"only there; got {fabric.world_size} on {kind}. Omit it"
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Lets torch choose algorithms that give the same bits each time, or raise; undone at the end.
+    """Let torch use only deterministic algorithms, or raise; undone at the end.
 
     cuBLAS needs its workspace fixed before its first use in the process.
     """
@@ -174,18 +171,18 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 def takes_channels_last(device: torch.device) -> bool:
-    """Whether networks run in channels_last on a device: on a GPU.
+    """Return whether networks run in channels_last on a device: on a GPU.
 
-    The fused kernels of a GPU take nothing else, and cuDNN transposes around 16-bit convolutions of
-    other maps. On a CPU no format is the faster one for all shapes.
+    The fused GPU kernels take nothing else, and cuDNN transposes around 16-bit convolutions of
+    other maps. On a CPU neither format is faster for all shapes.
     """
     return device.type == "cuda"
 
 
 def lay_out(network: Network, device: torch.device) -> Network:
-    """Gives a network's kernels the memory format for a device, in place; values stay.
+    """Give a network's kernels the memory format for a device, in place; values stay.
 
-    Maps follow the kernels: the first convolution lays out the images.
+    Feature maps take the format of the kernels, from the first convolution on.
     """
     if takes_channels_last(device):
         network.to(memory_format=torch.channels_last)
@@ -194,11 +191,11 @@ def lay_out(network: Network, device: torch.device) -> Network:
 
 @contextmanager
 def fixed_shapes(fixed: bool = True) -> Iterator[None]:
-    """Lets cuDNN time its algorithms once for each shape of a convolution; undone at the end.
+    """Let cuDNN time its algorithms once for each shape of a convolution; undone at the end.
 
     Args:
-        fixed: the same shapes come again and again; where they do not, timing costs more than it
-            gains. Within `determinism` nothing is timed: the outcome could be another each time.
+        fixed: the same shapes recur; if not, timing costs more than it gains. Within `determinism`
+            nothing is timed: the choice could differ each time.
     """
     cudnn = torch.backends.cudnn
     former = cudnn.benchmark
@@ -211,8 +208,8 @@ def fixed_shapes(fixed: bool = True) -> Iterator[None]:
 
 @contextmanager
 def float32_products(tf32: Literal["none", "convolutions", "all"]) -> Iterator[None]:
-    """Says which float32 products of a GPU round to TF32, see `TrainConfig`; undone at the end."""
-    # not `allow_tf32`: reading it raises once `fp32_precision` was set
+    """Set which float32 products of a GPU round to TF32, see `TrainConfig`; undone at the end."""
+    # not `allow_tf32`: reading it raises once `fp32_precision` has been set
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     matrices: Any = torch.backends.cuda.matmul
     former = convolutions.fp32_precision, matrices.fp32_precision

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from svf_fast.convert import save_atomically
+from svf_fast.files import save_atomically
 from svf_fast.layers.factored import Factored, svf_layers
 
 _FORMAT = "svf_fast adapter 1"

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator
 
 from torch import nn
 
-from svf_fast.fusion.blocks import Fused
+from svf_fast.fusion.fused import Fused
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.network import Network
 
@@ -25,11 +25,11 @@ def follow(model: nn.Module) -> Hashable:
     networks: set[Network] = set()
     for module in model.modules():
         if isinstance(module, Factored):
-            plan, S = module._current_plan(), module.S
+            plan, S = module.current_plan(), module.S
             found += (plan, S.data_ptr(), S.requires_grad)
             if not S.requires_grad:  # then W is a constant of the graph
-                found.append(module._values.seen)
-            networks.add(module._network)
+                found.append(module.values.seen)
+            networks.add(module.network)
         elif isinstance(module, Fused):
             found.append(module.constants_key())
     for network in networks:
@@ -49,8 +49,8 @@ def composed(model: nn.Module) -> Iterator[None]:
 
     Raises RuntimeError when a layer has not been called or followed before.
     """
-    layers = [layer for layer in svf_layers(model).values() if layer._is_captured()]
-    networks = {(layer._network, layer.S.device) for layer in layers}
+    layers = [layer for layer in svf_layers(model).values() if layer.is_captured]
+    networks = {(layer.network, layer.S.device) for layer in layers}
     try:
         for network, device in networks:
             network.compose_captured(device)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from svf_fast.budget import parse_bytes
-from svf_fast.fusion.blocks import Fused, FusedSequential, SVFBasicBlock, SVFBottleneck
+from svf_fast.budget import fit, parse_bytes
+from svf_fast.files import save_atomically
+from svf_fast.fusion.blocks import FusedSequential, SVFBasicBlock, SVFBottleneck
+from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.structure import find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.network import Network
-from svf_fast.plan import fit
 from svf_fast.svd import Factors, compose, decompose
 
 
@@ -205,17 +204,13 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
         module = model.get_submodule(found.name)
         if not isinstance(module, Fused) and any(map(within, found.convs)):
             kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
-            undo.append(kind._adopt(module, found).unfuse)
+            undo.append(kind.adopt(module, found).unfuse)
     for container, group in groupby(units, lambda unit: unit.container):
         module = model.get_submodule(container)
         prefix = f"{container}." if container else ""
         new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
-        if isinstance(module, FusedSequential):
-            undo.append(partial(module.rename, module._names))
-            more = tuple(unit for unit in new if unit not in module._names)
-            module.rename(module._names + more)
-        elif new:
-            undo.append(FusedSequential._adopt(module, new).unfuse)
+        if new:
+            undo.append(FusedSequential.adopt(module, new))
     return undo
 
 
@@ -267,19 +262,3 @@ def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     if not error <= allowed * weight.to(wide).norm():
         raise ValueError("damaged factors")
     return factors
-
-
-def save_atomically(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that a reader sees all of it or none.
-
-    Raises OSError when the disk is full or cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # not by tempfile or save_file, whose files nobody else may read
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        temporary.write_bytes(save(tensors, metadata))
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from svf_fast.fusion.blocks import Fused, FusedSequential, ResidualUnit
+from svf_fast.fusion.blocks import FusedSequential, ResidualUnit
+from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.structure import find
 from svf_fast.layers.factored import Factored, svf_layers
-from svf_fast.ops.svf_conv2d import reads_input
+from svf_fast.ops.factors import reads_input
 
 _MIB = 2**20
 _OTHER = "other layers"
@@ -134,7 +135,9 @@ def memory_report(
     units = _units(model)
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
     saved, outputs = _run(model, input_shape, dtype, units)
-    with _as_reference(layers):
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.as_reference())
         reference, _ = _run(model, input_shape, dtype, units, shapes)
     if not shapes:
         raise ValueError("model: expected a forward pass through its SVF layers, none was called")
@@ -177,7 +180,7 @@ def _units(model: nn.Module) -> dict[str, nn.Module]:
 def _run_by(unit: nn.Module) -> set[str]:
     """Names in a unit of the modules that it runs, its sequences' other children left out."""
     if isinstance(unit, FusedSequential):
-        return {part.stage.conv for part in unit._names}
+        return set(unit.fused_convs())
     return {name for name, _ in unit.named_modules() if name}
 
 
@@ -189,7 +192,7 @@ def _note(name: str, notes: dict[str, str]) -> str:
     return ""
 
 
-class _Kept:
+class _SavedBytes:
     """Counts what autograd saves, by the unit whose forward pass is running."""
 
     def __init__(self, state: dict[str, Tensor]):
@@ -228,7 +231,7 @@ def _run(
                 *module.named_buffers(recurse=False, remove_duplicate=False),
             )
         }
-        kept = _Kept(state)
+        kept = _SavedBytes(state)
 
         def enter(name):
             return lambda *_: kept.running.append(name)
@@ -262,20 +265,6 @@ def _run(
             for handle in handles:
                 handle.remove()
     return kept.bytes, outputs
-
-
-@contextlib.contextmanager
-def _as_reference(layers: dict[str, Factored]) -> Iterator[None]:
-    """Every layer computes as the paper's three within."""
-    plans = {name: layer._plan for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            if layer._plan is not None:
-                layer._plan = dataclasses.replace(layer._plan, strategy="reference", tail=None)
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer._plan = plans[name]
 
 
 def _report(
@@ -316,7 +305,7 @@ def _report(
 
 def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Size) -> int:
     """Of forward, dx and dS of one call."""
-    geometry = layer._geometry()
+    geometry = layer.geometry
     groups, rank, out_channels = geometry.groups, layer.rank, len(layer.U)
     fan_in = layer.V[0].numel()
     positions = math.prod(output_shape) // out_channels
@@ -349,18 +338,16 @@ def _resident(layer: Factored, folds: bool) -> int:
 
 def _folding(model: nn.Module) -> set[Factored]:
     """Layers whose gradient comes without their batch norm's scale."""
-    found: set[Factored] = set()
-    for module in model.modules():
-        names = []
-        if isinstance(module, ResidualUnit):
-            names = [module._names.stages[-1], *filter(None, [module._names.shortcut])]
-        elif isinstance(module, FusedSequential):
-            names = [unit.stage for unit in module._names if not unit.stage.relu]
-        layers = (module.get_submodule(stage.conv) for stage in names)
-        found |= {layer for layer in layers if isinstance(layer, Factored)}
-    return found
+    layers = (
+        module.get_submodule(name)
+        for module in model.modules()
+        if isinstance(module, Fused)
+        for name, folds in module.fused_convs().items()
+        if folds
+    )
+    return {layer for layer in layers if isinstance(layer, Factored)}
 
 
 def _reads_input(layer: Factored) -> bool:
     shape = torch.Size((len(layer.U), *layer.V.shape[1:], 1, 1)[:4])
-    return reads_input(shape, layer._geometry())
+    return reads_input(shape, layer.geometry)

@@ -91,14 +91,75 @@ def test_import_directions(folder: str, forbidden: tuple[str, ...]) -> None:
     assert not wrong
 
 
-def test_reference_imports_nothing_of_ours() -> None:
-    wrong = [
-        f"{path.relative_to(ROOT)} imports {module}"
-        for path in files({".py"}, "svf_fast/reference")
-        for module in imported_modules(path.read_text(), package_of(path))
-        if is_inside(module, "svf_fast") and not is_inside(module, "svf_fast.reference")
-    ]
+# Storeys of a package from the ground up: rooms and modules that import only what is below them.
+STOREYS = {
+    "svf_fast": (
+        "reference",
+        "_library",
+        "svd files",
+        "ops",
+        "triton layers",
+        "fusion",
+        "report adapter capture",
+        "budget",
+        "convert",
+        "__init__ __main__",
+    ),
+    "fss": (
+        "colors files",
+        "config",
+        "settings processes",
+        "captured",
+        "data",
+        "models",
+        "runs",
+        "evaluation",
+        "segment",
+        "report",
+        "training",
+        "paper",
+        "cli",
+    ),
+}
+
+
+def room(module: str) -> str:
+    """Return the part of a package in which a module is: "fss.data.coco" is in "data"."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+@pytest.mark.parametrize("package", STOREYS)
+def test_imports_point_down(package: str) -> None:
+    level = {name: at for at, names in enumerate(STOREYS[package]) for name in names.split()}
+    wrong = []
+    for path in files({".py"}, package):
+        own = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if own == "__init__" and package == "fss":  # its names are imported when first asked for
+            continue
+        assert own in level, f"{path.relative_to(ROOT)}: give its room a storey in {__file__}"
+        for module in imported_modules(path.read_text(), package_of(path)):
+            other = room(module)
+            up = other != own and level.get(other, -1) >= level[own]
+            if is_inside(module, package) and up:
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong
+
+
+ROOMS = {
+    "svf_fast": "reference ops triton layers fusion",
+    "fss": "data models runs evaluation segment report training paper",
+    "benchmarks": "race gpu few_shot",
+}
+
+
+@pytest.mark.parametrize("package, modules", [("fss", 8), ("svf_fast", 10), ("benchmarks", 6)])
+def test_rooms_are_described_and_few_modules_are_outside(package: str, modules: int) -> None:
+    rooms = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    assert rooms == set(ROOMS[package].split())
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text.split(f"| `{package}/` | |")[1].partition("\n\n")[0]
+    assert not [room for room in rooms if f"`{room}/`" not in section]
+    assert len(list((ROOT / package).glob("*.py"))) <= modules
 
 
 def test_fss_uses_only_the_public_names_of_svf_fast() -> None:

@@ -1,15 +1,14 @@
-"""What trains in the backbone, and with which optimizer settings."""
+"""What trains in the backbone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import nn
 
 import svf_fast
-from fss.config import OptimizerConfig, RegimeConfig
+from fss.config import RegimeConfig
 from fss.models.regime_layers import Adapter, FactoredConv2d, ScaledConv2d, random_rotation
 
 
@@ -36,59 +35,6 @@ def apply_regime(model: nn.Module, regime: RegimeConfig) -> None:
         _train_affine(backbone, regime, kinds, (nn.BatchNorm2d,))
     if regime.batch_norm_statistics == "batch":
         _train_statistics(model, backbone, regime)
-
-
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Optimizer groups: the head and, unless it is frozen, the backbone.
-
-    The backbone's learning rate is `backbone_lr`, by default a tenth of the head's, as the
-    published SVF code has it for S; its weight decay is `backbone_weight_decay`, by default the
-    head's. The paper names no other settings for any regime, so all regimes share these.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    head = [p for name, p in trained.items() if not name.startswith("backbone.")]
-    backbone = [p for name, p in trained.items() if name.startswith("backbone.")]
-    groups = [
-        {
-            "name": "head",
-            "params": head,
-            "lr": config.lr * config.lr_factor,
-            "weight_decay": config.weight_decay,
-        }
-    ]
-    if backbone:
-        lr, decay = config.backbone_lr, config.backbone_weight_decay
-        groups.append(
-            {
-                "name": "backbone",
-                "params": backbone,
-                "lr": (config.lr / 10 if lr is None else lr) * config.lr_factor,
-                "weight_decay": config.weight_decay if decay is None else decay,
-            }
-        )
-    return groups
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
-    """SGD with momentum, or AdamW, over `parameter_groups`."""
-    groups = parameter_groups(model, config)
-    if config.name == "sgd":
-        return optim.SGD(groups, momentum=config.momentum)
-    return optim.AdamW(groups)
-
-
-def build_scheduler(
-    optimizer: optim.Optimizer, config: OptimizerConfig, steps: int
-) -> optim.lr_scheduler.LRScheduler:
-    """The learning rate of step n of `steps`, by `config.schedule`.
-
-    cosine: lr·(1 + cos(π·n/steps))/2. poly: lr·(1 - n/steps)^0.9. constant: lr.
-    """
-    if config.schedule == "cosine":
-        return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    if config.schedule == "poly":
-        return optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
-    return optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
 
 
 def _train_convolutions(backbone: nn.Module, regime: RegimeConfig) -> None:
@@ -179,7 +125,7 @@ def _train_statistics(model: nn.Module, backbone: nn.Module, regime: RegimeConfi
     ]
 
     def set_mode(module: nn.Module, inputs: object) -> None:
-        # by name: they may have been replaced by synchronised ones since
+        # by name: they may have been replaced by synchronized ones since
         for name in names:
             module.get_submodule(f"backbone.{name}").train(module.training)
 

@@ -6,15 +6,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fss.config import TrainConfig, free_settings
 from fss.report.cost import measured
 from fss.report.plot import series_style
 from fss.report.runs import ReportedRun
 from fss.runs.checkpoint import flat_settings
 
 # What may differ between runs of which a mean makes sense: folds and seeds, places and speed.
-_FREE = {"out", "data.fold", "data.seed", "data.root", "data.workers", "seed", "model.base_weights"}
-_FREE |= {"accelerator", "devices", "feature_cache", "log_every", "save_every", "pictures"}
-_FREE |= {"graph"}
+_FREE = free_settings(TrainConfig, "mean")
 
 
 def facts(runs: Sequence[ReportedRun]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fss.config import TrainConfig
+from fss.config import TrainConfig, free_settings
 from fss.files import atomic_write, causes
 
 _FORMAT = 1
@@ -170,6 +170,26 @@ def check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
             f"checkpoint: {path} belongs to another run: {'; '.join(differences)}. Set these as "
             "in the checkpoint, or give another --out"
         )
+
+
+def check_same_settings(stored: dict[str, Any], config: Any, between: str, path: Path) -> None:
+    """Check that a run would go on with, or is finished with, the settings of a configuration.
+
+    A setting that is newer than the run has its default there.
+
+    Args:
+        stored: the settings of the run.
+        config: a configuration; its class has `from_dict` and `to_dict`.
+        between: which settings may differ, see `free_settings`.
+        path: where the stored ones are from.
+
+    Raises:
+        ValueError: each difference, or no settings.
+    """
+    free = free_settings(type(config), between)
+    with explain_misfit(path):
+        former = type(config).from_dict(stored).to_dict()
+    check_same(flat_settings(former, free), flat_settings(config.to_dict(), free), path)
 
 
 def flat_settings(

@@ -16,7 +16,7 @@ from fss.config import RegimeConfig, TrainConfig
 def save_run_adapter(
     path: Path, network: nn.Module, config: TrainConfig, test: dict[str, Any] | None = None
 ) -> None:
-    """Writes the backbone's S before training, where S trains, or after, where it alone does.
+    """Write the backbone's S before training, if S trains, or after it, if nothing else does.
 
     It fits the backbone alone, `network.backbone`, and any other network with the same weights
     under the same names, such as torchvision's.
@@ -49,18 +49,18 @@ def save_run_adapter(
 def adapter_files(
     files: Sequence[str], interpolate: float | None = None, out: str | None = None
 ) -> str:
-    """What is in adapter files, as text: a line each, and everything of a single one.
+    """Describe adapter files as text: a line for each, or everything about a single one.
 
     Args:
         files: of `svf_fast.save_adapter`.
-        interpolate: writes (1 - t)·first + t·second of two files of the same backbone, for this t,
-            and shows it.
+        interpolate: write (1 - t)·first + t·second of two files of the same backbone, for this t,
+            and describe it.
         out: the file for that.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no adapter; not two of the same backbone to interpolate; one of
-            `interpolate` and `out` alone.
+        ValueError: a file that is no adapter; other than two of the same backbone to interpolate;
+            `interpolate` without `out` or the reverse.
     """
     if (interpolate is None) != (out is None):
         missing = "out" if out is None else "interpolate"

@@ -15,9 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class SavedBytes:
-    """Bytes that autograd keeps from a forward for its backward.
+    """Counts the bytes that autograd keeps from a forward pass for its backward pass.
 
-    Each storage counts once, however many tensors share it; parameters and buffers do not count.
+    Each storage counts once, however many tensors share it; parameters and buffers are ignored.
 
     Attributes:
         total: bytes so far.
@@ -43,14 +43,14 @@ class SavedBytes:
 
 @contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
-    """Counts what a forward in this block saves; it computes what it would compute without."""
+    """Count what forward passes within the block save, without changing what they compute."""
     counter = SavedBytes(model)
     with saved_tensors_hooks(counter.count, lambda tensor: tensor):
         yield counter
 
 
 class StepTimer:
-    """Seconds of each step between `start` and `stop`: on a GPU by events, without waiting."""
+    """Measures steps from `start` to `stop`, in seconds: on a GPU by events, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -68,7 +68,7 @@ class StepTimer:
             self._seconds.append(self._now() - self._started)
 
     def take(self) -> list[float]:
-        """The seconds since the last call; waits for the GPU."""
+        """Return the seconds of the steps since the last call; waits for the GPU."""
         if self._running:
             torch.cuda.synchronize()
             self._seconds = [start.elapsed_time(stop) / 1000 for start, stop in self._running]
@@ -84,7 +84,7 @@ class StepTimer:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by tensors on a GPU, else by this process (resident set)."""
+    """Return the peak of bytes held by tensors on a GPU, else by this process (resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

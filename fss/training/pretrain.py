@@ -1,4 +1,4 @@
-"""Trains the embedded backbone on shapes that few-shot learning never sees.
+"""Train the embedded backbone on shapes that few-shot learning never sees.
 
     python -m fss.training.pretrain --out fss/weights/shapes_resnet18.safetensors
 
@@ -72,7 +72,7 @@ class ObjectImages(Dataset[tuple[Tensor, int]]):
 
 
 class Classifier(nn.Module):
-    """Linear classifiers on the mean of `layer4` and, for the features in between, of `layer3`."""
+    """Linear classifiers on the mean of `layer4` and, to train middle layers too, of `layer3`."""
 
     def __init__(self, backbone: ResNet, classes: int) -> None:
         super().__init__()
@@ -81,14 +81,14 @@ class Classifier(nn.Module):
         self.last = nn.Linear(backbone.channels[3], classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] to two logits [B, C], the one of `layer4` first."""
+        """Map images [B, 3, H, W] to two logits [B, C], that of `layer4` first."""
         layer3 = self.backbone.features(images)[1]
         layer4 = self.backbone.layer4(layer3)
         return self.last(layer4.mean((2, 3))), self.middle(layer3.mean((2, 3)))
 
 
 def train(recipe: Recipe) -> tuple[ResNet, float]:
-    """Trains a backbone; returns it in evaluation mode with its accuracy on held-out images."""
+    """Train a backbone; return it in evaluation mode with its accuracy on held-out images."""
     torch.manual_seed(recipe.seed)
     source = ShapesSource(
         recipe.size,
@@ -129,7 +129,7 @@ def train(recipe: Recipe) -> tuple[ResNet, float]:
 
 @torch.no_grad()
 def accuracy(model: Classifier, images: ObjectImages) -> float:
-    """Share of the images whose class the last classifier names."""
+    """Return the share of images that the last classifier classifies correctly."""
     model.eval()
     hits = 0
     for batch, labels in DataLoader(images, 50):
@@ -138,7 +138,7 @@ def accuracy(model: Classifier, images: ObjectImages) -> float:
 
 
 def build_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and kernels, not biases and batch norms."""
+    """Build AdamW that decays matrices and kernels, not biases and batch norms."""
     parameters = list(model.parameters())
     return torch.optim.AdamW(
         [
@@ -150,7 +150,7 @@ def build_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def write_weights(path: Path, backbone: ResNet, metadata: dict[str, str]) -> None:
-    """Writes the backbone's tensors in float16 with torchvision's keys, atomically."""
+    """Write the backbone's tensors in float16 with torchvision's keys, atomically."""
     tensors = {
         key: value.half().contiguous() if value.is_floating_point() else value
         for key, value in backbone.state_dict().items()
@@ -160,7 +160,7 @@ def write_weights(path: Path, backbone: ResNet, metadata: dict[str, str]) -> Non
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; see the module."""
+    """Run the command; see the module."""
     parser = argparse.ArgumentParser(prog="python -m fss.training.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")

@@ -16,7 +16,7 @@ import svf_fast
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, git commit and command of this process, as plain values."""
+    """Collect machine, versions, git commit and command of this process, as plain values."""
     return {
         "machine": {
             "cpu": _processor(),
@@ -46,9 +46,9 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, "-dirty" with local changes, if any.
+    """Return the commit of the checkout this package runs from, "-dirty" with local changes.
 
-    Of a copy without `.git`, what the environment variable SVF_COMMIT says.
+    In a copy without `.git` it is the environment variable SVF_COMMIT, or None.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

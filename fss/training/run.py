@@ -11,20 +11,19 @@ from fss.config import TrainConfig
 from fss.data import build_episodes
 from fss.evaluation.evaluate import evaluate_seeds
 from fss.files import write_json
-from fss.processes import build_fabric, determinism, float32_products, is_restart
+from fss.processes import determinism
 from fss.report.curves import draw_own_curves
 from fss.report.episodes import draw_episodes
-from fss.runs.checkpoint import explain_misfit, load_checkpoint
-from fss.runs.folder import RunFolder
+from fss.runs.checkpoint import load_checkpoint
 from fss.training.adapters import save_run_adapter
-from fss.training.loop import check_resumable
+from fss.training.loop import start
 from fss.training.measure import peak_memory
 from fss.training.provenance import provenance
-from fss.training.trainer import FREE, Trainer
+from fss.training.trainer import Trainer
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Trains, validates and tests; the folder `config.out` keeps everything.
+    """Train, validate and test; the folder `config.out` keeps everything.
 
     config.yaml; last.pt and best.pt (the highest validation mIoU, see `TrainConfig.checkpoint`);
     train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png.
@@ -33,50 +32,29 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
 
     Args:
         config: of the run.
-        resume: goes on from last.pt; when torchrun restarts its processes they do so by themselves,
-            or begin anew where there is none yet. On the CPU bit for bit as if never stopped.
-        overwrite: replaces an earlier run in the same folder.
+        resume: go on from last.pt; processes that torchrun restarts do so by themselves, or begin
+            anew if there is none yet. On the CPU bit for bit as if never stopped.
+        overwrite: replace an earlier run in the same folder.
 
     Returns what result.json holds.
 
     Raises:
         ValueError: a folder that already has a run, a checkpoint of another run, ...
-        FileNotFoundError: nothing to resume; photos or weights that are not there.
+        FileNotFoundError: nothing to resume; photos or weights are missing.
         FloatingPointError: a loss that is not finite; the last checkpoint is from before.
         OSError: a folder that cannot be written, a full disk; the last checkpoint is whole.
         Stopped: after ctrl-C or SIGTERM, once the step is finished and saved; the message says how
             to go on.
     """
-    folder = RunFolder(config.out)
-    path = folder.last
-    if is_restart():
-        resume = path.is_file()
-        overwrite = not resume
-    folder.check(resume, overwrite)
-    state = load_checkpoint(path, config) if resume else None
-    fabric = build_fabric(config, config.accumulate)
-    if state is not None:
-        # a setting that is newer than the checkpoint has its default there
-        with explain_misfit(path):
-            state["config"] = TrainConfig.from_dict(state["config"]).to_dict()
-        check_resumable(state, config.to_dict(), FREE, path, fabric)
-    with determinism(config.deterministic), float32_products(config.tf32):
-        trainer = Trainer(config, fabric)
-        with folder.explain_unwritable():
-            if fabric.is_global_zero:
-                folder.remove_leftovers()
-            if state is not None:
-                with explain_misfit(path):
-                    trainer.restore(state)
-            elif fabric.is_global_zero:
-                folder.clear()
-                save_run_adapter(folder.pretrained, trainer.network, config)
-            trainer.fit()
-            return conclude(trainer)
+    with determinism(config.deterministic), start(Trainer, config, resume, overwrite) as trainer:
+        if trainer.step == 0 and trainer.fabric.is_global_zero:
+            save_run_adapter(trainer.folder.pretrained, trainer.network, config)
+        trainer.fit()
+        return conclude(trainer)
 
 
 def conclude(trainer: Trainer) -> dict[str, Any]:
-    """Tests the chosen checkpoint, draws the pictures and writes result.json."""
+    """Test the chosen checkpoint, draw the pictures and write result.json."""
     config, fabric, folder = trainer.config, trainer.fabric, trainer.folder
     memory = peak_memory(fabric.device)
     path = folder.best if config.checkpoint == "best" else folder.last
@@ -89,7 +67,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         fabric,
         config.test_seeds,
         config.test_episodes,
-        max(1, config.batch_size // fabric.world_size // config.accumulate),
+        trainer.part,
         resize=config.resize,
         feature_cache=config.feature_cache,
         graph=config.graph,
@@ -129,6 +107,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
 
 
 def _parameters(network: nn.Module) -> dict[str, int]:
+    """Count the trained parameters of head and backbone."""
     named = list(network.named_parameters())
     trained = [(name, p.numel()) for name, p in named if p.requires_grad]
     backbone = sum(count for name, count in trained if name.startswith("backbone."))

@@ -1,4 +1,4 @@
-"""The training loop and its state."""
+"""Few-shot training: the loss of a batch of episodes, its log, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,45 +16,31 @@ from typing import Any
 import torch
 import yaml
 from lightning_fabric import Fabric
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from fss.captured import captured
 from fss.config import TrainConfig
-from fss.data import build_episodes, build_source
-from fss.data.loader import episode_loader, explain_killed_worker
+from fss.data import build_episodes
 from fss.evaluation.evaluate import episode_classes, evaluate
 from fss.evaluation.metrics import EpisodeIoU, episode_counts
 from fss.files import atomic_write
 from fss.models import build_model
-from fss.models.regimes import apply_regime, build_optimizer, build_scheduler
-from fss.processes import fixed_shapes, lay_out, synchronise_batch_norms
-from fss.runs.checkpoint import check_types, save_checkpoint
+from fss.models.regimes import apply_regime
+from fss.processes import synchronize_batch_norms
+from fss.runs.checkpoint import check_types, load_checkpoint, save_checkpoint
 from fss.runs.folder import RunFolder
 from fss.runs.log import RunLog
-from fss.training.loop import (
-    Stopped,
-    agreed,
-    gather,
-    postponed_stop,
-    restore_training,
-    saved_on_failure,
-    training_state,
-)
+from fss.training.loop import Loop, gather
 from fss.training.measure import StepTimer, peak_memory, saved_bytes
+from fss.training.optimizer import build_optimizer, build_scheduler
 
-# What may differ between the two halves of a resumed run: it does not change what is trained.
-FREE = {"out", "log_every", "save_every", "pictures", "test_episodes", "test_seeds", "checkpoint"}
-FREE |= {"data.root", "data.workers", "accelerator", "devices", "resize", "feature_cache"}
-FREE |= {"graph", "model.weights", "model.base_weights", "model.official"}
-
-# Of what last.pt holds, the plain values.
-_PROGRESS: dict[str, type | UnionType] = {"step": int, "stale": int, "skipped": int, "losses": list}
-_PROGRESS |= {"best": dict | None, "saved_bytes": int | None, "unreadable": dict}
+# Plain entries of last.pt, beside those of `Loop`.
+_PROGRESS: dict[str, type | UnionType] = {"stale": int, "skipped": int, "losses": list}
+_PROGRESS |= {"saved_bytes": int | None, "unreadable": dict}
 
 
-class Trainer:
-    """The state of a run and its loop.
+class Trainer(Loop):
+    """Few-shot training of a network on episodes of the base classes.
 
     With several processes, or a step in several parts, the episodes of a step are shared evenly and
     gradients averaged: up to rounding what one process would compute at once, apart from dropout
@@ -65,25 +51,18 @@ class Trainer:
         fabric: launched, see `build_fabric`.
     """
 
+    FOLDER = RunFolder
+    read = staticmethod(load_checkpoint)
+
     def __init__(self, config: TrainConfig, fabric: Fabric) -> None:
-        self.config = config
-        self.fabric = fabric
-        self.folder = RunFolder(config.out)
-        self.source = build_source(config.data)
-        folds = len(self.source.folds)
-        if config.data.fold >= folds:
-            raise ValueError(
-                f"data.fold: expected 0 to {folds - 1}, the folds of {config.data.source}; "
-                f"got {config.data.fold}"
-            )
+        super().__init__(config, fabric)
         self.classes = episode_classes(self.source, config.data.fold)
-        self.train_episodes = build_episodes(
+        self.base_classes = episode_classes(self.source, config.data.fold, novel=False)
+        self.dataset = build_episodes(
             config.data, "train", config.steps * config.batch_size, config.data.seed, self.source
         )
         novel = config.validation_classes == "novel"
-        self.validated = (
-            self.classes if novel else episode_classes(self.source, config.data.fold, False)
-        )
+        self.validated = self.classes if novel else self.base_classes
         self.validation_episodes = build_episodes(
             config.data,
             "test" if novel else "validation",
@@ -92,21 +71,21 @@ class Trainer:
             self.source,
         )
 
-        fabric.seed_everything(config.seed, verbose=False)
-        self.base_classes = episode_classes(self.source, config.data.fold, novel=False)
-        self.network = build_model(config.model, self.base_classes, config.data.shots)
-        apply_regime(self.network, config.regime)
+        network = build_model(config.model, self.base_classes, config.data.shots)
+        apply_regime(network, config.regime)
         if config.sync_batch_norm:
-            self.network = synchronise_batch_norms(self.network, config.regime, fabric)
-        lay_out(self.network, fabric.device)
-        optimizer = build_optimizer(self.network, config.optimizer)
-        self.scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-        self.model, self.optimizer = fabric.setup(self.network, optimizer)
-        fabric.seed_everything(config.seed + fabric.global_rank, verbose=False)
+            network = synchronize_batch_norms(network, config.regime, fabric)
+        optimizer = build_optimizer(network, config.optimizer)
+        scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
+        self._set_up(network, optimizer, scheduler)
         self.class_weight = fabric.to_device(torch.tensor([1.0, config.foreground_weight]))
+        inputs = (*network.inputs, *network.targets, "query_mask", "class_id")
+        self._run_parts = captured(
+            self._backward_parts, network, inputs, fabric, config.graph, self._print
+        )
 
-        self.step = 0
-        self.best: dict[str, float] | None = None
+        self.title = f"{config.regime.name} fold {config.data.fold}"
+        self.continuation = f"continue with: fss train --config {self.folder.config_file} --resume"
         self.stale = 0
         self.skipped = 0
         self.unreadable: Counter[str] = Counter()
@@ -120,103 +99,30 @@ class Trainer:
         places[list(self.base_classes)] = torch.arange(len(self.base_classes))
         self._places = fabric.to_device(places)
         self._counts = fabric.to_device(torch.zeros(len(self.base_classes), 5, dtype=torch.int64))
-        inputs = (*self.network.inputs, *self.network.targets, "query_mask", "class_id")
-        self._run_parts = captured(
-            self._backward_parts, self.network, inputs, fabric, config.graph, self._tell
-        )
 
-    def fit(self) -> None:
-        """Trains from the current step to the last."""
-        config, fabric = self.config, self.fabric
-        start = self.step * config.batch_size + fabric.global_rank
-        episodes = Subset(
-            self.train_episodes, range(start, len(self.train_episodes), fabric.world_size)
-        )
-        part = config.batch_size // fabric.world_size // config.accumulate
-        loader = episode_loader(episodes, part, config.data.workers, fabric)
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            desc=f"{config.regime.name} fold {config.data.fold}",
-            unit="step",
-            disable=not fabric.is_global_zero,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
-        self.model.train()
-        window = self.step, time.perf_counter()
-        with (
-            fixed_shapes(),
-            self._open_log(),
-            postponed_stop() as statuses,
-            bar,
-            explain_killed_worker(self.folder.last_good),
-        ):
-            batches = saved_on_failure(loader, self._save_alone)
-            while self.step < config.steps and not self.has_converged:
-                parts = [next(batches) for _ in range(config.accumulate)]
-                self._train_step(parts)
-                bar.update()
-                ends = self.step == config.steps
-                if self._due(config.log_every) or ends:
-                    bar.set_postfix(self._log_training(*window), refresh=False)
-                    window = self.step, time.perf_counter()
-                if self._due(config.validation_every) or ends:
-                    self._tell(self._validate())
-                    self._save(self.folder.last)
-                    window = self.step, time.perf_counter()
-                    if self.has_converged:
-                        self._tell(self._stop_line())
-                elif self._due(config.save_every):
-                    self._save(self.folder.last)
-                if status := agreed(statuses, fabric, self._due(config.log_every)):
-                    self._save(self.folder.last)
-                    raise Stopped(
-                        f"stopped after step {self.step} of {config.steps}, saved; continue with: "
-                        f"fss train --config {self.folder.config_file} --resume",
-                        status,
-                    )
-        self._run_parts = self._backward_parts  # the test needs a graph's memory
-        self.optimizer.zero_grad()
-        self.unreadable = self._all_unreadable()
-        if self.unreadable:
-            self._tell(self._unreadable_line())
+    def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the loss of a batch of episodes; count its pixels for the training mIoU."""
+        prediction = self.model(*(batch[name] for name in self.network.inputs))
+        targets = (batch[name] for name in self.network.targets)
+        counts = episode_counts(prediction.logits.detach().argmax(1), batch["query_mask"])
+        self._counts.index_add_(0, self._places[batch["class_id"]], counts)
+        return self.network.loss(prediction, *targets, class_weight=self.class_weight)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues from the content of last.pt, see `check_resumable`."""
-        check_types(state, _PROGRESS)
-        if not 0 <= state["step"] <= self.config.steps:
-            raise IndexError(f"step: expected 0 to {self.config.steps}, got {state['step']}")
-        if (best := state["best"]) is not None:
-            self.best = {name: best[name] + 0 for name in ("miou", "fb_iou", "step")}
-        self.network.load_state_dict(state["model"])
-        restore_training(state, self.fabric, self.optimizer, self.scheduler)
-        self.step, self.stale, self.skipped = state["step"], state["stale"], state["skipped"]
-        self.saved_bytes = state["saved_bytes"]
-        self.seconds = state["seconds"].tolist()
-        self.losses = state["losses"]
-        if self.fabric.is_global_zero:  # sums over the processes
-            self.unreadable = Counter(state["unreadable"])
-            self._counts.copy_(state["counts"])
+    def _backward(self, part: dict[str, Any], last: bool) -> torch.Tensor:
+        """Add the gradients of a part of a step; only the last waits for other processes."""
+        with self.fabric.no_backward_sync(self.model, enabled=not last):
+            if self.saved_bytes is None:
+                with saved_bytes(self.network) as saved:
+                    loss = self._loss(part)
+                self.saved_bytes = saved.total
+            else:
+                loss = self._loss(part)
+            self.fabric.backward(loss / self.config.accumulate)
+        return loss.detach()
 
-    @contextmanager
-    def _open_log(self) -> Iterator[None]:
-        """Keeps the configuration and opens the log, in the first process only."""
-        if not self.fabric.is_global_zero:
-            yield
-            return
-        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
-        with atomic_write(self.folder.config_file) as file:
-            file.write(text.encode())
-        self.log = self.folder.open_log(self.validated, self.step)
-        try:
-            yield
-        finally:
-            self.log.close()
-
-    def _save_alone(self) -> None:
-        """Saves unless other processes would have to take part."""
-        if self.step and self.fabric.world_size == 1:
-            self._save(self.folder.last)
+    def _backward_parts(self, parts: list[dict[str, Any]]) -> torch.Tensor:
+        """Add the gradients of the parts of a step; return the loss of each."""
+        return torch.stack([self._backward(part, part is parts[-1]) for part in parts])
 
     def _train_step(self, parts: list[dict[str, Any]]) -> None:
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -232,22 +138,6 @@ class Trainer:
                 self.unreadable.update(errors)
         self._pending.append((self.step, learning_rate, losses.mean()))
 
-    def _backward_parts(self, parts: list[dict[str, Any]]) -> torch.Tensor:
-        """Adds the gradients of the parts of a step; returns the loss of each."""
-        return torch.stack([self._backward(part, part is parts[-1]) for part in parts])
-
-    def _backward(self, part: dict[str, Any], last: bool) -> torch.Tensor:
-        """Adds the gradients of a part of a step; only the last waits for other processes."""
-        with self.fabric.no_backward_sync(self.model, enabled=not last):
-            if self.saved_bytes is None:
-                with saved_bytes(self.network) as saved:
-                    loss = self._loss(part)
-                self.saved_bytes = saved.total
-            else:
-                loss = self._loss(part)
-            self.fabric.backward(loss / self.config.accumulate)
-        return loss.detach()
-
     def _step_optimizer(self) -> None:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         scale = scaler.get_scale() if scaler else 0.0
@@ -255,15 +145,33 @@ class Trainer:
         # a scaler halves its scale exactly when it has left a step out
         self.skipped += int(scaler is not None and scaler.get_scale() < scale)
 
-    def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        prediction = self.model(*(batch[name] for name in self.network.inputs))
-        targets = (batch[name] for name in self.network.targets)
-        counts = episode_counts(prediction.logits.detach().argmax(1), batch["query_mask"])
-        self._counts.index_add_(0, self._places[batch["class_id"]], counts)
-        return self.network.loss(prediction, *targets, class_weight=self.class_weight)
+    def fit(self) -> None:
+        """Train from the current step to the last; see `Loop.fit`."""
+        with self._open_log():
+            super().fit()
+        self._run_parts = self._backward_parts  # the test needs a graph's memory
+        self.optimizer.zero_grad()
+        self.unreadable = self._all_unreadable()
+        if self.unreadable:
+            self._print(self._unreadable_line())
+
+    @contextmanager
+    def _open_log(self) -> Iterator[None]:
+        """Keep the configuration and open the log, in the first process only."""
+        if not self.fabric.is_global_zero:
+            yield
+            return
+        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
+        with atomic_write(self.folder.config_file) as file:
+            file.write(text.encode())
+        self.log = self.folder.open_log(self.validated, self.step)
+        try:
+            yield
+        finally:
+            self.log.close()
 
     def _settle(self) -> None:
-        """Takes the losses and times of the steps since the last call; waits for the device."""
+        """Take the losses and times of the steps since the last call; waits for the device."""
         if not self._pending:
             return
         losses = self.fabric.all_reduce(
@@ -280,11 +188,8 @@ class Trainer:
         self.seconds += self._timer.take()
         self._pending = []
 
-    def _log_training(self, first: int, since: float) -> dict[str, str]:
-        """Adds a row on the steps after `first`, begun at time `since`, to the log.
-
-        Returns what the progress bar shows.
-        """
+    def _log_steps(self, first: int, since: float) -> dict[str, str]:
+        """Log the steps after `first`, begun at time `since`; return what the bar shows."""
         self._settle()
         episodes = (self.step - first) * self.config.batch_size
         images_per_second = episodes * (1 + self.config.data.shots) / (time.perf_counter() - since)
@@ -310,15 +215,15 @@ class Trainer:
             "memory": f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
         }
 
-    def _validate(self) -> str:
-        """Scores the validated classes, keeps the best checkpoint; returns the outcome."""
+    def _validate(self) -> None:
+        """Score the validated classes, keep the best checkpoint and say so."""
         self._settle()
         score = evaluate(
             self.model,
             self.validation_episodes,
             list(self.validated),
             self.fabric,
-            max(1, self.config.batch_size // self.fabric.world_size // self.config.accumulate),
+            self.part,
             self.config.data.workers,
             self.config.resize,
             self.config.feature_cache,
@@ -335,13 +240,18 @@ class Trainer:
         else:
             self.stale += 1
         unsampled = f", {len(score.unsampled)} classes unsampled" if score.unsampled else ""
-        return (
+        self._print(
             f"step {self.step}: validation mIoU {100 * score.miou:.2f} %, "
             f"FB-IoU {100 * score.fb_iou:.2f} %{unsampled}; training mIoU {100 * train_miou:.2f} %"
         )
+        if self.has_converged:
+            self._print(
+                f"stopped early after step {self.step}: {self.stale} validations without more than "
+                f"{100 * self.best['miou']:.2f} % mIoU, of step {self.best['step']}"
+            )
 
     def _train_miou(self) -> float:
-        """Of the training episodes since the last validation, as they were when trained on."""
+        """Return the mIoU of the training episodes since the last validation."""
         metric = EpisodeIoU(list(self.base_classes))
         metric.counts = self._all_counts()
         self._counts.zero_()
@@ -350,56 +260,64 @@ class Trainer:
     def _all_counts(self) -> torch.Tensor:
         return self.fabric.all_reduce(self._counts.clone(), reduce_op="sum").cpu()
 
-    def _save(self, path: Path) -> None:
-        self._settle()
-        for parameter_name, parameter in self.network.named_parameters():
-            if parameter.requires_grad and not bool(parameter.isfinite().all()):
-                raise FloatingPointError(
-                    f"{parameter_name}: expected finite numbers, got others at step {self.step}; "
-                    f"lower optimizer.lr, or train in precision 32-true. {self.folder.last_good()}"
-                )
-        state: dict[str, Any] = {
-            "step": self.step,
-            "best": self.best,
-            "stale": self.stale,
-            "skipped": self.skipped,
-            "model": self.network.state_dict(),
-            "base_classes": self.base_classes,
-        }
-        if path == self.folder.last:
-            state |= {
-                **training_state(self.fabric, self.optimizer, self.scheduler),
-                "unreadable": dict(self._all_unreadable()),
-                "saved_bytes": self.saved_bytes,
-                "seconds": torch.tensor(self.seconds),
-                "losses": self.losses,
-                "counts": self._all_counts(),
-            }
-        if self.fabric.is_global_zero:
-            save_checkpoint(path, self.config, state)
-        self.fabric.barrier()
-
-    def _tell(self, line: str) -> None:
-        if self.fabric.is_global_zero:
-            tqdm.write(line, file=sys.stderr)
-
     @property
     def has_converged(self) -> bool:
         """Whether the last validations ended the run early, see `TrainConfig.early_stop`."""
         return 0 < self.config.early_stop <= self.stale
 
-    def _stop_line(self) -> str:
-        best = self.best or {}
-        return (
-            f"stopped early after step {self.step}: {self.stale} validations without more than "
-            f"{100 * best['miou']:.2f} % mIoU, of step {best['step']}"
-        )
+    def _state(self) -> dict[str, Any]:
+        """Return the weights and counters of a checkpoint.
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+        Raises:
+            FloatingPointError: a loss or weight that is not finite.
+        """
+        self._settle()
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise FloatingPointError(
+                    f"{name}: expected finite numbers, got others at step {self.step}; lower "
+                    "optimizer.lr, or train in precision 32-true. " + self.folder.last_good()
+                )
+        return {
+            "stale": self.stale,
+            "skipped": self.skipped,
+            "model": self.network.state_dict(),
+            "base_classes": self.base_classes,
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "unreadable": dict(self._all_unreadable()),
+            "saved_bytes": self.saved_bytes,
+            "seconds": torch.tensor(self.seconds),
+            "losses": self.losses,
+            "counts": self._all_counts(),
+        }
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        save_checkpoint(path, self.config, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the content of last.pt, see `start`."""
+        check_types(state, _PROGRESS)
+        self.network.load_state_dict(state["model"])
+        super().restore(state)
+        if self.best is not None:
+            self.best = {name: self.best[name] + 0 for name in ("miou", "fb_iou", "step")}
+        self.stale, self.skipped = state["stale"], state["skipped"]
+        self.saved_bytes = state["saved_bytes"]
+        self.seconds = state["seconds"].tolist()
+        self.losses = state["losses"]
+        if self.fabric.is_global_zero:  # sums over the processes
+            self.unreadable = Counter(state["unreadable"])
+            self._counts.copy_(state["counts"])
+
+    def _print(self, line: str) -> None:
+        if self.fabric.is_global_zero:
+            tqdm.write(line, file=sys.stderr)
 
     def _all_unreadable(self) -> Counter[str]:
-        """Photos that no process could read, by error, and how often each was asked for."""
+        """Count how often photos were asked for that no process could read, by error."""
         if not self.config.data.skip_unreadable:
             return self.unreadable
         return sum(gather(self.fabric, self.unreadable), Counter())

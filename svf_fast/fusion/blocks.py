@@ -7,83 +7,20 @@ hooks and place in the model. Only its class is another, a subclass of its own w
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from svf_fast.fusion.reading import Readable, Reading
+from svf_fast.fusion.fused import Fused, fuse, unfused_class
+from svf_fast.fusion.reading import Readable, Reading, conv_of
 from svf_fast.fusion.state import is_hooked, watch
-from svf_fast.fusion.structure import ResidualBlock, Unit, examine
-from svf_fast.fusion.structure import Stage as Names
+from svf_fast.fusion.structure import ResidualBlock, StageNames, Unit, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
-
-
-class Fused(nn.Module):
-    """Base of what runs several modules as one; mixed into the class of the module it was."""
-
-    original: type
-    _mixin: type[Fused]
-
-    def unfused_reason(self) -> str:
-        """Why the next forward pass runs module by module; empty where it is fused."""
-        return "; ".join(reason for reason in self._reasons() if reason)
-
-    def _reasons(self) -> list[str]:
-        """Of each part that is one node where nothing speaks against it."""
-        raise NotImplementedError
-
-    def constants_key(self) -> tuple:
-        """Of what a CUDA graph of the fused pass holds as constants, batch norms among them.
-
-        Empty where it is not fused: then a graph reads the batch norms themselves.
-        """
-        reading = self.__dict__.get("_reading")
-        if reading is None or any(self._reasons()):
-            return ()
-        return reading.watch.key(), getattr(self, "recompute", False)
-
-    def unfuse(self) -> nn.Module:
-        """Gives the module its original class back, in place; returns it."""
-        for name in ("_names", "_kinds", "recompute", "_reading"):
-            self.__dict__.pop(name, None)
-        self.__class__ = self.original
-        return self
-
-    def _replicate_for_data_parallel(self):
-        replica = super()._replicate_for_data_parallel()
-        replica.__dict__.pop("_reading", None)
-        return replica
-
-    def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
-        reduced: Any = super().__reduce_ex__(protocol)
-        own = {name: value for name, value in reduced[2].items() if name != "_reading"}
-        return (_empty, (self._mixin, self.original), own, *reduced[3:])
-
-
-_F = TypeVar("_F", bound=Fused)
-
-
-@functools.cache
-def _subclass(bases: tuple[type[Fused], type[nn.Module]]) -> type[Fused]:
-    mixin, original = bases
-    members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
-    return type(f"SVF{original.__name__}", bases, members)
-
-
-def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
-    cls = _subclass((mixin, original))
-    return cls.__new__(cls)
-
-
-def fuse(module: nn.Module, mixin: type[_F]) -> _F:
-    """Makes the module one of `mixin`, in place."""
-    module.__class__ = _subclass((mixin, type(module)))
-    return cast(_F, module)
 
 
 def _read(module: Readable) -> Reading:
@@ -107,7 +44,7 @@ class ResidualUnit(Fused):
             output; less memory, more time.
     """
 
-    stages: int
+    stage_count: int  # beside the shortcut
     recompute: bool
     _names: ResidualBlock
     _kinds: dict[str, str]  # of the inner modules, as they were when the forward was read
@@ -131,30 +68,36 @@ class ResidualUnit(Fused):
         found = examine(module)
         if isinstance(found, str):
             raise ValueError(f"module: {type(module).__name__} cannot be fused: {found}")
-        if len(found.stages) != cls.stages:
+        if len(found.stages) != cls.stage_count:
             raise ValueError(
-                f"module: expected {cls.stages} convolutions beside the shortcut, got "
+                f"module: expected {cls.stage_count} convolutions beside the shortcut, got "
                 f"{len(found.stages)}"
             )
         for name in found.convs:
             conv = module.get_submodule(name)
             if isinstance(conv, nn.Conv2d):
                 module.set_submodule(name, SVFConv2d.from_conv(conv, strategy))
-        return cls._adopt(module, found)
+        return cls.adopt(module, found)
 
     @classmethod
-    def _adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
+    def adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
+        """Fuse a block that was found, in place."""
         fused = fuse(module, cls)
         fused._names, fused.recompute = found, False
         fused._kinds = {name: _kind(inner) for name, inner in _inner(fused)}
         return fused
+
+    def fused_convs(self) -> dict[str, bool]:
+        *inner, last = self._names.stages
+        folding = last, *filter(None, [self._names.shortcut])
+        return {stage.conv: stage in folding for stage in (*inner, *folding)}
 
     @property
     def recomputed(self) -> str:
         """Name of the convolution that ``recompute`` runs again."""
         return self._names.stages[1].conv
 
-    def _reasons(self) -> list[str]:
+    def unfused_reasons(self) -> list[str]:
         names = self._names
         stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
         return [_replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)]
@@ -163,7 +106,7 @@ class ResidualUnit(Fused):
         names, reading = self._names, _read(self)
         if reading.reasons(self)[0]:
             return super().forward(x)
-        dtype = _compute_dtype(x, _conv(self, names.stages[0]), type(self).__name__)
+        dtype = _compute_dtype(x, conv_of(self, names.stages[0]), type(self).__name__)
         shortcut_x = None
         if names.pre:
             shortcut_x = x
@@ -191,7 +134,7 @@ class SVFBottleneck(ResidualUnit):
     Shapes: x [N, C, H, W] -> [N, C', H', W'].
     """
 
-    stages = 3
+    stage_count = 3
 
 
 class SVFBasicBlock(ResidualUnit):
@@ -200,7 +143,7 @@ class SVFBasicBlock(ResidualUnit):
     With the strategy ``gram`` it keeps the outputs of both and one bit per element of its own.
     """
 
-    stages = 2
+    stage_count = 2
 
 
 def _children(unit: Unit) -> tuple[str, ...]:
@@ -213,18 +156,25 @@ class FusedSequential(Fused):
 
     _names: tuple[Unit, ...]
 
-    def rename(self, names: tuple[Unit, ...]) -> None:
-        """Sets what runs as one node."""
-        self._names = names
-        self.__dict__.pop("_reading", None)
-
     @classmethod
-    def _adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> Fused:
+    def adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> Callable[[], object]:
+        """Fuse these units of a sequence too, in place; returns what undoes it."""
+        if isinstance(module, FusedSequential):
+            before = module._names
+            module._rename(before + tuple(unit for unit in units if unit not in before))
+            return partial(module._rename, before)
         fused = fuse(module, cls)
         fused._names = units
-        return fused
+        return fused.unfuse
 
-    def _reasons(self) -> list[str]:
+    def _rename(self, units: tuple[Unit, ...]) -> None:
+        self._names = units
+        self.__dict__.pop("_reading", None)
+
+    def fused_convs(self) -> dict[str, bool]:
+        return {unit.stage.conv: not unit.stage.relu for unit in self._names}
+
+    def unfused_reasons(self) -> list[str]:
         return [self._unit_reason(unit) for unit in self._names]
 
     def __getitem__(self, index):
@@ -258,7 +208,7 @@ class FusedSequential(Fused):
                 x = self.get_submodule(name)(x)
                 reading = None  # its hooks may have changed what comes after
                 continue
-            dtype = _compute_dtype(x, _conv(self, unit.stage), "SVFConvBNAct")
+            dtype = _compute_dtype(x, conv_of(self, unit.stage), "SVFConvBNAct")
             stages, programs = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)
             x = block(x.to(dtype), stages, relu=unit.stage.relu, programs=programs)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
@@ -306,10 +256,10 @@ class SVFConvBNAct(nn.Module):
 
     def unfused_reason(self) -> str:
         """Why the next forward pass runs module by module; empty where it is fused."""
-        return self._reasons()[0]
+        return self.unfused_reasons()[0]
 
-    def _reasons(self) -> list[str]:
-        return [_reason(self, [Names("conv", "bn", self.relu)]) or _hooked(self)]
+    def unfused_reasons(self) -> list[str]:
+        return [_reason(self, [StageNames("conv", "bn", self.relu)]) or _hooked(self)]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None and not isinstance(residual, Tensor):
@@ -322,7 +272,7 @@ class SVFConvBNAct(nn.Module):
             out = out if residual is None else out + residual
             return out.relu() if self.relu else out
         dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
-        names, folds = Names("conv", "bn", self.relu), residual is not None or not self.relu
+        names, folds = StageNames("conv", "bn", self.relu), residual is not None or not self.relu
         stages, programs = reading.stages(self, [names], dtype, folds)
         if residual is None:
             return block(x.to(dtype), stages, relu=self.relu, programs=programs)
@@ -334,7 +284,7 @@ class SVFConvBNAct(nn.Module):
 
 
 def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
-    dtype = conv._compute_dtype(x, name)
+    dtype = conv.compute_dtype(x, name)
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
         raise ValueError(
             f"{name}: expected x of shape [N, {conv.in_channels}, H, W], got {list(x.shape)}"
@@ -342,12 +292,7 @@ def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:
     return dtype
 
 
-def _conv(module: nn.Module, names: Names) -> SVFConv2d:
-    """The convolution of a stage, which :func:`_reason` has found to be an SVF layer."""
-    return cast(SVFConv2d, module.get_submodule(names.conv))
-
-
-def _reason(module: nn.Module, stages: list[Names]) -> str:
+def _reason(module: nn.Module, stages: list[StageNames]) -> str:
     for stage in stages:
         conv, bn = module.get_submodule(stage.conv), module.get_submodule(stage.bn)
         if not isinstance(conv, SVFConv2d):
@@ -375,7 +320,7 @@ def _kind(module: nn.Module) -> str:
         return "convolution"
     if isinstance(module, nn.SyncBatchNorm):
         return nn.BatchNorm2d.__name__  # the same with stored statistics
-    return (module.original if isinstance(module, Fused) else type(module)).__name__
+    return unfused_class(module).__name__
 
 
 def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from svf_fast.fusion.fused import Fused, unfused_class
 from svf_fast.layers.conv2d import SVFConv2d
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -31,17 +32,8 @@ def is_norm(module: nn.Module | None) -> bool:
 
 def is_sequential(module: nn.Module) -> bool:
     """Whether a call of the module calls its children in turn, or computes what that would."""
-    own = getattr(unfused(module), "forward", None)
+    own = getattr(unfused_class(module), "forward", None)
     return own is nn.Sequential.forward and "forward" not in vars(module)
-
-
-def unfused(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; what it was where it is fused (fusion.blocks imports this)."""
-    return module.original if is_fused(module) else type(module)  # type: ignore[return-value]
-
-
-def is_fused(module: nn.Module) -> bool:
-    return hasattr(module, "unfused_reason") and hasattr(module, "original")
 
 
 def is_open(module: nn.Module) -> bool:
@@ -54,7 +46,7 @@ def is_open(module: nn.Module) -> bool:
     return sum(map(is_conv, inner)) == 1 and any(map(is_norm, inner))
 
 
-def hook(module: nn.Module) -> str | None:
+def hook_kind(module: nn.Module) -> str | None:
     """The kind of a hook that a call of the module runs, if it has any."""
     kinds = ("forward_hook", "forward_pre_hook", "backward_hook", "backward_pre_hook")
     return next((k.replace("_", " ") for k in kinds if getattr(module, f"_{k}s")), None)
@@ -119,8 +111,8 @@ class ForwardGraph:
         """Whether a sum is written over its first operand."""
         return node.target in (operator.iadd, "add_")
 
-    def instead(self, node: fx.Node, expected: str) -> Misfit:
-        """That a node is not what was expected there."""
+    def misfit_at(self, node: fx.Node, expected: str) -> Misfit:
+        """Return the misfit that a node is not what was expected there."""
         module = self.module(node)
         if type(module).__module__ == "torch.nn.modules.activation":
             return Misfit(f"uses {type(module).__name__} instead of ReLU")
@@ -142,11 +134,11 @@ class ForwardGraph:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return not is_open(module) or hook(module) is not None
+        return not is_open(module) or hook_kind(module) is not None
 
     def call_module(self, m: nn.Module, forward, args, kwargs):
-        if is_fused(m):
-            forward = partial(unfused(m).forward, m)
+        if isinstance(m, Fused):
+            forward = partial(m.original.forward, m)
         return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -10,25 +10,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.fusion.state import Watch
-from svf_fast.fusion.structure import Stage as Names
+from svf_fast.fusion.structure import StageNames
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.values import Plan
 from svf_fast.ops.block import Stage
+from svf_fast.ops.factors import SVFConvolution
 from svf_fast.ops.program import Programs
-from svf_fast.ops.svf_conv2d import Layer
 
 
 class Readable(Protocol):
     """A fused module."""
 
-    def _reasons(self) -> list[str]: ...
+    def unfused_reasons(self) -> list[str]: ...
     def get_submodule(self, target: str) -> nn.Module: ...
 
 
 class Slot:
     """A stage of a block in one dtype: what of it is the same in each forward pass.
 
-    folds: :func:`svf_fast.ops.block.folds_scale`. shift: with that of the shortcut, if it has one.
+    folds: whether the scale is folded into the convolution. shift: with that of the shortcut, if
+    it has one.
     """
 
     def __init__(
@@ -36,29 +37,27 @@ class Slot:
     ) -> None:
         self.conv, self.scale, self.shift, self.dtype = conv, scale, shift, dtype
         self._folded = scale if folds else None
-        # under a plan: fields of the layer, of which S and the weights are another each time
+        # under a plan: what is the same each time, as S and the weights are not
         self._known: tuple[Plan | None, Any] = None, None
 
     def read(self) -> Stage:
         """As the op takes it, whatever the values of S are."""
-        layer = self.conv.layer(self.dtype, self._folded)
-        assert layer is not None  # the reasons have seen to it
-        return Stage(layer, self.scale, self.shift)
+        conv = self.conv.convolution(self.dtype, self._folded)
+        assert conv is not None  # the reasons have seen to it
+        return Stage(conv, self.scale, self.shift)
 
     def again(self) -> tuple[Plan, Stage]:
         """The same where no trace or capture runs, and the plan that it is read under."""
         conv = self.conv
-        plan = conv._plan
+        plan = conv.plan
         assert plan is not None  # the reasons have seen to it
-        of, layer = self._known
+        of, known = self._known
         if of is not plan:
-            V = conv._kernel()
-            layer = *conv._reading(plan, V, self.dtype, self._folded, True), conv.U, V
-            self._known = plan, layer
-        kind, constants, U, V = layer
-        pair = conv._made(kind, V, self.dtype, self._folded)
-        made = Layer._make((kind, conv.S, U, V, *pair, *constants))
-        return plan, Stage(made, self.scale, self.shift)
+            known = conv.constants(plan, self.dtype, self._folded)
+            self._known = plan, known
+        kind, constants = known
+        pair = conv.weights(kind, self.dtype, self._folded)
+        return plan, Stage(SVFConvolution(kind, conv.S, *pair, constants), self.scale, self.shift)
 
 
 class _Chain:
@@ -102,16 +101,16 @@ class Reading:
         grad = torch.is_grad_enabled()
         found = self._reasons.get(grad)
         if found is None:
-            found = self._reasons[grad] = module._reasons()
+            found = self._reasons[grad] = module.unfused_reasons()
         return found
 
     def stages(
         self,
         module: Readable,
-        names: Sequence[Names],
+        names: Sequence[StageNames],
         dtype: torch.dtype,
         folds: bool,
-        shortcut: Names | None = None,
+        shortcut: StageNames | None = None,
     ) -> tuple[list[Stage], Programs | None]:
         """The stages of a chain, that of its shortcut last, as the op takes them, and its programs.
 
@@ -120,7 +119,7 @@ class Reading:
         at = names[0].conv, dtype, folds
         chain = self._chains.get(at)
         # what is traced or captured is there only when the graph runs; fakes have no values to keep
-        traced = self.watch is None or _conv(module, names[0])._is_captured()
+        traced = self.watch is None or conv_of(module, names[0]).is_captured
         if chain is None:
             chain = _Chain(_slots(module, names, dtype, folds, shortcut))
             if not traced:
@@ -130,10 +129,10 @@ class Reading:
 
 def _slots(
     module: Readable,
-    names: Sequence[Names],
+    names: Sequence[StageNames],
     dtype: torch.dtype,
     folds: bool,
-    shortcut: Names | None,
+    shortcut: StageNames | None,
 ) -> list[Slot]:
     affine = [_affine(module, stage, dtype) for stage in names]
     every, last = list(names), len(names) - 1
@@ -142,19 +141,19 @@ def _slots(
         affine.append(_affine(module, shortcut, dtype))
         affine[last] = affine[last][0], affine[last][1] + affine[-1][1]
     return [
-        Slot(_conv(module, stage), *own, dtype, folds and index >= last)
+        Slot(conv_of(module, stage), *own, dtype, folds and index >= last)
         for index, (stage, own) in enumerate(zip(every, affine, strict=True))
     ]
 
 
-def _conv(module: Readable, names: Names) -> SVFConv2d:
+def conv_of(module: Readable, names: StageNames) -> SVFConv2d:
     """The convolution of a stage, which the reasons have found to be an SVF layer."""
     return cast(SVFConv2d, module.get_submodule(names.conv))
 
 
-def _affine(module: Readable, names: Names, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _affine(module: Readable, names: StageNames, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
-    bias, bn = _conv(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
+    bias, bn = conv_of(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
     assert bn.running_mean is not None and bn.running_var is not None
     dtype = torch.promote_types(dtype, torch.float32)
     with torch.no_grad():

@@ -23,7 +23,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OF_CONV = ("stride", "padding_mode", "dilation", "_explicit_padding")
+_OF_CONV = ("stride", "padding_mode", "dilation", "explicit_padding")
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -61,7 +61,7 @@ class Watch:
             state = own["training"], is_hooked(child), "forward" in own
             self._children.append((module._modules, name, child, type(child), own, *state))
             if isinstance(child, SVFConv2d):
-                if not child._has_values():
+                if not child.has_values:
                     raise _Unseen
                 self._values += [(own, attribute, own[attribute]) for attribute in _OF_CONV]
                 self._convs.append((child, child.strategy_in_use, child.S.requires_grad))
@@ -138,7 +138,7 @@ class Watch:
             if of.get(name) != value:
                 return False
         for conv, strategy, requires_grad in self._convs:
-            plan = conv._current_plan()
+            plan = conv.current_plan()
             assert plan is not None
             if plan.strategy != strategy or conv.S.requires_grad is not requires_grad:
                 return False

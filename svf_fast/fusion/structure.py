@@ -17,12 +17,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.graph import (
     ForwardGraph,
     Misfit,
-    hook,
+    hook_kind,
     is_conv,
-    is_fused,
     is_norm,
     is_open,
     is_sequential,
@@ -34,7 +34,7 @@ _MOST_CONVS = 8  # a module with more of its own is no residual block
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageNames:
     """A convolution, the batch norm after it and perhaps a ReLU; names relative to the container.
 
     ``relu`` may be the batch norm's own (timm's ``BatchNormAct2d``).
@@ -57,9 +57,9 @@ class ResidualBlock:
     """
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[StageNames, ...]
     pre: tuple[str, ...]
-    shortcut: Stage | None
+    shortcut: StageNames | None
 
     @property
     def convs(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class Unit:
     """
 
     container: str
-    stage: Stage
+    stage: StageNames
     relu: str | None
 
 
@@ -103,7 +103,7 @@ def find(
         for name, module in model.named_modules(remove_duplicate=False):
             if inside is not None and name.startswith(inside):
                 continue
-            if is_fused(module) and not is_sequential(module):
+            if isinstance(module, Fused) and not is_sequential(module):
                 inside = _join(name, "")
                 continue
             verdict = None
@@ -198,10 +198,10 @@ def _match(graph: ForwardGraph) -> ResidualBlock:
     if graph.is_sum(end):
         raise Misfit("no ReLU follows its sum")
     if not graph.is_relu(end):
-        raise graph.instead(end, "its last ReLU")
+        raise graph.misfit_at(end, "its last ReLU")
     total = graph.value(end)
     if not graph.is_sum(total):
-        raise graph.instead(total, "its sum")
+        raise graph.misfit_at(total, "its sum")
     operands = [graph.skip(node) for node in graph.operands(total, 2)]
     if graph.overwrites(total) and operands[0] in graph.inputs:
         raise Misfit("it writes its sum over its input")
@@ -219,9 +219,9 @@ def _match(graph: ForwardGraph) -> ResidualBlock:
     return ResidualBlock("", stages, pre, shortcut[0] if shortcut else None)
 
 
-def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
+def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[StageNames, ...], tuple[str, ...]]:
     """The stages between the input and a node, and the pooling before the first of them."""
-    stages: list[Stage] = []
+    stages: list[StageNames] = []
     pools: list[str] = []
     while node not in graph.inputs:
         module = graph.module(node)
@@ -236,29 +236,29 @@ def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[Stage, ...], tupl
     return tuple(stages), tuple(pools)
 
 
-def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[Stage, fx.Node]:
+def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[StageNames, fx.Node]:
     """The stage that ends in a node, and the node it begins after."""
     relu = graph.is_relu(node)
     if relu:
         node, expected = graph.value(node), "a batch norm"
     norm = graph.module(node)
     if norm is None or not is_norm(norm):
-        raise graph.instead(node, expected)
+        raise graph.misfit_at(node, expected)
     bn = str(node.target)
     relu |= _check_norm(bn, norm)
     node = graph.value(node)
     conv = graph.module(node)
     if conv is None or not is_conv(conv):
-        raise graph.instead(node, "a convolution")
+        raise graph.misfit_at(node, "a convolution")
     _check_conv(str(node.target), conv)
-    return Stage(str(node.target), bn, relu), graph.value(node)
+    return StageNames(str(node.target), bn, relu), graph.value(node)
 
 
 def _pools(module: nn.Module) -> bool:
     return any(base.__module__ == "torch.nn.modules.pooling" for base in type(module).__mro__)
 
 
-def _check_stages(stages: tuple[Stage, ...], pools: tuple[str, ...]) -> None:
+def _check_stages(stages: tuple[StageNames, ...], pools: tuple[str, ...]) -> None:
     if not 2 <= len(stages) <= 3:
         raise Misfit(f"its main path has {len(stages)} convolutions instead of 2 or 3")
     if pools:
@@ -270,7 +270,7 @@ def _check_stages(stages: tuple[Stage, ...], pools: tuple[str, ...]) -> None:
         raise Misfit(f"a ReLU stands between {stages[-1].bn!r} and the sum")
 
 
-def _check_shortcut(stages: tuple[Stage, ...], pools: tuple[str, ...]) -> None:
+def _check_shortcut(stages: tuple[StageNames, ...], pools: tuple[str, ...]) -> None:
     if pools and not stages:
         raise Misfit("its shortcut pools")
     if len(stages) > 1:
@@ -284,7 +284,7 @@ def _check_call(
 ) -> None:
     """Whether a call of the module does what its class says, and is the container's alone."""
     what = repr(name) if name else "it"
-    if kind := hook(module):
+    if kind := hook_kind(module):
         raise Misfit(f"{what} has a {kind}")
     if "forward" in vars(module):
         raise Misfit(f"{what} has a forward of its own instead of its class's")
@@ -358,8 +358,8 @@ def _units(
             own = _check_norm(bn, second)
             if type(third) is nn.ReLU:
                 _check_call(relu, third, module, places)
-                yield Unit(container, Stage(conv, bn, True), relu)
+                yield Unit(container, StageNames(conv, bn, True), relu)
             else:
-                yield Unit(container, Stage(conv, bn, own), None)
+                yield Unit(container, StageNames(conv, bn, own), None)
         except Misfit as reason:
             reasons[name] = str(reason)

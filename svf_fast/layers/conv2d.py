@@ -90,25 +90,27 @@ class SVFConv2d(Factored):
         self.padding, self.dilation = conv.padding, conv.dilation
         self.groups, self.padding_mode = conv.groups, conv.padding_mode
         # what nn.Conv2d derives from 'same': left, right, top, bottom
-        self._explicit_padding = tuple(conv._reversed_padding_repeated_twice)
+        self.explicit_padding = tuple(conv._reversed_padding_repeated_twice)
         self._adopt(conv.weight, conv.bias, factors)
 
     @property
     def pads_outside(self) -> bool:
         """Whether x is padded in a pass of its own: unevenly, or not with zeros."""
-        left, right, top, bottom = self._explicit_padding
+        left, right, top, bottom = self.explicit_padding
         return self.padding_mode != "zeros" or left != right or top != bottom
 
-    def _geometry(self) -> Geometry:
-        left, _, top, _ = self._explicit_padding
+    @property
+    def geometry(self) -> Geometry:
+        left, _, top, _ = self.explicit_padding
         padding = (0, 0) if self.pads_outside else (top, left)
         return Geometry(self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
-    def _kernel(self) -> Tensor:
+    @property
+    def kernel(self) -> Tensor:
         return self.V
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self._compute_dtype(x, "SVFConv2d")
+        dtype = self.compute_dtype(x, "SVFConv2d")
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
                 f"SVFConv2d: expected x of shape [N, {self.in_channels}, H, W] or "
@@ -119,11 +121,11 @@ class SVFConv2d(Factored):
         x = x.to(dtype)
         if self.pads_outside:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = functional.pad(x, self._explicit_padding, mode=mode)
-        layer = self.layer(dtype)
-        if layer is not None:
-            return svf_conv2d(x, layer, self.bias)
-        return paper_layers(x, self.U, self.S, self.V, self.bias, self._geometry())
+            x = functional.pad(x, self.explicit_padding, mode=mode)
+        conv = self.convolution(dtype)
+        if conv is not None:
+            return svf_conv2d(x, conv, self.bias)
+        return paper_layers(x, self.U, self.S, self.V, self.bias, self.geometry)
 
     def merged(self) -> nn.Conv2d:
         """The plain ``nn.Conv2d`` with the composed weight; shares no memory with this layer."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -13,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast import svd
 from svf_fast.layers.network import Network, assert_guarded
-from svf_fast.layers.values import Made, Plan, Reading, Seen, Values
+from svf_fast.layers.values import Made, Plan, Seen, Values
 from svf_fast.ops import maps
 from svf_fast.ops.compose import Entry, compose
 from svf_fast.ops.convolution import Geometry, directions_first, directions_last
-from svf_fast.ops.svf_conv2d import STRATEGIES, Constants, Kind, Layer, reads_input, weights
+from svf_fast.ops.factors import STRATEGIES, Constants, Kind, SVFConvolution, reads_input, weights
 from svf_fast.svd import (
     Factors,
     decompose,
@@ -64,7 +66,8 @@ class Factored(nn.Module):
     V: Tensor
     bias: Tensor | None
     fingerprint: Tensor
-    _network: Network
+    plan: Plan | None  # of the last values that were planned for: `current_plan`
+    network: Network
 
     def __init__(self, strategy: str):
         super().__init__()
@@ -72,14 +75,14 @@ class Factored(nn.Module):
             expected = ", ".join(("auto", *STRATEGIES))
             raise ValueError(f"strategy: expected one of {expected}, got {strategy!r}")
         self.strategy = strategy
-        self._plan: Plan | None = None
+        self.plan = None
         self._costs: tuple[tuple, int, int, int] | None = None  # of what depends on shapes alone
-        self._values = Values()
+        self.values = Values()
         Network().join(self)
         self._register_load_state_dict_pre_hook(_explain_weight_key, with_module=True)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, factors: Factors | None) -> None:
-        U, S, V = decompose(weight, self._geometry().groups) if factors is None else factors
+        U, S, V = decompose(weight, self.geometry.groups) if factors is None else factors
         self.weight_trained = weight.requires_grad  # what `merge` gives back
         self.register_buffer("U", U)
         self.register_buffer("V", V)
@@ -89,11 +92,13 @@ class Factored(nn.Module):
         self.register_parameter("bias", frozen)
         self.refresh()
 
-    def _geometry(self) -> Geometry:
+    @property
+    def geometry(self) -> Geometry:
         """Stride, padding inside the convolution, dilation and groups."""
         raise NotImplementedError
 
-    def _kernel(self) -> Tensor:
+    @property
+    def kernel(self) -> Tensor:
         """V as the weight [G·R, Ci/G, kh, kw] of a convolution."""
         raise NotImplementedError
 
@@ -109,13 +114,13 @@ class Factored(nn.Module):
     @property
     def strategy_in_use(self) -> str:
         """The strategy of the next forward pass: what ``auto`` came to, else the one asked for."""
-        plan = self._plan if torch.compiler.is_compiling() else self._current_plan()
+        plan = self.plan if torch.compiler.is_compiling() else self.current_plan()
         return "reference" if plan is None else plan.strategy  # shapes alone: the definition
 
     @property
     def guarded(self) -> int:
         """Directions per group whose gradient ``gram`` computes from v instead of dividing by S."""
-        plan = self._current_plan()
+        plan = self.current_plan()
         return 0 if plan is None or plan.tail is None else plan.tail.shape[1]
 
     @property
@@ -125,11 +130,11 @@ class Factored(nn.Module):
         For a module that uses its layer's weight itself, as torchvision's Swin does. Composed
         whenever it is read, and its gradient costs a dense one: calling the layer is cheaper.
         """
-        return svd.compose(self.U, self.S, self.V, self._geometry().groups).to(self.S.dtype)
+        return svd.compose(self.U, self.S, self.V, self.geometry.groups).to(self.S.dtype)
 
     def composed_weight(self) -> Tensor:
         """``U diag(S) V`` in the shape of the original weight and the dtype of S, detached."""
-        return compose(self.U, self.S, self.V, self._geometry().groups, self.S.dtype)[0]
+        return compose(self.U, self.S, self.V, self.geometry.groups, self.S.dtype)[0]
 
     def refresh(self) -> None:
         """Plan anew from the values of U, S and V: strategy, guarded directions, composed weight.
@@ -138,10 +143,10 @@ class Factored(nn.Module):
         forward pass keeps the guarded directions of the last plan, and stops with an error once S
         has moved so far that they are too few; then call this, and capture the graph again.
         """
-        self._plan, self._values = None, Values()
-        if not self._has_values():
+        self.plan, self.values = None, Values()
+        if not self.has_values:
             return
-        groups = self._geometry().groups
+        groups = self.geometry.groups
         with torch.no_grad():
             self._arrange()
             factors, seen = Seen(self.U, self.V), Seen(self.S)
@@ -152,8 +157,19 @@ class Factored(nn.Module):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
                 plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
-        self._values = Values(seen, self._host_copy())
-        self._plan = plan
+        self.values = Values(seen, self._host_copy())
+        self.plan = plan
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Compute as the paper's three layers within."""
+        plan = self.plan
+        if plan is not None:
+            self.plan = dataclasses.replace(plan, strategy="reference", tail=None)
+        try:
+            yield
+        finally:
+            self.plan = plan
 
     def _arrange(self) -> None:
         """Lays V down as what composes W reads it: on a GPU its directions innermost."""
@@ -171,25 +187,28 @@ class Factored(nn.Module):
         waited for. Values far from the present ones are as good as near ones.
         """
         self.S.copy_(S)
-        if not self._has_values():
+        if not self.has_values:
             return
         if self._outdated(self.U, self.V):
             self.refresh()
             return
-        self._network.forget()
-        self._values.moved(Seen(self.S), self._host_copy())
-        self._plan_for(S.to(self.S.dtype))
+        self.network.forget()
+        self.values.moved(Seen(self.S), self._host_copy())
+        self.plan_for(S.to(self.S.dtype))
 
     def _host_copy(self) -> bytes | None:
         """The bytes of S, where looking at them means waiting for nothing."""
         return None if self.S.is_cuda else bytes_of(self.S)
 
-    def _has_values(self) -> bool:
+    @property
+    def has_values(self) -> bool:
+        """Whether U, S and V are more than shapes (meta or fake tensors)."""
         U = self._buffers["U"]
         assert U is not None
         return not (U.is_meta or isinstance(U, FakeTensor))
 
-    def _is_captured(self) -> bool:
+    @property
+    def is_captured(self) -> bool:
         """Whether what runs now goes into a CUDA graph."""
         if torch.compiler.is_compiling():
             return False
@@ -201,14 +220,14 @@ class Factored(nn.Module):
         if strategy not in ("auto", "gram"):
             return strategy, None
         # as weights of a GPU's products they come in multiples of eight
-        tail = guarded_directions(S, self._geometry().groups, 8 if self.U.is_cuda else 1)
+        tail = guarded_directions(S, self.geometry.groups, 8 if self.U.is_cuda else 1)
         if strategy == "auto":
             strategy = "gram" if self._gram_is_cheaper(tail.shape[1]) else "chain"
         return strategy, tail if strategy == "gram" and tail.shape[1] else None
 
-    def _plan_for(self, S: Tensor) -> None:
+    def plan_for(self, S: Tensor) -> None:
         """Plans for the values S; keeps the plan where nothing changes but W."""
-        plan = self._plan
+        plan = self.plan
         assert plan is not None
         unguarded = plan.strategy == "gram" and plan.host_tail is None
         if unguarded and not guarded_indices(S, S.numel() // self.rank)[0]:
@@ -219,8 +238,8 @@ class Factored(nn.Module):
         tail = host_tail
         if tail is not None and self.S.is_cuda:
             tail = tail.pin_memory().to(self.S.device, non_blocking=True)
-        self._plan = dataclasses.replace(
-            plan, strategy=strategy, tail=tail, host_tail=host_tail, readings={}
+        self.plan = dataclasses.replace(
+            plan, strategy=strategy, tail=tail, host_tail=host_tail, constants={}
         )
 
     def _gram_is_cheaper(self, guarded: int) -> bool:
@@ -229,7 +248,7 @@ class Factored(nn.Module):
         ``gram`` keeps a map that is kept already, or the smaller one: memory never speaks for
         ``chain``.
         """
-        geometry = self._geometry()
+        geometry = self.geometry
         shapes = self.U.shape, self.V.shape, geometry
         if self._costs is None or self._costs[0] != shapes:
             fan_in, fan_out = self.V[0].numel(), len(self.U) // geometry.groups
@@ -242,122 +261,122 @@ class Factored(nn.Module):
 
     def _outdated(self, U: Tensor, V: Tensor) -> bool:
         """Whether the plan is of other factors, or of another strategy than is asked for."""
-        plan = self._plan
+        plan = self.plan
         return plan is None or plan.asked != self.strategy or not plan.factors.holds(U, V)
 
-    def _current_plan(self) -> Plan | None:
+    def current_plan(self) -> Plan | None:
         """The plan for the present values of U, S and V; what was made of other ones is dropped."""
-        if not self._has_values():  # shapes alone: the plan of the last values, or none
-            return self._plan
+        if not self.has_values:  # shapes alone: the plan of the last values, or none
+            return self.plan
         U, V, S = cast(Tensor, self._buffers["U"]), cast(Tensor, self._buffers["V"]), self.S
         if self._outdated(U, V):
-            with self._network.lock:
+            with self.network.lock:
                 if self._outdated(U, V):
                     self.refresh()
-            return self._plan
+            return self.plan
         if S.is_cuda:
             if not torch.cuda.is_current_stream_capturing():
-                with self._network.lock:
-                    self._network.follow(S.device, not self._values.seen.holds(S))
+                with self.network.lock:
+                    self.network.follow(S.device, not self.values.seen.holds(S))
         # writes through `param.data` pass the version counter by: the values decide
-        elif not self._values.are(S, now := bytes_of(S)):
-            with self._network.lock:
-                if not self._values.are(S, now):
-                    self._plan_for(S)  # before others see that S is known
-                    self._values.moved(Seen(S), now)
-        return self._plan
+        elif not self.values.are(S, now := bytes_of(S)):
+            with self.network.lock:
+                if not self.values.are(S, now):
+                    self.plan_for(S)  # before others see that S is known
+                    self.values.moved(Seen(S), now)
+        return self.plan
 
-    def layer(self, dtype: torch.dtype, scale: Tensor | None = None) -> Layer | None:
-        """What the next forward pass computes with, in the compute dtype; None for ``reference``.
+    def convolution(self, dtype: torch.dtype, scale: Tensor | None = None) -> SVFConvolution | None:
+        """Return what the next forward pass computes with in a dtype; None for ``reference``.
 
-        With ``scale`` [Co] the gradient of y will come without it: ``back`` of
-        :class:`svf_fast.ops.svf_conv2d.Layer`.
+        With ``scale`` [Co] the gradient of y will come without it: ``scaled`` of
+        :class:`svf_fast.ops.factors.SVFConvolution`.
         """
-        compiling = torch.compiler.is_compiling()
         # a graph runs again with other values of S: it composes W and checks the guard itself
-        in_graph = compiling or (self._is_captured() and not self._network.composed)
-        plan = self._plan if in_graph else self._current_plan()
+        in_graph = torch.compiler.is_compiling() or (self.is_captured and not self.network.composed)
+        plan = self.plan if in_graph else self.current_plan()
         if plan is None or plan.strategy == "reference":
             return None
         if in_graph and plan.strategy == "gram":
             layers = self.S.new_zeros((2, 2), dtype=torch.int64)
-            layers[0, 1].fill_(self._geometry().groups)  # by kernels: nothing is sent in a capture
+            layers[0, 1].fill_(self.geometry.groups)  # by kernels: nothing is sent in a capture
             layers[1, 0].fill_(self.S.numel())
-            assert_guarded(self.S, self._guarded(), layers)
-        U, S, V = self.U, self.S, self._kernel()
-        kind, constants = self._reading(plan, V, dtype, scale, not compiling and self._has_values())
-        if in_graph or not self._has_values():
-            pair = weights(kind, U, S, V, dtype, scale)
+            assert_guarded(self.S, self.guarded_mask(), layers)
+        kind, constants = self.constants(plan, dtype, scale)
+        if in_graph or not self.has_values:
+            pair = weights(kind, self.U, self.S, constants.V, dtype, scale)
         else:
-            pair = self._made(kind, V, dtype, scale)
-        return Layer(kind, S, U, V, *pair, *constants)
+            pair = self.weights(kind, dtype, scale)
+        return SVFConvolution(kind, self.S, *pair, constants)
 
-    def _reading(
-        self, plan: Plan, V: Tensor, dtype: torch.dtype, scale: Tensor | None, keep: bool
+    def constants(
+        self, plan: Plan, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[Kind, Constants]:
-        """What a plan's gradients take of U and V, made once where it can be kept."""
-        geometry, trains, at = self._geometry(), self.S.requires_grad, (dtype, scale is not None)
-        found = plan.readings.get(at) if keep else None
-        if found is not None and found[:2] == (geometry, trains) and found[2] is scale:
-            return found.kind, found.constants
-        strategy = plan.strategy if trains else "frozen"
-        kind = Kind.of(torch.Size((len(self.U), *V.shape[1:])), geometry, strategy)
-        constants = Constants.of(kind, self.U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale)
-        if keep and not self._is_captured():
-            plan.readings[at] = Reading(geometry, trains, scale, kind, constants)
-        return kind, constants
+        """Return what the gradients take of U and V under a plan, kept where that is possible."""
+        geometry, trains = self.geometry, self.S.requires_grad
+        keep = not torch.compiler.is_compiling() and self.has_values
+        at = dtype, geometry, trains, scale is not None
+        found = plan.constants.get(at) if keep else None
+        if found is not None and found[0] is scale:
+            return found[1:]
+        U, V, strategy = self.U, self.kernel, plan.strategy if trains else "frozen"
+        kind = Kind.of(torch.Size((len(U), *V.shape[1:])), geometry, strategy)
+        made = Constants.of(kind, U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale)
+        if keep and not self.is_captured:
+            plan.constants[at] = scale, kind, made
+        return kind, made
 
-    def _made(
-        self, kind: Kind, V: Tensor, dtype: torch.dtype, scale: Tensor | None
+    def weights(
+        self, kind: Kind, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """W, and with a scale scale ⊙ W, for the present values of S."""
-        made = self._values.take(dtype, scale, kind.strategy == "chain")
+        """Return W, and with a scale scale ⊙ W, for the present values of S."""
+        chain = kind.strategy == "chain"
+        made = self.values.take(dtype, scale, chain)
         if made is None:
-            with self._network.lock:
-                made = self._make(kind, V, dtype, scale)
+            with self.network.lock:
+                made = self.values.take(dtype, scale, chain)  # by another thread meanwhile
+                if made is None:
+                    made = self._make(kind, dtype, scale)
         return made.weight, None if scale is None else made.scaled
 
-    def _make(self, kind: Kind, V: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Made:
-        values, chain = self._values, kind.strategy == "chain"
-        made = values.take(dtype, scale, chain)  # by another thread meanwhile
-        if made is not None:
-            return made
+    def _make(self, kind: Kind, dtype: torch.dtype, scale: Tensor | None) -> Made:
+        values, chain = self.values, kind.strategy == "chain"
         values.made.pop(dtype, None)
         values.scales[dtype] = scale
-        if maps.on_gpu(self.U) and self._composes(dtype) and not self._is_captured():
-            self._network.compose(self._network.to_compose(dtype, self.S.device), dtype)
+        if maps.on_gpu(self.U) and self.composes(dtype) and not self.is_captured:
+            self.network.compose(self.network.to_compose(dtype, self.S.device), dtype)
         else:
-            pair = weights(kind, self.U, self.S, V, dtype, scale)
+            pair = weights(kind, self.U, self.S, self.kernel, dtype, scale)
             values.made[dtype] = Made(scale, chain, *pair)
         made = values.take(dtype, scale, chain)
         assert made is not None
         return made
 
-    def _composes(self, dtype: torch.dtype) -> bool:
-        """Whether W in a dtype was asked for and one launch makes it with those of other layers."""
-        plan, U, S, V = self._plan, self.U, self.S, self.V
+    def composes(self, dtype: torch.dtype) -> bool:
+        """Tell whether one launch makes W, which was asked for in a dtype, with that of others."""
+        plan, U, S, V = self.plan, self.U, self.S, self.V
         return (
-            dtype in self._values.scales
+            dtype in self.values.scales
             and dtype != torch.float64
             and maps.on_gpu(U)
             and U.dtype == S.dtype == V.dtype == torch.float32
             and not (plan is not None and plan.strategy == "chain" and S.requires_grad)
         )
 
-    def _entry(self, dtype: torch.dtype) -> Entry:
-        """What :func:`svf_fast.ops.compose.compose_all` takes of this layer."""
-        groups, scale = self._geometry().groups, self._values.scales[dtype]
-        return Entry(self.U, self.S.detach(), self._kernel(), groups, scale)
+    def entry(self, dtype: torch.dtype) -> Entry:
+        """Return what :func:`svf_fast.ops.compose.compose_all` takes of this layer."""
+        groups, scale = self.geometry.groups, self.values.scales[dtype]
+        return Entry(self.U, self.S.detach(), self.kernel, groups, scale)
 
-    def _guarded(self) -> Tensor:
-        """Which directions are guarded: bool [G·R]."""
-        groups, tail = self._geometry().groups, None if self._plan is None else self._plan.tail
+    def guarded_mask(self) -> Tensor:
+        """Return which directions are guarded: bool [G·R]."""
+        groups, tail = self.geometry.groups, None if self.plan is None else self.plan.tail
         guarded = torch.zeros_like(self.S, dtype=torch.bool)
         if tail is None:
             return guarded
         return guarded.reshape(groups, -1).scatter(1, tail, True).flatten()
 
-    def _compute_dtype(self, x: Tensor, layer: str) -> torch.dtype:
+    def compute_dtype(self, x: Tensor, layer: str) -> torch.dtype:
         """The dtype the layer computes in; checks type, dtype and device of x."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{layer}: expected a Tensor, got {type(x).__name__}")
@@ -388,17 +407,17 @@ class Factored(nn.Module):
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        replica._plan, replica._values = None, Values()  # of its own S
-        replica.__dict__.pop("_network")
+        replica.plan, replica.values = None, Values()  # of its own S
+        replica.__dict__.pop("network")
         Network().join(replica)
         return replica
 
     def __getstate__(self):
-        return {**self.__dict__, "_plan": None, "_values": None}
+        return {**self.__dict__, "plan": None, "values": None}
 
     def __setstate__(self, state):
-        network = state.get("_network") or Network()
-        super().__setstate__({key: value for key, value in state.items() if key != "_network"})
+        network = state.get("network") or Network()
+        super().__setstate__({key: value for key, value in state.items() if key != "network"})
         network.join(self)
         self.refresh()
 

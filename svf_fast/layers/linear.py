@@ -50,25 +50,27 @@ class SVFLinear(Factored):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._adopt(linear.weight, linear.bias, factors)
 
-    def _geometry(self) -> Geometry:
+    @property
+    def geometry(self) -> Geometry:
         return Geometry()
 
-    def _kernel(self) -> Tensor:
+    @property
+    def kernel(self) -> Tensor:
         return self.V[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self._compute_dtype(x, "SVFLinear")
+        dtype = self.compute_dtype(x, "SVFLinear")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"SVFLinear: expected x of shape [..., {self.in_features}], got {list(x.shape)}"
             )
         # a 1×1 convolution over a batch of single positions
         positions = x.to(dtype).reshape(-1, self.in_features, 1, 1)
-        layer = self.layer(dtype)
-        if layer is not None:
-            y = svf_conv2d(positions, layer, self.bias)
+        conv = self.convolution(dtype)
+        if conv is not None:
+            y = svf_conv2d(positions, conv, self.bias)
         else:
-            y = paper_layers(positions, self.U, self.S, self._kernel(), self.bias, Geometry())
+            y = paper_layers(positions, self.U, self.S, self.kernel, self.bias, Geometry())
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def merged(self) -> nn.Linear:

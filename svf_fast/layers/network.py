@@ -45,10 +45,10 @@ class Network:
 
     def join(self, layer: Factored) -> None:
         """Takes a layer in, which leaves the network it was in."""
-        former = layer.__dict__.get("_network")
+        former = layer.__dict__.get("network")
         if former is not None:
             former._layers = [ref for ref in former._layers if ref() not in (None, layer)]
-        layer._network = self
+        layer.network = self
         self._layers.append(weakref.ref(layer))
 
     def layers(self, device: torch.device) -> list[Factored]:
@@ -65,15 +65,15 @@ class Network:
         arrival = self._arrivals.get(device)
         taken = [] if arrival is None else arrival.taken()
         for layer, S in taken:
-            if layer._plan is not None and layer.S.numel() == S.numel():
-                layer._plan_for(S.to(layer.S.dtype))
+            if layer.plan is not None and layer.S.numel() == S.numel():
+                layer.plan_for(S.to(layer.S.dtype))
         if not moved and not (arrival is not None and taken and arrival.owed):
             return
         layers = self.layers(device)
         for layer in layers:
             S = layer.S
-            if not layer._values.seen.holds(S):
-                layer._values.moved(Seen(S), None)
+            if not layer.values.seen.holds(S):
+                layer.values.moved(Seen(S), None)
         if arrival is None:
             arrival = self._arrivals[device] = _Arrival()
         arrival.start(layers)
@@ -85,11 +85,11 @@ class Network:
     def to_compose(self, dtype: torch.dtype, device: torch.device) -> list[Factored]:
         """The layers on a GPU whose W was asked for in a dtype and is not there."""
         found = self.layers(device)
-        return [x for x in found if dtype not in x._values.made and x._composes(dtype)]
+        return [x for x in found if dtype not in x.values.made and x.composes(dtype)]
 
     def compose(self, layers: list[Factored], dtype: torch.dtype) -> None:
         """Makes W of some layers on one GPU, scaled where it was asked for so, in one launch."""
-        entries = [layer._entry(dtype) for layer in layers]
+        entries = [layer.entry(dtype) for layer in layers]
         table, programs = self._together(entries, dtype)
 
         def run() -> tuple[list[Tensor | None], None]:
@@ -103,7 +103,7 @@ class Network:
             layers, entries, made[::2], made[1::2], strict=True
         ):
             assert weight is not None
-            layer._values.made[dtype] = Made(entry.scale, False, weight, scaled)
+            layer.values.made[dtype] = Made(entry.scale, False, weight, scaled)
 
     def prepare(self) -> None:
         """Sends GPUs what :meth:`compose_captured` needs: nothing can be sent during a capture."""
@@ -111,7 +111,7 @@ class Network:
             if guarded := self._guarded(device):
                 self._guards(guarded)
             for dtype, layers in self._in_use(device):
-                self._together([layer._entry(dtype) for layer in layers], dtype)
+                self._together([layer.entry(dtype) for layer in layers], dtype)
 
     def compose_captured(self, device: torch.device) -> None:
         """Puts W of all layers in use into a CUDA graph, and the test that their guards suffice."""
@@ -132,7 +132,7 @@ class Network:
         """Of all layers whose S trains: weights are made anew when they are asked for."""
         for layer in self.layers(device):
             if layer.S.requires_grad:
-                layer._values.made.clear()
+                layer.values.made.clear()
 
     def _devices(self) -> set[torch.device]:
         alive = (ref() for ref in self._layers)
@@ -141,29 +141,29 @@ class Network:
     def _in_use(self, device: torch.device) -> list[tuple[torch.dtype, list[Factored]]]:
         """The layers whose S trains, by the dtype that their W was asked for in."""
         layers = [layer for layer in self.layers(device) if layer.S.requires_grad]
-        dtypes = dict.fromkeys(dtype for layer in layers for dtype in layer._values.scales)
-        found = ((dtype, [x for x in layers if x._composes(dtype)]) for dtype in dtypes)
+        dtypes = dict.fromkeys(dtype for layer in layers for dtype in layer.values.scales)
+        found = ((dtype, [x for x in layers if x.composes(dtype)]) for dtype in dtypes)
         return [(dtype, composing) for dtype, composing in found if composing]
 
     def _guarded(self, device: torch.device) -> list[Factored]:
         """The layers that divide by values of S."""
         layers = [layer for layer in self.layers(device) if layer.S.requires_grad]
-        return [x for x in layers if x._plan is not None and x._plan.strategy == "gram"]
+        return [x for x in layers if x.plan is not None and x.plan.strategy == "gram"]
 
     def _guards(self, layers: list[Factored]) -> tuple[Tensor, Tensor]:
         """``guarded`` and ``layers`` of :func:`svf_fast.ops.guard.guards_hold`."""
 
         def make() -> tuple[Tensor, Tensor]:
             starts = itertools.accumulate((x.S.numel() for x in layers), initial=0)
-            groups = [*(x._geometry().groups for x in layers), 0]
+            groups = [*(x.geometry.groups for x in layers), 0]
             rows = torch.tensor(list(zip(starts, groups, strict=True)), dtype=torch.int64)
-            guarded = torch.cat([layer._guarded() for layer in layers])
+            guarded = torch.cat([layer.guarded_mask() for layer in layers])
             made = guarded, _sent(rows, guarded.device)
             # so that its kernel is loaded before a capture
             guards_hold(torch.cat([layer.S.detach() for layer in layers]), *made, 2 * GUARD_LIMIT)
             return made
 
-        plans = tuple(layer._plan for layer in layers)
+        plans = tuple(layer.plan for layer in layers)
         return self._kept(("guards", layers[0].S.device), plans, make)
 
     def _together(self, entries: list[Entry], dtype: torch.dtype) -> tuple[Tensor, Programs]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from svf_fast.ops.svf_conv2d import Constants, Geometry, Kind
+from svf_fast.ops.factors import Constants, Kind
 
 
 class Seen:
@@ -34,23 +35,13 @@ class Seen:
         return True
 
 
-class Reading(NamedTuple):
-    """What the gradients take of U and V in one dtype, for one geometry and scale."""
-
-    geometry: Geometry
-    trains: bool
-    scale: Tensor | None
-    kind: Kind
-    constants: Constants
-
-
 @dataclasses.dataclass(eq=False)
 class Plan:
     """How a layer computes: what follows from U, V and the guarded directions.
 
-    Another object whenever one of these changes: who has the same plan may keep what follows from
-    it. factors: U and V; asked: the strategy that was asked for. host_tail: the tail on the CPU,
-    where the directions are chosen. readings: by dtype, with a scale folded in and without.
+    A new object is created on every change, so callers may cache by identity. factors: U and V;
+    asked: the strategy that was asked for. host_tail: the tail on the CPU, where the directions are
+    chosen. constants: what :meth:`Factored.constants` returned, after the scale it was for.
     """
 
     factors: Seen
@@ -60,7 +51,9 @@ class Plan:
     host_tail: Tensor | None
     dual_U: Tensor | None = None
     dual_V: Tensor | None = None
-    readings: dict[tuple[torch.dtype, bool], Reading] = dataclasses.field(default_factory=dict)
+    constants: dict[Hashable, tuple[Tensor | None, Kind, Constants]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 class Made(NamedTuple):

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from svf_fast.ops import maps
-from svf_fast.ops.convolution import convolution
-from svf_fast.ops.gram import activation_gradients
+from svf_fast.ops.activation_gradients import activation_gradients
+from svf_fast.ops.convolution import convolution, memory_format
+from svf_fast.ops.factors import Activation, Gradient, Kept, Kind, SVFConvolution
+from svf_fast.ops.node import keeps_graph, no_autocast, unpack_saved
 from svf_fast.ops.pointwise import Extras, fuses, pointwise
 from svf_fast.ops.program import Programs, runs_programs
-from svf_fast.ops.svf_conv2d import (
-    Activation,
-    Gradient,
-    Kind,
-    Layer,
-    keeps_graph,
-    memory_format,
-    no_autocast,
-    saved,
-)
 from svf_fast.reference.pointwise import Epilogue, Prologue
 
 # of svf_fast.ops.affine_act, whose checks are the caller's here
@@ -42,31 +34,44 @@ _back, _back_ = (
     torch.ops.svf_fast.affine_act_backward_.default,
 )
 
+_T = TypeVar("_T")
+
 
 class Stage(NamedTuple):
     """A convolution and the affine map ``y·scale_c + shift_c`` of the batch norm that follows.
 
-    scale, shift [Co]: in float32, float64 for float64 maps. The scale is folded into ``layer``
-    where no ReLU stands between the gradient that the stage gets and its y: :func:`folds_scale`.
-    Before a sum with the shortcut's own stage the last stage's shift is that of both.
+    scale, shift [Co]: in float32, float64 for float64 maps. The scale is folded into ``conv`` where
+    no ReLU stands between the gradient that the stage gets and its y: in a shortcut's own stage,
+    and in the last one where a shortcut is added or no ReLU ends the block. Before a sum with the
+    shortcut's own stage the last stage's shift is that of both.
     """
 
-    layer: Layer
+    conv: SVFConvolution
     scale: Tensor
     shift: Tensor
 
+    @classmethod
+    def of(cls, kind: Kind, tensors: Sequence[Any]) -> Stage:
+        """Return the stage of these `tensors`."""
+        return cls(SVFConvolution.of(kind, tensors[:-2]), *tensors[-2:])
 
-class Kept(NamedTuple):
-    """What a stage leaves for the backward pass.
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of it that is a tensor, or None."""
+        return *self.conv.tensors, self.scale, self.shift
+
+
+class Keeps(NamedTuple):
+    """What a stage keeps for the backward pass.
 
     y: read by its own Gram matrix, or to rebuild the next stage's input.
     mask: the sign of what its ReLU got, where it cannot be computed from y.
-    again: y and v are computed a second time instead.
+    recomputes: y and v are computed a second time instead.
     """
 
     y: bool
     mask: bool
-    again: bool
+    recomputes: bool
 
 
 class Form(NamedTuple):
@@ -77,40 +82,37 @@ class Form(NamedTuple):
         "convolution" (a stage of its own).
     relu: whether a ReLU ends it. Between the stages there always is one.
     recompute: y of the second stage is not kept but computed again from the first's.
-    kept: of each stage beside the shortcut.
+    keeps: of each stage beside the shortcut.
     """
 
     kinds: tuple[Kind, ...]
     shortcut: str
     relu: bool
     recompute: bool
-    kept: tuple[Kept, ...]
+    keeps: tuple[Keeps, ...]
 
     @classmethod
     def of(cls, kinds: tuple[Kind, ...], shortcut: str, relu: bool, recompute: bool) -> Form:
-        count, kept = len(kinds) - (shortcut == "convolution"), []
+        """Decide what each stage keeps."""
+        count, keeps = len(kinds) - (shortcut == "convolution"), []
         recompute = recompute and count > 1
         for index in range(count):
-            y, again = kinds[index].keeps == "y", recompute and index == 1
+            y, recomputes = kinds[index].keeps == "y", recompute and index == 1
             if index == count - 1:
                 mask = relu and (shortcut != "" or not y)
             else:
-                feeds_again = recompute and index == 0
-                y = y or feeds_again or kinds[index + 1].keeps == "x"
+                is_source = recompute and index == 0
+                y = y or is_source or kinds[index + 1].keeps == "x"
                 mask = not y
-            kept.append(Kept(y, mask, again))
-        return cls(kinds, shortcut, relu, recompute, tuple(kept))
+            keeps.append(Keeps(y, mask, recomputes))
+        return cls(kinds, shortcut, relu, recompute, tuple(keeps))
+
+    def split(self, every: Sequence[_T]) -> tuple[Sequence[_T], _T | None]:
+        """Part the stages, or what there is of each, from the shortcut's, which is the last."""
+        return (every[:-1], every[-1]) if self.shortcut == "convolution" else (every, None)
 
 
 _form = functools.lru_cache(maxsize=256)(Form.of)  # a network has few
-
-
-def folds_scale(index: int, count: int, shortcut: bool, relu: bool) -> bool:
-    """Whether a stage's ``layer`` takes the gradient of its batch norm's output, not of its y.
-
-    Of the stage ``index`` of ``count`` beside the shortcut; a shortcut's own stage always does.
-    """
-    return index == count - 1 and (shortcut or not relu)
 
 
 def block(
@@ -122,7 +124,7 @@ def block(
     recompute: bool = False,
     programs: Programs | None = None,
 ) -> Tensor:
-    """``relu(stage_n(… relu(stage_1(x))) + shortcut)``, differentiable in x and every S.
+    """Compute ``relu(stage_n(… relu(stage_1(x))) + shortcut)``, differentiable in x and every S.
 
     x [N, C, H, W] in one dtype with the weights. The shortcut is a stage applied to ``shortcut_x``
     (x where None), or "identity" (x itself), "given" (``shortcut_x`` itself), or "" (nothing). With
@@ -139,157 +141,112 @@ def block(
         raise ValueError(f"shortcut_x: expected a map for 'given' and none for {shortcut!r}")
     every = [*stages, *([] if isinstance(shortcut, str) else [shortcut])]
     kind = shortcut if isinstance(shortcut, str) else "convolution"
-    kinds = tuple(stage.layer.kind for stage in every)
+    kinds = tuple(stage.conv.kind for stage in every)
     if torch.compiler.is_compiling():  # a trace wants to see every tensor
         form = Form.of(kinds, kind, relu, recompute)
-        tensors = [t for stage in every for t in (*stage.layer[1:], stage.scale, stage.shift)]
+        tensors = [t for stage in every for t in stage.tensors]
         return _Block.apply(x, shortcut_x, form, None, None, *tensors)
     form = _form(kinds, kind, relu, recompute)
     if programs is not None and not runs_programs():
         programs = None
-    return _Block.apply(x, shortcut_x, form, every, programs, *[stage.layer.S for stage in every])
-
-
-_TENSORS = len(Layer._fields) + 1  # of a stage: those of its layer, scale, shift
-_FACTORS = 3  # S, U and V, the first of them
-
-
-def _stages(form: Form, tensors: Sequence[Any]) -> list[Stage]:
-    """The stages, that of the shortcut last, of the tensors as :func:`block` lays them out."""
-    found = []
-    for index, kind in enumerate(form.kinds):
-        *layer, scale, shift = tensors[_TENSORS * index : _TENSORS * (index + 1)]
-        found.append(Stage(Layer(kind, *layer), scale, shift))
-    return found
-
-
-class _Maps(NamedTuple):
-    """What a stage left: v, y and the mask as far as :class:`Kept` says so."""
-
-    v: Tensor | None
-    y: Tensor | None
-    mask: Tensor | None
-
-
-def _forward(
-    form: Form,
-    stages: Sequence[Stage],
-    index: int,
-    h: Activation,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-) -> tuple[Activation, _Maps]:
-    """What the next stage reads, and what of this one is kept; the last one adds the residual."""
-    layer, scale, shift = stages[index]
-    last = index == len(stages) - 1
-    keep = form.kept[index]
-    keeps_y = keep.y and not keep.again
-    relu = form.relu or not last
-    read, geometry, v = layer.last(h)
-    guards = v is None and layer.tail_V is not None
-    on_gpu = maps.on_gpu(read.y)
-    prologue = Prologue(read.scale, read.shift)
-    epilogue = Epilogue(
-        scale, shift, residual, residual_scale, relu=relu, keep=keeps_y, mask=keep.mask
-    )
-    if on_gpu and fuses(read.y, layer.weight, geometry, Extras.of(prologue, epilogue)):
-        out, y, mask = pointwise(read.y, layer.weight.flatten(1), prologue, epilogue)
-        v = layer.guarded(h.tensor()) if guards else v
-    else:
-        x = read.tensor()
-        y = convolution(x, layer.weight, None, geometry)
-        v = layer.guarded(x) if guards else v
-        if on_gpu and keeps_y and not last and _rebuilds(form, stages, index + 1, y):
-            return Activation(y, scale, shift), _Maps(v, y, None)
-        if keeps_y:
-            out, mask = _activate(y, scale, shift, residual, residual_scale, relu, keep.mask)
-        else:  # y is this node's own and read by nobody else
-            mask = _activate_(y, scale, shift, residual, residual_scale, relu, keep.mask)
-            out = y
-    kept = y if keeps_y else None
-    return Activation(out), _Maps(None if keep.again else v, kept, mask if keep.mask else None)
-
-
-def _rebuilds(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> bool:
-    """Whether a stage rebuilds its input from the y before as it reads it."""
-    layer, keep = stages[index].layer, form.kept[index]
-    if layer.kind.strategy == "chain":
-        return False
-    extras = Extras(
-        in_scale=True,
-        scale=True,
-        residual=form.shortcut != "" and index == len(stages) - 1,
-        keep=keep.y and not keep.again,
-        mask=keep.mask,
-    )
-    return fuses(y, layer.weight, layer.kind.geometry, extras)
+    return _Block.apply(x, shortcut_x, form, every, programs, *[stage.conv.S for stage in every])
 
 
 class _Block(torch.autograd.Function):
+    """The stages come as they are, with S of each as what is differentiated, or all as tensors."""
+
     @staticmethod
     def forward(ctx, x, shortcut_x, form, stages, programs, *tensors):
-        traced, every = stages is None, stages or _stages(form, tensors)
+        every = stages or _unpack_stages(form, tensors)
         run = functools.partial(_forward_pass, form, every, x, shortcut_x)
         if programs is None:
-            (y, *kept), ctx.past = run()
+            (out, *kept), ctx.past = run()
         else:
-            inputs = [x, shortcut_x, *_changing(every)]
+            inputs = [x, shortcut_x, *_values(every)]
             constants = functools.partial(_constants, every)
             key = form, *_switches(x)
-            (y, *kept), ctx.past = programs.run(key, run, inputs, constants)
+            (out, *kept), ctx.past = programs.run(key, run, inputs, constants)
         # the factors too: a change of theirs in place is noticed
-        factors = [t for stage in every for t in stage.layer[1 : 1 + _FACTORS]]
-        ctx.save_for_backward(*kept, *factors)
-        ctx.stages, ctx.programs = None if traced else every, programs
-        ctx.others = [(*s.layer[1 + _FACTORS :], *s[1:]) for s in every] if traced else ()
-        return y
+        own = [t for s in every for t in s.conv.factors] if stages else tensors
+        ctx.save_for_backward(*kept, *own)
+        ctx.stages, ctx.programs = stages, programs
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        past, programs = ctx.past, ctx.programs
-        tensors = saved(ctx, "fused block")
-        end = len(tensors) - _FACTORS * len(past.form.kinds)
-        kept, factors = tensors[:end], tensors[end:]
-        stages = list(ctx.stages or ())
-        for index, (*others, scale, shift) in enumerate(ctx.others):  # traced
-            own = factors[_FACTORS * index :][:_FACTORS]
-            stages.append(Stage(Layer(past.form.kinds[index], *own, *others), scale, shift))
+        past, stages, programs = ctx.past, ctx.stages, ctx.programs
+        tensors = unpack_saved(ctx, "fused block")
+        count = len(past.form.kinds)
+        kept, own = tensors[: count * len(Maps._fields)], tensors[count * len(Maps._fields) :]
+        stages = stages or _unpack_stages(past.form, own)
         needs = ctx.needs_input_grad[:2]
         run = functools.partial(_backward_pass, past, stages, kept, needs, grad)
         with no_autocast(grad):
             if programs is None or not runs_programs():
                 (grad_x, grad_shortcut_x, *grads_S), _ = run()
             else:
-                inputs = [grad, *kept, *_changing(stages)]
+                inputs = [grad, *kept, *_values(stages)]
                 constants = functools.partial(_constants, stages)
                 key = past, needs, *_switches(grad)
                 (grad_x, grad_shortcut_x, *grads_S), _ = programs.run(key, run, inputs, constants)
-        none = [None] * (0 if ctx.stages else _TENSORS - 1)
+        none = [None] * (0 if ctx.stages else len(own) // count - 1)
         if not keeps_graph():
-            ctx.stages, ctx.others, ctx.programs = None, (), None
+            ctx.stages = ctx.programs = None
         grads = [g for grad_S in grads_S for g in (grad_S, *none)]
         return grad_x, grad_shortcut_x, None, None, None, *grads
 
 
-def _changing(stages: Sequence[Stage]) -> list[Tensor | None]:
-    """S of each stage and what follows from it."""
-    return [x for s in stages for x in (s.layer.S, s.layer.weight, s.layer.scaled)]
+def _unpack_stages(form: Form, tensors: Sequence[Any]) -> list[Stage]:
+    """Return the stages whose :attr:`Stage.tensors` these are, one after another."""
+    size = len(tensors) // len(form.kinds)
+    parts = [tensors[size * index : size * (index + 1)] for index in range(len(form.kinds))]
+    return [Stage.of(kind, part) for kind, part in zip(form.kinds, parts, strict=True)]
+
+
+def _values(stages: Sequence[Stage]) -> list[Tensor | None]:
+    """List S of each stage and what follows from it."""
+    return [x for stage in stages for x in stage.conv.values]
 
 
 def _constants(stages: Sequence[Stage]) -> list[Tensor | None]:
-    """What else the passes read of the stages."""
-    return [x for s in stages for x in (*s.layer[2:4], *s.layer[6:], s.scale, s.shift)]
+    """List what else the passes read of the stages."""
+    return [x for stage in stages for x in (*stage.conv.constants, stage.scale, stage.shift)]
 
 
 def _switches(x: Tensor) -> tuple:
-    """Of torch, by which the passes over maps like x decide."""
+    """Return torch's switches by which the passes over maps like x decide."""
     on_gpu = maps.on_gpu(x)
     products = maps.float32_products() if on_gpu and x.dtype == torch.float32 else None
     return on_gpu, products, torch.is_autocast_enabled(x.device.type)
 
 
-class _Past(NamedTuple):
+class Maps(NamedTuple):
+    """The maps of a stage that are kept, as far as its kind and :class:`Keeps` say so.
+
+    x: of the first stage and the shortcut's; that of another is rebuilt from y of the one before.
+    """
+
+    x: Tensor | None
+    v: Tensor | None
+    y: Tensor | None
+    mask: Tensor | None
+
+    def kept(self, x: Activation | None = None) -> Kept:
+        """Return what its convolution's gradients read, with `x` where its own is not kept."""
+        return Kept(x if self.x is None else Activation(self.x), self.v, self.y)
+
+
+def _pack(every: Sequence[Maps]) -> list[Tensor | None]:
+    return [x for one in every for x in [*one]]  # a list for torch.compile of torch 2.11
+
+
+def _unpack(tensors: Sequence[Any]) -> list[Maps]:
+    size = len(Maps._fields)
+    return [Maps(*tensors[at : at + size]) for at in range(0, len(tensors), size)]
+
+
+class Past(NamedTuple):
     """What a forward pass leaves for the backward pass besides tensors.
 
     shapes: of what enters each stage; formats: of what leaves it. shortcut_shape: of a map of the
@@ -304,204 +261,197 @@ class _Past(NamedTuple):
 
 def _forward_pass(
     form: Form, every: Sequence[Stage], x: Tensor, shortcut_x: Tensor | None
-) -> tuple[list[Tensor | None], _Past]:
-    """The block's output, then what the backward pass reads: sources, and v, y, mask of stages."""
-    stages = list(every)
-    shortcut = stages.pop() if form.shortcut == "convolution" else None
-    sources, shapes, formats = [], [], []
-    kept: list[Tensor | None] = []
+) -> tuple[list[Tensor | None], Past]:
+    """Compute the block's output, then the :class:`Maps` of every stage, packed."""
+    stages, shortcut = form.split(every)
+    shapes, formats = [], []
+    kept: list[Maps] = []
 
     residual, residual_scale = (x if form.shortcut == "identity" else shortcut_x), None
-    leaves: tuple[Any, ...] = ()
     if shortcut is not None:
-        source = shortcut.layer.sampled(x if shortcut_x is None else shortcut_x)
-        residual, v = shortcut.layer.forward(source)
-        residual_scale = shortcut.scale
-        sources.append(source if shortcut.layer.kind.keeps == "x" else None)
-        leaves = v, residual if shortcut.layer.kind.keeps == "y" else None, None
+        conv, residual_scale = shortcut.conv, shortcut.scale
+        source = conv.sample(x if shortcut_x is None else shortcut_x)
+        residual, v = conv.forward(source)
+        keeps = conv.kind.keeps
+        of_shortcut = Maps(
+            source if keeps == "x" else None, v, residual if keeps == "y" else None, None
+        )
 
     h = Activation(x)
     for index, stage in enumerate(stages):
         shapes.append(h.y.shape)
-        if stage.layer.kind.samples and stage.layer.kind.geometry.stride != (1, 1):
-            h = Activation(stage.layer.sampled(h.tensor()))
-        if index == 0:
-            sources.append(h.y if stage.layer.kind.keeps == "x" else None)
+        if stage.conv.kind.strides:
+            h = Activation(stage.conv.sample(h.tensor()))
         added = (residual, residual_scale) if index == len(stages) - 1 else (None, None)
-        h, maps = _forward(form, stages, index, h, *added)
+        h, one = _run_stage(form, stages, index, h, *added)
         formats.append(memory_format(h.y))
-        kept += [*maps]  # a list for torch.compile of torch 2.11
+        kept.append(one)
+    if shortcut is not None:
+        kept.append(of_shortcut)
     shape = None if shortcut_x is None else shortcut_x.shape
-    return [h.y, *sources, *kept, *leaves], _Past(form, tuple(shapes), tuple(formats), shape)
+    return [h.y, *_pack(kept)], Past(form, tuple(shapes), tuple(formats), shape)
+
+
+def _run_stage(
+    form: Form,
+    stages: Sequence[Stage],
+    index: int,
+    h: Activation,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+) -> tuple[Activation, Maps]:
+    """Compute what the next stage reads; the last stage adds the residual."""
+    conv, scale, shift = stages[index]
+    last = index == len(stages) - 1
+    keeps = form.keeps[index]
+    keeps_y = keeps.y and not keeps.recomputes
+    relu = form.relu or not last
+    x = h.y if index == 0 and conv.kind.keeps == "x" else None
+    read, geometry, v = conv.last(h)
+    guards = v is None and conv.constants.tail_V is not None
+    on_gpu = maps.on_gpu(read.y)
+    prologue = Prologue(read.scale, read.shift)
+    epilogue = Epilogue(
+        scale, shift, residual, residual_scale, relu=relu, keep=keeps_y, mask=keeps.mask
+    )
+    if on_gpu and fuses(read.y, conv.weight, geometry, Extras.of(prologue, epilogue)):
+        out, y, mask = pointwise(read.y, conv.weight.flatten(1), prologue, epilogue)
+        v = conv.guarded(h.tensor()) if guards else v
+    else:
+        entering = read.tensor()
+        y = convolution(entering, conv.weight, None, geometry)
+        v = conv.guarded(entering) if guards else v
+        if on_gpu and keeps_y and not last and _rebuilds_input(form, stages, index + 1, y):
+            return Activation(y, scale, shift), Maps(x, v, y, None)
+        if keeps_y:
+            out, mask = _activate(y, scale, shift, residual, residual_scale, relu, keeps.mask)
+        else:  # y is this node's own and read by nobody else
+            mask = _activate_(y, scale, shift, residual, residual_scale, relu, keeps.mask)
+            out = y
+    kept_v = None if keeps.recomputes else v
+    return Activation(out), Maps(x, kept_v, y if keeps_y else None, mask if keeps.mask else None)
+
+
+def _rebuilds_input(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> bool:
+    """Tell whether the kernel of a stage recomputes its input from the y before as it reads it."""
+    conv, keeps = stages[index].conv, form.keeps[index]
+    if conv.kind.strategy == "chain":
+        return False
+    extras = Extras(
+        in_scale=True,
+        scale=True,
+        residual=form.shortcut != "" and index == len(stages) - 1,
+        keep=keeps.y and not keeps.recomputes,
+        mask=keeps.mask,
+    )
+    return fuses(y, conv.weight, conv.kind.geometry, extras)
+
+
+class _Flow(NamedTuple):
+    """What arrives at a stage: dL/dy, and its dL/dS [G, R] where that was read off on the way."""
+
+    grad_y: Gradient
+    read_off: Tensor | None = None
 
 
 def _backward_pass(
-    past: _Past,
-    stages: Sequence[Stage],
+    past: Past,
+    every: Sequence[Stage],
     tensors: Sequence[Any],
     needs: Sequence[bool],
     grad: Tensor,
 ) -> tuple[list[Tensor | None], None]:
-    """dL/dx and dL/dshortcut_x as far as they are needed, then dL/dS of each stage.
+    """Compute dL/dx and dL/dshortcut_x as far as they are needed, then dL/dS of each stage.
 
-    tensors: as the forward pass left them.
+    tensors: as the forward pass packed them.
     """
-    form, count, stages = past.form, len(past.form.kinds), list(stages)
-    sources = tensors[: 2 if form.shortcut == "convolution" else 1]
-    rest = tensors[len(sources) :]
-    kept = [_Maps(*rest[3 * index : 3 * index + 3]) for index in range(count)]
-    shortcut, shortcut_kept = None, None
-    if form.shortcut == "convolution":
-        shortcut, shortcut_kept = stages.pop(), kept.pop()
+    form, kept = past.form, _unpack(tensors)
+    stages, shortcut = form.split(every)
     if form.recompute:
-        kept[1] = _again(stages, kept)
+        kept[1] = _recompute(stages, kept)
+    last = kept[len(stages) - 1]
 
     # masks are in the memory order of what left a stage; a gradient may have taken another
     grad = grad.contiguous(memory_format=past.formats[-1])
-    total = Gradient(grad, kept[-1].mask if form.relu and form.shortcut else None)
-    arriving = total
-    grad_x: Tensor | None
+    total = Gradient(grad, last.mask if form.relu and form.shortcut else None)  # of the sum
+    flow = _Flow(total)
     if form.relu and not form.shortcut:
-        arriving = Gradient(_through(grad, stages[-1], kept[-1]))
-    grads_S: list[Tensor | None] = [None] * len(stages)
-    read_off: Tensor | None = None  # dL/dS of the stage that comes next, as far as it is known
+        flow = _Flow(Gradient(_relu_gradient(grad, stages[-1], last)))
+    grads_S: list[Tensor | None] = [None] * len(every)
     for index in reversed(range(1, len(stages))):
-        layer, maps = stages[index].layer, kept[index]
-        x = _input(stages, kept, index)
-        if layer.kind.strategy == "chain":
-            value, grads_S[index] = layer.through_U(arriving.tensor(), maps.v)
-            arriving = Gradient(value)
-        own = layer.input_gradient(arriving, past.shapes[index])
-        if not layer.kind.samples and layer.kind.keeps in ("x", "y") and read_off is None:
-            grads_S[index] = layer.scale_gradient(arriving, None, x, maps.v, maps.y)
-        elif read_off is not None:
-            grads_S[index] = layer.with_exact(read_off, arriving, x, maps.v)
-        g, read_off, after = _between(stages, kept, index, own, x, past)
-        if layer.kind.samples:
-            assert after is not None
-            grads_S[index] = layer.with_exact(after, arriving, x, maps.v)
-        arriving = Gradient(g)
-    identity, other_x = form.shortcut == "identity", past.shortcut_shape is not None
-    into = total if identity and form.relu else None  # this node's own, once its mask is applied
+        grads_S[index], flow = _through_stage(stages, kept, index, flow, past)
+
+    into = total if form.shortcut == "identity" and form.relu else None  # a map of this node's own
     grad_shortcut_x = total.tensor() if form.shortcut == "given" else None
-    if shortcut is not None and shortcut_kept is not None:
-        shape, needs_x = past.shapes[0], needs[0]
-        if other_x:
-            assert past.shortcut_shape is not None
-            shape, needs_x = past.shortcut_shape, needs[1]
-        grad_shortcut_x, grad_S = _through_first(
-            shortcut.layer, total, shape, sources[0], shortcut_kept, needs_x
-        )
-        grads_S.append(grad_S)
-        if not other_x and grad_shortcut_x is not None:
-            into, grad_shortcut_x = Gradient(grad_shortcut_x), None
-    grad_x, grads_S[0] = _through_first(
-        stages[0].layer,
-        arriving,
-        past.shapes[0],
-        sources[-1],
-        kept[0],
-        needs[0],
-        into,
-        read_off,
+    if shortcut is not None:
+        own_x = past.shortcut_shape is not None
+        shape = past.shortcut_shape or past.shapes[0]
+        found, grads_S[-1] = shortcut.conv.backward(total, shape, kept[-1].kept(), needs[own_x])
+        if own_x:
+            grad_shortcut_x = found
+        elif found is not None:
+            into = Gradient(found)
+    grad_x, grads_S[0] = stages[0].conv.backward(
+        flow.grad_y, past.shapes[0], kept[0].kept(), needs[0], into, flow.read_off
     )
-    if grad_x is not None and identity and not form.relu:
+    if grad_x is not None and form.shortcut == "identity" and not form.relu:
         grad_x = grad_x + total.tensor()
     return [grad_x, grad_shortcut_x, *grads_S], None
 
 
-def _through_first(
-    layer: Layer,
-    grad: Gradient,
-    shape: torch.Size,
-    source: Tensor | None,
-    kept: _Maps,
-    needs_x: bool,
-    into: Gradient | None = None,
-    read_off: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dx, added to ``into``, and dL/dS of a layer that reads what enters the block."""
-    x = None if source is None else Activation(source)
-    grad_S: Tensor | None = None
-    if layer.kind.strategy == "chain":
-        value, grad_S = layer.through_U(grad.tensor(), kept.v)
-        grad = Gradient(value)
-    grad_x: Tensor | None = None
-    if layer.kind.samples:  # its matrix wants its own gradient alone
-        sampled = layer.input_gradient(grad, shape)
-        grad_S = layer.scale_gradient(grad, sampled, x, kept.v, kept.y)
-        if needs_x:
-            grad_x = layer.spread(sampled, shape, None if into is None else into.tensor())
-        return grad_x, grad_S
-    if needs_x:
-        grad_x = layer.input_gradient(grad, shape, into)
-    if read_off is not None:
-        grad_S = layer.with_exact(read_off, grad, x, kept.v)
-    elif layer.kind.keeps in ("x", "y"):
-        grad_S = layer.scale_gradient(grad, None, x, kept.v, kept.y)
-    return grad_x, grad_S
+def _through_stage(
+    stages: Sequence[Stage], kept: Sequence[Maps], index: int, flow: _Flow, past: Past
+) -> tuple[Tensor | None, _Flow]:
+    """Compute dL/dS of a stage after the first, and what arrives at the stage before it.
 
-
-def _between(
-    stages: Sequence[Stage],
-    kept: Sequence[_Maps],
-    index: int,
-    grad_x: Tensor,
-    x: Activation | None,
-    past: _Past,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Back through the activation before a stage, from the gradient of the stage's input.
-
-    -> the gradient of the y before, dL/dS [G, R] of the stage before where it is read off these
-    two, and that of this stage where it is read off x and grad_x. grad_x is overwritten.
+    Its input is ``x = relu(y·scale + shift)`` of the stage before.
     """
-    before, layer = stages[index - 1], stages[index].layer
-    _, y, mask = kept[index - 1]
-    after, strided = (layer if layer.kind.samples else None), None
-    if after and layer.kind.geometry.stride != (1, 1):
-        assert x is not None
-        after, strided = None, layer.read_off(x, grad_x)
-        grad_x = layer.spread(grad_x, past.shapes[index])
+    conv, (before, scale, shift) = stages[index].conv, stages[index - 1]
+    _, _, y, mask = kept[index - 1]
+    own = kept[index].kept(_rebuilt_input(conv, stages[index - 1], y))
+    grad_y, grad_S = conv.through_U(flow.grad_y, own)
+    grad_x = conv.input_gradient(grad_y, past.shapes[index])
+    if grad_S is None and not conv.kind.samples:
+        grad_S = conv.scale_gradient(grad_y, own, flow.read_off)
+
+    of_before = read_off = None  # dL/dS [G, R] of the stage before; of this one, if it samples
+    if conv.kind.strides:
+        read_off = conv.read_off(own.x, grad_x)
+        grad_x = conv.spread(grad_x, past.shapes[index])
     grad_x = grad_x.contiguous(memory_format=past.formats[index - 1])
     if mask is not None:
-        _back_(grad_x, None, mask, before.scale, None)
-        return grad_x, None, strided
-    assert y is not None
-    own = before.layer if before.layer.kind.keeps == "y" else None
-    g, read_off, found = activation_gradients(
-        grad_x,
-        y,
-        before.scale,
-        before.shift,
-        None if own is None else (*own.reading, own.S),
-        None if after is None else (*after.reading, after.S),
-    )
-    return g, read_off, found if strided is None else strided
+        _back_(grad_x, None, mask, scale, None)
+    else:
+        assert y is not None
+        of_y = before.reader if before.kind.keeps == "y" else None
+        of_x = conv.reader if conv.kind.samples and read_off is None else None
+        grad_x, of_before, found = activation_gradients(grad_x, y, scale, shift, of_y, of_x)
+        read_off = found if read_off is None else read_off
+    if conv.kind.samples:
+        grad_S = conv.scale_gradient(grad_y, own, read_off)
+    return grad_S, _Flow(Gradient(grad_x), of_before)
 
 
-def _through(grad: Tensor, stage: Stage, kept: _Maps) -> Tensor:
-    """From the gradient of a stage's ReLU to that of its y."""
+def _relu_gradient(grad: Tensor, stage: Stage, kept: Maps) -> Tensor:
+    """Compute dL/dy of a stage from the gradient of its ReLU's output."""
     if kept.mask is not None:
         return _back(grad, None, kept.mask, stage.scale, None)
     return _back(grad, kept.y, None, stage.scale, stage.shift)
 
 
-def _again(stages: Sequence[Stage], kept: Sequence[_Maps]) -> _Maps:
-    """The maps of the second stage, v and y computed from y of the first."""
-    layer, before = stages[1].layer, stages[0]
+def _recompute(stages: Sequence[Stage], kept: Sequence[Maps]) -> Maps:
+    """Compute v and y of the second stage from y of the first."""
+    conv, before = stages[1].conv, stages[0]
     assert kept[0].y is not None
     x = Activation(kept[0].y, before.scale, before.shift).tensor()
-    y, v = layer.forward(layer.sampled(x))
-    return _Maps(v, y, kept[1].mask)
+    y, v = conv.forward(conv.sample(x))
+    return kept[1]._replace(v=v, y=y)
 
 
-def _input(stages: Sequence[Stage], kept: Sequence[_Maps], index: int) -> Activation | None:
-    """The input of a stage after the first whose gradient of S reads it."""
-    layer, before, y = stages[index].layer, stages[index - 1], kept[index - 1].y
-    if layer.kind.keeps != "x":
+def _rebuilt_input(conv: SVFConvolution, before: Stage, y: Tensor | None) -> Activation | None:
+    """Return the input of a stage after the first, where its gradient of S reads that."""
+    if conv.kind.keeps != "x":
         return None
     assert y is not None
-    activation = Activation(y, before.scale, before.shift)
-    if layer.kind.geometry.stride == (1, 1) or not layer.kind.samples:
-        return activation
-    return Activation(layer.sampled(activation.tensor()))
+    x = Activation(y, before.scale, before.shift)
+    return Activation(conv.sample(x.tensor())) if conv.kind.strides else x

@@ -34,6 +34,10 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
 def match_layout(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in the memory format of x: a backend takes its output's format from either."""
     if not is_channels_last(x):
@@ -126,8 +130,7 @@ def _like(x: Tensor, shape: torch.Size) -> Tensor:
     """Uninitialised, in the memory format of x; on the CPU a single element stands for all."""
     if x.device.type == "cpu":
         return x.new_empty(1).expand(shape)
-    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:

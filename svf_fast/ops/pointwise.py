@@ -22,8 +22,6 @@ from svf_fast.reference.affine_act import mask_bytes
 from svf_fast.reference.pointwise import PLAIN_INPUT, PLAIN_OUTPUT, Epilogue, Prologue
 
 _wanted = _library.triton_kernel("pointwise", "wanted")
-
-
 Result = TypeVar("Result")
 
 
@@ -94,7 +92,7 @@ def _wins(x: Tensor, weight: Tensor, extras: Extras) -> bool:
 def pointwise(
     x: Tensor, weight: Tensor, prologue: Prologue = PLAIN_INPUT, epilogue: Epilogue = PLAIN_OUTPUT
 ) -> Pointwise:
-    """Compute ``y_p = weight x'_p``, x' as the prologue reads x, and out of y as the epilogue says.
+    """Compute ``y_p = weight x'_p``, with x' what the prologue makes of x, and the epilogue of y.
 
     Definition: :func:`svf_fast.reference.pointwise.pointwise`. x' is rounded to the dtype of x.
     Reads x, the residual and their masks once, writes out once, and y with ``keep``, the mask of

@@ -46,10 +46,10 @@ PLAIN_INPUT, PLAIN_OUTPUT = Prologue(), Epilogue()
 def pointwise(
     x: Tensor, weight: Tensor, prologue: Prologue = PLAIN_INPUT, epilogue: Epilogue = PLAIN_OUTPUT
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``y_p = weight x'_p``, x' as the prologue reads x, and out of y as the epilogue says.
+    """Compute ``y_p = weight x'_p``, with x' what the prologue makes of x, and the epilogue of y.
 
     x [N, C, *spatial], weight [D, C] -> out, y [N, D, *spatial] in the dtype of x, whether or not
-    the epilogue wants y.
+    ``keep`` is set.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if prologue.scale is not None and prologue.shift is not None:

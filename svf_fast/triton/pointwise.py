@@ -207,7 +207,7 @@ def pointwise(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ``y_p = weight x'_p``, x' as the prologue reads x, and out of y as the epilogue says.
+    """Compute ``y_p = weight x'_p``, with x' what the prologue makes of x, and the epilogue of y.
 
     x [N, K, *spatial] in channels_last, weight [D, K] in any strides, both in bfloat16, float16 or
     float32; residual [N, D, *spatial]; the vectors are float32 -> out and y (rounded before out is

@@ -44,7 +44,7 @@ def shapes_once(monkeypatch) -> None:
             _shapes(config.size, config.seed) if config.source == "shapes" else build_source(config)
         )
 
-    for user in ("fss.training.trainer", "fss.evaluation.score", "fss.report.components"):
+    for user in ("fss.training.loop", "fss.evaluation.score", "fss.report.components"):
         monkeypatch.setattr(f"{user}.build_source", cached)
 
 

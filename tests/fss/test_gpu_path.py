@@ -25,7 +25,7 @@ def calls_of_a_step(tiny) -> dict[str, int]:
         model={"backbone": "resnet50", "width": 8, "channels": 16}, precision="bf16-mixed"
     )
     trainer = Trainer(config, build_fabric(config))
-    loader = episode_loader(trainer.train_episodes, config.batch_size, 0, trainer.fabric)
+    loader = episode_loader(trainer.dataset, config.batch_size, 0, trainer.fabric)
     trainer.model.train()
     with on_gpu(defined()) as calls:
         trainer._train_step([next(iter(loader))])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fss import FewShotSegmenter, processes
 from fss.models import Baseline, build_backbone
@@ -16,7 +18,9 @@ from fss.processes import (
     fixed_shapes,
     float32_products,
     lay_out,
+    synchronize_batch_norms,
     takes_channels_last,
+    torchrun_layout,
 )
 from fss.runs.checkpoint import read_checkpoint, write_checkpoint
 from fss.training.run import train
@@ -146,3 +150,43 @@ def test_a_run_of_a_gpu_is_read_and_resumed_anywhere(tiny, monkeypatch):
         kinds = [(p.stride(), momenta[p]["momentum_buffer"].stride()) for p in momenta]
         assert kinds and all(one == other for one, other in kinds)
         assert trainer.network.residual[0].weight.is_contiguous() is not laid_out
+
+
+def test_determinism_is_on_within_and_restored_after(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(KeyError), determinism(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+    with determinism(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_synchronized_batch_norms_on_gpus(tiny):
+    class Two:
+        device, world_size = torch.device("cuda"), 2
+
+    regime = tiny(regime={"batch_norm": "both", "batch_norm_statistics": "batch"}).regime
+    model = synchronize_batch_norms(nn.Sequential(nn.BatchNorm2d(3)), regime, Two())
+    assert isinstance(model[0], nn.SyncBatchNorm)
+
+
+def test_the_layout_of_torchrun(monkeypatch):
+    assert torchrun_layout() is None
+    for name, value in (("RUN_ID", "x"),):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert torchrun_layout() == (4, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="torchrun: expected as many processes on each machine"):
+        torchrun_layout()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
+def test_a_gpu_that_is_not_there(tiny):
+    with pytest.raises(ValueError, match="accelerator: expected a GPU for cuda, found none"):
+        train(tiny(accelerator="cuda"))

@@ -211,7 +211,7 @@ class Calls(TorchDispatchMode):
 def test_a_step_takes_the_fused_kernels(configured):
     config = configured("run", precision="bf16-mixed")
     trainer = Trainer(config, build_fabric(config))
-    loader = episode_loader(trainer.train_episodes, config.batch_size, 0, trainer.fabric)
+    loader = episode_loader(trainer.dataset, config.batch_size, 0, trainer.fabric)
     batch = next(iter(loader))
     trainer.model.train()
     with Calls() as calls:

@@ -56,11 +56,11 @@ def test_a_run_goes_on_after_a_full_disk(tiny, tmp_path):
     train(whole)
     original, full_once = Trainer._save, []
 
-    def save(self, name: str) -> None:
+    def save(self, path: Path) -> None:
         if self.step == 2 and not full_once:
-            full_once.append(name)
-            fill_disk(self.folder / name)
-        original(self, name)
+            full_once.append(path)
+            fill_disk(path)
+        original(self, path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_save", save)
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path, monkeypatch):
 
 def test_unreadable_photos_are_named_and_counted(tiny, monkeypatch, capsys):
     config = tiny(data={"skip_unreadable": True}, steps=4)
-    episodes = Trainer(config, build_fabric(config)).train_episodes
+    episodes = Trainer(config, build_fabric(config)).dataset
     broken = episodes.draw(3).query
     original = type(episodes.source).load
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import svf_fast
+from fss.data import collate_episodes
 from fss.models.backbone import build_backbone
 from fss.processes import build_fabric
 from fss.training.trainer import Trainer
@@ -58,8 +59,8 @@ def assert_steady(repeat: Callable[[], object], times: int, tolerance: int) -> N
 
 def test_the_measure_sees_a_leak(root) -> None:
     """In a process of its own: threads of earlier tests may let tensors go meanwhile."""
-    code = "import test_growth; test_growth.see_leaks()"
-    environment = {**os.environ, "PYTHONPATH": str(root / "tests" / "fss")}
+    code = "from tests.robustness.test_growth import see_leaks; see_leaks()"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
 
 
@@ -82,9 +83,7 @@ def test_training_steps_do_not_grow_the_process(tiny, regime) -> None:
     steps = 500 if LONG else 120
     config = tiny(steps=steps, regime={"name": regime}, model={"width": 4}, log_every=20)
     trainer = Trainer(config, build_fabric(config))
-    parts = [[trainer.train_episodes[i] for i in range(2)] for _ in range(3)]
-    from fss.data import collate_episodes
-
+    parts = [[trainer.dataset[i] for i in range(2)] for _ in range(3)]
     batches = [collate_episodes(part) for part in parts]
     trainer.model.train()
 

@@ -12,10 +12,11 @@ import torch
 
 from svf_fast import svd
 from svf_fast.ops import maps, pointwise
-from svf_fast.reference import gram as gram_definition
 from svf_fast.reference import pointwise as definition
+from svf_fast.reference.activation_gradients import activation_gradients as activation_definition
 from svf_fast.reference.affine_act import pack_mask
 from svf_fast.reference.guard import guards_hold
+from svf_fast.reference.scale_gradient import scale_gradient as scale_definition
 
 
 @pointwise.with_ends
@@ -29,11 +30,11 @@ def defined_pointwise(x, weight, prologue, epilogue):
 
 
 def defined_scale_gradient(a, b, scale, shift, left, right, S):
-    return gram_definition.scale_gradient(a, b, left, right, S, scale, shift)
+    return scale_definition(a, b, left, right, S, scale, shift)
 
 
 def defined_activation_gradients(grad, y, scale, shift, before, after):
-    g, *found = gram_definition.activation_gradients(grad, y, scale, shift, before, after)
+    g, *found = activation_definition(grad, y, scale, shift, before, after)
     g = g.contiguous(memory_format=torch.channels_last)
     return g, *(scale.new_empty(0) if dS is None else dS for dS in found)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import svf_fast
 from svf_fast.layers import factored
-from svf_fast.ops import svf_conv2d
+from svf_fast.ops import factors
 
 
 def make(seed: int = 0, layers=None) -> nn.Module:
@@ -128,8 +128,8 @@ def test_adapters_take_turns_and_each_weight_is_composed_once(monkeypatch):
     expected = {"pretrained": model(x), 1: trained(1)(x), 2: trained(2)(x)}
     adapters = {"pretrained": pretrained, **{n: svf_fast.Adapter.of(trained(n)) for n in (1, 2)}}
     composed, decomposed = [], []
-    compose, decompose = svf_conv2d.compose, factored.decompose
-    monkeypatch.setattr(svf_conv2d, "compose", lambda *a: composed.append(a) or compose(*a))
+    compose, decompose = factors.compose, factored.decompose
+    monkeypatch.setattr(factors, "compose", lambda *a: composed.append(a) or compose(*a))
     monkeypatch.setattr(factored, "decompose", lambda *a: decomposed.append(a) or decompose(*a))
     monkeypatch.setattr(factored, "dual", lambda *a: pytest.fail("U and V did not change"))
     for name in (1, "pretrained", 2, 1):

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 import svf_fast
 from svf_fast import SVFBasicBlock, SVFConv2d, SVFLinear
-from svf_fast.fusion.blocks import Fused
+from svf_fast.fusion.fused import Fused
 
 
 class Residual(nn.Module):

@@ -232,10 +232,10 @@ def test_resident_bytes_are_those_that_stay(strategy):
     storages = {}
     for layer in svf_fast.layers.factored.svf_layers(model).values():
         held = [layer.U, layer.V, layer.S]
-        for made in layer._values.made.values():
+        for made in layer.values.made.values():
             held += [made.weight, made.scaled]
-        for reading in layer._plan.readings.values():
-            held += reading.constants
+        for _, _, constants in layer.plan.constants.values():
+            held += constants
         for tensor in held:
             if tensor is not None and tensor.dim() > 0:
                 storage = tensor.untyped_storage()

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import fss.training.base_learner
+import fss.training.loop
 from fss import processes
 from fss.cli import main
 from fss.config import DataConfig, ModelConfig
-from fss.data import EvalTransform, build_source
+from fss.data import build_source
+from fss.data.base_images import BaseImages
 from fss.evaluation.evaluate import episode_classes
 from fss.models import build_model
 from fss.training.base_learner import (
-    BaseImages,
     BaseLearnerConfig,
     BaseTrainer,
     confusion,
@@ -31,11 +32,6 @@ MODEL = {"backbone": "resnet18", "width": 4, "weights": "none"}
 @pytest.fixture(scope="module")
 def source():
     return build_source(DataConfig(**DATA))
-
-
-@pytest.fixture(autouse=True)
-def shapes_once(monkeypatch, source):
-    monkeypatch.setattr(fss.training.base_learner, "build_source", lambda config: source)
 
 
 @pytest.fixture
@@ -55,40 +51,6 @@ def tiny(tmp_path):
         return BaseLearnerConfig(data, model, **(values | overrides))
 
     return make
-
-
-def test_masks_number_the_base_classes_and_know_no_novel_one(source):
-    classes = list(episode_classes(source, 1, novel=False))
-    novel = set(source.folds[1])
-    seen = set()
-    for image in source.indices("test")[:60]:
-        photos = BaseImages(source, classes[::-1], [image], EvalTransform(33))
-        mask = photos[0]["mask"]
-        original = EvalTransform(33)(*source.load(image)).mask
-        for label in original.unique().tolist():
-            expected = 255 if label == 255 else 0 if label in {0, *novel} else None
-            expected = sorted(classes).index(label) + 1 if expected is None else expected
-            assert mask[original == label].unique().tolist() == [expected]
-            seen.add(expected)
-    assert {0, 255} < seen and max(seen - {255}) <= 15
-
-
-def test_each_pass_shows_each_photo_once_in_a_fresh_order(source):
-    images = source.indices("train")[:7]
-    shown: list[int] = []
-
-    class Named:
-        def load(self, index):
-            shown.append(index)
-            return source.load(index)
-
-    photos = BaseImages(Named(), [1, 2], images, EvalTransform(33), length=14, seed=5)
-    for i in range(14):
-        photos[i]
-    assert sorted(shown[:7]) == sorted(shown[7:]) == sorted(images)
-    assert shown[:7] != shown[7:]
-    with pytest.raises(IndexError, match="photo: expected 0 to 13, got 14"):
-        photos[14]
 
 
 def test_confusion():
@@ -148,6 +110,25 @@ def test_a_signal_saves_the_step(tiny, tmp_path, monkeypatch, number):
     assert stop.value.status == 128 + number
     assert torch.load(tmp_path / "base" / "last.pt")["step"] == 2
     assert train_base(config, resume=True)["step"] == 4
+
+
+def test_restarted_processes_begin_or_resume_by_themselves(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(fss.training.loop, "is_restart", lambda: True)
+    config = tiny(validation_every=0, save_every=2)
+    step = BaseTrainer._train_step
+    steps = []
+
+    def killed_once(self, parts):
+        steps.append(self.step)
+        if steps == [0, 1, 2]:
+            raise RuntimeError("killed")
+        return step(self, parts)
+
+    monkeypatch.setattr(BaseTrainer, "_train_step", killed_once)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_base(config)
+    assert train_base(config)["step"] == 4
+    assert steps == [0, 1, 2, 2, 3]
 
 
 def test_what_the_loader_fails_with_finds_the_steps_before_saved(tiny, tmp_path, monkeypatch):

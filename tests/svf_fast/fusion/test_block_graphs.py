@@ -8,7 +8,7 @@ from torch import nn
 
 import svf_fast
 from svf_fast import SVFConv2d
-from svf_fast.fusion.blocks import Fused
+from svf_fast.fusion.fused import Fused
 from tests.svf_fast.ops.test_block import Bottleneck, first, frozen, fused, step
 
 
@@ -65,7 +65,7 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
     reading = block._reading
     chains = dict(reading._chains)
     convs = {names.conv: block.get_submodule(names.conv) for names in block._names.stages}
-    weights = {name: conv._values.made[torch.float32].weight for name, conv in convs.items()}
+    weights = {name: conv.values.made[torch.float32].weight for name, conv in convs.items()}
     before = {name: weight.clone() for name, weight in weights.items()}
     monkeypatch.setattr(SVFConv2d, "_is_captured", lambda self: True)
     every = block._names.stages, torch.float32, True, block._names.shortcut
@@ -75,8 +75,8 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
     assert len(stages) == len(kept) == len(convs) + 1  # the shortcut's too
     for names, stage, slot in zip(block._names.stages, stages, kept, strict=False):
         assert stage.scale is slot.scale and stage.shift is slot.shift
-        assert stage.layer.weight is not weights[names.conv]
-        assert convs[names.conv]._values.made[torch.float32].weight is weights[names.conv]
+        assert stage.conv.weight is not weights[names.conv]
+        assert convs[names.conv].values.made[torch.float32].weight is weights[names.conv]
         assert torch.equal(weights[names.conv], before[names.conv])
     assert chains == reading._chains
     with torch.no_grad():

@@ -145,7 +145,7 @@ def test_a_captured_step_composes_all_weights_and_tests_all_guards_once(kernels,
         assert svf_fast.follow(model) == key
         expected = step(model, x)
         calls.clear()
-        monkeypatch.setattr(Factored, "_is_captured", lambda self: True)
+        monkeypatch.setattr(Factored, "is_captured", True)
         with svf_fast.composed(model):
             got = step(model, x)
         assert calls["compose_all"] == 1 and calls["guards_hold"] == 1 and not calls["compose"]
@@ -190,5 +190,5 @@ def test_weights_of_a_network_are_composed_together_once_they_were_asked_for():
             step(model, image(model))
             assert calls["compose_all"] == expected
         copied = copy.deepcopy(model)
-        names = {layer._network for layer in svf_layers(copied).values()}
-        assert len(names) == 1 and names.isdisjoint(x._network for x in svf_layers(model).values())
+        names = {layer.network for layer in svf_layers(copied).values()}
+        assert len(names) == 1 and names.isdisjoint(x.network for x in svf_layers(model).values())

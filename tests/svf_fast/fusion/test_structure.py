@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import svf_fast
-from svf_fast.fusion.structure import ResidualBlock, Stage, Unit, examine, find
+from svf_fast.fusion.structure import ResidualBlock, StageNames, Unit, examine, find
 
 
 def everywhere(name: str) -> bool:
@@ -147,7 +147,7 @@ class OwnActivations(Basic):
 def run(block: nn.Module, found: ResidualBlock, x: torch.Tensor) -> torch.Tensor:
     """What the found structure says that a block computes, in evaluation."""
 
-    def stage(of: Stage, x):
+    def stage(of: StageNames, x):
         bn = block.get_submodule(of.bn)
         y = block.get_submodule(of.conv)(x)
         y = functional.batch_norm(
@@ -169,7 +169,7 @@ def find_block(block: nn.Module) -> ResidualBlock | str:
     return blocks[0] if blocks else reasons["it"]
 
 
-BASIC = (Stage("conv1", "bn1", True), Stage("conv2", "bn2", False))
+BASIC = (StageNames("conv1", "bn1", True), StageNames("conv2", "bn2", False))
 
 
 @pytest.mark.parametrize(
@@ -178,19 +178,23 @@ BASIC = (Stage("conv1", "bn1", True), Stage("conv2", "bn2", False))
         (Basic(), BASIC, (), None),
         (
             OddNames(),
-            (Stage("bn9", "downsample", True), Stage("a.z", "conv1", True), Stage("b", "c", False)),
+            (
+                StageNames("bn9", "downsample", True),
+                StageNames("a.z", "conv1", True),
+                StageNames("b", "c", False),
+            ),
             (),
-            Stage("d.0", "d.1", False),
+            StageNames("d.0", "d.1", False),
         ),
         (
             Helpers(),
             (
-                Stage("body.0.conv", "body.0.bn", True),
-                Stage("body.2.conv", "body.2.bn", True),
-                Stage("body.3.conv", "body.3.bn", False),
+                StageNames("body.0.conv", "body.0.bn", True),
+                StageNames("body.2.conv", "body.2.bn", True),
+                StageNames("body.3.conv", "body.3.bn", False),
             ),
             ("way.0",),
-            Stage("way.2.conv", "way.2.bn", False),
+            StageNames("way.2.conv", "way.2.bn", False),
         ),
         (OwnActivations(), BASIC, (), None),
         (with_(OwnActivations(), bn1=NormRelu(6)), BASIC, (), None),
@@ -533,9 +537,9 @@ def test_units_of_sequentials():
     blocks, units, reasons = find(model, everywhere)
     assert not blocks
     assert units == [
-        Unit("", Stage("0", "1", True), "2"),
-        Unit("", Stage("3", "4", False), None),
-        Unit("6", Stage("0", "1", True), None),
+        Unit("", StageNames("0", "1", True), "2"),
+        Unit("", StageNames("3", "4", False), None),
+        Unit("6", StageNames("0", "1", True), None),
     ]
     assert reasons == {"9": "'10' is of type SyncBatchNorm, not an nn.BatchNorm2d"}
     assert find(model, lambda name: name == "3")[1] == [units[1]]
@@ -566,4 +570,4 @@ def test_the_shortcut_of_a_block_that_does_not_fit_is_a_unit():
 
     blocks, units, reasons = find(nn.Sequential(Block()), everywhere)
     assert not blocks and reasons == {"0": "no ReLU follows its sum"}
-    assert units == [Unit("0.downsample", Stage("0", "1", False), None)]
+    assert units == [Unit("0.downsample", StageNames("0", "1", False), None)]

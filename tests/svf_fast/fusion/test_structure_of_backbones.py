@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svf_fast.fusion.structure import Stage, Unit, find
+from svf_fast.fusion.structure import StageNames, Unit, find
 
 
 def everywhere(name: str) -> bool:
@@ -59,8 +59,8 @@ def test_the_average_pooling_of_resnet_d():
     assert len(blocks) == 16 and not reasons
     assert [block.pre for block in blocks if block.shortcut] == [()] + 3 * [("downsample.0",)]
     assert units == [
-        Unit("conv1", Stage("0", "1", True), "2"),
-        Unit("conv1", Stage("3", "4", True), "5"),
+        Unit("conv1", StageNames("0", "1", True), "2"),
+        Unit("conv1", StageNames("3", "4", True), "5"),
     ]
 
 

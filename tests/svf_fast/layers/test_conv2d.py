@@ -96,7 +96,7 @@ def test_composed_weight_follows_every_way_to_change_S():
 
 
 def test_weight_is_composed_once_for_all_calls_between_two_changes_of_S(monkeypatch):
-    import svf_fast.ops.svf_conv2d as op
+    import svf_fast.ops.factors as op
 
     calls = []
     compose = op.compose

@@ -13,7 +13,7 @@ from torch.func import functional_call
 import svf_fast
 from svf_fast import SVFConv2d, SVFConvBNAct
 from svf_fast.layers.factored import Factored, svf_layers
-from svf_fast.ops import svf_conv2d
+from svf_fast.ops import factors
 from tests.svf_fast.gpu_path import defined, on_gpu
 from tests.svf_fast.ops.test_block import Bottleneck, as_reference, frozen
 
@@ -140,8 +140,8 @@ def test_writes_past_the_version_counter(apart):
 
 def test_W_is_composed_once_whatever_the_mode(monkeypatch):
     composed = []
-    compose = svf_conv2d.compose
-    monkeypatch.setattr(svf_conv2d, "compose", lambda *a: composed.append(1) or compose(*a))
+    compose = factors.compose
+    monkeypatch.setattr(factors, "compose", lambda *a: composed.append(1) or compose(*a))
     model, x = block(), image()
     unit = SVFConvBNAct(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), relu=False).eval()
     unit.bn.requires_grad_(False)
@@ -167,9 +167,9 @@ def test_nothing_of_a_step_outlives_its_backward_pass():
     layer = SVFConv2d(6, 8, 3, bias=False, strategy="gram")
     loss = layer(torch.randn(1, 6, 5, 5)).sum()
     node = loss.grad_fn.next_functions[0][0]
-    assert node.others
+    assert node.tensors
     loss.backward()
-    assert not node.others
+    assert not node.tensors
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
 
@@ -186,14 +186,14 @@ def test_graphs_of_layers_without_a_composed_weight(strategy, monkeypatch):
             key = svf_fast.follow(model)
             assert svf_fast.follow(model) == key
             with monkeypatch.context() as patch:
-                patch.setattr(Factored, "_is_captured", lambda self: True)
-                before = {k: list(v._values.made.values()) for k, v in svf_layers(model).items()}
+                patch.setattr(Factored, "is_captured", True)
+                before = {k: list(v.values.made.values()) for k, v in svf_layers(model).items()}
                 with svf_fast.composed(model):
                     model(x).sum().backward()
                     for name, layer in svf_layers(model).items():
-                        for made in layer._values.made.values():
+                        for made in layer.values.made.values():
                             assert all(made.weight is not old.weight for old in before[name])
-            assert not any(layer._values.made for layer in svf_layers(model).values())
+            assert not any(layer.values.made for layer in svf_layers(model).values())
             model(x).sum().backward()
 
 

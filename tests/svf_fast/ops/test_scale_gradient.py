@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svf_fast.ops.gram import activation_gradients, scale_gradient
-from svf_fast.reference import gram as reference
-from svf_fast.reference.affine_act import affine_act_backward
+from svf_fast.ops.scale_gradient import scale_gradient
+from svf_fast.reference.scale_gradient import scale_gradient as definition
 from tests.svf_fast.ops.test_gram import CASES, DENSE, DTYPES, affine, maps, rebuilt
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
@@ -27,12 +26,12 @@ def check(found: Tensor, a: Tensor, b: Tensor, reading: list[Tensor], *affine: T
     left, right, S = reading
     exact = a.double() if not affine else rebuilt(a, *affine)
     factors = [factor.double() for factor in reading]
-    terms = reference.scale_gradient(exact.abs(), b.double().abs(), *(f.abs() for f in factors))
+    terms = definition(exact.abs(), b.double().abs(), *(f.abs() for f in factors))
     assert found.shape == (len(left), RANK) and found.dtype == S.dtype
     assert_error_within(
         found,
-        reference.scale_gradient(a, b, left, right, S, *affine),
-        reference.scale_gradient(exact, b.double(), *factors),
+        definition(a, b, left, right, S, *affine),
+        definition(exact, b.double(), *factors),
         magnitude=terms if affine and a.dtype.itemsize == 2 else accumulated(terms, found.dtype),
         dtype=a.dtype if affine and a.dtype.itemsize == 2 else None,
         channel_dim=None,
@@ -51,24 +50,6 @@ def test_matches_definition(case, dtype, layout, rebuild, poisoned_memory) -> No
     check(scale_gradient(a, b, *reading, *given), a, b, reading, *given)
 
 
-@pytest.mark.parametrize("groups", (1, 2))
-@pytest.mark.parametrize("layout", DENSE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_sides_of_an_activation(dtype, layout, groups, poisoned_memory) -> None:
-    grad, y = (maps((2, 6, 5, 7), dtype, layout) for _ in range(2))
-    scale, shift = affine(6, dtype)
-    before, after = (readings((6 // groups, 6 // groups), groups, dtype) for _ in range(2))
-    expected = affine_act_backward(grad, y, None, scale, shift)
-    for sides in ((before, after), (before, None), (None, after), (None, None)):
-        g, *found = activation_gradients(grad.clone(), y, scale, shift, *sides)
-        assert torch.equal(g, expected) and g.stride() == grad.stride()
-        assert [dS is None for dS in found] == [side is None for side in sides]
-        if sides[0] is not None:
-            check(found[0], g, y, before)
-        if sides[1] is not None:
-            check(found[1], y, grad, after, scale, shift)
-
-
 def test_a_value_of_zero_spoils_its_own_direction_alone() -> None:
     a, b = maps((2, 6, 5, 7), torch.float32, "contiguous"), torch.randn(2, 6, 5, 7)
     left, right, S = readings((6, 6), 1, torch.float32)
@@ -85,13 +66,6 @@ def test_opcheck_and_memory_safety() -> None:
     scale, shift = torch.randn(2, 4)
     for given in ((None, None), (scale, shift)):
         torch.library.opcheck(raw.scale_gradient.default, (a, b, *given, *reading))
-    own = readings((4, 4), 1, torch.float32)
-    sides = (own, []), ([], own), (own, own)
-    for before, after in sides:
-        arguments = a.clone(), torch.randn_like(a), scale, shift, before, after
-        torch.library.opcheck(raw.activation_gradients_.default, arguments)
-    with pytest.raises(RuntimeError, match="left, right and S, or nothing"):
-        raw.activation_gradients_(a, a.clone(), scale, shift, own[:2], [])
     left, right, S = reading
     with pytest.raises(RuntimeError, match=r"left must be \[G, Ca, R\] and S"):
         raw.scale_gradient(a, b, None, None, left, right, S[:2])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svf_fast.reference import gram as reference
+from svf_fast.reference.gram import gram as gram_definition
+from svf_fast.reference.gram_gradient import gram_gradient as definition
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
 pytest.importorskip("triton")
@@ -34,12 +35,12 @@ def spectrum(count: int) -> Tensor:
 def check(found: Tensor, M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> None:
     S = S.reshape(len(left), -1)
     exact = [x.double().cpu() for x in (M, left, right, S)]
-    terms = reference.gram_gradient(*(x.abs() for x in exact))
+    terms = definition(*(x.abs() for x in exact))
     assert found.dtype == torch.float32 and found.shape == S.shape
     assert_error_within(
         found,
-        reference.gram_gradient(M, left, right, S),
-        reference.gram_gradient(*exact),
+        definition(M, left, right, S),
+        definition(*exact),
         magnitude=accumulated(terms, torch.float32),
         channel_dim=None,
     )
@@ -97,7 +98,7 @@ def test_of_maps(rebuilt, groups, dtype):
     )
     S = spectrum(4 * groups)
     found = scale_gradient(a, b, *affine, left, right, S)
-    check(found, reference.gram(a, b, groups, *affine).double(), left, right, S)
+    check(found, gram_definition(a, b, groups, *affine).double(), left, right, S)
     nothing = scale_gradient(a[:0], b[:0], *affine, left, right, S)
     assert torch.equal(nothing, torch.zeros_like(found))
 

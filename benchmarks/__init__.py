@@ -1,0 +1,1 @@
+"""What fine-tuning costs: raced against its peers, on a GPU, and in few-shot segmentation."""

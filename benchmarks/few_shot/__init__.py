@@ -1,0 +1,1 @@
+"""What the training regimes score in few-shot segmentation, and what they cost."""

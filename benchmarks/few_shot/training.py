@@ -1,0 +1,108 @@
+"""Runs of `fss train` as processes of their own: a finished one is kept, an interrupted resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.gpu.processes import run
+from fss.data import FolderSource
+
+SAVING = 20.0  # seconds that a stopped run has to finish its step and save
+
+
+def make_run(
+    config: str,
+    folder: Path,
+    settings: Mapping[str, str],
+    extra: Sequence[str] = (),
+    deadline: float | None = None,
+) -> dict | None:
+    """The result of one run, made now unless it is there already.
+
+    Args:
+        config: YAML file of `fss train`.
+        folder: of the run.
+        settings: of this run by dotted name.
+        extra: further arguments of `fss train`, before the settings.
+        deadline: of `time.monotonic`; a run that has not ended by then saves and stops, to go on
+            another time, and what it prints goes to a file beside its folder.
+
+    Returns None for a run that has not ended.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    result = folder / "result.json"
+    if not result.is_file():
+        command = [sys.executable, "-m", "fss.cli", "train", "--config", config, *extra]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        command.append(f"--out={folder}")
+        # one that stopped before its first checkpoint has nothing to go on from
+        command.append("--resume" if (folder / "last.pt").is_file() else "--overwrite")
+        print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
+        if deadline is None:
+            status: int | None = subprocess.run(command).returncode
+        else:
+            log = folder.with_name(f"{folder.name}.log")
+            status = run(command, log, deadline - time.monotonic(), SAVING).status
+        if status is None:
+            return None
+        if status:
+            raise SystemExit(f"{folder}: the run ended with {status}; run again to go on")
+    return json.loads(result.read_text())
+
+
+def score_elsewhere(folder: Path, arguments: str) -> dict:
+    """What `fss eval` with these arguments says of a run on other data, made now or earlier.
+
+    Args:
+        folder: of the run.
+        arguments: of `fss eval` after the run, as one would type them; they name --source and
+            --fold.
+
+    Raises:
+        SystemExit: the evaluation failed.
+    """
+    words = shlex.split(arguments)
+    source, fold = (words[words.index(name) + 1] for name in ("--source", "--fold"))
+    result = folder / f"eval_{source}_fold{fold}.json"
+    if not result.is_file():
+        command = [sys.executable, "-m", "fss.cli", "eval", str(folder), *words]
+        print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
+        status = subprocess.run(command).returncode
+        if status:
+            raise SystemExit(f"{folder}: the evaluation ended with {status}")
+    return json.loads(result.read_text())
+
+
+def held_out(root: str, fold: int, view: Path) -> Path:
+    """A view of a folder of photos in which base classes are validated on photos never trained on.
+
+    Without lists a photo may be in training and in validation. Here the training list has the
+    photos without any of the fold's novel classes, which are all that the † filter leaves, and the
+    other list has the rest, which are all that can be tested on: training and test stay as they
+    were.
+    """
+    source = FolderSource(root)
+    novel = set(source.folds[fold])
+    view.mkdir(parents=True, exist_ok=True)
+    for name in ("JPEGImages", "SegmentationClass", "classes.json"):
+        target = Path(os.path.relpath(source.root / name, view))
+        if not (view / name).exists():
+            (view / name).symlink_to(target)
+    lists = view / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True, exist_ok=True)
+    names: dict[str, list[str]] = {"train": [], "val": []}
+    for index in range(len(source)):
+        shown = novel & source.class_areas(index).keys()
+        names["val" if shown else "train"].append(Path(source.name(index)).stem)
+    for name, stems in names.items():
+        (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+    return view

@@ -1,0 +1,1 @@
+"""What a user would pick instead: each peer on the same inputs, exactness before speed."""

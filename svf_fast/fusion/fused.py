@@ -1,0 +1,83 @@
+"""The class of a fused module: what runs it as one, mixed into the class that it had.
+
+A fused module keeps its children and their names, its attributes, hooks and place in the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+
+class Fused(nn.Module):
+    """Base of what runs several modules as one; its forward falls back to that of `original`."""
+
+    original: type[nn.Module]
+    _mixin: type[Fused]
+
+    def unfused_reason(self) -> str:
+        """Tell why the next forward pass runs module by module; empty where it is fused."""
+        return "; ".join(reason for reason in self.unfused_reasons() if reason)
+
+    def unfused_reasons(self) -> list[str]:
+        """Return, for each part that can be fused, why it is not now ("" where it is)."""
+        raise NotImplementedError
+
+    def fused_convs(self) -> dict[str, bool]:
+        """Name the convolutions that are fused, with whether a batch norm's scale is folded in."""
+        raise NotImplementedError
+
+    def constants_key(self) -> tuple:
+        """Identify what a CUDA graph of the fused pass holds as constants, batch norms among them.
+
+        Empty where it is not fused: then a graph reads the batch norms themselves.
+        """
+        reading = self.__dict__.get("_reading")
+        if reading is None or any(self.unfused_reasons()):
+            return ()
+        return reading.watch.key(), getattr(self, "recompute", False)
+
+    def unfuse(self) -> nn.Module:
+        """Give the module its original class back, in place; returns it."""
+        for name in ("_names", "_kinds", "recompute", "_reading"):
+            self.__dict__.pop(name, None)
+        self.__class__ = self.original  # type: ignore[assignment]
+        return self
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_reading", None)
+        return replica
+
+    def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        own = {name: value for name, value in reduced[2].items() if name != "_reading"}
+        return (_empty, (self._mixin, self.original), own, *reduced[3:])
+
+
+_F = TypeVar("_F", bound=Fused)
+
+
+def fuse(module: nn.Module, mixin: type[_F]) -> _F:
+    """Make the module one of `mixin`, in place."""
+    module.__class__ = _subclass((mixin, type(module)))
+    return cast(_F, module)
+
+
+def unfused_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, or the one that it had before it was fused."""
+    return module.original if isinstance(module, Fused) else type(module)
+
+
+@functools.cache
+def _subclass(bases: tuple[type[Fused], type[nn.Module]]) -> type[Fused]:
+    mixin, original = bases
+    members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
+    return type(f"SVF{original.__name__}", bases, members)
+
+
+def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
+    cls = _subclass((mixin, original))
+    return cls.__new__(cls)

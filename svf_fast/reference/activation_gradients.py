@@ -1,0 +1,35 @@
+"""Definition of the way back through an activation, and dS of the layers on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from svf_fast.reference.affine_act import affine_act_backward
+from svf_fast.reference.scale_gradient import scale_gradient
+
+
+def activation_gradients(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The way back through ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
+
+    grad = dL/dx and y [N, C, *spatial], scale and shift [C]; left, right and S of each side, or
+    nothing -> ``g = dL/dy`` [N, C, *spatial], ``scale_gradient`` of g and y, and of x and grad,
+    None for nothing. x and g are rounded to the dtype of the maps.
+    """
+    g = affine_act_backward(grad, y, None, scale, shift)
+    own = other = None
+    if before:
+        left, right, S = before
+        own = scale_gradient(g, y, left, right, S)
+    if after:
+        left, right, S = after
+        other = scale_gradient(y, grad, left, right, S, scale, shift)
+    return g, own, other
