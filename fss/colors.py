@@ -1,4 +1,4 @@
-"""Colours of all plots: distinct to the colour-blind too (Okabe and Ito, 2008)."""
+"""Colors of all plots, distinct for the color-blind too (Okabe and Ito, 2008)."""
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILLION, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"

@@ -2,7 +2,7 @@
 
 The paper is Sun et al., "Singular Value Fine-tuning: Few-shot Segmentation requires Few-parameters
 Fine-tuning", NeurIPS 2022 (Pascal-5i, ResNet-50). A YAML file in fss/configs holds only what
-is different.
+differs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ import functools
 import math
 import numbers
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+SourceName = Literal["folder", "pascal", "coco", "fss1000", "shapes"]
+Folds = Literal["fwb", "panet"]
+Checkpoint = Literal["best", "last"]
+Resize = Literal["photo", "canvas", "network"]
+Precision = Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"]
+TF32 = Literal["none", "convolutions", "all"]
+Accelerator = Literal["auto", "cpu", "cuda"]
 
 
 def free(default: Any, *between: str) -> Any:
@@ -42,45 +51,47 @@ def free_settings(config: type, between: str, prefix: str = "") -> set[str]:
 
 @dataclass
 class DataConfig:
-    """Where the photos come from and how episodes are made of them.
+    """Where the photos come from and how episodes are sampled from them.
 
     Args:
-        source: "folder" reads a Pascal VOC layout with its own classes, "pascal" Pascal-5i, "coco"
-            COCO-20i, "fss1000" folders of classes, "shapes" renders the embedded procedural set.
-        root: the folder of the data set: with "folder" JPEGImages/, SegmentationClass/ and
-            classes.json, with "pascal" and "coco" as `fss data prepare`, PFENet, BAM or HSNet
-            lay it out, with "fss1000" a folder per class; not with "shapes".
-        train_list: file with `image mask` per line for "pascal" and "coco", together with
-            `val_list`; a path prefix is left off. By default the published lists. For "fss1000"
-            the base classes, a name per line.
-        val_list: as `train_list`, of the test photos; for "fss1000" the novel classes.
+        source: "folder", a Pascal VOC layout with classes of its own; "pascal", Pascal-5i; "coco",
+            COCO-20i; "fss1000", a folder per class; "shapes", the embedded rendered set.
+        root: folder of the data set. "folder" expects JPEGImages/, SegmentationClass/ and
+            classes.json, "pascal" and "coco" the layout of `fss data prepare`, PFENet, BAM or
+            HSNet, "fss1000" a folder per class; "shapes" needs none.
+        train_list: file of the training photos, given together with `val_list`. For "pascal" and
+            "coco" each line is `image mask`, and a leading path that does not exist here is
+            ignored; by default the published lists. For "fss1000" the names of the base classes,
+            one per line.
+        val_list: as `train_list`, for the test photos; for "fss1000" the novel classes.
         folds: of "coco": "fwb" (novel classes k + 1, k + 5, …) or "panet" (20k + 1 to 20k + 20).
         fold: which classes are novel, from 0.
         shots: support photos per episode (K).
         size: side of the network's square input, pixels; size - 1 is a multiple of 8.
-        min_area: a class counts for a photo from this area on: pixels at original size when at
-            least 1 (PFENet and BAM: 2·32·32 = 2048), a share of the photo when below 1.
+        min_area: smallest area of a class for a photo to be listed under it: pixels at original
+            size if at least 1 (PFENet and BAM: 2·32·32 = 2048), a share of the photo if below 1.
         exclude_novel: train only on photos without any novel class (the paper's † filter).
         scale: range of the random scale of training photos (Pascal 0.9-1.1, COCO 0.8-1.25).
         rotate: largest rotation of training photos, degrees, applied to half of them.
-        protocol: "pfenet" (PFENet, BAM and the paper): augmented training photos, test photos
-            scaled to the longer side, K different supports; "hsnet": every photo resized to a
-            square without augmentation, each support drawn independently of the others.
-        shuffle_test: test queries in a fresh order each pass; false takes the list's order, as the
-            published BAM test does, whose 1000 episodes ask for the first 1000 photos only.
-        drop_small_classes: leave out the classes that have no more than K photos in a split, with
-            a warning; by default they are an error.
-        skip_unreadable: replace an episode with a photo that cannot be read, with a warning that
-            names and counts; by default such a photo ends the run.
-        workers: processes that load episodes; 0 loads in the training process.
+        protocol: "pfenet" (PFENet, BAM and the paper) augments training photos, scales test photos
+            by their longer side and samples K different supports; "hsnet" resizes every photo to a
+            square without augmentation and samples each support independently of the others.
+        shuffle_test: visit the test queries in a new random order each pass; false keeps the
+            list's order, as the published BAM test, whose 1000 episodes use the first 1000 photos
+            only.
+        drop_small_classes: omit classes with no more than K photos in a split and warn; by default
+            they are an error.
+        skip_unreadable: replace an episode that has an unreadable photo and warn; by default such
+            a photo ends the run.
+        workers: processes that load episodes; 0 loads them in the training process.
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
 
-    source: Literal["folder", "pascal", "coco", "fss1000", "shapes"] = "folder"
+    source: SourceName = "folder"
     root: str | None = free(None, "resume", "finished", "mean")
     train_list: str | None = None
     val_list: str | None = None
-    folds: Literal["fwb", "panet"] = "fwb"
+    folds: Folds = "fwb"
     fold: int = free(0, "mean")
     shots: int = 1
     size: int = 473
@@ -117,19 +128,10 @@ class DataConfig:
             )
         check_at_least("data.fold", self.fold, 0)
         check_at_least("data.shots", self.shots, 1)
-        if self.size < 9 or (self.size - 1) % 8:
-            lower = max(9, (self.size - 1) // 8 * 8 + 1)
-            raise ValueError(
-                "data.size: expected a multiple of 8 plus 1 pixels, so that maps at output stride "
-                f"8 align with the image; got {self.size}, the nearest are {lower} and {lower + 8}"
-            )
+        check_side("data.size", self.size)
         check_positive("data.min_area", self.min_area)
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"data.scale: expected two factors, smallest first, above 0; got {list(self.scale)}"
-            )
-        if not 0 <= self.rotate <= 180:
-            raise ValueError(f"data.rotate: expected 0 to 180 degrees, got {self.rotate}")
+        check_scale("data.scale", self.scale)
+        check_rotation("data.rotate", self.rotate)
         check_at_least("data.workers", self.workers, 0)
         check_at_least("data.seed", self.seed, 0)
 
@@ -139,22 +141,24 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: "baseline", the paper's: PFENet with an ASPP in place of its FEM, main loss only;
-            "pfenet"; or "bam".
+        name: "baseline", the paper's: PFENet with an ASPP instead of its FEM and only the main
+            loss; "pfenet"; or "bam".
         backbone: the feature extractor.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
-        stride_on: the bottleneck convolution with the stride: "conv2" (torchvision), "conv1"
+        stride_on: the bottleneck convolution that has the stride: "conv2" (torchvision) or "conv1"
             (Caffe, Keras).
         width: channels of the backbone's stem; 64 in every published ResNet and VGG.
-        weights: of the backbone: a file, "torchvision" (downloaded by name), "shapes" (embedded,
-            fits resnet18 of width 24) or "none". A base learner brings its own backbone.
+        weights: pretrained weights of the backbone: a file, "torchvision" (downloaded by name),
+            "shapes" (embedded, for resnet18 of width 24) or "none" (random). A base learner brings
+            its own backbone.
         base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
             folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
-        official: the authors' PFENet or BAM checkpoint, from which the whole network starts.
-        channels: of the head.
+        official: the authors' PFENet or BAM checkpoint, to start the whole network from.
+        channels: channels of the head.
         dropout: probability that the head drops a channel while training.
-        bins: of "pfenet", bins per side of each scale, or up to 1 their share of the map's side;
-            published are (60, 30, 15, 8) for Pascal and (1, 0.5, 0.25, 0.125) for COCO.
+        bins: for "pfenet", the side of the feature map at each scale: cells if above 1, a share of
+            the full side up to 1. Published: (60, 30, 15, 8) for Pascal, (1, 0.5, 0.25, 0.125) for
+            COCO.
     """
 
     name: Literal["baseline", "pfenet", "bam"] = "baseline"
@@ -197,37 +201,36 @@ class ModelConfig:
 
 @dataclass
 class RegimeConfig:
-    """What trains in the backbone; the head always does.
+    """What trains in the backbone; the head always trains.
 
-    Names and what becomes of the weight W of each convolution in `layers`, folded to a matrix of
-    Co rows and Ci·kh·kw columns, with its singular value decomposition W = U S Vᵀ. S' is
-    exp(s'), s' begins at 0, so that all but "rotated_svf" begin with the pretrained network:
+    W is the weight of a convolution in `layers`, as a matrix of Co rows and Ci·kh·kw columns, and
+    U S Vᵀ its singular value decomposition. S' is exp(s') and s' starts at 0, so every regime but
+    "rotated_svf" starts from the pretrained network. W becomes:
 
-    - "freeze": W is frozen (Table 16's baseline; with `batch_norm`, Tables 16 and 21);
-    - "full": W trains, and the bias where there is one (Tables 17 and 18);
-    - "svf": U S Vᵀ, the paper's; `factors` are the ones that train, S unless said (Tables 19, 20);
-    - "svf_scale": U S S' Vᵀ; `factors` S' (unless said), or S and S' (Table 23);
-    - "scale_output": S' W, a factor per row, that is output channel (Table 22);
-    - "scale_input": W S', a factor per column, that is weight of a filter (Table 22);
+    - "freeze": W, frozen (Table 16's baseline; with `batch_norm`, Tables 16 and 21);
+    - "full": W, trained together with the bias, if any (Tables 17 and 18);
+    - "svf": U S Vᵀ, the paper's method; `factors` train, by default S (Tables 19, 20);
+    - "svf_scale": U S S' Vᵀ; `factors` are S' (the default), or S and S' (Table 23);
+    - "scale_output": S' W, a trained factor per row, that is, output channel (Table 22);
+    - "scale_input": W S', a trained factor per column, that is, weight of a filter (Table 22);
     - "rotated_scale": R S' Rᵀ W with a random rotation R (Tables 9 and 24);
-    - "rotated_svf": U R S Rᵀ Vᵀ, another network than the pretrained one: S stays diagonal while
-      its basis turns; `factors` S (unless said), or none: frozen (Tables 9 and 24);
-    - "adapter": a bottleneck after each of `layers`, x + up(relu(down(x))), up begins at 0
-      (Table 10);
-    - "bias": every bias of convolutions and batch norms in `layers` (Table 13); in a ResNet only
-      batch norms have one.
+    - "rotated_svf": U R S Rᵀ Vᵀ, which differs from the pretrained network: S stays diagonal while
+      its basis turns; `factors` are S (the default), or none, which freezes it (Tables 9 and 24);
+    - "adapter": W, frozen; after each of `layers` a bottleneck x + up(relu(down(x))) trains, whose
+      up starts at 0 (Table 10);
+    - "bias": W, frozen; the biases of convolutions and batch norms in `layers` train (Table 13). In
+      a ResNet only batch norms have one.
 
     Args:
         name: one of those above.
-        layers: the backbone's children that the regime acts upon; "all" stands for each of them.
-        kernel: only the convolutions of this size: "3x3", "1x1" or "all" (Table 18).
-        factors: what trains of a decomposed weight: any of U, S, V for "svf"; see above for the
-            other names, most of which have none.
-        batch_norm: affine parameters of the batch norms in `layers` that train too: "none",
-            "weight", "bias" or "both"; alone with "freeze", with S in "svf" (Tables 16 and 21).
-        batch_norm_statistics: "frozen", the stored ones, as the paper has it; "batch", those of the
-            batch while training, which update the stored ones.
-        adapter_reduction: channels of a stage over those inside its adapter.
+        layers: children of the backbone that the regime applies to; "all" means every child.
+        kernel: size of the convolutions it applies to: "3x3", "1x1" or "all" (Table 18).
+        factors: the factors that train: any of U, S, V for "svf"; see above for other names.
+        batch_norm: parameters of the batch norms in `layers` that train too: "none", "weight",
+            "bias" or "both"; alone with "freeze", together with S with "svf" (Tables 16 and 21).
+        batch_norm_statistics: "frozen" uses the stored statistics, as in the paper; "batch" uses
+            those of the batch while training and updates the stored ones.
+        adapter_reduction: a stage's channels divided by the channels inside its adapter.
         strategy: how SVF layers compute: "auto", "reference", "fold", "chain" or "gram", all exact.
     """
 
@@ -268,7 +271,7 @@ class RegimeConfig:
         if self.kernel != "all" and self.name in ("freeze", "adapter", "bias"):
             raise ValueError(
                 f'regime.kernel: "{self.name}" changes no convolution, so none can be chosen by '
-                f'its size; leave kernel out, got "{self.kernel}"'
+                f'its size; omit kernel, got "{self.kernel}"'
             )
         if self.batch_norm_statistics == "batch" and not acts:
             raise ValueError(
@@ -283,7 +286,7 @@ class RegimeConfig:
         sets = _FACTORS.get(self.name)
         if sets is None:
             raise ValueError(
-                f'regime.factors: "{self.name}" decomposes no weight; leave factors out, '
+                f'regime.factors: "{self.name}" decomposes no weight; omit factors, '
                 f"got {list(self.factors)}"
             )
         if frozenset(self.factors) not in sets or len(set(self.factors)) != len(self.factors):
@@ -294,13 +297,13 @@ class RegimeConfig:
 
     @property
     def trained_factors(self) -> tuple[str, ...]:
-        """What trains of a decomposed weight: `factors`, or by default S, or S' of "svf_scale"."""
+        """Return the factors that train: `factors`, or by default S (S' for "svf_scale")."""
         if self.factors is not None:
             return self.factors
         return {"svf": ("S",), "rotated_svf": ("S",), "svf_scale": ("S'",)}.get(self.name, ())
 
     def signature(self) -> dict[str, Any]:
-        """What determines which weights there are and which of them train, as plain values."""
+        """Return, as plain values, what determines which weights exist and which of them train."""
         values = dataclasses.asdict(self)
         del values["strategy"]
         values["factors"] = sorted(self.trained_factors)
@@ -327,15 +330,16 @@ class OptimizerConfig:
     Args:
         name: "sgd" (the paper's) or "adamw".
         lr: learning rate of the head at the first step.
-        momentum: of SGD.
-        weight_decay: of the head; coupled in SGD, decoupled in AdamW.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of the head; coupled in SGD, decoupled in AdamW.
         lr_factor: multiplies the learning rate of every group. The published PFENet code trains
             with 10 times the rate it states (0.0025 on Pascal, 0.005 on COCO): 10 does the same.
         schedule: "cosine" decays both learning rates to 0 at the last step, "poly" as
             lr·(1 - n/steps)^0.9 (PFENet, BAM), "constant" keeps them (the published SVF code states
-            a cosine, yet rebuilds its scheduler every step). None of the papers warms up.
+            a cosine, yet rebuilds its scheduler every step). None of the papers uses warm-up.
         backbone_lr: learning rate of the backbone's group; by default lr / 10, as published for S.
-        backbone_weight_decay: of the backbone's group; by default `weight_decay`, as published.
+        backbone_weight_decay: weight decay of the backbone's group; by default `weight_decay`, as
+            published.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -371,50 +375,50 @@ class TrainConfig:
         optimizer: how it trains.
         steps: optimizer steps; the paper's 200 epochs of Pascal fold 0 are about 105 000.
         batch_size: episodes per step, over all processes.
-        accumulate: parts of a step whose gradients are added before the optimizer acts, so that
+        accumulate: parts of a step whose gradients are summed before the optimizer acts, so that
             only batch_size / accumulate episodes need memory at a time.
-        foreground_weight: weight of the foreground class in the cross-entropy; above 1 where
-            objects cover little of the photo.
-        validation_every: steps between two validations; 0 validates only at the last step.
+        foreground_weight: weight of the foreground class in the cross-entropy; above 1 if objects
+            cover little of the photo.
+        validation_every: steps between two validations; 0 validates only after the last step.
         validation_episodes: episodes of one validation.
-        validation_classes: "novel", as all published numbers are selected, or "base", which keeps
+        validation_classes: "novel", as all published numbers were selected, or "base", which keeps
             the novel classes out of every choice.
         validation_seed: seed of those episodes, the same at every validation.
-        early_stop: validations in a row without a higher mIoU that end the run; 0 never ends it.
-        test_episodes: novel-class episodes per seed of the evaluation that ends the run.
-        test_seeds: one evaluation per seed; mean and spread are reported (defaults: BAM's).
-        checkpoint: which one the run ends with testing: "best" has the highest validation mIoU,
-            see `validation_classes`; "last" selects nothing.
-        resize: how a prediction becomes as large as its photo: "photo" takes the part that the
-            photo covers, "canvas" all of it, as the published code, which is off by about 1 %;
-            "network" leaves it, and counts on the mask at the network's size (HSNet).
-        feature_cache: GiB of backbone features that an evaluation keeps of photos which return in
-            later episodes; 0 computes them anew. The score does not depend on it.
+        early_stop: validations in a row without a higher mIoU after which the run ends; 0 disables
+            this.
+        test_episodes: novel-class episodes per seed of the test at the end of the run.
+        test_seeds: seeds of that test; mean and spread are reported (defaults: BAM's).
+        checkpoint: the checkpoint that is tested: "best" has the highest validation mIoU, see
+            `validation_classes`; "last" selects nothing.
+        resize: how a prediction is resized to its photo: "photo" crops it to the part that the
+            photo covers first; "canvas" does not, as the published code, which is off by about
+            1 %; "network" keeps the network's size and scores on a mask of that size (HSNet).
+        feature_cache: GiB of backbone features that an evaluation keeps for photos that appear
+            again in later episodes; 0 recomputes them. The score does not depend on it.
         save_every: steps between two writes of the last checkpoint; 0 writes it only at
-            validations and when the run ends.
+            validations and at the end of the run.
         log_every: steps between two rows of the logs.
-        pictures: episodes drawn at the end.
+        pictures: test episodes drawn at the end.
         precision: as Lightning Fabric names it; "mixed" keeps the weights in float32. "16-mixed"
             scales the loss and skips steps whose gradients overflow; the log counts them.
-        tf32: which float32 products of a GPU round their factors to TF32, 10 bits after the point,
-            in training and `fss eval`; datasheets promise up to eight times the rate.
-            "convolutions", as torch does by itself, so that a run is as fast and as exact as one
-            expects of torch: the few matrix products that W and the gradient of S come from stay
-            exact. "none" for the error of float32 everywhere, or "all".
-        graph: on a GPU, "auto" launches the forward and backward passes of a step as one CUDA
-            graph after a few steps, which spares the host's time; the graph keeps the memory of a
-            step also while the run validates. Steps that cannot be captured run one by one, and a
-            line says why. The same for tests with a feature_cache of 0. "off" never captures. The
-            weights are the same up to rounding.
-        deterministic: the same bits from run to run on the same machine and number of processes;
-            an operation that cannot do that is an error.
-        sync_batch_norm: batch norms that train on statistics of the batch take those of all
-            processes (GPUs only).
+        tf32: float32 products that a GPU may compute from factors rounded to TF32 (10 bits after
+            the point), in training and `fss eval`; datasheets promise up to eight times the rate.
+            "convolutions" is torch's default: the few matrix products that give W and the gradient
+            of S stay exact. "none" keeps the error of float32 everywhere; "all" rounds in all.
+        graph: "auto" launches the forward and backward passes of a step on a GPU as one CUDA graph
+            after a few steps, which saves host time; the graph keeps the memory of a step also
+            while the run validates. Steps that cannot be captured run one by one, and a line says
+            why. Tests do the same if feature_cache is 0. "off" never captures. The weights are the
+            same up to rounding.
+        deterministic: give the same bits in every run on the same machine and number of processes;
+            an operation that cannot is an error.
+        sync_batch_norm: share the batch statistics of trained batch norms between all processes
+            (GPUs only).
         accelerator: "auto", "cpu" or "cuda".
-        devices: processes, one per device: a number, or "auto"; under torchrun, which starts the
-            processes itself, theirs.
+        devices: processes, one per device: a number, or "auto"; torchrun starts the processes
+            itself, and their number is used.
         out: folder of the run.
-        seed: seed of the head's weights and of dropout.
+        seed: seed of the head's initial weights and of dropout.
     """
 
     data: DataConfig
@@ -432,18 +436,18 @@ class TrainConfig:
     early_stop: int = 0
     test_episodes: int = free(1000, "resume")
     test_seeds: tuple[int, ...] = free((510, 365, 382, 322, 988), "resume")
-    checkpoint: Literal["best", "last"] = free("best", "resume")
-    resize: Literal["photo", "canvas", "network"] = free("photo", "resume")
+    checkpoint: Checkpoint = free("best", "resume")
+    resize: Resize = free("photo", "resume")
     feature_cache: float = free(2.0, "resume", "mean")
     save_every: int = free(500, "resume", "finished", "mean")
     log_every: int = free(10, "resume", "finished", "mean")
     pictures: int = free(6, "resume", "finished", "mean")
-    precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
-    tf32: Literal["none", "convolutions", "all"] = "convolutions"
+    precision: Precision = "32-true"
+    tf32: TF32 = "convolutions"
     graph: Literal["auto", "off", False] = free("auto", "resume", "finished", "mean")
     deterministic: bool = False
     sync_batch_norm: bool = False
-    accelerator: Literal["auto", "cpu", "cuda"] = free("auto", "resume", "finished", "mean")
+    accelerator: Accelerator = free("auto", "resume", "finished", "mean")
     devices: int | Literal["auto"] = free(1, "resume", "finished", "mean")
     out: str = free("runs/fss", "resume", "finished", "mean")
     seed: int = free(321, "mean")
@@ -480,12 +484,12 @@ class TrainConfig:
             raise ValueError("out: expected a folder for the run, got nothing")
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as nested plain values, for JSON, YAML and checkpoints."""
+        """Return the configuration as nested plain values, for JSON, YAML and checkpoints."""
         return plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`."""
+        """Build a configuration from the values of `to_dict`."""
         parts = {
             "data": DataConfig,
             "model": ModelConfig,
@@ -573,3 +577,27 @@ def check_at_least(name: str, value: float, lowest: int) -> None:
 def check_positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
+def check_side(name: str, size: int) -> None:
+    """Check the side of a network's square input."""
+    if size < 9 or (size - 1) % 8:
+        lower = max(9, (size - 1) // 8 * 8 + 1)
+        raise ValueError(
+            f"{name}: expected a multiple of 8 plus 1 pixels, so that maps at output stride 8 "
+            f"align with the image; got {size}, the nearest are {lower} and {lower + 8}"
+        )
+
+
+def check_scale(name: str, scale: Sequence[float]) -> None:
+    """Check the range of a random scale."""
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise ValueError(
+            f"{name}: expected two factors, smallest first, above 0; got {list(scale)}"
+        )
+
+
+def check_rotation(name: str, degrees: float) -> None:
+    """Check the largest angle of a random rotation."""
+    if not 0 <= degrees <= 180:
+        raise ValueError(f"{name}: expected 0 to 180 degrees, got {degrees}")

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there, and text, JSON and YAML that users bring."""
+"""Files written completely or not at all; text, JSON and YAML read with errors for users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VALUES = 100_000  # of a YAML file: aliases make many of few bytes, or one that
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to write which takes the place of `path` when the block ends without an error.
+    """Open a file to write that replaces `path` when the block ends without an error.
 
     Until then an earlier file stays as it was; after an error nothing of the new one is left.
     """
@@ -33,23 +33,23 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from or while handling, and so on."""
+    """Yield the error, its cause or context, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` as indented JSON, atomically."""
+    """Write `content` as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8.
+    """Read a text file in UTF-8.
 
     Raises:
-        ValueError: other bytes.
+        ValueError: bytes that are not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -61,10 +61,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str | bytes, name: object) -> Any:
-    """The value that JSON text stands for; `name` is what an error calls the file.
+    """Parse JSON text; errors call its file `name`.
 
     Raises:
-        ValueError: no JSON.
+        ValueError: not JSON.
     """
     try:
         return json.loads(text)
@@ -73,10 +73,10 @@ def parse_json(text: str | bytes, name: object) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file, of plain types.
+    """Read a YAML file into plain types.
 
     Raises:
-        ValueError: no YAML, or aliases that stand for more than 100 000 values.
+        ValueError: not YAML, or aliases that stand for more than 100 000 values.
     """
     try:
         content = yaml.safe_load(read_text(path))
@@ -89,7 +89,7 @@ def read_yaml(path: Path) -> Any:
         value = waiting.pop()
         count += 1
         if count > _VALUES:
-            raise ValueError(f"{path}: expected at most {_VALUES} values, its aliases make more")
+            raise ValueError(f"{path}: expected at most {_VALUES} values, aliases give more")
         if isinstance(value, dict):
             waiting += [*value, *value.values()]
         elif isinstance(value, (list, tuple, set)):

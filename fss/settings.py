@@ -14,16 +14,16 @@ FOLDER = Path(__file__).parent / "configs"
 
 
 def config_names(part: str = "") -> list[str]:
-    """Names of the files in fss/configs; of those in its folder `part`, as "regimes/svf"."""
+    """List the names of the files in fss/configs, or in its folder `part`, as "regimes/svf"."""
     paths = (FOLDER / part).glob("*.yaml")
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in paths)
 
 
 def config_file(name: str) -> Path:
-    """The file at a path, or the one of this name that comes with the package.
+    """Return the file at a path, or the one of this name that comes with the package.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: neither exists.
     """
     path = Path(name)
     if path.is_file():

@@ -51,38 +51,32 @@ __all__ = [
 
 
 def build_source(config: DataConfig) -> Source:
-    """The source that a configuration names.
+    """Build the source that a configuration names.
 
     Raises:
-        ValueError: an unknown name, or a source without its folder.
+        FileNotFoundError, ValueError: see `FolderSource`, `PascalSource`, ….
     """
     if config.source == "shapes":
         return ShapesSource(size=config.size, seed=config.seed)
-    if not config.root:
-        raise ValueError("data.root: expected the folder of the photos, got nothing")
+    root, train, val = str(config.root), config.train_list, config.val_list
     if config.source == "folder":
-        return FolderSource(config.root)
+        return FolderSource(root)
     if config.source == "pascal":
-        return PascalSource(config.root, config.train_list, config.val_list)
+        return PascalSource(root, train, val)
     if config.source == "coco":
-        return CocoSource(config.root, config.folds, config.train_list, config.val_list)
-    if config.source == "fss1000" and config.train_list and config.val_list:
-        return Fss1000Source(config.root, config.train_list, config.val_list)
-    raise ValueError(
-        "data.source: expected folder, pascal, coco, shapes or fss1000 with its lists, got "
-        f"{config.source!r}"
-    )
+        return CocoSource(root, config.folds, train, val)
+    return Fss1000Source(root, str(train), str(val))
 
 
 def train_transform(config: DataConfig) -> Transform:
-    """The training transform of a configuration."""
+    """Build the training transform of a configuration."""
     if config.protocol == "hsnet":
         return SquareTransform(config.size)
     return TrainTransform(config.size, config.scale, config.rotate)
 
 
 def test_transform(config: DataConfig) -> Transform:
-    """The evaluation transform of a configuration."""
+    """Build the evaluation transform of a configuration."""
     return (
         SquareTransform(config.size) if config.protocol == "hsnet" else EvalTransform(config.size)
     )
@@ -91,7 +85,7 @@ def test_transform(config: DataConfig) -> Transform:
 def build_episodes(
     config: DataConfig, split: Split, episodes: int, seed: int, source: Source | None = None
 ) -> EpisodeDataset:
-    """The episodes of a split with its transform; pass `source` to share one between splits."""
+    """Build the episodes of a split; pass `source` to share one between splits."""
     return EpisodeDataset(
         source if source is not None else build_source(config),
         config.fold,

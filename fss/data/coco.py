@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
+from fss.config import Folds
 from fss.data.file_source import ListedSource
 from fss.data.lists import Pair, check_files, find_folder, read_list
 from fss.data.prepare.counts import Counts
@@ -156,14 +156,14 @@ class CocoSource(ListedSource):
 
     Raises:
         FileNotFoundError: no such folder, or files are missing.
-        ValueError: a bad list, an unreadable file, a mask that has not the size of its image, or
+        ValueError: a bad list, an unreadable file, a mask of another size than its image, or
             masks with other class ids.
     """
 
     def __init__(
         self,
         root: str | os.PathLike[str],
-        folds: Literal["fwb", "panet"] = "fwb",
+        folds: Folds = "fwb",
         train_list: str | os.PathLike[str] | None = None,
         val_list: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -225,7 +225,7 @@ class CocoSource(ListedSource):
             raise ValueError(
                 f"wrong class ids in {wrong} of {known} known masks: {example}. Classes are 1 to "
                 "80 in the order of the json's ids; with another map a model trained elsewhere "
-                "scores far too low (about 39 mIoU with BAM's weights). Make the masks anew: `fss "
+                "scores far too low (about 39 mIoU with BAM's weights). Make the masks again: `fss "
                 "data prepare coco`"
             )
 

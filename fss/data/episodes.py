@@ -1,10 +1,9 @@
-"""Few-shot episodes: a query and K supports of one class, drawn from a seed."""
+"""Few-shot episodes: a query and K supports of one class, sampled from a seed."""
 
 from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from fss.config import check_at_least, check_positive, misfit
 from fss.data.source import IGNORE, Mask, Source
 from fss.data.transforms import Sample, Transform
 
@@ -23,7 +23,7 @@ Split = Literal["train", "validation", "test"]
 # Streams of random numbers of one seed: the order of the queries, and all else of an episode.
 _ORDER, _EPISODE = 0, 1
 
-# Episodes drawn for one place before a data set counts as broken.
+# Episodes tried in one place before a data set is declared broken.
 _READ_TRIES = 10
 
 
@@ -43,8 +43,8 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
     """Episodes of one split of a fold; item i depends on (seed, i) alone, not on the workers.
 
     An image is listed when one of the split's classes covers at least `min_area` of it. Queries run
-    through the listed images in a fresh order each pass. The class is drawn among the split's
-    classes that the query shows at any size, the supports among the images that list the class,
+    through the listed images in a new random order each pass. The class is sampled from the split's
+    classes that the query shows at any size, the supports from the images listed under the class,
     without the query. The class becomes 1, ignored pixels stay 255, all else becomes 0.
 
     An item is a dict of `query_image` float32 [3, S, S], `query_mask` uint8 [S, S],
@@ -68,15 +68,15 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         seed: from 0.
         min_area: pixels at original size when at least 1, else a share of the image.
         exclude_novel: train only on images without any novel class, however small (the † filter).
-        shuffle: a fresh order of the queries each pass; otherwise that of the list, as in the
-            published BAM tests, where 1000 episodes then ask for the first 1000 images only.
-        repeat_supports: draw each support independently among the images other than the query, so
-            that one may come twice (HSNet); otherwise they are K different images.
-        drop_small_classes: leave out, with a warning, the classes of the split that have no more
-            than K images, which are an error otherwise.
-        skip_unreadable: draw another episode in place of one with an image that cannot be read,
-            and warn; an item then also has `unreadable`, an error for each such image. Otherwise
-            such an image is an error.
+        shuffle: visit the queries in a new random order each pass; otherwise in the list's order,
+            as the published BAM tests, whose 1000 episodes use the first 1000 images only.
+        repeat_supports: sample each support independently from the images other than the query, so
+            that one may appear twice (HSNet); otherwise they are K different images.
+        drop_small_classes: omit classes of the split with no more than K images and warn; otherwise
+            they are an error.
+        skip_unreadable: replace an episode that has an unreadable image and warn; an item then
+            also has `unreadable`, an error for each such image. Otherwise such an image is an
+            error.
 
     Attributes:
         classes: the split's class ids.
@@ -111,7 +111,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             ("episodes", episodes, 1),
             ("seed", seed, 0),
         ):
-            _check_integer(name, value, lowest)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(misfit(name, int, repr(value)))
+            check_at_least(name, value, lowest)
         if fold >= len(source.folds):
             raise ValueError(
                 f"fold: expected 0 to {len(source.folds) - 1}, the source has "
@@ -119,8 +121,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             )
         if split not in ("train", "validation", "test"):
             raise ValueError(f"split: expected train, validation or test; got {split!r}")
-        if not 0 < min_area < float("inf"):
-            raise ValueError(f"min_area: expected pixels or a share above 0, got {min_area}")
+        check_positive("min_area", min_area)
         self.source, self.fold, self.split = source, fold, split
         self.shots, self.transform = shots, transform
         self.episodes, self.seed = episodes, seed
@@ -200,9 +201,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         return item
 
     def draw(self, index: int, attempt: int = 0) -> Episode:
-        """The images and the class of an episode, without loading anything.
+        """Sample the images and the class of an episode, without loading anything.
 
-        `attempt` counts the unreadable episodes that this one takes the place of.
+        `attempt` counts the unreadable episodes that this one replaces.
         """
         if not 0 <= index < self.episodes:
             raise IndexError(f"episode: expected 0 to {self.episodes - 1}, got {index}")
@@ -227,18 +228,6 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             drawn = rng.choice(images, self.shots + 1, replace=False)
             supports = [int(i) for i in drawn if i != query][: self.shots]
         return Episode(query, class_id, tuple(supports))
-
-    def sampled_classes(self) -> dict[int, int]:
-        """Episodes of each class of the split, 0 for a class that is never drawn."""
-        counts = Counter(self.draw(index).class_id for index in range(self.episodes))
-        return {class_id: counts[class_id] for class_id in self.classes}
-
-    def summary(self) -> str:
-        """One line for the log: the images listed and how many show each class."""
-        counts = ", ".join(
-            f"{self.source.class_names[c]} {len(images)}" for c, images in self.class_images.items()
-        )
-        return f"{self.split}, fold {self.fold}: {len(self.queries)} images; {counts}"
 
     def _list_images(self, novel: set[int]) -> tuple[list[int], dict[int, list[int]]]:
         source, kind = self.source, "novel" if self.split == "test" else "base"
@@ -294,7 +283,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
                 f"class {source.class_names[class_id]!r} ({class_id}) has "
                 f"{len(class_images[class_id])} {self.split} images in fold {self.fold} after "
                 f"{filters}; {self.shots} shots need {self.shots + 1} (query and supports): take "
-                "fewer shots, loosen the filters, or leave out such classes "
+                "fewer shots, loosen the filters, or omit such classes "
                 f"(data.drop_small_classes: true; {len(small)} here)"
             )
         return listed, class_images
@@ -317,7 +306,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
 def counting_classes(
     source: Source, index: int, classes: Iterable[int], min_area: float
 ) -> list[int]:
-    """Those of `classes` that cover `min_area` of an image: pixels, or a share when below 1."""
+    """List those of `classes` that cover `min_area` of an image: pixels, or a share if below 1."""
     areas = source.class_areas(index)
     height, width = source.size(index)
     smallest = min_area if min_area >= 1 else min_area * height * width
@@ -325,7 +314,7 @@ def counting_classes(
 
 
 def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors stacked, numbers as int64 [B], names and original masks in lists.
+    """Build a batch: tensors stacked, numbers as int64 [B], names and original masks in lists.
 
     `query_mask_original` stays a list because the originals differ in size.
     """
@@ -343,12 +332,12 @@ def collate_episodes(batch: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _binary(classes: Mask, class_id: int) -> Tensor:
-    """1 where the class is, 255 where ignored, else 0; uint8."""
+    """Return uint8: 1 where the class is, 255 where ignored, else 0."""
     return _labels(classes, _table({class_id: 1}))
 
 
 def _table(labels: Mapping[int, int]) -> NDArray[np.uint8]:
-    """The label of each class id: of those not given 0, of ignored pixels 255."""
+    """Return the label of each class id: 0 for those not given, 255 for ignored pixels."""
     table = np.zeros(max(IGNORE, *labels) + 1, dtype=np.uint8)
     table[list(labels)] = list(labels.values())
     table[IGNORE] = IGNORE
@@ -356,15 +345,8 @@ def _table(labels: Mapping[int, int]) -> NDArray[np.uint8]:
 
 
 def _labels(classes: Mask, table: NDArray[np.uint8]) -> Tensor:
-    """The label of each pixel, uint8: an eighth of what a loss takes has to be stacked and sent."""
+    """Return the label of each pixel, as uint8: an eighth of a loss's int64 to stack and send."""
     if classes.dtype == np.uint8:
         return torch.from_numpy(cv2.LUT(classes, table[: IGNORE + 1]))
     labels = np.where(classes < len(table), table[np.minimum(classes, len(table) - 1)], 0)
     return torch.from_numpy(labels.astype(np.uint8))
-
-
-def _check_integer(name: str, value: object, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < lowest:
-        raise ValueError(f"{name}: expected at least {lowest}, got {value}")

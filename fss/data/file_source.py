@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fss.data.images import check_sizes, open_classes, read_image
 from fss.data.lists import Pair
-from fss.data.scan import check_sizes, open_classes, read_image, scan
+from fss.data.scan import scan
 from fss.data.source import Mask
 
 
@@ -41,7 +42,7 @@ class ListedSource:
         return list(self._indices[split])
 
     def load(self, index: int) -> tuple[NDArray[np.uint8], Mask]:
-        """The RGB image [H, W, 3], turned as its EXIF orientation says, and its mask [H, W].
+        """Load the RGB image [H, W, 3], turned as its EXIF orientation says, and its mask [H, W].
 
         Raises:
             ValueError: a file that cannot be decoded, or sizes that differ.
@@ -57,14 +58,14 @@ class ListedSource:
     def _take(
         self, images: Sequence[Path], masks: Sequence[Path], train: list[int], test: list[int]
     ) -> None:
-        """Takes the files and the numbers of each split, and scans the masks."""
+        """Take the files and the numbers of each split, and scan the masks."""
         self._images, self._masks = list(images), list(masks)
         self._indices = {"train": train, "test": test}
         key = f"{type(self).__name__} {self.root.resolve()}"
         self._records = scan(key, self._images, self._masks, self._open_mask)
 
     def _take_splits(self, train: Sequence[Pair], test: Sequence[Pair]) -> None:
-        """Takes the files of two lists; a file in both is one image."""
+        """Take the files of two lists; a file in both is one image."""
         number = {pair: index for index, pair in enumerate(dict.fromkeys((*train, *test)))}
         images, masks = zip(*number, strict=True)
         self._take(images, masks, [number[pair] for pair in train], [number[pair] for pair in test])

@@ -33,7 +33,7 @@ class FolderSource(ListedSource):
         classes: the class names in the order of their ids from 1, or by id; by default those of
             classes.json.
         folds: the novel class ids of each fold; by default those of classes.json, or else the
-            classes in order cut into four equal parts.
+            classes in order, split into four equal parts.
 
     Raises:
         FileNotFoundError: a folder, a list, a mask or the class list is missing.
@@ -135,7 +135,7 @@ class FolderSource(ListedSource):
         if folds is None:
             if len(ids) % 4:
                 raise ValueError(
-                    f"folds: {len(ids)} classes cannot be cut into four equal parts; give the "
+                    f"folds: {len(ids)} classes cannot be split into four equal parts; give the "
                     f'novel class ids of each fold, as folds or as "folds" in {CLASSES}'
                 )
             part = len(ids) // 4

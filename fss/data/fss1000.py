@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fss.data.file_source import ListedSource
+from fss.data.images import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
 from fss.data.lists import Pair, check_files
-from fss.data.scan import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
 from fss.data.source import IGNORE, Mask
 from fss.files import read_text
 
@@ -37,8 +37,8 @@ class Fss1000Source(ListedSource):
 
     Raises:
         FileNotFoundError: the folder, a list or a mask is missing, or a class of a list.
-        ValueError: a class in both lists or none in one, an unreadable file, or a mask that has not
-            the size of its image.
+        ValueError: a class in both lists or none in one, an unreadable file, or a mask of
+            another size than its image.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def _read_names(path: Path, known: dict[str, int], root: Path) -> list[str]:
     if unknown:
         raise FileNotFoundError(
             f"{path}: {len(unknown)} of {len(names)} classes have no folder in {root}, the first "
-            f"is {unknown[0]!r}; the data set is half there"
+            f"is {unknown[0]!r}; the data set is incomplete"
         )
     if not names:
         raise ValueError(f"{path}: expected a class name per line, the file is empty")

@@ -17,7 +17,7 @@ class Pair(NamedTuple):
 
 
 def find_folder(root: Path, places: Sequence[str], images: str, needed: Sequence[str]) -> Path:
-    """The first of `places` below `root` (or `root` itself) that has the folder `images`.
+    """Find the first of `places` below `root` (or `root` itself) that has the folder `images`.
 
     Raises:
         FileNotFoundError: no place has it, or the place lacks another of the `needed` folders.
@@ -34,7 +34,7 @@ def find_folder(root: Path, places: Sequence[str], images: str, needed: Sequence
     missing = [name for name in needed if not (found[0] / name).is_dir()]
     if missing:
         raise FileNotFoundError(
-            f"the data set in {found[0]} is half there: {images}/ exists, "
+            f"the data set in {found[0]} is incomplete: {images}/ exists, "
             f"{', '.join(f'{name}/' for name in missing)} does not; `fss data prepare` makes it, "
             "or copy what is missing"
         )
@@ -42,14 +42,14 @@ def find_folder(root: Path, places: Sequence[str], images: str, needed: Sequence
 
 
 def read_list(path: Path, folder: Path, images: str, masks: str) -> list[Pair]:
-    """The pairs of a list file, with `image mask` or one name per line.
+    """Read the pairs of a list file, with `image mask` or one name per line.
 
-    Paths are relative to the data folder. Lists made elsewhere have its former place in front:
-    what is in front is left off, as much as makes the first line's image exist here. A name
-    without its ending stands for `images/NAME.jpg` and `masks/NAME.png`.
+    Paths are relative to the data folder. Lists made elsewhere may begin with the path of another
+    folder: as many leading parts are ignored as make the first line's image exist here. A name
+    without its ending means `images/NAME.jpg` and `masks/NAME.png`.
 
     Raises:
-        FileNotFoundError: no list there, or files of the list that are not there (counted).
+        FileNotFoundError: the list, or files that it names, are missing (counted).
         ValueError: a line of another form, no line, or an image listed twice.
     """
     if not path.is_file():
@@ -81,7 +81,7 @@ def read_list(path: Path, folder: Path, images: str, masks: str) -> list[Pair]:
 
 
 def check_files(pairs: Sequence[Pair], origin: str) -> None:
-    """Raises FileNotFoundError where images or masks are missing, with their number."""
+    """Raise FileNotFoundError if images or masks are missing, with their number."""
     folders = {path.parent for pair in pairs for path in pair}
     present = {
         folder: {file.name for file in folder.iterdir()} if folder.is_dir() else set()
@@ -93,11 +93,11 @@ def check_files(pairs: Sequence[Pair], origin: str) -> None:
         if missing:
             raise FileNotFoundError(
                 f"{origin}: {len(missing)} of {len(pairs)} {column}s are missing, the first is "
-                f"{missing[0]}; the data set is half there: copy them, or list only what is there"
+                f"{missing[0]}; the data set is incomplete: copy them, or list only existing files"
             )
 
 
 def _surplus(parts: tuple[str, ...], folder: Path) -> int:
-    """How many leading parts of a path to leave off so that it exists in the folder."""
+    """Count the leading parts of a path to remove so that it exists in the folder."""
     present = (k for k in range(len(parts)) if folder.joinpath(*parts[k:]).is_file())
     return next(present, 0)

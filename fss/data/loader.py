@@ -1,4 +1,4 @@
-"""Batches of episodes, and what the processes that load them fail with."""
+"""Batches of episodes, and the failures of the processes that load them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _KILLED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+|ex
 
 
 def episode_loader(dataset: Dataset, batch_size: int, workers: int, fabric: Fabric) -> DataLoader:
-    """Batches of episodes in order, on the device of this process.
+    """Load batches of episodes in order, onto the device of this process.
 
-    Which episodes this process gets is the dataset's choice: no sampler is put in between.
+    The dataset decides which episodes this process gets: no sampler is added.
     """
     loader = DataLoader(
         dataset,
@@ -36,10 +36,10 @@ def episode_loader(dataset: Dataset, batch_size: int, workers: int, fabric: Fabr
 
 
 def _outlive_first_signal(worker: int) -> None:
-    """Lets a loading process go on when all processes of a run are told to stop.
+    """Let a loading process go on when all processes of a run are told to stop.
 
-    The training process still needs its episodes then, to finish and save a step; a second SIGTERM,
-    or the end of the training process, ends the loading one.
+    The training process still needs its episodes to finish and save a step; a second SIGTERM, or
+    the end of the training process, ends the loading one.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(
@@ -49,13 +49,13 @@ def _outlive_first_signal(worker: int) -> None:
 
 @contextmanager
 def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
-    """Says in the user's words that a loading process was killed, and what became of the run.
+    """Explain that a loading process was killed, and what became of the run.
 
-    torch notices it by a signal, wherever this process is then, not only where it loads: what is
-    interrupted, as the writing of a checkpoint, may fail with an error of its own.
+    torch notices this by a signal, not only while this process loads: whatever it interrupts, for
+    example the writing of a checkpoint, may fail with an error of its own.
 
     Raises:
-        ChildProcessError: in the place of torch's RuntimeError.
+        ChildProcessError: instead of torch's RuntimeError.
     """
     try:
         yield

@@ -110,7 +110,7 @@ class PascalSource(ListedSource):
 
 
 def build_lists(folder: Path, masks: set[str]) -> tuple[list[str], list[str]]:
-    """Names of the training and validation images, from VOC's lists and the names with a mask.
+    """List the training and validation images, from VOC's lists and the names with a mask.
 
     Training: the images of VOC's detection training set (`ImageSets/Main/train.txt`) with a mask
     (SBD's `train_noval`, 5623 images, is SBD's share of that set), then the rest of VOC's

@@ -5,37 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import (
-    ExifTags,
-    Image,
-    ImageOps,
-    TiffImagePlugin,  # noqa: F401 (registers its format, as the next one does)
-    WebPImagePlugin,  # noqa: F401
-)
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from fss.data.images import DAMAGED, FORMATS, check_pixels, check_sizes, unreadable
 from fss.data.source import IGNORE
 from fss.files import atomic_write
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""Of files that are read, whatever their names end with: others may run programs to be decoded."""
-
-
-MAX_PIXELS = 80_000_000
-"""Of a picture: more is refused before it is decoded."""
-
-# What Pillow's readers raise for damaged files; of a few bytes some ask for gigabytes.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
-DAMAGED += (NotImplementedError, MemoryError, struct.error, Image.DecompressionBombError)
 
 
 class Record(NamedTuple):
@@ -51,7 +32,7 @@ def scan(
     masks: Sequence[Path],
     open_mask: Callable[[Path], Image.Image],
 ) -> list[Record]:
-    """The records of all images, from the cache or else from the files.
+    """Return the records of all images, from the cache or else from the files.
 
     They are kept in `$XDG_CACHE_HOME/fss` (`~/.cache/fss`) until the name, the size or the time of
     a file changes. Decoding runs in threads: it holds no lock of the interpreter.
@@ -63,8 +44,8 @@ def scan(
         open_mask: reads a mask as an 8-bit picture of one channel; `open_classes` reads class ids.
 
     Raises:
-        ValueError: files that cannot be decoded, or masks that have not the size of their image;
-            all are counted, the first ten named.
+        ValueError: files that cannot be decoded, or masks of another size than their image; all
+            are counted, the first ten named.
     """
     digest = hashlib.sha256()
     for path in (*images, *masks):
@@ -94,7 +75,7 @@ def scan(
 
 
 def inspect(image_path: Path, mask_path: Path, open_mask: Callable[[Path], Image.Image]) -> Record:
-    """The record of one image; of the image itself only the header is read."""
+    """Return the record of one image; of the image itself only the header is read."""
     try:
         with Image.open(image_path, formats=FORMATS) as file:
             check_pixels(file)
@@ -109,71 +90,8 @@ def inspect(image_path: Path, mask_path: Path, open_mask: Callable[[Path], Image
     return Record(size, {c: counts[c] for c in range(1, IGNORE) if counts[c]})
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """An RGB image [H, W, 3], turned as its EXIF orientation says.
-
-    Raises:
-        ValueError: a file that cannot be decoded.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            check_pixels(file)
-            ImageOps.exif_transpose(file, in_place=True)  # without, it copies
-            return np.array(file if file.mode == "RGB" else file.convert("RGB"))
-    except DAMAGED as error:
-        raise unreadable(path, error) from error
-
-
-def open_classes(path: Path) -> Image.Image:
-    """A mask of class ids, decoded.
-
-    Raises:
-        ValueError: a file that cannot be decoded, or one with colours instead of ids.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            check_pixels(file)
-            file.load()
-    except DAMAGED as error:
-        raise unreadable(path, error) from error
-    if file.mode not in ("P", "L"):
-        raise ValueError(
-            f"{path}: expected class ids in one 8-bit channel (mode P or L), got mode "
-            f"{file.mode}; save the mask with class ids, not colours"
-        )
-    return file
-
-
-def check_pixels(image: Image.Image) -> None:
-    """Raises ValueError for a picture of more than `MAX_PIXELS`."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"expected at most {MAX_PIXELS // 10**6} million pixels, got "
-            f"{image.width}×{image.height}; make it smaller"
-        )
-
-
-def check_sizes(
-    image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]
-) -> None:
-    """Raises ValueError where the height and width of an image and its mask differ."""
-    if image != mask:
-        raise ValueError(
-            f"{mask_path} is {mask[0]}×{mask[1]} pixels (height×width), its image {image_path} "
-            f"{image[0]}×{image[1]}; a mask has the size of its image"
-        )
-
-
-def unreadable(path: Path, error: Exception) -> ValueError:
-    """The error of a file that cannot be decoded."""
-    return ValueError(
-        f"{path} cannot be decoded ({error}); replace the file, or remove it together with its "
-        "image or mask"
-    )
-
-
 def _raise_all(errors: list[ValueError]) -> None:
-    """Raises an error that has the texts of the first ten errors, and how many there are."""
+    """Raise one error with the texts of the first ten and their number."""
     if len(errors) > 1:
         texts = "\n  ".join(str(error) for error in errors[:10])
         raise ValueError(f"{len(errors)} images cannot be used:\n  {texts}")
@@ -182,7 +100,7 @@ def _raise_all(errors: list[ValueError]) -> None:
 
 
 def _read_cache(path: Path, fingerprint: str, length: int) -> list[Record] | None:
-    """The cached records, or None where the cache is absent, stale or broken."""
+    """Return the cached records; None if the cache is absent, stale or broken."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["fingerprint"] != fingerprint:
@@ -204,6 +122,6 @@ def _write_cache(path: Path, fingerprint: str, records: list[Record]) -> None:
     except OSError as error:
         warnings.warn(
             f"the class areas cannot be cached in {path.parent} ({error}), so the masks are "
-            "scanned at every start; set XDG_CACHE_HOME to a folder that can be written",
+            "scanned at every start; set XDG_CACHE_HOME to a writable folder",
             stacklevel=4,
         )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORE = 255
-"""Mask value of pixels that no loss and no metric counts."""
+"""Mask value of pixels that losses and metrics ignore."""
 
 Mask = NDArray[np.uint8] | NDArray[np.uint16]
 """Class ids [H, W]; uint16 where a data set has more than 254 classes (none has the id 255)."""
@@ -18,7 +18,7 @@ Mask = NDArray[np.uint8] | NDArray[np.uint16]
 class Source(Protocol):
     """Images with dense class masks.
 
-    Class ids begin at 1 and leave out 255; 0 is background and 255 is ignored. Images are numbered
+    Class ids begin at 1 and skip 255; 0 is background and 255 is ignored. Images are numbered
     from 0 to `len(source) - 1`, in an order that does not change from run to run.
 
     Attributes:
@@ -30,15 +30,15 @@ class Source(Protocol):
     folds: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         ...
 
     def name(self, index: int) -> str:
-        """The name of an image, for logs and pictures."""
+        """Return the name of an image, for logs and pictures."""
         ...
 
     def load(self, index: int) -> tuple[NDArray[np.uint8], Mask]:
-        """The RGB image [H, W, 3] and its mask [H, W].
+        """Load the RGB image [H, W, 3] and its mask [H, W].
 
         Raises:
             ValueError: a file that cannot be decoded, named.
@@ -46,13 +46,13 @@ class Source(Protocol):
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of an image in pixels, without loading it."""
+        """Return the height and width of an image in pixels, without loading it."""
         ...
 
     def class_areas(self, index: int) -> dict[int, int]:
-        """Pixels of each class that the mask shows (no background, no ignored pixels), cached."""
+        """Return, from a cache, the pixels of each class that the mask shows."""
         ...
 
     def indices(self, split: Literal["train", "test"]) -> list[int]:
-        """The images of a split; all of them where the source makes no difference."""
+        """List the images of a split; all images if the source has no splits."""
         ...

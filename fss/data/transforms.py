@@ -1,7 +1,7 @@
 """Joint transforms of an image and its mask, for training and for evaluation.
 
 The choices are those of the published PFENet and BAM training; pixels that a transform adds get the
-ImageNet mean (0 once normalised) and the mask value 255.
+ImageNet mean (0 once normalized) and the mask value 255.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fss.config import check_rotation, check_scale, check_side
 from fss.data.source import IGNORE, Mask
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
@@ -30,7 +31,7 @@ _CROP_TRIES = 30
 class Sample(NamedTuple):
     """A transformed image and its mask.
 
-    `image` is float32 [3, S, S], normalised; `mask` [S, S] has the type and the values of the
+    `image` is float32 [3, S, S], normalized; `mask` [S, S] has the type and the values of the
     original; `size` is, of an evaluation, the pasted height and width.
     """
 
@@ -55,11 +56,11 @@ class Transform(Protocol):
 
 
 class TrainTransform:
-    """Random scale, rotation, blur, flip and crop; then normalisation.
+    """Random scale, rotation, blur, flip and crop; then normalization.
 
     The rotation (up to ±`rotate`), the 5×5 Gaussian blur and the horizontal flip apply to half of
-    the images each. A crop is redrawn until it keeps 85 % of the foreground, at most 30 times, and
-    then the best one is taken; foreground is never lost altogether.
+    the images each. Crops are tried until one keeps 85 % of the foreground, at most 30 times; then
+    the best one is used, and foreground is never lost altogether.
 
     Args:
         size: side of the square output, pixels.
@@ -70,11 +71,9 @@ class TrainTransform:
     def __init__(
         self, size: int, scale: tuple[float, float] = (0.9, 1.1), rotate: float = 10.0
     ) -> None:
-        _check_size(size)
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale: expected two factors above 0, smallest first; got {scale}")
-        if not 0 <= rotate <= 180:
-            raise ValueError(f"rotate: expected 0 to 180 degrees, got {rotate}")
+        check_side("size", size)
+        check_scale("scale", scale)
+        check_rotation("rotate", rotate)
         self.size, self.scale, self.rotate = size, scale, rotate
 
     def __call__(
@@ -88,7 +87,7 @@ class TrainTransform:
         pixels = image.astype(np.float32)
         warped, warped_mask = self._warp(pixels, mask, rng)
         if (mask == foreground).any() and not (warped_mask == foreground).any():
-            # Nearest-neighbour warping can drop an object of a few pixels.
+            # Nearest-neighbor warping can drop an object of a few pixels.
             warped, warped_mask = pixels, mask
         if rng.random() < 0.5:
             warped = cv2.GaussianBlur(warped, (5, 5), 0)
@@ -97,8 +96,8 @@ class TrainTransform:
         top, left = (max(self.size - side, 0) // 2 for side in warped_mask.shape)
         padded = _pad(warped_mask, self.size)
         rows, columns = _choose_crop(padded == foreground, self.size, rng)
-        # The image is not padded: what the crop adds to it is the mean, 0 once normalised.
-        pixels = _normalise(warped, self.size, top - rows.start, left - columns.start)
+        # The image is not padded: what the crop adds to it is the mean, 0 once normalized.
+        pixels = _normalize(warped, self.size, top - rows.start, left - columns.start)
         return Sample(pixels, torch.from_numpy(np.ascontiguousarray(padded[rows, columns])), None)
 
     def _warp(
@@ -120,10 +119,10 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resizes the longer side to `size`, pastes top-left on a square canvas, normalises.
+    """Resizes the longer side to `size`, pastes top-left on a square canvas, normalizes.
 
     Both sides are floored to a multiple of 8: size 473 gives at most 472. The canvas is 0 before
-    normalisation and 255 in the mask. `Sample.size` is the pasted (height, width): crop a
+    normalization and 255 in the mask. `Sample.size` is the pasted (height, width): crop a
     prediction to it and resize that to the original size.
 
     Args:
@@ -131,7 +130,7 @@ class EvalTransform:
     """
 
     def __init__(self, size: int) -> None:
-        _check_size(size)
+        check_side("size", size)
         self.size = size
 
     def __call__(
@@ -147,12 +146,12 @@ class EvalTransform:
         pixels, mask = _resize(image.astype(np.float32), mask, height, width)
         canvas = np.full((self.size, self.size), IGNORE, dtype=mask.dtype)
         canvas[:height, :width] = mask
-        normalised = _normalise(pixels, self.size, 0, 0, fill=-MEAN / STD)
-        return Sample(normalised, torch.from_numpy(canvas), (height, width))
+        normalized = _normalize(pixels, self.size, 0, 0, fill=-MEAN / STD)
+        return Sample(normalized, torch.from_numpy(canvas), (height, width))
 
 
 class SquareTransform:
-    """Resizes image and mask to a square whatever their shape, and normalises: HSNet's choice.
+    """Resizes image and mask to a square whatever their shape, and normalizes: HSNet's choice.
 
     `Sample.size` is the whole square: resize a prediction to the original size.
 
@@ -161,7 +160,7 @@ class SquareTransform:
     """
 
     def __init__(self, size: int) -> None:
-        _check_size(size)
+        check_side("size", size)
         self.size = size
 
     def __call__(
@@ -173,8 +172,8 @@ class SquareTransform:
     ) -> Sample:
         _check_pair(image, mask)
         pixels, mask = _resize(image.astype(np.float32), mask, self.size, self.size)
-        normalised = _normalise(pixels, self.size, 0, 0)
-        return Sample(normalised, torch.from_numpy(mask), (self.size, self.size))
+        normalized = _normalize(pixels, self.size, 0, 0)
+        return Sample(normalized, torch.from_numpy(mask), (self.size, self.size))
 
 
 def _resize(
@@ -185,7 +184,7 @@ def _resize(
 
 
 def _pad(mask: Mask, size: int) -> Mask:
-    """Pads both sides to at least `size`, equally left and right, above and below."""
+    """Pad both sides to at least `size`, equally left and right, above and below."""
     height, width = (max(size - side, 0) for side in mask.shape)
     if not height and not width:
         return mask
@@ -216,16 +215,16 @@ def _choose_crop(
     return slice(top, top + size), slice(left, left + size)
 
 
-def _normalise(
+def _normalize(
     image: NDArray[np.float32],
     size: int,
     top: int,
     left: int,
     fill: Sequence[float] | NDArray[np.float32] = (0.0, 0.0, 0.0),
 ) -> Tensor:
-    """The normalised image [3, size, size] of which `image` begins at (top, left).
+    """Return a normalized image [3, size, size] in which `image` begins at (top, left).
 
-    What lies outside of `image` is `fill`; what of it lies outside is cut off.
+    Pixels outside of `image` are `fill`; its parts outside the result are cropped.
     """
     rows, columns = (slice(max(at, 0), max(at, 0) + size) for at in (-top, -left))
     seen = image[rows, columns]
@@ -239,11 +238,6 @@ def _normalise(
         np.subtract(seen[..., channel], 255 * MEAN[channel], out=inside)
         inside /= 255 * STD[channel]
     return torch.from_numpy(result)
-
-
-def _check_size(size: int) -> None:
-    if size < 9 or (size - 1) % 8:
-        raise ValueError(f"size: expected a multiple of 8 plus 1, such as 473; got {size}")
 
 
 def _check_pair(image: NDArray[np.uint8], mask: Mask) -> None:

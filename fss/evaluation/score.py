@@ -10,7 +10,15 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fss.config import DataConfig, TrainConfig
+from fss.config import (
+    Accelerator,
+    Checkpoint,
+    DataConfig,
+    Folds,
+    Resize,
+    SourceName,
+    TrainConfig,
+)
 from fss.data import Source, build_source
 from fss.evaluation.evaluate import episode_classes, evaluate_seeds
 from fss.files import write_json
@@ -61,21 +69,21 @@ def evaluate_run(
     seeds: tuple[int, ...] | None = None,
     shots: int | None = None,
     root: str | None = None,
-    source: Literal["folder", "pascal", "coco", "fss1000", "shapes"] | None = None,
+    source: SourceName | None = None,
     fold: int | None = None,
-    folds: Literal["fwb", "panet"] | None = None,
+    folds: Folds | None = None,
     train_list: str | None = None,
     val_list: str | None = None,
     min_area: float | None = None,
     drop_small_classes: bool | None = None,
     classes: Literal["novel", "base"] = "novel",
     protocol: Literal["bam", "pfenet", "hsnet"] | None = None,
-    checkpoint: Literal["best", "last"] = "best",
+    checkpoint: Checkpoint = "best",
     batch_size: int | None = None,
     workers: int | None = None,
-    resize: Literal["photo", "canvas", "network"] | None = None,
+    resize: Resize | None = None,
     feature_cache: float | None = None,
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto",
+    accelerator: Accelerator = "auto",
 ) -> dict:
     """Scores a checkpoint on test episodes and writes the result next to it.
 

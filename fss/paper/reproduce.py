@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,20 @@ _FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, Ru
 def reproduce_table(
     table: str | None = None,
     list: bool = False,
-    rows: tuple[str, ...] = (),
-    folds: tuple[int, ...] = (),
-    shots: tuple[int, ...] = (),
+    rows: Sequence[str] = (),
+    folds: Sequence[int] = (),
+    shots: Sequence[int] = (),
     out: str = "runs/paper",
     scale_down: bool = False,
     settings: str | None = None,
     tables: str | None = None,
-    **overrides: dict[str, Any],
+    **overrides: Any,
 ) -> str:
     """Make or resume the runs of a table of the paper and compare it with the paper's numbers.
 
     Args:
         table: T1 to T24; without one, all of them are listed.
-        list: only lists the runs and how far they are.
+        list: only list the runs and how far they are.
         rows: names of runs or numbers of rows, as `--list` shows them; by default all.
         folds: of 0 to 3; by default all.
         shots: of 1 and 5; by default all that the table has.

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fss.colors import SKY
 from fss.data import build_episodes, build_source, test_transform
-from fss.data.scan import read_image
+from fss.data.images import read_image
 from fss.models import FewShotModel
 from fss.report.episodes import outline, photo_pixels, spread_over_classes
 from fss.report.plot import Plot, figure_style, new_figure, save_plot

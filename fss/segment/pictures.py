@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
 from fss.colors import ORANGE
-from fss.data.scan import DAMAGED, FORMATS, check_pixels
+from fss.data.images import DAMAGED, FORMATS, check_pixels
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[Any]
 """A file, a PIL image, or an array: [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4] RGBA."""

@@ -49,14 +49,20 @@ def predict_files(
 
     Args:
         queries: files, and folders, of which all pictures are taken, also those deeper down.
-        supports: a picture each, and its mask: a file, a box "x0,y0,x1,y1" or a polygon
-            "x,y x,y x,y …" in pixels.
+        supports: a picture and its mask: a file, a box "x0,y0,x1,y1" or a polygon
+            "x,y x,y x,y …", pixels from the top left; may be repeated.
         out: folder of the results.
-        run: of `fss train`; without one, training-free matching, see `FewShotSegmenter`.
-        backbone, weights, size: of matching, see `FewShotSegmenter`.
-        checkpoint, adapter, threshold, device: see `FewShotSegmenter`.
+        run: folder of `fss train`, or a checkpoint in it; without one, features of a pretrained
+            backbone are matched, by default of the small embedded one.
+        backbone: without a run: its name; by default what the weights tell.
+        weights: without a run: file of a pretrained backbone.
+        size: without a run: longer side of the network's input, pixels.
+        checkpoint: of the run, "best" or "last".
+        adapter: file of singular values of the backbone, as runs leave it.
+        threshold: probability above which a pixel belongs to the object.
         batch_size: pictures at a time.
         overwrite: replace earlier results.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
 
     Returns a line about what was done.
 

@@ -17,8 +17,11 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from fss.config import (
+    TF32,
+    Accelerator,
     DataConfig,
     ModelConfig,
+    Precision,
     check_at_least,
     check_positive,
     check_settings,
@@ -81,9 +84,9 @@ class BaseLearnerConfig:
     validation_images: int = 0
     save_every: int = free(500, "resume", "finished")
     log_every: int = free(10, "resume", "finished")
-    precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] = "32-true"
-    tf32: Literal["none", "convolutions", "all"] = "convolutions"
-    accelerator: Literal["auto", "cpu", "cuda"] = free("auto", "resume", "finished")
+    precision: Precision = "32-true"
+    tf32: TF32 = "convolutions"
+    accelerator: Accelerator = free("auto", "resume", "finished")
     devices: int | Literal["auto"] = 1
     out: str = free("runs/base", "resume", "finished")
     seed: int = 321

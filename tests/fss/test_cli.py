@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import yaml
 
 import fss.cli
 from fss.cli import main
+from fss.training import run
 
 
 @pytest.fixture
@@ -49,7 +53,11 @@ def test_eval_options(config_file, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--data.sorce", "shapes"], "--data.sorce"),
-        (["--steps", "many"], "steps"),
+        (["--steps", "many"], "steps: expected an integer, got 'many'"),
+        (["--graph", "maybe"], "graph: expected one of auto, off; got 'maybe'"),
+        (["--devices", "all"], "devices: expected an integer or auto, got 'all'"),
+        (["--data.source", "voc"], "coco, fss1000, shapes; got 'voc'"),
+        (["--data.scale", "[0.9]"], "data.scale: expected 2 numbers, got '[0.9]'"),
         (["--data.size", "96"], "data.size: expected a multiple of 8 plus 1"),
         (["--data.fold", "9"], "data.fold: expected 0 to 3"),
         (["--model.weights", "nowhere.pth"], "nowhere.pth"),
@@ -104,17 +112,22 @@ def test_debug_shows_the_traceback(config_file, monkeypatch, switch):
 
 
 def test_a_bug_is_not_dressed_as_a_users_error(config_file, monkeypatch):
-    monkeypatch.setattr(fss.cli, "train", lambda *a, **k: int("a bug deep inside"))
+    @functools.wraps(run.train)
+    def broken(*arguments, **options):
+        return int("a bug deep inside")
+
+    monkeypatch.setattr(run, "train", broken)
     monkeypatch.setattr(fss.cli, "_expected", lambda error: False)
     with pytest.raises(ValueError, match="a bug deep inside"):
         main(["train", "--config", config_file])
 
 
 def test_interrupt_says_how_to_go_on(config_file, monkeypatch, capsys):
+    @functools.wraps(run.train)
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt("stopped after step 1; continue with: fss train --resume")
 
-    monkeypatch.setattr(fss.cli, "train", interrupted)
+    monkeypatch.setattr(run, "train", interrupted)
     assert main(["train", "--config", config_file]) == 130
     assert "continue with: fss train --resume" in capsys.readouterr().err
 
@@ -132,11 +145,42 @@ def test_what_is_missing_is_told_as_it_is_typed(capsys, command, usage):
     assert capsys.readouterr().err.startswith(f"fss: something is missing; expected: {usage}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "run", "--classes", "all"], "classes: expected one of novel, base; got 'all'"),
+        (["eval", "run", "--seeds", "many"], "seeds: expected a list of integers or null, got"),
+        (
+            ["reproduce", "T1", "--devices", "many"],
+            "devices: expected an integer or auto, got 'many'",
+        ),
+        (["reproduce", "T1", "--folds", "0", "x"], "folds: expected an integer, got 'x'"),
+        (["data", "verify", "ade", "root"], "name: expected one of pascal, coco; got 'ade'"),
+    ],
+)
+def test_an_option_says_what_it_expects(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"fss: {message}")
+
+
+def test_the_list_of_commands_imports_none_of_them():
+    program = (
+        "import sys\nfrom fss.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "segment your own pictures" in done.stdout and done.stdout.endswith("False\n")
+
+
 def test_version_and_help(capsys):
     for arguments, text in (
         (["--version"], fss.__version__),
         (["train", "--help"], "--optimizer.backbone_lr"),
         (["eval", "--help"], "--episodes"),
+        (["reproduce", "--help"], "--scale-down, --scale_down"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

@@ -51,7 +51,7 @@ def test_dict_round_trip(tiny):
         ),
         (
             lambda: RegimeConfig(name="full", factors=("S",)),
-            r"""regime.factors: "full" decomposes no weight; leave factors out, got \['S'\]""",
+            r"""regime.factors: "full" decomposes no weight; omit factors, got \['S'\]""",
         ),
         (
             lambda: RegimeConfig(factors=()),

@@ -81,13 +81,13 @@ def test_cudnn_times_its_algorithms_for_fixed_shapes_alone(wanted):
 @pytest.mark.parametrize("cache", [0.0, 1.0])
 def test_training_has_fixed_shapes_and_evaluation_without_kept_features(tiny, monkeypatch, cache):
     seen: dict[str, set[bool]] = {"train": set(), "eval": set()}
-    original = Baseline.forward
+    original = Baseline.head
 
     def noted(self, *arguments):
         seen["train" if self.training else "eval"].add(torch.backends.cudnn.benchmark)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Baseline, "forward", noted)
+    monkeypatch.setattr(Baseline, "head", noted)
     train(tiny(feature_cache=cache, steps=1))
     assert seen == {"train": {True}, "eval": {not cache}}
 

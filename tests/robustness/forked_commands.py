@@ -50,7 +50,7 @@ class Commands:
     ) -> int:
         """Starts `fss` with arguments; its process's id.
 
-        `archives` replaces those of fss.data.prepare, `largest_file` (bytes) limits what is written
+        `archives` replaces those of datasets.py, `largest_file` (bytes) limits what is written
         as a full disk does.
         """
         assert self._server.stdin is not None
@@ -89,9 +89,11 @@ def kill(process: int) -> None:
 def _serve() -> None:
     import torch._dynamo  # noqa: F401 (seconds that the first optimizer would take)
 
-    from fss.cli import main
-    from fss.data import prepare
+    from fss.cli import build_parser, main
+    from fss.data.prepare import datasets as prepare
     from fss.data.prepare.download import Archive
+
+    build_parser()  # imports every command, once for all forks
 
     answers = os.fdopen(os.dup(1), "w")
     print(os.getpid(), file=answers, flush=True)

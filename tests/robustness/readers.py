@@ -28,13 +28,15 @@ from torch import nn
 import svf_fast
 from fss.cli import build_parser
 from fss.config import TrainConfig
-from fss.data import FolderSource, pascal, prepare
+from fss.data import FolderSource, pascal
 from fss.data.coco import CLASSES, JSON_IDS
 from fss.data.fss1000 import _read_names
+from fss.data.images import open_classes, read_image
 from fss.data.lists import read_list
+from fss.data.prepare import datasets as prepare
 from fss.data.prepare.annotations import read_sbd
 from fss.data.prepare.archives import members
-from fss.data.scan import inspect, open_classes, read_image
+from fss.data.scan import inspect
 from fss.models.backbone import build_backbone
 from fss.models.official import load_official
 from fss.models.pspnet import PSPNet

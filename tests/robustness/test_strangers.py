@@ -158,7 +158,7 @@ def test_no_program_decodes_a_picture(tmp_path, monkeypatch) -> None:
     """Pillow has Ghostscript draw PostScript, whatever the name of the file ends with."""
     from PIL import EpsImagePlugin, Image
 
-    from fss.data.scan import open_classes, read_image
+    from fss.data.images import open_classes, read_image
     from fss.segment.pictures import read_picture
 
     def run(*arguments: object, **options: object) -> None:

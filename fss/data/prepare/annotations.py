@@ -28,7 +28,7 @@ class Annotated(NamedTuple):
 
 
 def read_coco(text: bytes, name: str) -> list[Annotated]:
-    """The images of a COCO JSON that have an annotation, with contiguous class ids 1 to 80.
+    """Read the images of a COCO JSON that have an annotation, with contiguous class ids 1 to 80.
 
     Raises:
         ValueError: no JSON of COCO, or other classes than its 80; `name` is the file's.
@@ -60,7 +60,7 @@ def read_coco(text: bytes, name: str) -> list[Annotated]:
 
 
 def draw_coco(image: Annotated) -> NDArray[np.uint8]:
-    """The mask [H, W] of an image; a later object covers an earlier one.
+    """Draw the mask [H, W] of an image; a later object covers an earlier one.
 
     Raises:
         ValueError: a polygon or run lengths that do not fit the image.
@@ -78,7 +78,7 @@ def draw_coco(image: Annotated) -> NDArray[np.uint8]:
 
 
 def read_sbd(content: bytes, name: str) -> NDArray[np.uint8]:
-    """The class ids [H, W] in a MATLAB file of SBD.
+    """Read the class ids [H, W] in a MATLAB file of SBD.
 
     Raises:
         ValueError: a damaged file, or one with other content; `name` is the file's.
@@ -96,7 +96,7 @@ def read_sbd(content: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def require(module: str, package: str) -> ModuleType:
-    """A module that only the conversion needs.
+    """Import a module that only the conversion needs.
 
     Raises:
         ImportError: it is not installed; says how.
@@ -123,7 +123,7 @@ def _check_image(image: Annotated, name: str) -> None:
 
 
 def _inside(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels [H, W] of an object: a list of polygons x, y, …, or run lengths by columns."""
+    """Draw the pixels [H, W] of an object: polygons x, y, …, or run lengths by columns."""
     height, width = size
     if isinstance(shape, list):
         polygons = [np.array(polygon, dtype=np.float64) for polygon in shape]
@@ -146,9 +146,9 @@ def _inside(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def _unpacked(counts: str) -> list[int]:
-    """Run lengths from COCO's text of them: 5 bits a character, from the third on differences.
+    """Decode COCO's text of run lengths: 5 bits a character, from the third on differences.
 
-    Decoded here, so that a text that is cut off or is none is an error.
+    Decoded here, so that a truncated or other text is an error.
     """
     runs: list[int] = []
     value = shift = 0
@@ -165,5 +165,5 @@ def _unpacked(counts: str) -> list[int]:
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
     if shift:
-        raise ValueError("run lengths that are cut off")
+        raise ValueError("run lengths are truncated")
     return runs

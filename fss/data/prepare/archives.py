@@ -23,7 +23,7 @@ class MemberFile:
         self._file, self._archive = file, archive
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes, all by default.
+        """Return the next bytes, by default all.
 
         Raises:
             ValueError: a damaged archive.
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends without an error.
+    """Yield a folder to fill, which gets its name when the block ends without an error.
 
     What an earlier run left in it is still there, so that it need not be made again.
     """
@@ -55,7 +55,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def unpack(archive: Path, inside: str, folder: Path) -> None:
-    """Unpacks the folder `inside` of an archive as `folder`, unless it is there.
+    """Unpack the folder `inside` of an archive as `folder`, unless it is there.
 
     Raises:
         ValueError: a damaged archive, or one without the folder.
@@ -74,7 +74,7 @@ def unpack(archive: Path, inside: str, folder: Path) -> None:
 
 
 def members(archive: Path, inside: str) -> Iterator[Member]:
-    """The files below the folder `inside` of a .zip or .tar archive, in its order.
+    """Yield the files below the folder `inside` of a .zip or .tar archive, in its order.
 
     Raises:
         ValueError: a damaged archive, one without the folder, or a path that leads out of it.

@@ -31,7 +31,7 @@ class Verification(NamedTuple):
 
 
 def verify(source: Published) -> Verification:
-    """Compares the images that each fold lists with the published numbers.
+    """Compare the images that each fold lists with the published numbers.
 
     A fold lists an image when one of its classes covers at least 2·32·32 pixels; with the † filter
     a training image that shows a novel class of any area is left out. Numbers of folds are

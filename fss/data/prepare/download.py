@@ -30,7 +30,7 @@ class Archive(NamedTuple):
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """The path of an archive in `folder`, downloaded unless it is there already.
+    """Return the path of an archive in `folder`, downloaded unless it exists.
 
     It grows as `NAME.part` and gets its name once its checksum is right. A connection that breaks
     is taken up again where it broke, and so is a part left by an earlier run.
@@ -78,7 +78,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
 
 
 def check(path: Path, archive: Archive) -> None:
-    """Raises ValueError where a file has not the checksum of its archive."""
+    """Raise ValueError if a file does not have the checksum of its archive."""
     digest = hashlib.md5(usedforsecurity=False)
     with (
         path.open("rb") as file,
@@ -101,7 +101,7 @@ def check(path: Path, archive: Archive) -> None:
 
 
 def _continue(archive: Archive, part: Path, start: int) -> None:
-    """Appends what is missing of an archive from byte `start` on."""
+    """Append what is missing of an archive from byte `start` on."""
     request = urllib.request.Request(archive.url)
     if start:
         request.add_header("Range", f"bytes={start}-")

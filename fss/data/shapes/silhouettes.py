@@ -335,7 +335,7 @@ def dumbbell(rng: Rng) -> Parts:
 
 
 def blob(rng: Rng) -> Parts:
-    """A smooth random outline, of no class: clutter."""
+    """Draw a smooth random outline of no class: clutter."""
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     radii = np.full(40, 0.75)
     for frequency in (2, 3, 5):

@@ -1,6 +1,6 @@
-"""Procedural textures: fields [H, W] in [0, 1] that blend two colours.
+"""Procedural textures: fields [H, W] in [0, 1] that blend two colors.
 
-`period` is the length of a repeat in pixels; direction and phase are drawn.
+`period` is the length of a repeat in pixels; direction and phase are random.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Rng = np.random.Generator
 
 
 def _axes(rng: Rng, height: int, width: int, period: float) -> tuple[Field, Field]:
-    """Two orthogonal coordinates in radians, 2π per period, in a random direction."""
+    """Return two orthogonal coordinates in radians, 2π per period, in a random direction."""
     y, x = np.ogrid[:height, :width]
     angle, scale = rng.uniform(0, np.pi), 2 * np.pi / period
     across, along = rng.uniform(0, 2 * np.pi, 2)
@@ -64,8 +64,8 @@ def bricks(rng: Rng, height: int, width: int, period: float) -> Field:
 
 def rings(rng: Rng, height: int, width: int, period: float) -> Field:
     y, x = np.ogrid[:height, :width]
-    centre_y, centre_x = rng.uniform(0.2, 0.8, 2) * (height, width)
-    distance = np.hypot(y - centre_y, x - centre_x).astype(np.float32)
+    center_y, center_x = rng.uniform(0.2, 0.8, 2) * (height, width)
+    distance = np.hypot(y - center_y, x - center_x).astype(np.float32)
     return _sharpen(np.sin(distance * (2 * np.pi / period)), 0, 1.5)
 
 

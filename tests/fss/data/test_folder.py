@@ -246,7 +246,7 @@ def test_unknown_class_id(root):
 
 
 @pytest.mark.parametrize(("mode", "name"), [("RGB", "RGB"), ("1", "1")])
-def test_mask_with_colours(root, mode, name):
+def test_mask_with_colors(root, mode, name):
     write_mask(root, "p1", np.zeros((20, 30), dtype=np.uint8), mode)
     with pytest.raises(ValueError, match=rf"p1\.png: expected class ids.*got mode {name}"):
         FolderSource(root)

@@ -145,7 +145,7 @@ def test_half_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"2 of 9 images are missing.*2009_d\.jpg.*half th"):
         PascalSource(tmp_path)
     (folder / "SegmentationClassAug").rename(folder / "SegmentationClass")
-    with pytest.raises(FileNotFoundError, match=r"half there.*SegmentationClassAug/ does not"):
+    with pytest.raises(FileNotFoundError, match=r"incomplete.*SegmentationClassAug/ does not"):
         PascalSource(tmp_path)
 
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from fss.cli import main
-from fss.data import CocoSource, PascalSource, prepare
+from fss.data import CocoSource, PascalSource
 from fss.data.coco import CLASSES, JSON_IDS
+from fss.data.prepare import datasets as prepare
 from fss.data.prepare.annotations import Annotated, draw_coco
 from fss.data.prepare.archives import members
 from fss.data.prepare.download import Archive
@@ -302,7 +303,7 @@ def test_run_lengths_in_both_forms_are_those_of_pycocotools():
         ({"size": [40, 60], "counts": [2, -1, 2399]}, "run lengths that are no numbers"),
         ({"size": [40, 60], "counts": [2**40]}, "run lengths of another number of pixels"),
         ({"size": [60, 40], "counts": [2400]}, r"run lengths for \[60, 40\]"),
-        ({"size": [40, 60], "counts": "P"}, "run lengths that are cut off"),
+        ({"size": [40, 60], "counts": "P"}, "run lengths are truncated"),
         ({"size": [40, 60], "counts": "\x00"}, "cannot be decoded"),
         ({"size": [40, 60]}, "counts"),
         ([[1, 2, 3]], "a polygon of 3 numbers"),
@@ -333,7 +334,7 @@ def test_a_shape_that_does_not_fit_is_one_line(coco, tmp_path, monkeypatch, caps
 _POOL = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
-from fss.data.prepare import _end_with_parent
+from fss.data.prepare.datasets import _end_with_parent
 
 def work(i):
     time.sleep(0.3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fss.data import scan
+from fss.data import images
 from fss.segment.pictures import overlay, read_mask, read_picture
 
 RNG = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(scan, "MAX_PIXELS", 90)
+    monkeypatch.setattr(images, "MAX_PIXELS", 90)
     Image.fromarray(RGB).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="large.png.*million pixels, got 7×13"):
         read_picture(tmp_path / "large.png")
