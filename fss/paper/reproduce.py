@@ -101,8 +101,8 @@ def reproduce(table: Table, options: Options) -> dict[str, Any]:
 
 def _check_finished(run: PlannedRun) -> None:
     """Check that what is finished in the folders of a run has the settings that are asked for."""
-    for one in (run, run.base):
-        if one is not None and one.config is not None and one.folder.state == "finished":
+    for one in (run, run.base) if run.config is not None else ():
+        if one is not None and one.folder.state == "finished":
             path = one.folder.result_file
             check_same_settings(one.folder.result()["config"], one.config, "finished", path)
 
