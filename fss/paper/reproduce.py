@@ -17,9 +17,9 @@ from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, listing, pla
 from fss.paper.tables import Table, default_folder, load_table, table_names
 from fss.runs.checkpoint import check_same, explain_misfit
 from fss.runs.folder import BaseFolder
-from fss.settings import merged, read_settings
+from fss.settings import flat_settings, merged, read_settings
 from fss.training.base_learner import BaseLearnerConfig, train_base
-from fss.training.loop import INTERRUPTED, Stopped, flat_settings
+from fss.training.loop import INTERRUPTED, Stopped
 from fss.training.run import train
 
 # What may differ between a finished run and the one that is asked for: not what was measured.

@@ -10,6 +10,7 @@ from fss.config import TrainConfig, free_settings
 from fss.report.cost import measured
 from fss.report.picture import series_style
 from fss.report.runs import ReportedRun
+from fss.settings import flat_settings
 
 # What may differ between runs of which a mean makes sense: folds and seeds, places and speed.
 _FREE = free_settings(TrainConfig, "mean")
@@ -93,8 +94,7 @@ def mean_rows(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
         if run.result is not None:
-            values = _flat(run.config.to_dict())
-            kept = {name: value for name, value in values.items() if name not in _FREE}
+            kept = flat_settings(run.config.to_dict(), _FREE)
             groups.setdefault(str(kept), []).append(run)
     rows = []
     for group in groups.values():
@@ -130,19 +130,10 @@ def _interval(test: dict[str, Any]) -> str:
 
 def differences(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
     """The settings that are not the same in all runs, with the value of each."""
-    flat = [_flat(run.config.to_dict()) for run in runs]
+    flat = [flat_settings(run.config.to_dict()) for run in runs]
     names = dict.fromkeys(name for values in flat for name in values if name != "out")
     rows = [(name, [str(values.get(name, "–")) for values in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
 
 
 def setting_in_words(run: ReportedRun) -> str:

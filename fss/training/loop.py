@@ -28,6 +28,7 @@ from fss.runs.checkpoint import (
     restore_random_state,
 )
 from fss.runs.folder import BaseFolder
+from fss.settings import flat_settings
 
 T = TypeVar("T")
 Trained = TypeVar("Trained", bound="Loop")
@@ -235,18 +236,6 @@ def _check_resumable(state: dict[str, Any], config: Any, path: Path, fabric: Fab
             f"devices: the checkpoint was written by {len(state['random'])} processes, these are "
             f"{fabric.world_size}; resume with as many"
         )
-
-
-def flat_settings(values: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
-    """Return the settings of a configuration by dotted name, without those of `free`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, dict):
-            flat |= flat_settings(value, free, f"{name}.")
-        elif name not in free:
-            flat[name] = value
-    return flat
 
 
 class Stopped(KeyboardInterrupt):
