@@ -6,7 +6,6 @@ import ipaddress
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image, ImageColor
 
 from fss.colors import ORANGE
 from fss.data import ShapesSource
+from fss.runs.folder import RunFolder
 from fss.segment.pictures import overlay, read_mask, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter
 
@@ -326,10 +326,9 @@ def find_adapters(run: str | None, adapters: tuple[str, ...]) -> dict[str, str |
         choices: dict[str, str | None] = {"pretrained": None}
     else:
         choices = {"as trained": None}
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
-        if (folder / "pretrained.safetensors").is_file():
-            choices = {"fine-tuned (SVF)": None}
-            choices["pretrained (frozen)"] = str(folder / "pretrained.safetensors")
+        pretrained = RunFolder.find(run)[0].pretrained
+        if pretrained.is_file():
+            choices = {"fine-tuned (SVF)": None, "pretrained (frozen)": str(pretrained)}
     return choices | {str(path): str(path) for path in adapters}
 
 
