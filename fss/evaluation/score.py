@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -174,7 +175,7 @@ def evaluate_run(
         network = build_model(config.model, base, own.shots)
     else:
         with explain_misfit(Path(run)):
-            network = rebuild_model(TrainConfig.from_dict(trained.settings), trained.weights)
+            network = rebuild_model(dataclasses.replace(config, data=own), trained.weights)
     with float32_products(config.tf32):
         result = described | evaluate_seeds(
             fabric.setup(lay_out(network, fabric.device)),
