@@ -18,6 +18,10 @@ from typing import Any, Literal
 
 SourceName = Literal["folder", "pascal", "coco", "fss1000", "shapes"]
 Folds = Literal["fwb", "panet"]
+RegimeName = Literal[
+    "freeze", "full", "svf", "svf_scale", "scale_output", "scale_input", "rotated_scale",
+    "rotated_svf", "adapter", "bias",
+]  # fmt: skip
 Checkpoint = Literal["best", "last"]
 Resize = Literal["photo", "canvas", "network"]
 Precision = Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"]
@@ -234,18 +238,7 @@ class RegimeConfig:
         strategy: how SVF layers compute: "auto", "reference", "fold", "chain" or "gram", all exact.
     """
 
-    name: Literal[
-        "freeze",
-        "full",
-        "svf",
-        "svf_scale",
-        "scale_output",
-        "scale_input",
-        "rotated_scale",
-        "rotated_svf",
-        "adapter",
-        "bias",
-    ] = "svf"
+    name: RegimeName = "svf"
     layers: tuple[str, ...] = ("layer2", "layer3", "layer4")
     kernel: Literal["all", "3x3", "1x1"] = "all"
     factors: tuple[str, ...] | None = None
@@ -490,18 +483,9 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """Build a configuration from the values of `to_dict`."""
-        parts = {
-            "data": DataConfig,
-            "model": ModelConfig,
-            "regime": RegimeConfig,
-            "optimizer": OptimizerConfig,
-        }
-        return cls(
-            **{
-                name: parts[name](**value) if name in parts else value
-                for name, value in values.items()
-            }
-        )
+        kinds = _hints(cls)
+        parts = {name for name in values if dataclasses.is_dataclass(kinds.get(name))}
+        return cls(**values | {name: kinds[name](**values[name]) for name in parts})
 
 
 def plain(value: Any) -> Any:

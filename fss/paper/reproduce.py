@@ -15,8 +15,8 @@ from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import compared_rows, markdown
 from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, listing, plan
 from fss.paper.tables import Table, default_folder, load_table, table_names
-from fss.runs.checkpoint import check_same_settings, flat_settings
-from fss.settings import merged, read_settings
+from fss.runs.checkpoint import check_same_settings
+from fss.settings import flat_settings, merged, read_settings
 from fss.training.base_learner import train_base
 from fss.training.loop import INTERRUPTED, Stopped
 from fss.training.run import train

@@ -70,7 +70,7 @@ def test_episodes_of_real_images(shared, split):
 
 
 @pytest.mark.parametrize("name", ["val2014", "annotations/train2014", "annotations/val2014"])
-def test_half_there(copy, name):
+def test_incomplete(copy, name):
     shutil.rmtree(copy / name)
     with pytest.raises(FileNotFoundError, match=rf"incomplete: train2014/ exi.*{name}/ does not"):
         CocoSource(copy.parent)

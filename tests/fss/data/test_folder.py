@@ -316,7 +316,7 @@ def test_bad_class_file(root, text):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"classes": ["a", "b", "c", "d", "e"]}, ValueError, "5 classes cannot be cut into four"),
+        ({"classes": ["a", "b", "c", "d", "e"]}, ValueError, "5 classes cannot be split into four"),
         ({"classes": {0: "a", 1: "b"}}, ValueError, "from 1 to 254, got 0"),
         ({"classes": {255: "a"}}, ValueError, "from 1 to 254, got 255"),
         ({"classes": []}, ValueError, "at least one class"),

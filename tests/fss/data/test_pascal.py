@@ -135,14 +135,16 @@ def test_bad_list_files(tmp_path, text, error, message):
         PascalSource(tmp_path, path)
 
 
-def test_half_there(tmp_path):
+def test_incomplete(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected JPEGImages/ .*found in it: nothing"):
         (tmp_path / "empty").mkdir()
         PascalSource(tmp_path / "empty")
     folder = make(tmp_path / "VOC2012")
     for name in ("2009_d", "2010_f"):
         (folder / f"JPEGImages/{name}.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2 of 9 images are missing.*2009_d\.jpg.*half th"):
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 9 images are missing.*2009_d\.jpg.*incomplete"
+    ):
         PascalSource(tmp_path)
     (folder / "SegmentationClassAug").rename(folder / "SegmentationClass")
     with pytest.raises(FileNotFoundError, match=r"incomplete.*SegmentationClassAug/ does not"):
