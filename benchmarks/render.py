@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.files import RESULTS
 from benchmarks.gpu import figures
-from benchmarks.gpu.tables import TABLES, Results, weights_of
+from benchmarks.gpu.tables import TABLES, Results, median, table, weights_of
 from benchmarks.race.picture import draw
 from fss.files import atomic_write
 
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def render(folder: Path, page: Path) -> None:
-    """Writes the tables and pictures of a folder, and the page where it is about them."""
+    """Write the tables and pictures of a folder, and the page if it shows them."""
     for path in sorted(folder.glob("*.json")):
         if _raced(path):
             _write(path.with_suffix(".md"), markdown(path))
@@ -73,11 +73,11 @@ def render(folder: Path, page: Path) -> None:
 
 
 def markdown(path: Path) -> str:
-    """The table of one file of results, with where it comes from."""
+    """Format the table of one file of results, with its origin."""
     result = json.loads(path.read_text())
     if result["level"] in TABLES:
-        table = TABLES[result["level"]](result, Results(path.parent))
-        return f"{table}\n\n{_machine(result)}\n"
+        shown = TABLES[result["level"]](result, Results(path.parent))
+        return f"{shown}\n\n{_machine(result)}\n"
     if result["level"] == "loading":
         # needs packages that a machine for races may not have
         from benchmarks.few_shot import loading
@@ -87,29 +87,24 @@ def markdown(path: Path) -> str:
         return f"{_memory(result['groups'])}\n\n{_memory_origin(result)}\n"
     groups = result["groups"]
     if len(groups) > 3:
-        tables = [_matrix(groups)]
+        parts = [_matrix(groups)]
     else:
-        tables = []
+        parts = []
         for group in groups:
             name = f"**{group['name']}**\n\n" if len(groups) > 1 else ""
-            tables.append(name + _table(group["rows"]))
-    return "\n\n".join([*tables, f"{_origin(result)} {LEGEND}\n{_machine(result)}"]) + "\n"
-
-
-def median(row: Row) -> float | None:
-    """Seconds; None where the row has no speed."""
-    return statistics.median(row["seconds"]) if row.get("seconds") else None
+            parts.append(name + _table(group["rows"]))
+    return "\n\n".join([*parts, f"{_origin(result)} {LEGEND}\n{_machine(result)}"]) + "\n"
 
 
 def ratio(row: Row, rows: list[Row], base: str) -> float | None:
-    """Median over that of peer `base` in the same run."""
+    """Return the median over that of peer `base` in the same run."""
     bases = [median(other) for other in rows if other["peer"] == base]
     own = median(row)
     return own / bases[0] if own is not None and bases and bases[0] is not None else None
 
 
 def spread(row: Row) -> float:
-    """Interquartile range, seconds."""
+    """Return the interquartile range, in seconds."""
     if len(row["seconds"]) < 2:
         return 0.0
     low, _, high = statistics.quantiles(row["seconds"], n=4, method="inclusive")
@@ -120,7 +115,7 @@ def _table(rows: list[Row]) -> str:
     bases = [base for base in BASES if any(row["peer"] == base for row in rows)]
     head = ["", "forward + backward, ms", *(f"÷ {base}" for base in bases)]
     head += ["saved MiB", "peak MiB", "resident MiB", "error"]
-    lines = [_line(head), "| --- |" + " ---: |" * (len(head) - 1)]
+    lines = []
     for row in rows:
         name = f"**{row['peer']}**" if row["peer"] == "svf_fast" else row["peer"]
         cells = [name]
@@ -133,14 +128,14 @@ def _table(rows: list[Row]) -> str:
         cells += [_mib(row.get(key)) for key in ("saved_bytes", "peak_bytes", "resident_bytes")]
         of_block = f" ({row['block_error']:.0e})" if "block_error" in row else ""
         cells.append(_optional(row.get("error"), ".0e") + of_block)
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def _matrix(groups: list[dict]) -> str:
-    """A row a group, a column a peer: time (ratio to official), bytes saved and of the peak."""
+    """Format a row per group, a column per peer: time (ratio to official), saved and peak bytes."""
     peers = list(dict.fromkeys(row["peer"] for group in groups for row in group["rows"]))
-    lines = [_line(["", *peers]), "| --- |" + " ---: |" * len(peers)]
+    lines = []
     ratios: dict[str, list[float]] = {peer: [] for peer in peers}
     for group in groups:
         cells = [group["name"]]
@@ -158,18 +153,17 @@ def _matrix(groups: list[dict]) -> str:
                 f"{1e3 * seconds:.1f} ± {1e3 * spread(row):.1f} ({_optional(of_official, '.2f')}), "
                 f"{_mib(row['saved_bytes'])} / {_mib(row.get('peak_bytes'))} MiB"
             )
-        lines.append(_line(cells))
+        lines.append(cells)
     means = [f"{statistics.geometric_mean(r):.2f}" if r else "–" for r in ratios.values()]
-    lines.append(_line(["geometric mean of the ratios", *means]))
+    lines.append(["geometric mean of the ratios", *means])
     text = "Forward and backward in ms ± interquartile range (ratio to official), saved / peak."
-    return "\n".join([*lines, "", text])
+    return f"{table(['', *peers], lines)}\n\n{text}"
 
 
 def _memory(groups: list[dict]) -> str:
-    """A row a peer, a column a figure: MiB saved, and the peak where it was measured."""
+    """Format a row per peer, a column per figure: saved MiB, and the peak if it was measured."""
     peers = list(dict.fromkeys(row["peer"] for group in groups for row in group["rows"]))
-    lines = [_line(["saved MiB", *(group["name"] for group in groups)])]
-    lines.append("| --- |" + " ---: |" * len(groups))
+    head, lines = ["saved MiB", *(group["name"] for group in groups)], []
     for peer in peers:
         cells = [f"**{peer}**" if peer == "svf_fast" else peer]
         for group in groups:
@@ -180,8 +174,8 @@ def _memory(groups: list[dict]) -> str:
             elif "peak_reason" in row:
                 cell += f" (peak: {row['peak_reason']})"
             cells.append(cell)
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def _memory_origin(result: dict) -> str:
@@ -242,7 +236,7 @@ LEGEND = (
 
 
 def _block(paths: list[Path], picture: Path, page: Path) -> str:
-    """What stands in the page between the two lines."""
+    """Format the part of the page between the two lines."""
     parts = [f"![saved memory against time, a dot a peer]({_relative(picture, page)})", ""]
     for path in paths:
         result = json.loads(path.read_text())
@@ -260,7 +254,7 @@ def _raced(table: Path) -> bool:
 
 
 def _on_gpu(results: Path) -> bool:
-    """Whether they are of a race on a GPU, of a level that is drawn, with a time of svf_fast."""
+    """Return whether they are a race on a GPU, of a plotted level, with a time of svf_fast."""
     result = json.loads(results.read_text())
     if result.get("level") not in PAGE_RESULTS or result["settings"]["device"] == "cpu":
         return False
@@ -269,7 +263,7 @@ def _on_gpu(results: Path) -> bool:
 
 
 def _relative(path: Path, page: Path) -> str:
-    """As a link in the page."""
+    """Return the path as a link in the page."""
     return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
@@ -277,10 +271,6 @@ def _why_not(row: Row) -> str:
     if "reason" in row:
         return f"– ({row['reason']})"
     return "no speed: not exact" if row.get("exact") is False else "–"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _mib(value: int | None) -> str:

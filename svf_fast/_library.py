@@ -28,7 +28,7 @@ except ImportError as error:
 
 
 def _load_cuda() -> str:
-    """Loads the CUDA ops; returns the reason why there are none, empty when they are loaded."""
+    """Load the CUDA ops; returns why there are none, empty when they are loaded."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     files = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
@@ -46,7 +46,7 @@ cuda_missing = _load_cuda()
 
 @functools.cache
 def triton_missing() -> str:
-    """Why there are no Triton kernels; empty where Triton can be imported."""
+    """Tell why there are no Triton kernels; empty where Triton can be imported."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -58,14 +58,14 @@ gpu_kernels: dict[str, Callable] = {}  # functions in Python, by the op that the
 
 
 def register_gpu(op: str, kernel: Callable) -> None:
-    """Makes `kernel` what svf_fast::`op` runs on CUDA tensors, unless `_C_cuda` has a kernel."""
+    """Make `kernel` what svf_fast::`op` runs on CUDA tensors, unless `_C_cuda` has a kernel."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"svf_fast::{op}", "CUDA"):
         torch.library.impl(f"svf_fast::{op}", "CUDA", kernel)
         gpu_kernels[f"svf_fast::{op}"] = kernel
 
 
 def triton_kernel(module: str, name: str) -> Callable:
-    """``svf_fast.triton.MODULE.NAME``, imported when it is first called."""
+    """Return ``svf_fast.triton.MODULE.NAME``, imported when it is first called."""
     return lambda *arguments: _imported(module, name)(*arguments)
 
 
@@ -82,7 +82,7 @@ def _imported(module: str, name: str) -> Callable:
 
 
 def check_device(op: str, tensor: Tensor) -> None:
-    """Raises where no kernel of ours can serve the device of `tensor`."""
+    """Check that a kernel of ours can serve the device of `tensor`."""
     device = tensor.device.type
     if device in ("cpu", "meta"):
         return
@@ -90,16 +90,16 @@ def check_device(op: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: expected CPU or CUDA tensors, got device {tensor.device}")
     if cuda_missing and triton_missing():
         raise RuntimeError(
-            f"{op}: got a tensor on {tensor.device}, but neither are the CUDA ops there: "
-            f"{cuda_missing}; nor their Triton twins: {triton_missing()}. Install Triton (torch's "
-            "CUDA builds for Linux bring it along; elsewhere: pip install triton), or reinstall "
-            "svf_fast with SVF_FAST_CUDA=1, which stops with the reason if they cannot be built, "
-            "or move the tensors to the CPU."
+            f"{op}: got a tensor on {tensor.device}, but the CUDA ops are missing: "
+            f"{cuda_missing}; and so are their Triton twins: {triton_missing()}. Install Triton "
+            "(torch's CUDA builds for Linux bring it along; elsewhere: pip install triton), or "
+            "reinstall svf_fast with SVF_FAST_CUDA=1, which says why if they cannot be built, or "
+            "move the tensors to the CPU."
         )
 
 
 def build_info() -> dict[str, str | bool | int]:
-    """How svf_fast was built and what it uses here: for bug reports and benchmark tables.
+    """Tell how svf_fast was built and what it uses here: for bug reports and benchmark tables.
 
     `cuda_decision` is what the build decided and why; `cuda_ops` says what serves GPUs now, and why
     it is not the CUDA ops.

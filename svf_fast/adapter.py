@@ -77,7 +77,7 @@ class Adapter:
 
     @classmethod
     def of(cls, model: nn.Module, card: Mapping[str, Any] | None = None) -> Adapter:
-        """The present values of a converted model; before it trains, the pretrained ones.
+        """Take the present values of a converted model; before it trains, the pretrained ones.
 
         Raises ValueError when the model has no SVF layer, or values that are not finite.
         """
@@ -87,7 +87,7 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Adapter:
-        """Reads a file of :func:`save_adapter`, which may be a stranger's; needs no model.
+        """Read a file of :func:`save_adapter`, which may be a stranger's; needs no model.
 
         Raises:
             FileNotFoundError: no such file.
@@ -105,7 +105,7 @@ class Adapter:
             raise ValueError(f"adapter {path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file, whole or not at all: one ``<layer>.S`` each, and the card."""
+        """Write a safetensors file, whole or not at all: one ``<layer>.S`` each, and the card."""
         metadata = {
             "format": _FORMAT,
             "fingerprints": json.dumps(dict(self.fingerprints), sort_keys=True),
@@ -115,7 +115,7 @@ class Adapter:
         save_atomically(tensors, Path(path), metadata)
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Sets the S of every SVF layer of a converted model; returns the model.
+        """Set the S of every SVF layer of a converted model; returns the model.
 
         Nothing is changed unless all of it fits. Each weight is composed anew once, when the layer
         next runs.
@@ -202,7 +202,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 def interpolate_adapters(
     a: Adapter, b: Adapter, t: float, card: Mapping[str, Any] | None = None
 ) -> Adapter:
-    """The adapter ``S = (1 - t)·S_a + t·S_b``: a at t = 0, b at t = 1; beyond, it extrapolates.
+    """Return the adapter ``S = (1 - t)·S_a + t·S_b``: a at t = 0, b at t = 1; beyond, extrapolated.
 
     Args:
         card: of the result; by default what both cards agree on, without a ``metric``, and t as
@@ -271,7 +271,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]
 
 
 def _object(metadata: dict[str, str], key: str, default: str = "") -> dict[str, Any]:
-    """A JSON object in the metadata."""
+    """Return a JSON object in the metadata."""
     try:
         found = json.loads(metadata.get(key, default))
     except ValueError as error:
@@ -294,7 +294,7 @@ def _check_values(name: str, values: Tensor) -> None:
 
 
 def _plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of plain JSON."""
+    """Return a copy that is plain JSON."""
     if not isinstance(card, Mapping):
         raise TypeError(f"card: expected a dict, got {type(card).__name__}")
     try:
@@ -309,7 +309,7 @@ def _plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprints(layers: dict[str, Factored]) -> dict[str, str]:
-    stacked = torch.stack([layer.fingerprint for layer in layers.values()])  # a GPU waits once
+    stacked = torch.stack([layer.fingerprint for layer in layers.values()])  # one copy from a GPU
     return {name: bytes(row).hex() for name, row in zip(layers, stacked.tolist(), strict=True)}
 
 

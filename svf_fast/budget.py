@@ -52,7 +52,7 @@ class BudgetError(ValueError):
 def fit(
     model: nn.Module, budget: int, input_shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> None:
-    """Sets which residual blocks recompute, so that a forward pass keeps at most ``budget`` bytes.
+    """Set which residual blocks recompute, so that a forward pass keeps at most ``budget`` bytes.
 
     Of the plans that fit, that with the fewest FLOPs. Bytes and ``dtype`` as in
     :func:`svf_fast.memory_report`. Raises BudgetError when none fits; then nothing is changed.
@@ -93,7 +93,7 @@ def _report(
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes of a size like ``"1.5GiB"`` or ``"300 MB"``, rounded down; an int is bytes already.
+    """Return the bytes of a size like ``"1.5GiB"`` or ``"300 MB"``, rounded down; an int is bytes.
 
     The units are B, KiB, MiB, GiB (powers of 1024) and KB, MB, GB (powers of 1000), in any case.
 
@@ -119,9 +119,9 @@ def parse_bytes(size: str | int) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Bytes in the largest fitting of B, KiB, MiB, GiB: rounded up, so a budget read from it does.
+    """Format bytes in the largest fitting of B, KiB, MiB and GiB, rounded up.
 
-    ``parse_bytes(format_bytes(n)) >= n``.
+    So a budget read from it suffices: ``parse_bytes(format_bytes(n)) >= n``.
     """
     for name in ("GiB", "MiB", "KiB"):
         if count >= _UNITS[name]:
@@ -131,7 +131,7 @@ def format_bytes(count: int) -> str:
 
 
 def choose(options: Sequence[Sequence[Option]], budget: int, fixed: int = 0) -> list[int]:
-    """The index of one option per unit: least total cost with ``fixed + Σ bytes <= budget``.
+    """Choose the index of one option per unit: least cost with ``fixed + Σ bytes <= budget``.
 
     Exact up to the rounding of the sums; of equally cheap choices one that keeps the fewest bytes.
     The partial sums that no other undercuts in both bytes and cost (the Pareto front) are extended
@@ -174,7 +174,7 @@ def choose(options: Sequence[Sequence[Option]], budget: int, fixed: int = 0) -> 
 
 
 def _pareto(spent: np.ndarray, cost: np.ndarray, spare: int) -> np.ndarray:
-    """Indices of what fits and nothing undercuts, bytes rising and cost falling."""
+    """Return indices of what fits and nothing undercuts, bytes rising and cost falling."""
     order = np.lexsort((cost, spent))
     order = order[: np.searchsorted(spent[order], spare, side="right")]
     falling = np.minimum.accumulate(cost[order])

@@ -39,7 +39,7 @@ def follow(model: nn.Module) -> Hashable:
 
 @contextlib.contextmanager
 def composed(model: nn.Module) -> Iterator[None]:
-    """Within a capture of a CUDA graph: compose W of all SVF layers once, and check their guards.
+    """Compose W of all SVF layers once, and check their guards, in a capture of a CUDA graph.
 
     The body of a capture goes into it, forward and backward pass. Each replay then begins with one
     launch that composes every W from the S of that moment, and with one that asserts that the

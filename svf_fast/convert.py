@@ -28,7 +28,7 @@ from svf_fast.svd import Factors, compose, decompose
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """The trainable singular values of a model, one vector per converted layer."""
+    """Yield the trainable singular values of a model, one vector per converted layer."""
     for layer in svf_layers(model).values():
         yield layer.S
 
@@ -50,8 +50,8 @@ def convert(
     should not train (``model.requires_grad_(False)``) before. The network computes what it computed
     before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
     whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
-    own way. Hooks go with a layer. A layer that stands at two places stays one layer; two layers
-    that share their weight get an S each.
+    own way. Hooks are kept. A layer used twice is converted once; two layers that share their
+    weight get an S each.
 
     Args:
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
@@ -181,7 +181,7 @@ def _select(
 
 
 def _within(layers: Sequence[str] | None) -> Callable[[str], bool]:
-    """Whether a module of that name lies in one of `layers`."""
+    """Return a test whether the module of a name lies in one of `layers`."""
     patterns = ["*"] if layers is None else list(layers)
 
     def within(name: str) -> bool:
@@ -193,7 +193,7 @@ def _within(layers: Sequence[str] | None) -> Callable[[str], bool]:
 
 
 def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], object]]:
-    """Fuses what lies within, with what was converted before; returns what undoes it."""
+    """Fuse what lies within, with what was converted before; returns what undoes it."""
 
     def factored(name: str) -> bool:
         return within(name) or isinstance(model.get_submodule(name), SVFConv2d)
@@ -215,14 +215,14 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Calls of the target run the source's hooks, whose handles still remove them."""
+    """Give the source's hooks to the target; their handles still remove them."""
     for name, value in vars(source).items():
         if name.startswith(("_forward_", "_backward_")) or name == "_is_full_backward_hook":
             vars(target)[name] = value
 
 
 def _feeds_inplace(model: nn.Module, name: str) -> bool:
-    """Whether the next module of the same nn.Sequential works in place on this one's output."""
+    """Tell whether the next module of the same nn.Sequential overwrites this one's output."""
     parent, _, own = name.rpartition(".")
     container = model.get_submodule(parent)
     if not isinstance(container, nn.Sequential):
@@ -250,7 +250,7 @@ def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> F
 
 
 def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
-    """The factors; ValueError unless they are those of the weight, to rounding."""
+    """Return the factors; ValueError unless they are those of the weight, to rounding."""
     folded = weight.reshape(groups, weight.shape[0] // groups, -1)
     rank = min(folded.shape[1:])
     shapes = [(weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:])]

@@ -36,7 +36,7 @@ class UnitReport:
         output_shape: of its first call; empty for the other layers.
         saved_bytes: what autograd keeps in its forward passes; a tensor that several keep counts
             for the first.
-        reference_bytes: the same with the paper's three layers in the place of each SVF layer.
+        reference_bytes: the same with the paper's three layers instead of each SVF layer.
         flops, reference_flops: of the SVF layers in it, forward and backward.
     """
 
@@ -121,7 +121,7 @@ def memory_report(
 
     The model runs twice on shapes alone (fake tensors), as it is and with the paper's layers: no
     memory, no arithmetic. Counted is every storage that autograd keeps, once, as
-    ``saved_tensors_hooks`` sees them; parameters and buffers do not count. What needs a gradient is
+    ``saved_tensors_hooks`` sees them; parameters and buffers are ignored. What needs a gradient is
     what needs one now, and batch norms are in the mode they are in. ``dtype`` names the dtype of a
     run under autocast; without it the model runs in the dtype of its factors.
 
@@ -164,9 +164,9 @@ def memory_report(
 
 
 def _units(model: nn.Module) -> dict[str, nn.Module]:
-    """The fused modules, and the SVF layers outside of these, by name.
+    """Return the fused modules, and the SVF layers outside of these, by name.
 
-    A fused sequence has its units alone; blocks and layers beside them stand for themselves.
+    A fused sequence runs its units alone; blocks and layers beside them are listed by themselves.
     """
     units: dict[str, nn.Module] = {}
     inside: set[str] = set()
@@ -178,14 +178,14 @@ def _units(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _run_by(unit: nn.Module) -> set[str]:
-    """Names in a unit of the modules that it runs, its sequences' other children left out."""
+    """Name the modules in a unit that it runs; of a fused sequence only what is fused."""
     if isinstance(unit, FusedSequential):
         return set(unit.fused_convs())
     return {name for name, _ in unit.named_modules() if name}
 
 
 def _note(name: str, notes: dict[str, str]) -> str:
-    """Why the block that a layer lies in could not be fused."""
+    """Tell why the block that a layer lies in could not be fused."""
     for block, reason in notes.items():
         if name == block or name.startswith(f"{block}." if block else ""):
             return f"not fused: {reason}"
@@ -216,7 +216,7 @@ def _run(
     units: dict[str, nn.Module],
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]] | None = None,
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """Bytes kept and output shape per unit; fills `shapes`, for which no unit may run fused."""
+    """Return kept bytes and output shape per unit; fills `shapes`, for which none may run fused."""
     layers = svf_layers(model)
     device, own = next((layer.U.device, layer.U.dtype) for layer in layers.values())
     handles = []
@@ -304,7 +304,7 @@ def _report(
 
 
 def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Size) -> int:
-    """Of forward, dx and dS of one call."""
+    """Count the FLOPs of forward, dx and dS of one call."""
     geometry = layer.geometry
     groups, rank, out_channels = geometry.groups, layer.rank, len(layer.U)
     fan_in = layer.V[0].numel()
@@ -321,7 +321,7 @@ def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Siz
 
 
 def _resident(layer: Factored, folds: bool) -> int:
-    """Factors and what is made of them; folds: with a batch norm's scale a second time."""
+    """Count the bytes of factors and what is made of them, with `folds` also scaled by a norm."""
     tensors = [layer.U, layer.V, layer.S]
     size, strategy = layer.U.element_size(), layer.strategy_in_use
     factors = sum(t.numel() * t.element_size() for t in tensors)
@@ -337,7 +337,7 @@ def _resident(layer: Factored, folds: bool) -> int:
 
 
 def _folding(model: nn.Module) -> set[Factored]:
-    """Layers whose gradient comes without their batch norm's scale."""
+    """Return the layers whose gradient comes without their batch norm's scale."""
     layers = (
         module.get_submodule(name)
         for module in model.modules()

@@ -24,7 +24,7 @@ class Factors(NamedTuple):
 
 
 def decompose(weight: Tensor, groups: int = 1) -> Factors:
-    """Full-rank singular value decomposition of a weight, one per group (SVF paper, eq. 4).
+    """Decompose a weight into its singular values at full rank, per group (SVF paper, eq. 4).
 
     ``weight [Co, Ci/G, *kernel]`` is folded to G matrices ``[Co/G, Ci/G·K]``; each becomes
     ``U diag(S) V`` with orthonormal columns of U and rows of V, and rank
@@ -67,7 +67,7 @@ def decompose(weight: Tensor, groups: int = 1) -> Factors:
 
 
 def compose(U: Tensor, S: Tensor, V: Tensor, groups: int = 1) -> Tensor:
-    """``U diag(S) V`` folded back to the weight ``[Co, Ci/G, *kernel]``.
+    """Compose ``U diag(S) V`` and fold it back to the weight ``[Co, Ci/G, *kernel]``.
 
     Multiplied in float32 at least, whatever the dtype of the factors or of autocast, and returned
     in that dtype. Inverse of :func:`decompose` up to rounding; differentiable.
@@ -77,7 +77,7 @@ def compose(U: Tensor, S: Tensor, V: Tensor, groups: int = 1) -> Tensor:
 
 
 def guarded_directions(S: Tensor, groups: int = 1, multiple: int = 1) -> Tensor:
-    """Indices ``[G, T]`` of the smallest |S_r| per group, whose gradient must not divide by S_r.
+    """Return the indices ``[G, T]`` of the smallest |S_r|, whose gradient must not divide by S_r.
 
     They ascend; T is the smallest number, the same in every group, that leaves the root mean
     square of ``S_rms / |S_r|`` over the other directions at most 2: by this factor a rounding error
@@ -91,7 +91,7 @@ def guarded_directions(S: Tensor, groups: int = 1, multiple: int = 1) -> Tensor:
 
 
 def guarded_indices(S: Tensor, groups: int = 1, multiple: int = 1) -> list[list[int]]:
-    """:func:`guarded_directions` as lists, one a group. Compiled: every change of S asks for it."""
+    """Return :func:`guarded_directions` as lists, one a group. Compiled, as it is asked often."""
     dtype = S.dtype
     if not (S.is_cpu and S.is_contiguous() and dtype in (torch.float32, torch.float64)):
         S, dtype = S.detach().cpu().double().contiguous(), torch.float64
@@ -101,7 +101,7 @@ def guarded_indices(S: Tensor, groups: int = 1, multiple: int = 1) -> list[list[
 
 
 def dual(U: Tensor, groups: int = 1) -> Tensor | None:
-    """``U (UᵀU)⁻¹``, which reads ``S ⊙ v`` off ``y`` where U's columns are not orthonormal.
+    """Compute ``U (UᵀU)⁻¹``, which reads ``S ⊙ v`` off ``y`` if U's columns are not orthonormal.
 
     Returns None where they are, to float32 rounding (float64: its own): then U serves itself.
     Factors kept in a 16-bit dtype, or that have been through one, are not: they are off by 1e-3.

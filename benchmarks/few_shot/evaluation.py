@@ -3,10 +3,10 @@
     python -m benchmarks.few_shot.evaluation --root ../shared/data/clothing \
         --weights ../shared/weights/resnet50_imagenet.safetensors --stride-on conv1
 
-A few episodes are timed, the same ones in each way, with equal scores. How many photos return is
-counted over a whole evaluation, from the draw of its episodes alone. Both give the time of the
-whole: an episode costs what one costs whose photos are all kept, and of the rest the share that is
-left to compute. CPU time, for a machine that others use makes a clock unfair; on a GPU the clock.
+A few episodes are timed, the same ones in each way, with equal scores. How often photos return is
+counted over a whole evaluation, by sampling its episodes only. Both give the time of the whole
+evaluation: each episode costs as much as one whose photos are all kept, plus the share that is left
+to compute. On a CPU process time is measured, as other users disturb the clock; on a GPU the clock.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.files import RESULTS
+from benchmarks.gpu import tables
 from fss.config import DataConfig, ModelConfig
 from fss.data import EpisodeDataset, build_episodes, build_source, collate_episodes
 from fss.evaluation.evaluate import episode_classes, evaluate_all
@@ -66,12 +67,12 @@ def main() -> int:
     rows = [measure(options, shots, fabric) for shots in options.shots]
     settings = {name: value for name, value in vars(options).items() if name != "results"}
     write_json(options.results, {"settings": settings, **provenance(fabric.device), "rows": rows})
-    print("\n".join(table(rows)))
+    print(table(rows))
     return 0
 
 
 def measure(options: argparse.Namespace, shots: int, fabric: Fabric) -> dict[str, Any]:
-    """The row of one number of shots."""
+    """Return the row of one number of shots."""
     data = DataConfig(
         source=options.source,
         root=options.root,
@@ -100,7 +101,7 @@ def measure(options: argparse.Namespace, shots: int, fabric: Fabric) -> dict[str
 
 
 def network_of(options: argparse.Namespace, shots: int, base: dict[int, str]) -> nn.Module:
-    """The model with a random head."""
+    """Build the model with a random head."""
     torch.manual_seed(0)
     config = ModelConfig(
         name=options.model,
@@ -118,7 +119,7 @@ def network_of(options: argparse.Namespace, shots: int, base: dict[int, str]) ->
 def timed(
     network: nn.Module, episodes: EpisodeDataset, options: argparse.Namespace, fabric: Fabric
 ) -> dict[str, Any]:
-    """Seconds per episode of each way; "known" is that of one whose photos are all kept."""
+    """Time an episode in each way; "known": one whose photos are all kept."""
     balance(network, episodes)
     model = fabric.setup(network)
     classes = list(episode_classes(episodes.source, options.fold))
@@ -148,7 +149,7 @@ def timed(
 
 @torch.no_grad()
 def balance(network: nn.Module, episodes: EpisodeDataset) -> None:
-    """Moves the classifier's bias so that half of an episode is foreground: a score can differ."""
+    """Move the classifier's bias so that half of an episode is foreground: scores can differ."""
     batch = collate_episodes([episodes[0]])
     outputs: list[torch.Tensor] = []
     hook = network.classifier.register_forward_hook(lambda _, __, out: outputs.append(out))
@@ -159,7 +160,7 @@ def balance(network: nn.Module, episodes: EpisodeDataset) -> None:
 
 @torch.no_grad()
 def deep_share(network: nn.Module) -> float:
-    """The share of the backbone's multiplications that layer 4 has."""
+    """Return layer 4's share of the backbone's multiplications."""
     image = torch.zeros(1, 3, 65, 65)
     with FlopCounterMode(display=False) as shallow:
         _, middle = network.backbone.features(image)
@@ -171,7 +172,7 @@ def deep_share(network: nn.Module) -> float:
 def left(
     network: nn.Module, sets: Sequence[EpisodeDataset], batch: int, gib: float, share: float
 ) -> float:
-    """The share of the backbone's work that an evaluation with kept features still does."""
+    """Return the share of the backbone's work that an evaluation with kept features still does."""
     photos, layer4 = work(network, sets, batch, gib)
     images = sum(map(len, sets)) * (1 + sets[0].shots)
     return (photos * (1 - share) + layer4 * share) / images
@@ -180,12 +181,12 @@ def left(
 def work(
     network: nn.Module, sets: Sequence[EpisodeDataset], batch: int, gib: float
 ) -> tuple[int, int]:
-    """Photos that go through layers 1 to 3, and through layer 4, of one process's evaluation."""
+    """Count the photos that go through layers 1 to 3, and through layer 4, in one process."""
     name = sets[0].source.name
-    drawn = [episodes.draw(index) for episodes in sets for index in range(len(episodes))]
-    drawn.sort(key=lambda e: (e.class_id, name(e.query)))
-    episodes = [Names(name(e.query), tuple(map(name, e.supports)), e.class_id) for e in drawn]
-    number = {name(i): i for e in drawn for i in (e.query, *e.supports)}
+    sampled = [episodes.draw(index) for episodes in sets for index in range(len(episodes))]
+    sampled.sort(key=lambda e: (e.class_id, name(e.query)))
+    episodes = [Names(name(e.query), tuple(map(name, e.supports)), e.class_id) for e in sampled]
+    number = {name(i): i for e in sampled for i in (e.query, *e.supports)}
     sizes = entry_sizes(network, sets[0])
     shelf: Shelf[bool] = Shelf(int(gib * 2**30), uses(episodes))
     photos = layer4 = 0
@@ -206,7 +207,7 @@ def work(
 
 @functools.cache
 def entry_sizes(network: nn.Module, episodes: EpisodeDataset) -> Callable[..., int]:
-    """Bytes of what is kept of a photo, of a query and of a support, float32."""
+    """Return a function: bytes kept of a photo, a query or a support, in float32."""
     image = torch.zeros(1, 3, episodes.transform.size, episodes.transform.size)
     with torch.no_grad():
         low, middle = network.backbone.features(image)
@@ -230,12 +231,12 @@ def entry_sizes(network: nn.Module, episodes: EpisodeDataset) -> Callable[..., i
     return size
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of Markdown: times in ms per episode, what a whole evaluation leaves and gains."""
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return times in ms per episode, and what a whole evaluation leaves and gains."""
     gibs = list(rows[0]["left"])
     head = ["shots", "one by one", "batched", "all kept"]
     head += [f"{gib} GiB" for gib in gibs]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---:'] * len(head))} |"]
+    lines = []
     for row in rows:
         cells = [str(row["shots"])]
         for key in ("one_by_one", "batched", "known"):
@@ -243,8 +244,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         for gib in gibs:
             gain = f", {row['predicted'][gib]:.1f} times" if "predicted" in row else ""
             cells.append(f"{100 * row['left'][gib]:.0f} %{gain}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return tables.table(head, lines)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Photos are rendered and encoded with the sides and the file size of Pascal's and COCO's. Stages are
 CPU time of one thread, which other processes slow less than they slow the clock. A step is layers
-2-4 alone, at the predicted time of `roofline`: the whole takes longer, so the need is an upper
+2-4 alone, at the predicted time of `roofline`: a whole step takes longer, so the need is an upper
 bound.
 """
 
@@ -111,7 +111,7 @@ def main() -> int:
 
 
 def write_photos(root: Path, photos: Photos, count: int) -> int:
-    """Photos and masks in the Pascal VOC layout; returns the mean bytes of a photo's file."""
+    """Write photos and masks in the Pascal VOC layout; return a photo file's mean bytes."""
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
     source = ShapesSource(photos.width, train=count, test=1, objects=(4, 6))
@@ -133,7 +133,7 @@ def write_photos(root: Path, photos: Photos, count: int) -> int:
 
 
 def _encode(image: np.ndarray, size: int) -> bytes:
-    """A JPEG file of about `size` bytes, of the best quality that fits."""
+    """Encode a JPEG file of at most `size` bytes, in the best quality that fits."""
     low, high = 10, 98
     while low < high:
         quality = (low + high + 1) // 2
@@ -146,7 +146,7 @@ def _encode(image: np.ndarray, size: int) -> bytes:
 def dataset(
     root: Path, photos: Photos, shots: int, count: int, min_area: float = 2048
 ) -> EpisodeDataset:
-    """Training episodes of fold 0, as the recipes of Pascal and COCO transform them."""
+    """Build training episodes of fold 0, transformed as for Pascal and COCO."""
     transform = TrainTransform(photos.size, photos.scale)
     source = FolderSource(root)
     return EpisodeDataset(source, 0, "train", shots, transform, count, min_area=min_area)
@@ -181,7 +181,7 @@ class Stages:
 
 @contextlib.contextmanager
 def timed_stages() -> Iterator[Stages]:
-    """Times the functions that the loading of an episode consists of."""
+    """Time the functions that load an episode."""
     stages = Stages()
     timed = (
         ("decode", FolderSource, "load"),
@@ -198,12 +198,12 @@ def timed_stages() -> Iterator[Stages]:
 
 
 def _unbound(call: Callable) -> Callable:
-    """A plain function, which a class binds as a method."""
+    """Wrap a callable in a plain function, which a class binds as a method."""
     return lambda *arguments, **options: call(*arguments, **options)
 
 
 def measure(data: EpisodeDataset, batch: int, passes: int) -> dict[str, Any]:
-    """CPU time of loading all episodes and collating them to batches, in this process.
+    """Measure the CPU time of loading all episodes and collating batches, in this process.
 
     Of each stage the least of several passes: whatever else runs only ever adds to it.
     """
@@ -226,7 +226,7 @@ def measure(data: EpisodeDataset, batch: int, passes: int) -> dict[str, Any]:
 
 
 def throughput(data: EpisodeDataset, workers: int) -> float:
-    """Episodes per second, by the clock, of the loader that training uses."""
+    """Return episodes per second of the loader that training uses, by the clock."""
     fabric = Fabric(accelerator="cpu", devices=1)
     batches = iter(episode_loader(data, 1, workers, fabric))
     for _ in range(2 * workers):  # processes start
@@ -238,7 +238,7 @@ def throughput(data: EpisodeDataset, workers: int) -> float:
 
 
 def needed(size: int, shots: int, batch: int) -> dict[str, float]:
-    """Episodes per second that layers 2-4 consume on each GPU, predicted, in svf_fast's step."""
+    """Predict the episodes per second that layers 2-4 consume on each GPU, with svf_fast."""
     settings = dataclasses.replace(
         Settings(), size=size, batch=batch * (1 + shots), dtype="bfloat16", channels_last=True
     )
@@ -247,7 +247,7 @@ def needed(size: int, shots: int, batch: int) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The table of results/loading.json."""
+    """Format results/loading.json as a table."""
     cores, batch = result["settings"]["cores"], result["settings"]["batch"]
     lines = []
     for row in result["groups"][0]["rows"]:

@@ -1,7 +1,7 @@
 """The main job: train models in several regimes, over folds and training seeds, and tabulate.
 
 Each run is an ``fss train`` process of its own; a finished one is kept, an interrupted one resumed,
-so the command can be repeated until all are there: of folds with all their runs there is a table.
+so the command can be repeated until all runs exist. The table has the folds with all their runs.
 Writes NAME.json, NAME.md and NAME.png:
 
     python -m benchmarks.few_shot.regimes --config demo --folds 0 --results runs/demo/regimes
@@ -26,7 +26,7 @@ from benchmarks.few_shot.training import make_run, score_elsewhere
 from fss.files import write_json
 
 MIB = 2**20
-COLOURS = {"freeze": "#7f7f7f", "svf": "#0072B2", "full": "#E69F00"}  # Okabe-Ito
+COLORS = {"freeze": "#7f7f7f", "svf": "#0072B2", "full": "#E69F00"}  # Okabe-Ito
 
 
 class Run(NamedTuple):
@@ -131,7 +131,7 @@ def _result(
 
 
 def _row(options: argparse.Namespace, runs: dict[Run, dict], model: str, regime: str) -> dict:
-    """One model and regime: per fold and over folds, with the spread over seeds.
+    """Summarize one model and regime per fold and over folds, with the spread over seeds.
 
     The seeds are those of training; where there is one, those of the test episodes.
     """
@@ -230,7 +230,7 @@ def _of_elsewhere(options: argparse.Namespace, run: Run) -> str:
 
 
 def _difference(rows: list[dict], row: dict, regime: str) -> str:
-    """mIoU less that of another regime of the same model, paired by seed."""
+    """Format the difference in mIoU to another regime of the same model, paired by seed."""
     if row["regime"] == regime:
         return "–"
     other = next(r for r in rows if (r["model"], r["regime"]) == (row["model"], regime))
@@ -265,7 +265,7 @@ def _picture(options: argparse.Namespace, rows: list[dict], path: Path) -> None:
             0.92 * width,
             yerr=[100 * error for error in errors],
             capsize=2,
-            color=COLOURS.get(regime, "#009E73"),
+            color=COLORS.get(regime, "#009E73"),
             label=regime,
         )
         labels = [f"{100 * value:.1f}" for value in values]
@@ -281,12 +281,12 @@ def _picture(options: argparse.Namespace, rows: list[dict], path: Path) -> None:
 
 
 def _draw_costs(axes: Axes, rows: list[dict]) -> None:
-    """A dot per model and regime: time of a step, and bytes saved."""
+    """Draw a dot per model and regime: time of a step, and saved bytes."""
     markers = dict(zip(dict.fromkeys(row["model"] for row in rows), "osD^v", strict=False))
     for row in rows:
         seconds, saved = row["step_seconds"], row["saved_bytes"] / MIB
-        colour = COLOURS.get(row["regime"], "#009E73")
-        axes.scatter([seconds], [saved], s=45, color=colour, marker=markers[row["model"]])
+        color = COLORS.get(row["regime"], "#009E73")
+        axes.scatter([seconds], [saved], s=45, color=color, marker=markers[row["model"]])
         if len(markers) == 1:
             axes.annotate(
                 row["regime"], (seconds, saved), xytext=(6, 6), textcoords="offset points"

@@ -1,4 +1,4 @@
-"""What the paper leaves open: learning rates, weight decay of S, and which layers.
+"""Search what the paper leaves open: learning rates, weight decay of S, and which layers.
 
 One setting after the other, each kept at the value whose run scores best on base classes; the novel
 classes are scored once by each run and choose nothing. A finished run is kept and an interrupted

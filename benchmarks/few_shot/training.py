@@ -24,7 +24,7 @@ def make_run(
     extra: Sequence[str] = (),
     deadline: float | None = None,
 ) -> dict | None:
-    """The result of one run, made now unless it is there already.
+    """Return the result of a run; train it now unless its result exists.
 
     Args:
         config: YAML file of `fss train`.
@@ -60,7 +60,7 @@ def make_run(
 
 
 def score_elsewhere(folder: Path, arguments: str) -> dict:
-    """What `fss eval` with these arguments says of a run on other data, made now or earlier.
+    """Return the result of `fss eval` on other data; evaluate now unless it exists.
 
     Args:
         folder: of the run.
@@ -83,7 +83,7 @@ def score_elsewhere(folder: Path, arguments: str) -> dict:
 
 
 def held_out(root: str, fold: int, view: Path) -> Path:
-    """A view of a folder of photos in which base classes are validated on photos never trained on.
+    """Make a view of a folder of photos that validates base classes on photos not trained on.
 
     Without lists a photo may be in training and in validation. Here the training list has the
     photos without any of the fold's novel classes, which are all that the † filter leaves, and the

@@ -12,8 +12,8 @@ The phases run in the order of their worth, as many as the time allows. Each is 
 own with a time limit and a log; when one fails or runs out of time the next goes on. Called again
 with the same folder it runs what is missing. Results are JSON in the folder, tables and pictures
 beside them, logs in its folder ``logs``, the table of tuned configurations in ``cache``:
-SVF_FAST_CACHE names it to later runs. The archive has all of it but what can be made again, and is
-whole at any moment.
+SVF_FAST_CACHE names it to later runs. The archive has all of it except what can be made again, and
+is complete at any moment.
 """
 
 from __future__ import annotations
@@ -56,16 +56,15 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu", description=__doc__.splitlines()[0]
-    )
+    description = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=description)
     names = [phase.name for phase in PHASES]
     parser.add_argument("--phases", default=",".join(names), help="some of them, with commas")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the results")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all phases together")
     parser.add_argument("--archive", type=Path, help="file for all results, .tgz")
-    parser.add_argument("--weights", help="of the ResNet-50, a file; none: drawn ones")
-    parser.add_argument("--photos", help="folder of Pascal-5i; none: embedded ones")
+    parser.add_argument("--weights", help="file of the ResNet-50; none: random ones")
+    parser.add_argument("--photos", help="folder of Pascal-5i; none: embedded photos")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of packages")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     given = parser.parse_args(arguments)
@@ -106,7 +105,7 @@ def run_all(
     earlier: Sequence[Row] = (),
     archive: Archive | None = None,
 ) -> list[Row]:
-    """One phase after another while there is time; what `earlier` rows call ok is not repeated.
+    """Run the phases while there is time; those that are ok in `earlier` are not repeated.
 
     Returns the rows of these phases. `gpu.json` has all others too.
     """
@@ -160,7 +159,7 @@ def row(phase: Phase, ended: Ended, limit: int, log: Path) -> Row:
 
 
 def summary(rows: list[Row], out: Path) -> str:
-    """The end of what is printed: figures, then a line a phase."""
+    """Format the end of the output: the figures, then a line per phase."""
     width = max(len(row["phase"]) for row in rows)
     lines = []
     figures = ROOT / out / "figures.md"
@@ -174,7 +173,7 @@ def summary(rows: list[Row], out: Path) -> str:
 
 
 def earlier_rows(path: Path, found: dict[str, Any], error: Callable[[str], Any]) -> list[Row]:
-    """The rows of an earlier call in the same folder; those of another GPU are an error."""
+    """Return the rows of an earlier call in the same folder; another GPU's are an error."""
     if not path.is_file():
         return []
     content = json.loads(path.read_text())
@@ -185,7 +184,7 @@ def earlier_rows(path: Path, found: dict[str, Any], error: Callable[[str], Any])
 
 
 def probe() -> dict[str, Any]:
-    """torch and the GPU as another process sees them: this one keeps off the GPU."""
+    """Describe torch and the GPU from another process, so that this one does not use the GPU."""
     command = [sys.executable, "-c", PROBE]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -201,7 +200,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def missing(found: dict[str, Any], dry: bool) -> list[str]:
-    """What `make gpu` needs and does not find, each with what to do."""
+    """List what `make gpu` needs and does not find, each with what to do."""
     lacking = []
     for name in NEEDED:
         if importlib.util.find_spec(name) is None:
@@ -231,14 +230,14 @@ def missing(found: dict[str, Any], dry: bool) -> list[str]:
 
 
 def unpack(wheels: Path, site: Path) -> None:
-    """Makes the pure-Python packages in a folder of wheels importable from `site`."""
+    """Make the pure-Python packages in a folder of wheels importable from `site`."""
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as packed:
             packed.extractall(site)
 
 
 def _is_here(name: str, site: Path) -> bool:
-    """Whether a module is installed or was unpacked."""
+    """Return whether a module is installed or was unpacked."""
     places = (site / name, site / f"{name}.py")
     return any(place.exists() for place in places) or importlib.util.find_spec(name) is not None
 
@@ -250,14 +249,14 @@ def _outcome(row: Row) -> str:
 
 
 def _keep(path: Path, found: dict[str, Any], rows: list[Row]) -> None:
-    """Writes the summary of all calls in the order of the phases."""
+    """Write the summary of all calls in the order of the phases."""
     order = [phase.name for phase in PHASES]
     rows.sort(key=lambda row: order.index(row["phase"]) if row["phase"] in order else len(order))
     write_whole(path, json.dumps({"machine": found, "phases": rows}, indent=1) + "\n")
 
 
 def _shared(given: str | None, name: str, dry: bool) -> str:
-    """A file or folder of real data: as given, else the first place that has it, else "none"."""
+    """Find a file or folder of real data: as given, else the first place that has it, or "none"."""
     if given is not None:
         return given if given == "none" else str(_short(Path(given)))
     if dry:
@@ -270,7 +269,7 @@ def _shared(given: str | None, name: str, dry: bool) -> str:
 
 
 def _short(path: Path) -> Path:
-    """As seen from the repository, for what is in it or beside it: results keep the commands."""
+    """Make paths in or beside the repository relative to it, as results record the commands."""
     beside = path.resolve().is_relative_to(ROOT.parent)
     return Path(os.path.relpath(path, ROOT)) if beside else path.resolve()
 

@@ -86,7 +86,7 @@ class Operand(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of what lies in memory: an expanded dimension is there once."""
+        """Return the bytes in memory; an expanded dimension counts once."""
         there = (n for n, stride in zip(self.shape, self.strides, strict=True) if stride)
         return math.prod(there) * self.dtype.itemsize
 
@@ -108,12 +108,12 @@ class Launch(NamedTuple):
 
     @property
     def is_copy_between(self) -> bool:
-        """Whether it is a copy between host and GPU."""
+        """Return whether it is a copy between host and GPU."""
         return self.kernel in (TO_HOST, TO_DEVICE)
 
     @property
     def bytes(self) -> int:
-        """Read and written, each operand once."""
+        """Return the bytes read and written, each operand once."""
         return sum(operand.bytes for operand in (*self.inputs, *self.outputs))
 
 
@@ -144,7 +144,7 @@ class OnGPU(Tensor):
         return False
 
     def data_ptr(self) -> int:
-        """Of its values; where there are none an aligned address, as an allocator gives."""
+        """Return the address of its values; without values, an aligned one, as of an allocator."""
         return 4096 if self.inner.is_meta else self.inner.data_ptr()
 
     @classmethod
@@ -153,7 +153,7 @@ class OnGPU(Tensor):
 
 
 def _factory(gpu: AbsentGPU, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that makes tensors, on the GPU where it is told to; pinned memory is plain."""
+    """Wrap a function that makes tensors, on the GPU if asked to; pinned memory is plain."""
 
     def make(*arguments: Any, device: Any = None, pin_memory: bool = False, **options: Any):
         if not _is_gpu(device):
@@ -165,7 +165,7 @@ def _factory(gpu: AbsentGPU, function: Callable[..., Tensor]) -> Callable[..., T
 
 
 def _mover(gpu: AbsentGPU, name: str) -> Callable[..., Tensor]:
-    """``Tensor.NAME``, which may take a tensor to the GPU or back."""
+    """Wrap ``Tensor.NAME``, which may move a tensor to the GPU or back."""
     function = getattr(Tensor, name)
 
     def move(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -242,22 +242,22 @@ class AbsentGPU(TorchDispatchMode):
         self._within: tuple[Any, ...] = ()
 
     def take(self) -> list[Launch]:
-        """The launches so far; from now on others."""
+        """Return the launches so far and start a new list."""
         found, self.launches = self.launches, []
         return found
 
     def maps(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-        """A map without values."""
+        """Make a map without values."""
         last = torch.channels_last if channels_last else torch.contiguous_format
         return OnGPU(torch.empty(shape, dtype=dtype, device="meta", memory_format=last))
 
     def placed(self, network: nn.Module) -> nn.Module:
-        """A copy of a network, on this GPU."""
+        """Copy a network to this GPU."""
         return copy.deepcopy(network).to(DEVICE)
 
     @contextlib.contextmanager
     def autocast(self, dtype: str) -> Iterator[None]:
-        """Autocast to a 16-bit dtype, none for others; ATen takes the tensors to be on the CPU."""
+        """Autocast to a 16-bit dtype, none for others; to ATen the tensors are on the CPU."""
         low = getattr(torch, dtype)
         if low.itemsize > 2:
             yield
@@ -287,7 +287,7 @@ class AbsentGPU(TorchDispatchMode):
 
     @contextlib.contextmanager
     def making(self) -> Iterator[None]:
-        """Tensors that are made inside are on the GPU."""
+        """Put tensors that are made inside on the GPU."""
         before, self._making = self._making, True
         try:
             yield
@@ -295,7 +295,7 @@ class AbsentGPU(TorchDispatchMode):
             self._making = before
 
     def note(self, kernel: str, inputs, outputs, **options: Any) -> None:
-        """Adds a launch."""
+        """Record a launch."""
         of = Operand.of
         reads, writes = tuple(map(of, inputs)), tuple(map(of, outputs))
         self.launches.append(Launch(kernel, reads, writes, options, _callers(), self._within))
@@ -341,12 +341,12 @@ class AbsentGPU(TorchDispatchMode):
         return found
 
     def _note_all(self, count: int, kernel: str, inputs, outputs) -> None:
-        """Adds the launches of an op: the first one moves its maps, others are small."""
+        """Record the launches of an op: the first one moves its maps, others are small."""
         for number in range(count):
             self.note(kernel, [] if number else inputs, [] if number else outputs)
 
     def _own(self, func, name: str, args, kwargs, ours: list[OnGPU]):
-        """An op of svf_fast: what its Python does on a GPU, or the kernels of its CUDA."""
+        """Run an op of svf_fast: its Python for GPUs, or the kernels of its CUDA code."""
         if name not in COMPILED:
             before, self._within = self._within, _map(Operand.of, (*args, *kwargs.values()), Tensor)
             try:
@@ -362,14 +362,14 @@ class AbsentGPU(TorchDispatchMode):
         return made
 
     def _python(self, func, name: str) -> Callable[..., Any]:
-        """What is registered for GPUs, or else for every device."""
+        """Return the Python code registered for GPUs, or else for every device."""
         for key in ("CUDA", "CompositeExplicitAutograd"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(func._schema.name, key):
                 return functools.partial(func._op_dk, getattr(torch._C.DispatchKey, key))
         raise KeyError(f"{name}: neither in Python nor in COMPILED, which counts launches of csrc")
 
     def _bring_together(self, maps: Sequence[OnGPU]) -> None:
-        """The copies that csrc/maps.h makes: a dense map, and the others with the strides of it."""
+        """Record the copies of csrc/maps.h: a dense map, and the others in its strides."""
         first = maps[0].inner
         strides = (first if _is_dense(first) else first.contiguous()).stride()
         for x in maps:
@@ -377,7 +377,7 @@ class AbsentGPU(TorchDispatchMode):
                 self.note(LAYOUT_COPY, [x], [x])
 
     def _convolution(self, name: str, args, ours: list[OnGPU]) -> Any:
-        """cuDNN's, with the copies that ATen makes to bring operands into one memory format.
+        """Record cuDNN's launch and ATen's copies that bring operands into one memory format.
 
         ATen/native/Convolution.cpp and cudnn/ConvShared.cpp: channels_last where one of the two
         operands of a product is; the backward first brings the gradient to the format of the input.
@@ -425,7 +425,7 @@ class AbsentGPU(TorchDispatchMode):
         return OnGPU(torch.empty(shape, dtype=like.dtype, device="meta", memory_format=form))
 
     def launched(self, kernel, arguments, grid, options) -> None:
-        """Notes a Triton kernel; its tensors all count as inputs, ``names`` says which is which."""
+        """Record a Triton kernel; all its tensors count as inputs, named by ``names``."""
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
         size = grid(named) if callable(grid) else grid
         tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
@@ -435,7 +435,7 @@ class AbsentGPU(TorchDispatchMode):
 
 
 def _map(change: Callable[[Any], Any], tree: Any, kind: type) -> Any:
-    """Arguments or results of an op with those of a type changed; lists are looked into."""
+    """Apply a change to values of one type among arguments or results, also inside lists."""
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, list | tuple):
@@ -452,7 +452,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _inner(tree: Any, ours: Sequence[OnGPU], meta: bool = False) -> Any:
-    """With the inner tensors; without values where one of them has none."""
+    """Return the arguments with the inner tensors; no values where one of them has none."""
     meta = meta or _without_values(ours)
 
     def unwrap(tensor: OnGPU) -> Tensor:
@@ -468,7 +468,7 @@ def _without_values(ours: Sequence[OnGPU]) -> bool:
 
 @functools.cache
 def _kind(func: Any) -> tuple[bool, bool, str]:
-    """Whether an op is of svf_fast, whether it is made of others, and its name."""
+    """Return whether an op is svf_fast's, whether it is made of others, and its name."""
     namespace, name = func._schema.name.split("::")
     key = "CompositeImplicitAutograd"
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
@@ -499,7 +499,7 @@ def _launches(func, name: str, args, written: list[Tensor]) -> int:
 
 
 def _callers() -> tuple[str, ...]:
-    """Functions of svf_fast on the stack as ``folder/file.function``; "" where autograd called."""
+    """List svf_fast's functions on the stack as ``folder/file.function``; "" for autograd."""
     found, frame = [], sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -512,7 +512,7 @@ def _callers() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def absent_gpu(arch: int = 90) -> Iterator[AbsentGPU]:
-    """Within it "cuda" is a GPU of sm_``arch`` that is not here."""
+    """Make "cuda" a GPU of sm_``arch`` that does not exist, within the context."""
     gpu = AbsentGPU()
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:

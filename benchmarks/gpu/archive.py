@@ -1,4 +1,4 @@
-"""A compressed tar of a folder of results, and other files, that are whole at any moment."""
+"""A compressed archive of a folder of results, and other files, complete at any moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = {".pt", ".safetensors"}
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that takes the place of `path` when it is complete."""
+    """Write a file that replaces `path` when it is complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
@@ -54,7 +54,7 @@ class Archive:
         self.write()
 
     def write(self) -> None:
-        """Writes what there is now; a file that others are writing counts as far as it came."""
+        """Write the present results; a file that others are writing goes in as far as it came."""
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_name(f".{self._path.name}.tmp")

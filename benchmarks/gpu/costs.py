@@ -92,7 +92,7 @@ class Cost(NamedTuple):
     programs: float = math.inf
 
     def seconds(self, rates: dict[str, float]) -> float:
-        """Its start, and the longest of what memory, L2 and the engine take."""
+        """Return its start and the longest of memory, L2 and engine."""
         kind = KINDS[self.kind]
         part = min(1.0, self.programs / rates["processors"])
         memory = self.bytes / min(rates["memory"], kind.memory * rates["issue"])
@@ -102,7 +102,7 @@ class Cost(NamedTuple):
 
 
 def cost(launch: Launch) -> Cost:
-    """Of a launch; a copy between host and GPU costs none of its time."""
+    """Return the cost of a launch; a copy between host and GPU costs no device time."""
     if launch.is_copy_between:
         return Cost(0)
     if launch.kernel in KERNELS:
@@ -122,7 +122,7 @@ def cost(launch: Launch) -> Cost:
 
 
 def _kind(launch: Launch) -> str:
-    """How PyTorch's own kernels, and csrc's, go through their maps."""
+    """Return how PyTorch's own kernels, and csrc's, go through their maps."""
     operands = (*launch.inputs, *launch.outputs)
     if launch.kernel == LAYOUT_COPY:
         return "transposing"
@@ -142,25 +142,25 @@ def _kind(launch: Launch) -> str:
 
 
 def _maps(operands: Iterable[Operand]) -> list[Operand]:
-    """The largest operands, where they have four dimensions."""
+    """Return the largest operands with four dimensions."""
     found = list(operands)
     size = max(math.prod(x.shape) for x in found)
     return [x for x in found if math.prod(x.shape) == size and len(x.shape) == 4]
 
 
 def _order(x: Operand) -> list[int]:
-    """Dimensions by stride, those of one element left out."""
+    """Return the dimensions by stride, without those of one element."""
     there = [dim for dim, n in enumerate(x.shape) if n > 1]
     return sorted(there, key=lambda dim: x.strides[dim])
 
 
 def seconds(found: Iterable[Launch], rates: dict[str, float]) -> float:
-    """Of kernels that follow one another, gaps included."""
+    """Return the seconds of kernels that follow one another, with the gaps between them."""
     return sum(cost(x).seconds(rates) + GAP for x in found if not x.is_copy_between)
 
 
 def unknown(found: Iterable[Launch]) -> set[str]:
-    """Triton kernels that count by their operands alone."""
+    """List the Triton kernels that are counted by their operands alone."""
     return {x.kernel for x in found if "names" in x.options and x.kernel not in KERNELS}
 
 
@@ -169,7 +169,7 @@ def _engine(dtype: torch.dtype, for_float32: str) -> str:
 
 
 def _convolution(launch: Launch) -> Cost:
-    """cuDNN's: in float32 products are TF32, as torch's default has it."""
+    """Cost cuDNN's kernel; float32 products are TF32, torch's default."""
     weight = launch.outputs[0] if launch.kernel == "weight gradient" else launch.inputs[1]
     target = launch.outputs[0] if launch.kernel == "convolution" else launch.inputs[0]
     flops = 2 * math.prod(target.shape) * math.prod(weight.shape[1:])
@@ -181,7 +181,7 @@ def _tiles(size: int, block: int) -> int:
 
 
 def _pointwise(launch: Launch, operands: dict[str, Operand]) -> Cost:
-    """[positions, K] × [K, D]: a tile reads its rows of x and its part of the weight from L2."""
+    """Cost [positions, K] × [K, D]: a tile reads its rows of x and part of the weight from L2."""
     numbers = launch.options
     (D, K), positions = operands["weight"].shape, numbers["positions"]
     across, down = _tiles(D, numbers["BLOCK_D"]), _tiles(positions, numbers["BLOCK_P"])
@@ -192,7 +192,7 @@ def _pointwise(launch: Launch, operands: dict[str, Operand]) -> Cost:
 
 
 def _gram(launch: Launch, operands: dict[str, Operand]) -> Cost:
-    """Tiles [BLOCK_A, BLOCK_B] of a matrix read BLOCK_A + BLOCK_B channels of every position."""
+    """Cost a Gram matrix: a tile reads BLOCK_A + BLOCK_B channels of every position."""
     numbers = launch.options
     a, b, width_a, width_b = operands["a"], operands["b"], numbers["width_a"], numbers["width_b"]
     again = (_tiles(width_b, numbers["BLOCK_B"]) - 1) * a.bytes
@@ -202,7 +202,7 @@ def _gram(launch: Launch, operands: dict[str, Operand]) -> Cost:
 
 
 def _activation_grams(launch: Launch, operands: dict[str, Operand]) -> Cost:
-    """A tile reads its rows of y and, for ``before``, of grad, and its columns of the other map."""
+    """Cost tiles that read rows of y and, for ``before``, of grad, and the other map's columns."""
     numbers = launch.options
     maps, channels, sides = operands["y"].bytes, numbers["channels"], numbers["sides"]
     across = _tiles(channels, numbers["BLOCK_B"])
@@ -226,7 +226,7 @@ def _compose(launch: Launch, operands: dict[str, Operand]) -> Cost:
 
 
 def _compose_all(launch: Launch, operands: dict[str, Operand]) -> Cost:
-    """The weights of a network: their factors are known to a table alone, and to the op."""
+    """Cost the weights of a network; only a table and the op know their factors."""
     numbers, (every_U, _, every_V, groups) = launch.options, launch.within[:4]
     moved = launch.bytes + sum(x.bytes for x in (*every_U, *every_V))
     again, flops = 0, 0
@@ -239,7 +239,7 @@ def _compose_all(launch: Launch, operands: dict[str, Operand]) -> Cost:
 
 
 def _read_off(launch: Launch, operands: dict[str, Operand]) -> Cost:
-    """A tile reads its rows of ``left`` and its columns of ``right``, all directions, from L2."""
+    """Cost tiles that read rows of ``left`` and columns of ``right`` from L2, all directions."""
     numbers = launch.options
     sides = [(numbers["rank"] * numbers["groups"], operands["left"], operands["right"])]
     if numbers["rank_after"]:

@@ -125,7 +125,7 @@ def main() -> int:
 def measure(
     name: str, case: Case, dtype: torch.dtype, device: torch.device, copied: float
 ) -> dict[str, Any]:
-    """Seconds, bytes, and the fraction of a copy's rate; the reason where there are none."""
+    """Return seconds, bytes and the fraction of a copy's rate, or the reason for none."""
     row: dict[str, Any] = {"peer": name}
     try:
         small = Maps.random(SMALL, dtype, device)

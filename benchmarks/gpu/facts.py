@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What there is: GPU, driver, versions."""
+    """Describe the machine: GPU, driver, versions."""
     facts: dict[str, Any] = {"torch": torch.__version__, "triton": _triton(), "nvcc": nvcc()}
     if device.type != "cuda":
         return facts
@@ -66,7 +66,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a copy within the device."""
+    """Measure the bytes read and written per second by a copy within the device."""
     source = torch.randint(0, 256, (COPIED[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     taken = statistics.median(times(lambda: target.copy_(source), device))
@@ -74,7 +74,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """FLOP per second of a bfloat16 matrix product."""
+    """Measure the FLOP per second of a bfloat16 matrix product."""
     side = SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     taken = statistics.median(times(lambda: a @ b, device))
@@ -84,7 +84,7 @@ def matrix_rate(device: torch.device) -> float:
 def times(
     run: Callable[[], Any], device: torch.device, repeats: int = 20, warmup: int = 3
 ) -> list[float]:
-    """Seconds of each run; on a GPU between two events, nothing waits until the last is queued."""
+    """Time each run; on a GPU by events, without waiting until the last is queued."""
     for _ in range(warmup):
         run()
     if device.type == "cuda":
@@ -98,7 +98,7 @@ def times(
 
 
 def nvcc() -> str:
-    """Release of the compiler on the path, or in the usual place."""
+    """Return the release of nvcc on the path, or in the usual place."""
     found = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     release = re.search(r"release (\S+),", _output([found, "--version"]))
     return release[1] if release else "not found"

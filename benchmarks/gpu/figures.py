@@ -32,7 +32,7 @@ class Figure(NamedTuple):
 
 
 def time_over(base: str, level: str, **settings: Any) -> Callable[[Results], float | None]:
-    """Our median over that of a peer in the same race."""
+    """Return a figure: our median over that of a peer in the same race."""
 
     def ratio(results: Results) -> float | None:
         for result in results.of(level, cuda=True, **settings):
@@ -56,7 +56,7 @@ def peak_over(base: str, level: str, **settings: Any) -> Callable[[Results], flo
 
 
 def over_the_best(results: Results) -> float | None:
-    """Our time over that of the fastest other way to train S, each in the race that has both."""
+    """Return our time over that of the fastest other way to train S, from races with both."""
     ratios = [
         ours / theirs
         for ours, row in _rivals(results)
@@ -66,7 +66,7 @@ def over_the_best(results: Results) -> float | None:
 
 
 def peak_over_the_best(results: Results) -> float | None:
-    """Our peak over that of the same fastest one."""
+    """Return our peak over that of the same fastest peer."""
     timed = [
         (theirs / ours, row, result)
         for result in results.of("backbone", cuda=True, every=True, **BACKBONE)
@@ -90,7 +90,7 @@ def _rivals(results: Results) -> Iterator[tuple[float | None, Result]]:
 
 
 def _others(result: Result) -> list[Result]:
-    """Rows of the peers that train S, ours left out."""
+    """Return the rows of the other peers that train S."""
     return [
         row
         for name, row in rows(result).items()
@@ -115,7 +115,7 @@ def step_peak(results: Results) -> float | None:
 
 
 def slowest_elementwise(results: Results) -> float | None:
-    """The least share of a copy's rate; an op that failed counts as none."""
+    """Return the least share of a copy's rate; 0 if an op failed."""
     shares = [
         row.get("fraction_of_copy", 0.0)
         for result in results.of("elementwise", cuda=True)
@@ -127,7 +127,7 @@ def slowest_elementwise(results: Results) -> float | None:
 
 
 def predicted_ratio(*bases: str) -> Callable[[Results], str | None]:
-    """Over the fastest of the bases, both captured, from the launches of the code."""
+    """Predict our time over the fastest base's, both captured, from the code's launches."""
 
     def text(results: Results) -> str | None:
         for found in _predicted(results):
@@ -141,7 +141,7 @@ def predicted_ratio(*bases: str) -> Callable[[Results], str | None]:
 
 
 def predicted_share(results: Results) -> str | None:
-    """The roofline at rates that were measured, over what the captured step is to take."""
+    """Predict the roofline at measured rates over the time of the captured step."""
     for found in _predicted(results):
         least = found["svf_fast"]["roofline_seconds"]
         taken = found["svf_fast"]["in a graph"]["device_seconds"]
@@ -150,7 +150,7 @@ def predicted_share(results: Results) -> str | None:
 
 
 def _predicted(results: Results) -> Iterator[dict[str, Result]]:
-    """Predictions with the settings of the race, by peer."""
+    """Yield the predictions with the settings of the race, by peer."""
     for result in results.of("predictions", size=BACKBONE["size"]):
         for group in result["groups"]:
             if group["batch"] == BACKBONE["batch"]:
@@ -162,7 +162,7 @@ def _by_gpu(texts: dict[str, str]) -> str:
 
 
 def predicted_saved(level: str, over: str = "") -> Callable[[Results], str | None]:
-    """What autograd keeps, which is most of a peak, as counted without a GPU."""
+    """Predict a peak by the saved bytes, which are most of it, counted without a GPU."""
 
     def text(results: Results) -> str | None:
         groups = itertools.chain.from_iterable(r["groups"] for r in results.of("memory"))
@@ -248,7 +248,7 @@ FIGURES = (
 
 
 def check(results: Results) -> list[tuple[Figure, str, float | None, bool | None]]:
-    """Each figure with its prediction, its measured value, and whether that reaches the target."""
+    """Return each figure with its prediction, its measured value and whether it is reached."""
     checked = []
     for figure in FIGURES:
         value = figure.measured(results)
@@ -273,7 +273,7 @@ def markdown(results: Results) -> str:
 
 
 def _where(results: Results) -> str:
-    """What was measured on, and what kernels alone took there."""
+    """Describe the GPU, and the time of the kernels alone."""
     facts = results.facts
     if facts is None:
         return "Measured: no GPU has run it yet."

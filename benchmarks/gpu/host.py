@@ -65,9 +65,9 @@ class OfNorm(OnDevice):
 
 @contextlib.contextmanager
 def gpu_path(arch: int = 90) -> Iterator[None]:
-    """Tensors of the CPU take the way of a GPU of sm_``arch``; Triton's kernels do not run.
+    """Send CPU tensors down the path of a GPU of sm_``arch``; Triton's kernels do not run.
 
-    Parameters that :func:`placed` has put on it say that they are there.
+    Parameters that :func:`placed` has put on it claim to be there.
     """
     library = torch.library.Library("svf_fast", "IMPL")
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -111,7 +111,7 @@ def _as_on_gpu(name: str) -> Callable[..., Any]:
 
 
 def placed(network: nn.Module) -> nn.Module:
-    """The network with parameters that say they are on a GPU."""
+    """Return the network with parameters that claim to be on a GPU."""
     for module in network.modules():
         kind = OfNorm if isinstance(module, nn.BatchNorm2d) else OnDevice
         for values in (module._parameters, module._buffers):
@@ -123,7 +123,7 @@ def placed(network: nn.Module) -> nn.Module:
 
 
 def measure(what: str, path: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each peer and for S changed or not: seconds of each round, the peers in turns."""
+    """Time the peers in turns, with S changed and not; return a row for each."""
     kind, group, width = MEASURED[what]
     level = LEVELS[kind]
     on_gpu = path == PATHS[1]
@@ -167,7 +167,7 @@ def _in_turns(level, networks, inputs, settings, changed, rounds) -> dict[str, l
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return {"low": low, "median": middle, "high": high}
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import svf_fast
+from benchmarks.gpu import tables
 from benchmarks.gpu.absent_gpu import AbsentGPU, Launch, absent_gpu
 from benchmarks.race.levels import LEVELS, Settings, trained
 from svf_fast.svd import Factors
@@ -40,10 +41,10 @@ Step = dict[str, list[Launch]]  # launches by phase
 
 
 def network(name: str, settings: Settings, cache: Path | None = None) -> nn.Module:
-    """Layers 2-4 as a peer makes them, on the host.
+    """Build layers 2-4 as a peer makes them, on the host.
 
-    Where the weights are drawn nothing depends on their values, and factors of the same shapes
-    stand for the decompositions: singular values of 1, so none is guarded.
+    With random weights nothing depends on their values, and factors of the same shapes replace
+    the decompositions: singular values of 1, so none is guarded.
     """
     (group,) = LEVEL.groups
     plain = LEVEL.network(settings, group)
@@ -55,7 +56,7 @@ def network(name: str, settings: Settings, cache: Path | None = None) -> nn.Modu
 
 @contextlib.contextmanager
 def undecomposed() -> Iterator[None]:
-    """Layers are converted with factors of the right shapes, which takes no time."""
+    """Convert layers with factors of the right shapes instead of decompositions, to save time."""
     with contextlib.ExitStack() as stack:
         for module in ("svf_fast.convert", "svf_fast.layers.factored"):
             owner = sys.modules[module]
@@ -71,7 +72,7 @@ def _shapes(weight: Tensor, groups: int = 1) -> Factors:
 
 
 def inputs(gpu: AbsentGPU, settings: Settings) -> tuple[Tensor, Tensor]:
-    """What enters layer 2, and the gradient of what leaves layer 4: the level's, without values."""
+    """Make the input of layer 2 and the gradient of layer 4's output, without values."""
     width, side, dtype = settings.width, settings.map_size, getattr(torch, settings.dtype)
     outer = 2 * side - 1
     x = (settings.batch, 4 * width, outer, outer)
@@ -81,7 +82,7 @@ def inputs(gpu: AbsentGPU, settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int = 90) -> Step:
-    """The launches of a step with S changed before it: eager, or what a CUDA graph captures.
+    """Record the launches of a step after a change of S, eager or as a CUDA graph captures it.
 
     ``plain`` is of :func:`network`; it stays on the host.
     """
@@ -115,7 +116,7 @@ def record(plain: nn.Module, settings: Settings, graph: bool = False, arch: int 
 
 
 def _of_forward(launch: Launch) -> str:
-    """Which phase a launch of the forward pass belongs to, by the functions that led to it."""
+    """Return the phase of a launch of the forward pass, by the functions that called it."""
     if any("guard" in caller.rpartition(".")[2] for caller in launch.callers):
         return "guards"
     for caller in launch.callers:
@@ -132,12 +133,12 @@ def launches(step: Step) -> int:
 
 
 def copies(step: Step) -> int:
-    """Copies between host and GPU."""
+    """Count the copies between host and GPU."""
     return sum(launch.is_copy_between for found in step.values() for launch in found)
 
 
 def counted(step: Step) -> dict[str, dict[str, int]]:
-    """Launches and copies by op and phase, the most frequent op first."""
+    """Count launches and copies by op and phase, the most frequent op first."""
     total = Counter(launch.kernel for found in step.values() for launch in found)
     by_phase = {phase: Counter(launch.kernel for launch in found) for phase, found in step.items()}
     return {
@@ -147,15 +148,15 @@ def counted(step: Step) -> dict[str, dict[str, int]]:
 
 
 def table(step: Step) -> str:
-    """By op and phase, in Markdown."""
+    """Format the launches by op and phase as a table."""
     head = ["", *PHASES, "all"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for kernel, phases in counted(step).items():
         cells = [str(phases.get(phase, "")) for phase in PHASES]
         lines.append([kernel, *cells, str(sum(phases.values()))])
     sums = [str(launches({phase: step[phase]})) for phase in PHASES]
     lines.append(["**launches**", *sums, str(launches(step))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables.table(head, lines)
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

@@ -117,7 +117,7 @@ def _encoded(pair: tuple[Path, Path], side: int, quality: int) -> Packed:
 
 
 def _thinned(packed: list[Packed], share: float) -> list[Packed]:
-    """A share of the photos, evenly from first to last."""
+    """Choose a share of the photos, evenly from first to last."""
     count = int(share * len(packed))
     return [packed[index * len(packed) // count] for index in range(count)]
 

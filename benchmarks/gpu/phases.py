@@ -11,7 +11,7 @@ from typing import NamedTuple
 from benchmarks.gpu.archive import write_whole
 from benchmarks.gpu.processes import ROOT
 
-MARGIN = 8.0  # seconds between the time a phase is told and its limit
+MARGIN = 8.0  # seconds between the time given to a phase and its limit
 REST = 3600  # seconds: as many as there are
 OF_FSS = ("jsonargparse", "lightning_fabric", "tensorboardX", "cv2", "jinja2", "yaml")
 FOUR = "official;recomposed, BN folded;frozen bound;svf_fast"
@@ -22,7 +22,7 @@ REGIME_OVERHEAD, REGIME_STEP = 35.0, 0.08
 
 
 class Options(NamedTuple):
-    """What all phases are told.
+    """What all phases are given.
 
     out, weights, photos: as the commands get them, relative to the repository where that is
         shorter; "none" where there are none.
@@ -39,7 +39,7 @@ class Options(NamedTuple):
 
     @property
     def stride_on(self) -> str:
-        """Where the ImageNet weights at hand have it; the usual place for drawn ones."""
+        """Return where the found ImageNet weights have the stride; random weights: the default."""
         return "conv2" if self.weights == "none" else "conv1"
 
     @property
@@ -50,8 +50,9 @@ class Options(NamedTuple):
 class Phase(NamedTuple):
     """A process of its own.
 
-    seconds: at most. least: with less left it does not begin. command: what it runs, given those it
-    may take. needs: modules beside those of all phases. repeats: in each call, done or not.
+    seconds: at most. least: with less left it does not start. command: what it runs, given the
+    seconds it may take. needs: modules beside those of all phases. repeats: it runs in each call,
+    done or not.
     """
 
     name: str
@@ -78,7 +79,7 @@ def facts(options: Options, _: int) -> list[str]:
 
 
 def tests(part: str) -> Callable[[Options, int], list[str]]:
-    """One part of the tests that need a GPU: see tests.py."""
+    """Return the command for one part of the tests that need a GPU: see tests.py."""
 
     def command(options: Options, seconds: int) -> list[str]:
         words = module("gpu.tests", "--seconds", seconds - 3, "--out", options.out)
@@ -99,7 +100,7 @@ def tune(options: Options, seconds: int) -> list[str]:
 
 
 def race(level: str, *arguments: str, folder: str = ".") -> Callable[[Options, int], list[str]]:
-    """A level of the race; results in a folder of `out`."""
+    """Return the command for a level of the race; results go to a folder in `out`."""
 
     def command(options: Options, seconds: int) -> list[str]:
         words = module("race", "--level", level, "--dtype", "bfloat16", "--resume")
@@ -119,13 +120,13 @@ def race(level: str, *arguments: str, folder: str = ".") -> Callable[[Options, i
 
 
 def compiled(name: str) -> Callable[[Options, int], list[str]]:
-    """One peer with torch.compile, which takes a minute and more to compile, beside ours."""
+    """Race one peer with torch.compile, which takes a minute or more to compile, against ours."""
     names = f"official;svf_fast;torch.compile of {name}"
     return race("backbone", *SIX, "--suffix", f"compiled_{name}", "--peers", names)
 
 
 def measured(name: str, *tiny: str) -> Callable[[Options, int], list[str]]:
-    """Steps of layers 2-4 by another script than the race's: see there."""
+    """Return the command of a module that runs steps of layers 2-4 outside the race."""
 
     def command(options: Options, _: int) -> list[str]:
         words = module(name, "--device", options.device, "--results", options.out)
@@ -141,7 +142,7 @@ def measured(name: str, *tiny: str) -> Callable[[Options, int], list[str]]:
 def train(options: Options, seconds: int) -> list[str]:
     words = module("gpu.train", "--device", options.device, "--results", options.out)
     words += ["--weights", options.weights, "--stride-on", options.stride_on]
-    # a row takes some ten seconds: what has begun is to end
+    # a row takes some ten seconds: one in progress should end
     words += ["--photos", options.photos, "--seconds", f"{max(seconds - 25, 1)}"]
     if options.dry:
         words += ["--backbone", "resnet18", "--width", "8", "--cases", "65x1", "--batch", "1"]
@@ -150,7 +151,7 @@ def train(options: Options, seconds: int) -> list[str]:
 
 
 def regimes(options: Options, seconds: int) -> list[str]:
-    """Freeze, svf and full at once, as many steps as the time of the first call allows."""
+    """Train freeze, svf and full at once, as many steps as the time of the first call allows."""
     folder = options.out / "regimes"
     planned = ROOT / folder / "plan.json"
     seconds = max(seconds - 35, 1)  # to stop, save and draw in
@@ -181,7 +182,7 @@ def regimes(options: Options, seconds: int) -> list[str]:
 
 
 def photos_of_regimes(options: Options) -> list[str]:
-    """Folds 0 and 2 of Pascal-5i where it is at hand, packed or at 400 px; else embedded photos."""
+    """Choose folds 0 and 2 of Pascal-5i if found, packed or at 400 px, else embedded photos."""
     if options.photos == "none":
         return ["--config", "pascal_svf", "--data.source=shapes", "--data.min_area=0.02"]
     packed = ROOT / options.photos / "pascal.yaml"

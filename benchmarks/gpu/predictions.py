@@ -31,11 +31,11 @@ from benchmarks.gpu.roofline import seconds as roofline_seconds
 from benchmarks.race.levels import LEVELS, Settings
 
 PREDICTED = ("official", "recomposed, BN folded", *PEERS[1:])
-REFERENCE = "H100 SXM"  # whose launches are told: block sizes differ between architectures
+REFERENCE = "H100 SXM"  # whose launches are reported: block sizes differ between architectures
 
 
 def predict(plain: nn.Module, settings: Settings) -> dict[str, dict[str, Any]]:
-    """By mode: launches, bytes, FLOPs, and predicted device seconds on each GPU, of the code."""
+    """Predict, by mode, launches, bytes, FLOPs and device seconds on each GPU."""
     first = record(plain, settings)
     tiled = any("names" in launch.options for found in first.values() for launch in found)
 

@@ -1,7 +1,7 @@
 """Child processes with a time limit, their output in a file; none outlives its parent.
 
 Between the two stands a guard, this file as a script: it runs the command in a process group of
-its own and kills the whole group when the parent dies, of whatever signal.
+its own and kills the whole group when the parent dies, by any signal.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ended(NamedTuple):
 def run(
     command: list[str], log: Path, limit: float, grace: float = 0.0, **environment: str
 ) -> Ended:
-    """Runs a command in the repository; at the limit it and all its children are killed.
+    """Run a command in the repository; at the limit it and all its children are killed.
 
     Args:
         command: what to run.
@@ -81,7 +81,7 @@ def run(
 
 
 def guard(parent: int, command: list[str]) -> int:
-    """Runs a command in the group of this process, which ends when process `parent` does.
+    """Run a command in the group of this process, which ends when process `parent` does.
 
     Returns the exit status, 128 and the number of the signal that ended the command.
     """

@@ -4,7 +4,7 @@
 
 Of each peer and batch: milliseconds of a step, until the host has queued it, kernels launched, and
 every kernel's launches and microseconds a step. S changes before each step. Written after each
-peer; those that are there are kept. On the CPU operators stand for kernels.
+peer; earlier ones are kept. On the CPU operators stand for kernels.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def main() -> int:
 def measure(
     level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings, steps: int
 ) -> dict[str, Any]:
-    """Times a step on the host and on the device, then profiles `steps` more."""
+    """Time a step on the host and on the device, then profile `steps` more."""
     cuda = settings.device != "cpu"
 
     def one() -> tuple[float, float]:
-        """Seconds until all is queued, and until it is done."""
+        """Return the seconds until all is queued, and until it is done."""
         renew(network, inputs)
         if cuda:
             torch.cuda.synchronize()
@@ -108,7 +108,7 @@ def measure(
 
 
 def _rows(groups: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
-    """The rows of a batch, which are added to `groups` where there are none."""
+    """Return the rows of a batch; add an empty group if there is none."""
     for group in groups:
         if group["batch"] == batch:
             return group["rows"]

@@ -5,7 +5,7 @@
 ResNet-50's layers 2-4, forward and backward, captured once and replayed. S is written to between
 capture and replay, and the gradients of a replay must be those of an eager step with that S: what
 is composed of S has to be made anew within the graph. One that fails there has no speed. Written
-after each batch; those that are there are kept.
+after each batch; earlier ones are kept.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> int:
 def race(
     level: Level, names: list[str], settings: Settings, rounds: int, cache: Path | None
 ) -> list[dict[str, Any]]:
-    """Captures each peer, then replays them in turns."""
+    """Capture each peer, then replay them in turns."""
     (group,) = level.groups
     rows: dict[str, dict[str, Any]] = {name: {"peer": name} for name in names}
     inputs = level.inputs(settings, group)
@@ -95,7 +95,7 @@ def race(
 def captured(
     level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
 ) -> Callable[[], None]:
-    """A function that runs forward and backward anew; gradients stay in ``.grad``."""
+    """Capture forward and backward; return a function that replays them into ``.grad``."""
 
     def eager() -> None:
         renew(network, inputs)
@@ -126,7 +126,7 @@ def replay_error(
     name: str,
     settings: Settings,
 ) -> float:
-    """Of a replay's gradients after S has changed, relative to an eager step's with that S."""
+    """Return the error of a replay's gradients after a change of S, against an eager step."""
     with torch.no_grad():
         for parameter in trained(network).values():
             parameter.mul_(1.02)

@@ -97,17 +97,17 @@ class Block(NamedTuple):
 
     @property
     def lying(self) -> int:
-        """Elements of the block's input."""
+        """Return the elements of the block's input."""
         return self.convs[0].inputs * self.convs[0].lying
 
     @property
     def leaving(self) -> int:
-        """Elements of its output."""
+        """Return the elements of its output."""
         return self.convs[2].outputs * self.convs[2].target
 
 
 def blocks(settings: Settings) -> Iterator[Block]:
-    """Layers 2-4 at output stride 8, as `fss.models.build_backbone` makes them."""
+    """List the blocks of layers 2-4 at output stride 8, as `fss.models.build_backbone` has them."""
     side = settings.map_size
     small, large = settings.batch * side**2, settings.batch * (2 * side - 1) ** 2
     channels = 4 * settings.width
@@ -127,7 +127,7 @@ def blocks(settings: Settings) -> Iterator[Block]:
 
 
 def product(name: str, conv: Conv, read: float, written: float) -> Pass:
-    """A convolution or its input gradient: maps read and written, and the weight once."""
+    """Count a convolution or its input gradient: maps read and written, and the weight once."""
     return Pass(name, MAP * (read + written + conv.weights), 2 * conv.weights * conv.target)
 
 
@@ -136,19 +136,19 @@ def elementwise(name: str, read: float, written: float) -> Pass:
 
 
 def compose(conv: Conv, engine: str) -> Pass:
-    """W = U diag(S) Vᵀ, made anew at each change of S."""
+    """Count W = U diag(S) Vᵀ, composed again at each change of S."""
     factors = conv.rank * (conv.outputs + conv.fan_in)
     flops = 2 * conv.outputs * conv.rank * conv.fan_in
     return Pass("compose W", FACTOR * factors + MAP * conv.weights, flops, engine)
 
 
 def gram_gradient(channels: int) -> Pass:
-    """dS from a Gram matrix [C, C] and as many singular vectors."""
+    """Count dS from a Gram matrix [C, C] and as many singular vectors."""
     return Pass("dS", FACTOR * 2 * channels**2, 2 * channels**3, "float32")
 
 
 def fused(block: Block) -> Iterator[Pass]:
-    """Ours, strategy `gram`, no guarded directions; W composed in TF32, as for bfloat16.
+    """Yield ours: strategy `gram`, no guarded directions, W composed in TF32.
 
     Forward, beside the convolutions: conv1 writes y1 and relu(bn(y1)), conv3 reads y2 and rebuilds
     its input, adds the shortcut and writes bits. Backward: one pass over a gradient and y for both
@@ -190,7 +190,7 @@ def fused(block: Block) -> Iterator[Pass]:
 
 
 def official(block: Block) -> Iterator[Pass]:
-    """The paper's layers in PyTorch: conv V, mul S, conv U, batch norm, ReLU."""
+    """Yield the paper's layers in PyTorch: conv V, mul S, conv U, batch norm, ReLU."""
     for number, conv in enumerate(block.all, 1):
         inner, outer = conv.rank * conv.target, conv.outputs * conv.target
         V = conv._replace(outputs=conv.rank)
@@ -214,7 +214,7 @@ def official(block: Block) -> Iterator[Pass]:
 
 
 def frozen(block: Block) -> Iterator[Pass]:
-    """The frozen network in PyTorch, batch norm folded: the gradient of the input alone."""
+    """Yield the frozen network in PyTorch, batch norm folded: only the input's gradient."""
     for number, conv in enumerate(block.all, 1):
         outer = conv.outputs * conv.target
         yield Pass("cast of W", (FACTOR + MAP) * conv.weights)
@@ -228,7 +228,7 @@ def frozen(block: Block) -> Iterator[Pass]:
 
 
 def recomposed(block: Block) -> Iterator[Pass]:
-    """W composed by autograd in float32, batch norm folded: `frozen`, and a weight gradient."""
+    """Yield W composed by autograd in float32, batch norm folded: `frozen`, and dW."""
     for conv in block.all:
         factors = conv.rank * (conv.outputs + conv.fan_in)
         flops = 2 * conv.outputs * conv.rank * conv.fan_in
@@ -242,7 +242,7 @@ def recomposed(block: Block) -> Iterator[Pass]:
 
 
 def _residual(block: Block) -> Iterator[Pass]:
-    """What PyTorch runs at the end of a block, and where its two branches begin."""
+    """Yield what PyTorch runs at the end of a block, and where its two branches begin."""
     wide = block.leaving
     yield elementwise("sum with the shortcut", 2 * wide, wide)
     yield elementwise("ReLU", wide, wide)
@@ -251,7 +251,7 @@ def _residual(block: Block) -> Iterator[Pass]:
 
 
 def frozen_fused(block: Block) -> Iterator[Pass]:
-    """The frozen network where each convolution carries bias, ReLU, residual and masks."""
+    """Yield the frozen network with bias, ReLU, residual and masks fused into convolutions."""
     conv1, conv2, conv3 = block.convs
     wide, one = block.leaving, conv2.outputs * conv2.target
     first = conv1.outputs * conv1.target
@@ -280,7 +280,7 @@ ROWS = {
 
 
 def seconds(passes: list[Pass], ceilings: dict[str, float]) -> float:
-    """Of passes that follow one another, each bound by memory or by its engine."""
+    """Return the seconds of passes in sequence, each bound by memory or by its engine."""
     return sum(max(p.bytes / ceilings["memory"], p.flops / ceilings[p.engine]) for p in passes)
 
 
@@ -289,7 +289,7 @@ def attainable(ceilings: dict[str, float]) -> dict[str, float]:
 
 
 def measured_ceilings(facts: dict[str, Any]) -> dict[str, float]:
-    """The ceilings that were measured on a GPU; those that were not, in their proportion."""
+    """Return the ceilings measured on a GPU; scale those that were not measured."""
     matrix = facts["matmul_flops_per_second"]
     h200 = CEILINGS["H200"]
     engines = {
@@ -303,7 +303,7 @@ def passes(settings: Settings, name: str) -> list[Pass]:
 
 
 def count(settings: Settings) -> list[dict[str, Any]]:
-    """A row for each way to run the step: totals, and predicted seconds on each GPU."""
+    """Return a row for each way to run the step: totals, and predicted seconds on each GPU."""
     rows = []
     for name in ROWS:
         step = passes(settings, name)

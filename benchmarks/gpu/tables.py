@@ -28,7 +28,7 @@ class Results:
     def of(
         self, level: str, cuda: bool = False, every: bool = False, **settings: Any
     ) -> Iterator[Result]:
-        """Those of a level with these settings, on a GPU if asked for.
+        """Yield the results of a level with these settings, only those on a GPU with `cuda`.
 
         Those with a suffix, races of some peers apart from the one that counts, only with `every`.
         """
@@ -43,13 +43,13 @@ class Results:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """Of the GPU, where there was one."""
+        """Return the facts of the GPU; None without one."""
         found = [result["groups"][0]["facts"] for result in self.of("facts", cuda=True)]
         return found[-1] if found else None
 
 
 def rows(result: Result) -> dict[str, Result]:
-    """The rows of the first group by peer."""
+    """Return the rows of the first group by peer."""
     return {row["peer"]: row for row in result["groups"][0]["rows"]}
 
 
@@ -107,7 +107,7 @@ def replay_table(result: Result, results: Results) -> str:
 
 
 def roofline_table(result: Result, results: Results) -> str:
-    """Counted and predicted; measured where a GPU ran the same step."""
+    """Format counts and predictions, and what a GPU took for the same step."""
     lines = []
     pairs = [(group, row) for group in result["groups"] for row in group["rows"]]
     for group, row in pairs:
@@ -141,7 +141,7 @@ def roofline_table(result: Result, results: Results) -> str:
 
 
 def predictions_table(result: Result, results: Results) -> str:
-    """The launches of the code as it is, on the device and on the host."""
+    """Format the predictions from the code's launches, on the device and on the host."""
     host = host_seconds(results)
     lines, unknown = [], set()
     for group, row in ((g, r) for g in result["groups"] for r in g["rows"]):
@@ -185,12 +185,12 @@ def predictions_table(result: Result, results: Results) -> str:
 
 
 def weights_of(settings: Result) -> str:
-    """Their name."""
-    return "drawn" if settings["weights"] == "none" else Path(settings["weights"]).stem
+    """Return the name of the weights."""
+    return "random" if settings["weights"] == "none" else Path(settings["weights"]).stem
 
 
 def host_table(result: Result, _: Results | None = None) -> str:
-    """Medians and quartiles in µs, and ours over the paper's layers."""
+    """Format medians and quartiles in µs, and the ratio of ours to the paper's layers."""
     peers = list(dict.fromkeys(row["peer"] for row in result["groups"][0]["rows"]))
     head = ["", "S changed before", *(f"{name}, µs" for name in peers), "svf_fast ÷ official"]
     lines = []
@@ -208,7 +208,7 @@ def host_table(result: Result, _: Results | None = None) -> str:
 
 
 def host_seconds(results: Results) -> dict[str, float]:
-    """Median host time of a step on the GPU's path, S changed before; by peer."""
+    """Return by peer the median host time of a step on the GPU's path, S changed before."""
     for result in results.of("host"):
         for group in result["groups"]:
             if group["path"] == "GPU path" and group["what"] == "layers 2-4":
@@ -217,7 +217,7 @@ def host_seconds(results: Results) -> dict[str, float]:
 
 
 def measured(name: str, settings: Result, results: Results) -> float | None:
-    """Median seconds of a step of layers 2-4 with these settings in the race on a GPU."""
+    """Return the median seconds of a step of layers 2-4 with these settings, raced on a GPU."""
     for result in results.of("backbone", cuda=True, **_same(settings)):
         taken = median(rows(result).get(name))
         if taken is not None:
@@ -235,7 +235,7 @@ def replay(name: str, settings: Result, results: Results) -> float | None:
 
 
 def of_roofline(name: str, taken: float | None, settings: Result, results: Results) -> float | None:
-    """The roofline's seconds at the measured ceilings over those that were taken."""
+    """Return the roofline's seconds at the measured ceilings over the seconds taken."""
     if taken is None or results.facts is None:
         return None
     step = passes(settings_of(settings), name)
@@ -243,7 +243,7 @@ def of_roofline(name: str, taken: float | None, settings: Result, results: Resul
 
 
 def profile_table(result: Result, _: Results) -> str:
-    """A line a peer and batch, then what takes longest of each."""
+    """Format a line per peer and batch, then the longest kernels of each."""
     lines, parts = [], []
     for group in result["groups"]:
         for row in group["rows"]:
@@ -267,7 +267,7 @@ def profile_table(result: Result, _: Results) -> str:
 
 
 def kernel_name(name: str) -> str:
-    """The beginning of a kernel's name, without what many names share."""
+    """Shorten a kernel's name: without common parts, and no longer than 90 characters."""
     for common in (
         "void ", "(anonymous namespace)::", "at::native::", "gpu_kernel_impl_nocast<",
         "c10::BFloat16, ",
@@ -312,7 +312,7 @@ def train_table(result: Result, _: Results) -> str:
 
 
 def settings_of(given: Result) -> Settings:
-    """Settings as a file of results has them."""
+    """Read settings from those of a results file."""
     return Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu.tests --part first --seconds 60 --out runs/gpu
 
-First the files of `tests/gpu`, small ones; the rest are those whose cases run on a GPU where there
-is one, kernels first. An illegal access in one file cannot spoil another. Files that have not ended
-in time are stopped and counted as far as they came. Written after each file; those that have ended
-before are kept.
+First the files of `tests/gpu`, small ones first; the rest are those whose cases run on a GPU if
+there is one, kernels first. An illegal access in one file cannot affect another. Files that have
+not ended in time are stopped, and counted as far as they came. Results are written after each file;
+those of files that ended in an earlier call are kept.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def main() -> int:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts over all files, and the files."""
+    """Sum the counts over all files, and list the files."""
     total = {word: sum(row[word] for row in rows) for word in WORDS.values()}
     unfinished = sum(row["status"] == OUT_OF_TIME for row in rows)
     return {**total, "unfinished_files": unfinished, "files": rows}
 
 
 def _earlier(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of files that had ended in an earlier call."""
+    """Return the rows of files that had ended in an earlier call."""
     if not path.is_file():
         return {}
     rows = json.loads(path.read_text())["files"]
@@ -81,7 +81,7 @@ def _earlier(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def files(part: str) -> list[Path]:
-    """The smallest of `tests/gpu` first; or kernels, then other ops."""
+    """List the files of `tests/gpu`, smallest first; or those of kernels, then other ops."""
     if part == "first":
         of_gpu = (ROOT / "tests/gpu").glob("test_*.py")
         listed = [path for path in of_gpu if "emulated" not in path.name]
@@ -96,7 +96,7 @@ def files(part: str) -> list[Path]:
 
 
 def tested(path: Path, logs: Path, deadline: float) -> dict[str, Any]:
-    """Runs one file and counts."""
+    """Run one file and count its outcomes."""
     log = logs / f"{path.parent.name}-{path.stem}.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
@@ -115,7 +115,7 @@ def tested(path: Path, logs: Path, deadline: float) -> dict[str, Any]:
 
 
 def counted(text: str) -> dict[str, Any]:
-    """Outcomes in what ``pytest -v`` prints, and the lines of its summary that name failures."""
+    """Count outcomes in the output of ``pytest -v``, and collect its lines about failures."""
     found = re.findall(r"^\S+::.*? (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.M)
     counts: dict[str, Any] = {name: found.count(word) for word, name in WORDS.items()}
     if re.search(r"^E  ", text, re.M) and not found:  # the file itself cannot be imported

@@ -4,8 +4,8 @@
 
 ResNet-50 in bfloat16, the baseline model, 1-shot and 5-shot: seconds of a step and images per
 second of the last steps, the peak of the GPU's memory, bytes that autograd keeps. Each row is the
-command itself, one after another in this process, written when it has ended; rows that are there
-are kept. After an error that may have spoilt the process the rest runs in a new one.
+command itself, one after another in this process, written when it has ended; earlier rows
+are kept. After an error that may have damaged the process the rest runs in a new one.
 """
 
 from __future__ import annotations
@@ -122,12 +122,12 @@ def _rows(options: argparse.Namespace) -> list[Row]:
 
 
 def _batch(options: argparse.Namespace, size: int) -> int:
-    """Episodes of a step."""
+    """Return the episodes of a step."""
     return options.batch or BATCH.get(size, OTHER_BATCH)
 
 
 def _measured(row: Row, options: argparse.Namespace, runs: Path) -> dict[str, Any]:
-    """Runs `fss train` in this process and reads what it wrote.
+    """Run `fss train` in this process and read what it wrote.
 
     Raises:
         RuntimeError: it ended with an error of the user's.
@@ -189,7 +189,7 @@ def _command(row: Row, options: argparse.Namespace, runs: Path) -> list[str]:
 
 
 def photo_settings(photos: str, results: Path) -> list[str]:
-    """Of `fss train`: the photos of Pascal-5i, packed or at 400 px, or rendered ones.
+    """Return the settings of `fss train` for Pascal-5i, packed or at 400 px, or rendered photos.
 
     Args:
         photos: the folder of Pascal-5i, or "none".
@@ -204,7 +204,7 @@ def photo_settings(photos: str, results: Path) -> list[str]:
 
 
 def _rendered(results: Path) -> Path:
-    """A folder of embedded photos as files, in the layout of Pascal VOC: loaded as others are."""
+    """Write embedded photos as files in the layout of Pascal VOC, to load them as others."""
     folder = results / "photos"
     if (folder / "classes.json").is_file():
         return folder
@@ -233,7 +233,7 @@ class _Told(io.StringIO):
 
 
 def _earlier(path: Path, settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
-    """What an earlier call with these settings has measured."""
+    """Return what an earlier call with these settings measured."""
     if not path.is_file():
         return {}
     found = json.loads(path.read_text())

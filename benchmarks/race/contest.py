@@ -27,7 +27,7 @@ from benchmarks.race.peak import measure_peaks
 from benchmarks.race.peers import compiler_missing
 from fss.training.measure import StepTimer, saved_bytes
 
-SEEDS = range(5)  # a ReLU at rounding may flip in one of them, and spoil it for either side
+SEEDS = range(5)  # a ReLU at rounding may flip in one of them, for either side
 FEWEST_ROUNDS = 3  # that a median is taken of when time is short
 
 
@@ -74,7 +74,7 @@ class Contest:
 
     @contextlib.contextmanager
     def _reported(self, name: str) -> Iterator[None]:
-        """A peer that cannot run says why in its row and leaves; the others go on."""
+        """Catch the error of a peer: its row gets the reason, and the others go on."""
         try:
             yield
         except Exception as error:
@@ -93,7 +93,7 @@ class Contest:
         save: Callable[[dict[str, Any]], None] = lambda group: None,
         deadline: float = math.inf,
     ) -> dict[str, Any]:
-        """Checks, counts, times and measures peaks, and returns the rows.
+        """Check, count, time and measure peaks; return the rows.
 
         Args:
             rounds: timed steps of each peer; fewer, but `FEWEST_ROUNDS`, after the deadline.
@@ -131,7 +131,7 @@ class Contest:
         return result
 
     def check(self) -> None:
-        """Compares gradients with those of the official chain in float64.
+        """Compare gradients with those of the official chain in float64.
 
         At a small size; a 16-bit row has to pass in float32 too: through many layers 16 bits alone
         prove little. On a GPU, where kernels split large sizes otherwise than small ones, at the
@@ -157,7 +157,7 @@ class Contest:
     def _judge(
         self, judge: Judge, settings: Settings, seeds: Sequence[int], skipped: set[str]
     ) -> None:
-        """Sets the verdicts and errors of the rows that have not failed yet."""
+        """Set the verdicts and errors of the rows that have not failed yet."""
         names = [name for name in self.networks if self.rows[name].get("exact", True)]
         names = [name for name in names if name not in skipped]
         networks = {name: self.networks[name] for name in names}
@@ -180,7 +180,7 @@ class Contest:
     def _time(
         self, inputs: Inputs, rounds: int, deadline: float, warmup: int = 2
     ) -> dict[str, list[float]]:
-        """Seconds of each step: on a GPU between two events, on an empty queue at the first."""
+        """Time each step: on a GPU between two events, starting with an empty queue."""
         seconds: dict[str, list[float]] = {name: [] for name in self._exact()}
         timer = StepTimer(torch.device(self.settings.device))
         gc.disable()
@@ -208,7 +208,7 @@ class Contest:
         return {name: seconds[name] for name in self._exact()}
 
     def _peak(self, name: str, inputs: Inputs) -> int:
-        """Most bytes of tensors on the GPU during a step, above those that were there before."""
+        """Return the peak bytes of tensors on the GPU during a step, above those before it."""
         network = self.networks[name]
         for _ in range(2):  # in the first cuDNN may try algorithms that need more
             renew(network, inputs)
@@ -221,7 +221,7 @@ class Contest:
         return peak - before
 
     def _resident(self, name: str) -> int:
-        """Bytes that leave the GPU with the network: parameters, buffers and what else it keeps."""
+        """Return the bytes freed with the network: parameters, buffers and what else it keeps."""
         gc.collect()
         before = torch.cuda.memory_allocated(self.settings.device)
         del self.networks[name]
@@ -231,7 +231,7 @@ class Contest:
 
 @contextlib.contextmanager
 def _switches(backend: Any, **values: bool | str) -> Iterator[None]:
-    """Sets switches of a backend of torch for a while."""
+    """Set switches of a torch backend within the context."""
     before = {name: getattr(backend, name) for name in values}
     try:
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Whether gradients are exact: against the official chain in float64, whole and block by block."""
+"""Exact gradients: compared with the official chain's in float64, whole and block by block."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ WHOLE = "all"
 
 
 def step(level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings) -> None:
-    """Forward and backward, queued where there is a GPU; the gradients end in ``.grad``."""
+    """Run forward and backward, on a GPU without waiting; gradients end in ``.grad``."""
     with autocast(settings):
         y = level.forward(network, inputs, name)
     y.backward(None if inputs.grad_y is None else inputs.grad_y.to(y.dtype))
 
 
 def renew(network: nn.Module, inputs: Inputs) -> None:
-    """What an optimizer step leaves: no gradients, and trained parameters that were written to."""
+    """Leave what an optimizer step leaves: no gradients, trained parameters written to."""
     for parameter in trained(network).values():
         parameter.grad = None
         with torch.no_grad():
@@ -43,7 +43,7 @@ def renew(network: nn.Module, inputs: Inputs) -> None:
 def gradients(
     level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
 ) -> dict[str, Tensor]:
-    """Gradients by name, of parameters and arguments, in float64."""
+    """Return the gradients of parameters and arguments by name, in float64."""
     renew(network, inputs)
     step(level, network, inputs, name, settings)
     found = {key: parameter.grad for key, parameter in trained(network).items()}
@@ -54,7 +54,7 @@ def gradients(
 
 
 def relative_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Root mean square, over what both have, of |found - truth| / |truth|."""
+    """Return the root mean square of |found - truth| / |truth| over what both have."""
     common = found.keys() & truth.keys()
     errors = [
         ((found[key].reshape_as(truth[key]) - truth[key]).norm() / truth[key].norm()).item()
@@ -103,7 +103,7 @@ class Judge:
         reported: Callable[[str], contextlib.AbstractContextManager],
         rows: dict[str, dict[str, Any]],
     ) -> set[str]:
-        """The peers each unit of which, and the whole, is near enough for one of the seeds.
+        """Return the peers of which the whole and each unit are near enough for one of the seeds.
 
         Args:
             networks: by peer.
@@ -146,7 +146,7 @@ class Judge:
         return Truth(seed, found, taps)
 
     def _allowed(self, truths: list[Truth], settings: Settings) -> dict[str, float]:
-        """By unit: from the seed in which no ReLU of the chain itself has flipped."""
+        """Return the error allowed to each unit, from the seed in which no ReLU flipped."""
         errors: dict[str, list[float]] = {}
         for truth in truths:
             own = self._errors(self._chain, "official", truth, truth.gradients.keys(), settings)
@@ -166,7 +166,7 @@ class Judge:
         units: Collection[str],
         settings: Settings,
     ) -> dict[str, float]:
-        """Of the whole and of these units; gradients of S that are missing are an error."""
+        """Return the errors of the whole and of these units; missing gradients of S raise."""
         level = self._level
         inputs = level.inputs(settings, self._group, truth.seed)
         found = {WHOLE: gradients(level, network, inputs, name, settings)}
@@ -180,7 +180,7 @@ class Judge:
 
 
 def _floor(settings: Settings) -> float:
-    """What sums of products may round."""
+    """Return what sums of products may round."""
     tensor_cores = torch.device(settings.device).type == "cuda" and settings.dtype == "float32"
     roundings = TENSOR_CORE_ROUNDINGS if tensor_cores else ROUNDINGS[settings.dtype]
     return roundings * torch.finfo(getattr(torch, settings.dtype)).eps
@@ -188,7 +188,7 @@ def _floor(settings: Settings) -> float:
 
 @contextlib.contextmanager
 def _tapped(network: nn.Module, units: set[str], dtype: torch.dtype) -> Iterator[dict[str, Tap]]:
-    """Yields what a forward and backward pass fills with a tap of each unit.
+    """Yield a dict that a forward and backward pass fills with a tap of each unit.
 
     A unit that no gradient reaches has none; of one that is called again, one call counts.
     """
@@ -210,7 +210,7 @@ def _tapped(network: nn.Module, units: set[str], dtype: torch.dtype) -> Iterator
 
 
 def _unit_gradients(unit: nn.Module, tap: Tap, settings: Settings) -> dict[str, Tensor]:
-    """Gradients by name, of a unit's parameters and its input, in float64."""
+    """Return the gradients of a unit's parameters and input by name, in float64."""
     dtype = getattr(torch, settings.dtype)
     x = tap.x.detach().to(dtype, copy=True).requires_grad_()
     inputs = Inputs((x,))

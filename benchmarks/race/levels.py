@@ -1,7 +1,7 @@
 """What is raced: a layer, a block, the backbone, the prior mask, whole training steps.
 
 A level makes networks and inputs from a `Settings` alone, so that another process can make the same
-ones. Networks are frozen and in evaluation mode; a peer converts `Level.target` of one.
+ones. Networks are frozen and in evaluation mode; a peer converts `Level.layers` of one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Settings:
 
     size: side of the image in px, 8n + 1. batch: images, in a step episodes. shots: of an episode.
     dtype: float32, or bfloat16 or float16 by autocast, or float64. weights: as `load_backbone` has
-    it; "none" draws them. stride_on, width: of the backbone.
+    it; "none": random ones. stride_on, width: of the backbone.
     """
 
     size: int = 321
@@ -50,7 +50,7 @@ class Settings:
 
     @classmethod
     def of(cls, options: argparse.Namespace, **given: Any) -> Settings:
-        """Of a script's options that have the names of fields, and the first of ``batches``.
+        """Take the options with the names of fields, and the first of ``batches``.
 
         given: what is not an option.
         """
@@ -62,12 +62,12 @@ class Settings:
 
     @property
     def map_size(self) -> int:
-        """Side of the maps of layers 2 to 4."""
+        """Return the side of the maps of layers 2 to 4."""
         return (self.size - 1) // 8 + 1
 
 
 def add_step_options(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
-    """The options of a script that runs steps of peers on a GPU, in several batches."""
+    """Add the options of a module that runs steps of peers on a GPU, in several batches."""
     parser.add_argument("--device", default="cuda", help="cpu: to try it out")
     parser.add_argument("--size", type=int, default=641)
     parser.add_argument("--batches", type=int, nargs="+", default=[6, 1])
@@ -117,7 +117,7 @@ class Level:
         return self.peers[name].convert(network, self.layers, cache)
 
     def units(self, network: nn.Module, compiled: bool) -> list[str]:
-        """Names of the parts of a converted network of which the gradients can be judged alone.
+        """List the parts of a converted network whose gradients can be judged alone.
 
         Residual blocks; where torch.compile made one of each of `layers`, those.
         """
@@ -132,11 +132,11 @@ class Level:
         ]
 
     def owner(self, network: nn.Module, inputs: Inputs) -> nn.Module:
-        """Whose parameters and buffers do not count as saved."""
+        """Return the module whose parameters and buffers are not counted."""
         return network
 
     def forward(self, network: nn.Module, inputs: Inputs, name: str) -> Tensor:
-        """The output, or the loss, of the network that peer `name` made."""
+        """Return the output, or the loss, of the network that peer `name` made."""
         return network(*inputs.arguments)
 
 
@@ -300,7 +300,7 @@ PRIOR_PEERS = {"official": Peer(lambda m, *_: m), "svf_fast": Peer(lambda m, *_:
 
 
 class PriorLevel(Level):
-    """The largest cosines of one shot; nothing of a backbone. Query and support do not count."""
+    """The largest cosines of one shot; nothing of a backbone. Query and support are not counted."""
 
     name = "prior"
     title = "Prior mask of one shot, query and support not counted"
@@ -357,7 +357,7 @@ def defaults(level: str) -> Settings:
 
 
 def autocast(settings: Settings) -> contextlib.AbstractContextManager:
-    """Autocast where the settings ask for a 16-bit dtype."""
+    """Return autocast where the settings ask for a 16-bit dtype."""
     dtype = getattr(torch, settings.dtype)
     if dtype.itemsize > 2:
         return contextlib.nullcontext()
@@ -365,12 +365,12 @@ def autocast(settings: Settings) -> contextlib.AbstractContextManager:
 
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a step has gradients for."""
+    """Return the parameters that a step has gradients for."""
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def _backbone(settings: Settings) -> nn.Module:
-    """Frozen, in evaluation mode, with the statistics of a batch where the weights are drawn."""
+    """Build a frozen backbone in evaluation mode; random weights get a batch's statistics."""
     torch.manual_seed(0)
     backbone = build_backbone(
         settings.backbone, stride_on=settings.stride_on, width=settings.width
@@ -389,7 +389,7 @@ def _backbone(settings: Settings) -> nn.Module:
 def _maps(
     settings: Settings, seed: int, in_channels: int, side: int, out_channels: int, out_side: int
 ) -> Inputs:
-    """Maps as a ReLU leaves them, and a gradient for what becomes of them."""
+    """Sample maps as a ReLU leaves them, and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(settings.batch, in_channels, side, side, generator=generator).relu_()
     grad_y = torch.randn(settings.batch, out_channels, out_side, out_side, generator=generator)
@@ -402,7 +402,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _dtype(settings: Settings) -> torch.dtype:
-    """Of parameters and inputs: autocast keeps float32 ones."""
+    """Return the dtype of parameters and inputs: float32 under autocast."""
     return torch.float64 if settings.dtype == "float64" else torch.float32
 
 

@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _peers(base: Settings, options: argparse.Namespace) -> Iterator[tuple[str, str, Settings]]:
-    """Level, group and settings of each column of memory.json."""
+    """Yield level, group and settings of each column of memory.json."""
     for dtype in options.dtypes:
         for size in options.sizes:
             yield "backbone", "layers 2-4", dataclasses.replace(base, size=size, dtype=dtype)
@@ -75,7 +75,7 @@ def _models(base: Settings, options: argparse.Namespace) -> Iterator[tuple[str, 
 
 
 def figure(level_name: str, group: str, settings: Settings, largest: float) -> dict[str, Any]:
-    """All peers of a group, for one size and dtype; peaks up to `largest` GiB where it is given."""
+    """Count all peers of a group for one size and dtype; measure peaks up to `largest` GiB."""
     level = LEVELS[level_name]
     plain = level.network(settings, group)
     rows = []
@@ -106,14 +106,14 @@ def figure(level_name: str, group: str, settings: Settings, largest: float) -> d
 def saved_measured(
     level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
 ) -> int:
-    """Bytes kept by a forward pass."""
+    """Count the bytes that a forward pass keeps."""
     return _saved(SavedBytes(level.owner(network, inputs)), level, network, inputs, name, settings)
 
 
 def saved_on_shapes(
     level: Level, network: nn.Module, inputs: Inputs, name: str, settings: Settings
 ) -> int:
-    """The same, with no arithmetic and no memory; `network` is of no use afterwards."""
+    """Count the same without arithmetic and memory; `network` is of no use afterwards."""
     for module in network.modules():
         if isinstance(module, svf_fast.SVFConv2d):
             module.strategy_in_use  # noqa: B018  plans from the present values, which fakes have not

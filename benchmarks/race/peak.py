@@ -34,7 +34,7 @@ from benchmarks.race.peers import compiler_missing
 def measure_peaks(
     level: Level, name: str, settings: Settings, group: str | None = None
 ) -> dict[str, Any]:
-    """What `peak.measure` finds in a process of its own, or why there is nothing.
+    """Run `measure` in a process of its own; return what it finds, or why it failed.
 
     Of each group, or only of the one that is named.
     """
@@ -54,7 +54,7 @@ def measure_peaks(
 
 
 def measure(level: Level, group: str, name: str, settings: Settings) -> dict[str, int]:
-    """Bytes of one step of peer `name`."""
+    """Measure the bytes of one step of peer `name`."""
     if level.peers[name].compiled:
         compiler_missing()  # sets the limits of torch.compile
     with tempfile.TemporaryDirectory() as cache:
@@ -72,7 +72,7 @@ def measure(level: Level, group: str, name: str, settings: Settings) -> dict[str
 
 
 def _tensors() -> int:
-    """Bytes of all tensors of this process, each storage once."""
+    """Return the bytes of all tensors of this process, each storage once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -83,7 +83,7 @@ def _tensors() -> int:
 
 
 def _held() -> int:
-    """Bytes held now, after what is free has been given back."""
+    """Return the bytes held now, after free memory has been given back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")

@@ -45,12 +45,12 @@ class Peer(NamedTuple):
 
 
 def official(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-    """The paper's three layers: conv V, mul S, conv U; batch norm and ReLU as they are."""
+    """Convert to the paper's three layers: conv V, mul S, conv U; batch norm and ReLU stay."""
     return svf_fast.convert(model, layers, "reference", fuse=False, cache=cache, progress=False)
 
 
 def checkpointed(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-    """`official`, but each residual block keeps its input only and runs again in the backward."""
+    """Convert as `official`; each residual block keeps only its input and runs again backward."""
     official(model, layers, cache)
     for part in parts(model, layers):
         for block in part.modules():
@@ -60,14 +60,14 @@ def checkpointed(model: nn.Module, layers: Layers = None, cache: Path | None = N
 
 
 def recomposed(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-    """W = U diag(S) Vᵀ composed at each call, with autograd through it; keeps x and W."""
+    """Compose W = U diag(S) Vᵀ at each call, with autograd through it; keeps x and W."""
     return _replace(official(model, layers, cache), layers, SVFConv2d, Recomposed)
 
 
 def recomposed_folded(
     model: nn.Module, layers: Layers = None, cache: Path | None = None
 ) -> nn.Module:
-    """`recomposed` with the frozen batch norm in U and a bias: W' = (γ/σ) U diag(S) Vᵀ."""
+    """Convert as `recomposed`, batch norm in U and a bias: W' = (γ/σ) U diag(S) Vᵀ."""
     recomposed(model, layers, cache)
     for parent, conv, norm in _pairs(model, layers, Recomposed):
         scale, shift = _affine(getattr(parent, norm))
@@ -77,7 +77,7 @@ def recomposed_folded(
 
 
 def save_needed(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-    """`official`, each operation keeping what its own gradient needs and no more.
+    """Convert as `official`, each operation keeping only what its own gradient needs.
 
     That is v = Vᵀ*x for dS and one byte per element for ReLU: a convolution with a frozen weight
     and a batch norm with frozen statistics need nothing.
@@ -89,7 +89,7 @@ def save_needed(model: nn.Module, layers: Layers = None, cache: Path | None = No
 
 
 def full(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-    """All weights of the convolutions train, the batch norms stay frozen."""
+    """Train all weights of the convolutions; the batch norms stay frozen."""
     for part in parts(model, layers):
         for module in part.modules():
             if isinstance(module, nn.Conv2d):
@@ -98,7 +98,7 @@ def full(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> 
 
 
 def frozen_bound(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-    """No rival but the bound: nothing trains, batch norm folded, conv + ReLU in place."""
+    """Train nothing, batch norm folded, conv + ReLU in place: the bound, not a rival."""
     for parent, conv, norm in _pairs(model, layers, nn.Conv2d):
         setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), getattr(parent, norm)))
         setattr(parent, norm, nn.Identity())
@@ -106,7 +106,7 @@ def frozen_bound(model: nn.Module, layers: Layers = None, cache: Path | None = N
 
 
 def compiled(convert: Convert) -> Convert:
-    """`convert`, then torch.compile of each part, for the shapes that come."""
+    """Return `convert` followed by torch.compile of each part, for the shapes that come."""
 
     def converted(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
         convert(model, layers, cache)
@@ -118,7 +118,7 @@ def compiled(convert: Convert) -> Convert:
 
 
 def ours(strategy: str = "auto", fuse: bool = True) -> Convert:
-    """svf_fast as a user calls it."""
+    """Return svf_fast's conversion as a user calls it."""
 
     def converted(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
         return svf_fast.convert(model, layers, strategy, fuse=fuse, cache=cache, progress=False)
@@ -166,7 +166,7 @@ class Recomposed(nn.Module):
         self.geometry = _geometry(layer)
 
     def fold(self, scale: Tensor, shift: Tensor) -> None:
-        """Takes in the affine ``scale·y + shift`` [Co] that follows."""
+        """Fold in the affine ``scale·y + shift`` [Co] that follows."""
         self.U = self.U * scale[:, None]
         self.bias = shift if self.bias is None else scale * self.bias + shift
 
@@ -264,7 +264,7 @@ class MaskedReLU(torch.autograd.Function):
 
 @functools.cache
 def compiler_missing() -> str:
-    """Why torch.compile does not work here, or nothing."""
+    """Return why torch.compile does not work here; "" if it does."""
     # one code object serves many blocks and sizes: each is compiled, none falls back to eager
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 10000
@@ -277,12 +277,12 @@ def compiler_missing() -> str:
 
 
 def parts(model: nn.Module, layers: Layers) -> list[nn.Module]:
-    """The modules that `layers` names; the model itself where it is None."""
+    """Return the modules that `layers` names; the model itself for None."""
     return [model] if layers is None else [model.get_submodule(name) for name in layers]
 
 
 def _replace(model, layers: Layers, kind: type, make: Callable) -> nn.Module:
-    """Puts ``make(module)`` in place of each module of a kind."""
+    """Replace each module of a kind by ``make(module)``."""
     for part in parts(model, layers):
         for name, module in list(part.named_modules()):
             if isinstance(module, kind):
@@ -291,7 +291,7 @@ def _replace(model, layers: Layers, kind: type, make: Callable) -> nn.Module:
 
 
 def _pairs(model, layers: Layers, kind: type) -> Iterator[tuple[nn.Module, str, str]]:
-    """Where a batch norm follows a convolution of a kind: their parent and their names in it."""
+    """Yield parent and names of each convolution of a kind that a batch norm follows."""
     for part in parts(model, layers):
         for parent in list(part.modules()):
             names = list(parent._modules)
@@ -302,7 +302,7 @@ def _pairs(model, layers: Layers, kind: type) -> Iterator[tuple[nn.Module, str, 
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift [C] of a batch norm in evaluation mode."""
+    """Return scale and shift [C] of a batch norm in evaluation mode."""
     scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
     return scale, norm.bias.detach() - scale * norm.running_mean
 

@@ -16,7 +16,7 @@ from fss.colors import BLUE, ORANGE
 from fss.files import atomic_write
 
 MIB = 2**20
-GREY = "#6b6b6b"
+GRAY = "#6b6b6b"
 SHORT = {  # names that fit beside a dot
     "official": "official SVF",
     "official, checkpoint per block": "checkpoint per block",
@@ -28,7 +28,7 @@ SHORT = {  # names that fit beside a dot
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Draws one panel for each result, the first group of it."""
+    """Draw one panel for the first group of each result."""
     figure = Figure(figsize=(4.9 * len(results), 4.1), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(results), squeeze=False)[0]
@@ -45,7 +45,7 @@ def draw(results: list[dict], path: Path) -> None:
             low, _, high = statistics.quantiles(row["seconds"] * 2, n=4, method="inclusive")
             saved = points[row["peer"]][1]
             low, high = of_a_second * low, of_a_second * high
-            axes.plot([low, high], [saved, saved], color=GREY, linewidth=1, zorder=2)
+            axes.plot([low, high], [saved, saved], color=GRAY, linewidth=1, zorder=2)
             axes.scatter(*points[row["peer"]], zorder=3, **_style(row["peer"]))
         where = f"{settings['size']} px, batch {settings['batch']}, {settings['dtype']}"
         if result["level"] == "step":
@@ -55,7 +55,7 @@ def draw(results: list[dict], path: Path) -> None:
         axes.set_xlim(0, 1.18 * max(x for x, _ in points.values()))
         axes.set_ylim(0, 1.12 * max(y for _, y in points.values()))
         axes.grid(alpha=0.2)
-        axes.text(0.015, 0.02, "↙ better", transform=axes.transAxes, color=GREY, fontsize=9)
+        axes.text(0.015, 0.02, "↙ better", transform=axes.transAxes, color=GRAY, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         placed.append((axes, points))
     panels[0].set_ylabel("saved for the backward pass, MiB")
@@ -71,14 +71,14 @@ def _style(name: str) -> dict:
     if name == "svf_fast":
         return {"s": 230, "color": ORANGE, "marker": "*", "edgecolor": "black", "linewidth": 0.6}
     if name == "frozen bound":
-        return {"s": 46, "facecolor": "white", "edgecolor": GREY, "linewidth": 1.4}
+        return {"s": 46, "facecolor": "white", "edgecolor": GRAY, "linewidth": 1.4}
     if name.startswith("svf_fast"):
         return {"s": 46, "color": ORANGE}
-    return {"s": 46, "color": BLUE if name == "official" else GREY}
+    return {"s": 46, "color": BLUE if name == "official" else GRAY}
 
 
 def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Puts each name where it covers least: of dots, of names, of what is outside the axes."""
+    """Place each name where it covers least of dots, names and what is outside the axes."""
     renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
@@ -100,7 +100,7 @@ def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
                 ha=ha,
                 va=va,
                 fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3}
+                arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.5, "shrinkB": 3}
                 if distance > 9
                 else None,
                 **bold,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,12 @@ from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import compared_rows, markdown
 from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, listing, plan
 from fss.paper.tables import Table, default_folder, load_table, table_names
-from fss.runs.checkpoint import check_same, explain_misfit
-from fss.runs.folder import BaseFolder
-from fss.settings import flat_settings, merged, read_settings
-from fss.training.base_learner import BaseLearnerConfig, train_base
+from fss.runs.checkpoint import check_same_settings, flat_settings
+from fss.settings import merged, read_settings
+from fss.training.base_learner import train_base
 from fss.training.loop import INTERRUPTED, Stopped
 from fss.training.run import train
 
-# What may differ between a finished run and the one that is asked for: not what was measured.
-_FREE = free_settings(TrainConfig, "finished")
-_BASE_FREE = free_settings(BaseLearnerConfig, "finished")
 _FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
@@ -105,32 +101,10 @@ def reproduce(table: Table, options: Options) -> dict[str, Any]:
 
 def _check_finished(run: PlannedRun) -> None:
     """Check that what is finished in the folders of a run has the settings that are asked for."""
-    if run.config is None:
-        return
-    wanted = run.config.to_dict()
-    _check_same(run.folder, wanted, _FREE, lambda old: TrainConfig.from_dict(old).to_dict())
-    if run.base is not None:
-        wanted = run.base.config.to_dict()
-        _check_same(
-            run.base.folder,
-            wanted,
-            _BASE_FREE,
-            lambda old: BaseLearnerConfig.from_dict(old).to_dict(),
-        )
-
-
-def _check_same(
-    folder: BaseFolder,
-    wanted: dict[str, Any],
-    free: set[str],
-    with_defaults: Callable[[dict[str, Any]], dict[str, Any]],
-) -> None:
-    """Check a finished training; a setting that is newer than its result has its default."""
-    if folder.state != "finished":
-        return
-    with explain_misfit(folder.result_file):
-        stored = with_defaults(folder.result()["config"])
-    check_same(flat_settings(stored, free), flat_settings(wanted, free), folder.result_file)
+    for one in (run, run.base):
+        if one is not None and one.config is not None and one.folder.state == "finished":
+            path = one.folder.result_file
+            check_same_settings(one.folder.result()["config"], one.config, "finished", path)
 
 
 def _make(run: PlannedRun, config: TrainConfig, options: Options) -> None:
@@ -199,7 +173,7 @@ def _write(table: Table, options: Options, runs: list[PlannedRun]) -> dict[str, 
         "scaled_down": _scale(made) if options.scale_down and made else options.scale_down,
         "rows": [*compared_rows(table, runs)],
         "base_learners": _base_scores(runs),
-        "settings": flat_settings(options.settings, _FREE),
+        "settings": flat_settings(options.settings, free_settings(TrainConfig, "finished")),
         "source": made.source if made else None,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

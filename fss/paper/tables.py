@@ -79,12 +79,12 @@ class Table:
 
 
 def default_folder() -> Path:
-    """The tables that come with the package."""
+    """Return the folder of the tables that come with the package."""
     return FOLDER / "paper"
 
 
 def table_names(folder: Path) -> list[str]:
-    """The tables of a folder in the paper's order.
+    """List the tables of a folder in the paper's order.
 
     Raises:
         FileNotFoundError: no table there.
@@ -92,14 +92,14 @@ def table_names(folder: Path) -> list[str]:
     names = [path.stem for path in folder.glob("T*.yaml")]
     if not names:
         raise FileNotFoundError(
-            f"tables: expected files like T16.yaml in {folder}, found none; leave out --tables for "
+            f"tables: expected files like T16.yaml in {folder}, found none; omit --tables for "
             "those of the paper"
         )
     return sorted(names, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))
 
 
 def load_table(name: str, folder: Path) -> Table:
-    """Reads and checks a table, its data file and its regimes.
+    """Read and check a table, its data file and its regimes.
 
     Raises:
         ValueError: no table of that name; a key that is not known, a number that cannot be.
@@ -121,7 +121,7 @@ def load_table(name: str, folder: Path) -> Table:
 def run_values(
     table: Table, row: Row, shots: int, fold: int, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """The configuration of one run, as the values of `TrainConfig.from_dict`.
+    """Return the configuration of one run, as the values of `TrainConfig.from_dict`.
 
     The number of steps is the paper's number of epochs, unless `overrides` gives one. A setting
     model.base_weights concerns BAM alone, and `{data}`, `{backbone}` and `{fold}` in it are filled
@@ -148,11 +148,11 @@ def run_values(
 
 
 def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the base learner of a row of BAM, as arguments of `BaseLearnerConfig`.
+    """Return the arguments of `BaseLearnerConfig` for the base learner of a row of BAM.
 
-    All rows with a backbone share it: of the table only the data set and the backbone count, of
-    `overrides` what `fss train-base` has a setting for. The number of steps is BAM's number of
-    epochs, unless `overrides` gives one.
+    All rows with a backbone share it: it depends on the table's data set and the backbone alone,
+    and on those `overrides` that `fss train-base` has a setting for. The number of steps is BAM's
+    number of epochs, unless `overrides` gives one.
     """
     names = {field.name for field in dataclasses.fields(BaseLearnerConfig)} - {"data", "model"}
     values = {name: value for name, value in overrides.items() if name in names}

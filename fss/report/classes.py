@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fss.report.picture import (
+from fss.report.plot import (
     INK,
-    Picture,
+    Plot,
     figure_style,
     legend_above,
     new_figure,
-    save_picture,
+    save_plot,
     series_style,
 )
 from fss.report.runs import ReportedRun
@@ -21,8 +21,8 @@ from fss.report.runs import ReportedRun
 _BAR = 0.17  # inches
 
 
-def draw_classes(runs: Sequence[ReportedRun], folder: Path) -> Picture | None:
-    """Horizontal bars, a group a class, best run's IoU first; None before any run is tested.
+def draw_classes(runs: Sequence[ReportedRun], folder: Path) -> Plot | None:
+    """Draw bars, a group a class, the highest IoU first; None before any run is tested.
 
     Runs that were tested on the same classes share a panel.
     """
@@ -50,7 +50,7 @@ def draw_classes(runs: Sequence[ReportedRun], folder: Path) -> Picture | None:
         elif len(tested) > 1:
             for axes in grid[:, 0]:
                 axes.legend(loc="lower right")
-    return save_picture(figure, folder, "classes", "IoU of each test class, by run")
+    return save_plot(figure, folder, "classes", "IoU of each test class, by run")
 
 
 def _draw_panel(axes, names: tuple[str, ...], runs: list[tuple[int, ReportedRun]]) -> None:

@@ -19,12 +19,12 @@ from fss.data import build_episodes, build_source, test_transform
 from fss.data.images import read_image
 from fss.models import FewShotModel
 from fss.report.episodes import outline, photo_pixels, spread_over_classes
-from fss.report.picture import Picture, figure_style, new_figure, save_picture
+from fss.report.plot import Plot, figure_style, new_figure, save_plot
 from fss.report.runs import ReportedRun
 from fss.report.spectrum import Spectrum
 
 _SHOWN = 4
-_COLOURS = "magma"
+_COLORS = "magma"
 _SIDE = 240  # pixels of the longer side of a picture in the figure
 
 
@@ -48,10 +48,10 @@ class Photo:
 
 
 def example_photo(run: ReportedRun, path: str | None) -> Photo:
-    """A photo of one's own, or by default the query of the first test episode of the run.
+    """Read a user's photo, or by default the query of the first test episode of the run.
 
     Raises:
-        OSError, ValueError: photos that are not there or cannot be read.
+        OSError, ValueError: missing or unreadable photos.
     """
     config = run.config.data
     if path is None:
@@ -78,10 +78,10 @@ def example_photo(run: ReportedRun, path: str | None) -> Photo:
 
 
 def default_layers(spectra: Sequence[Spectrum]) -> list[str]:
-    """As in the paper the last 3×3 and the last 1×1 convolution of layer 3.
+    """Choose, as the paper, the last 3×3 and the last 1×1 convolution of layer 3.
 
-    Of the last converted stage, where layer 3 was not converted; what there is, where one of the
-    two is missing.
+    Where layer 3 was not converted, those of the last converted stage. If there is neither, its
+    last convolution.
     """
     stages = [spectrum.layer.partition(".")[0] for spectrum in spectra]
     stage = "layer3" if "layer3" in stages else stages[-1]
@@ -99,8 +99,8 @@ def draw_components(
     layers: Sequence[str],
     folder: Path,
     name: str,
-) -> Picture:
-    """Heat maps |v_r| of the components of `layers` whose S_r rose and fell most.
+) -> Plot:
+    """Draw heat maps |v_r| of the components of `layers` whose S_r rose and fell most.
 
     v_r = V_rᵀ * x, x the layer's input from this photo: u_r S_r v_r is what component r adds to the
     layer's output, so |v_r| is where it acts.
@@ -139,15 +139,15 @@ def draw_components(
                 axes.set_axis_off()
             _show_photo(grid[0, 0], photo)
             _draw_layer(grid[:, 1:], network, known[layer], inputs[layer], photo)
-            colours = mpl.cm.ScalarMappable(cmap=_COLOURS)
-            bar = part.colorbar(colours, ax=grid[1, 0], location="left", shrink=0.8, aspect=12)
+            colors = mpl.cm.ScalarMappable(cmap=_COLORS)
+            bar = part.colorbar(colors, ax=grid[1, 0], location="left", shrink=0.8, aspect=12)
             bar.set_ticks([0, 1], labels=["0", "max"])
             bar.set_label("|v_r|, each map", fontsize=8)
     text = (
         f"Response to the photo of the components whose singular values changed most in "
         f"{' and '.join(layers)}, {run.name}"
     )
-    return save_picture(figure, folder, name, text)
+    return save_plot(figure, folder, name, text)
 
 
 def _draw_layer(
@@ -176,7 +176,7 @@ def _draw_layer(
 
 @torch.no_grad()
 def _inputs(backbone: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """What each layer gets of the photo; its last call, where it is called more than once."""
+    """Collect the input of each layer for the photo, of its last call."""
     found: dict[str, Tensor] = {}
 
     def keep(layer: str) -> Any:
@@ -197,7 +197,7 @@ def _inputs(backbone: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[s
 
 @torch.no_grad()
 def _responses(module: nn.Module, x: Tensor, components: Tensor) -> Tensor:
-    """|V_rᵀ * x| of these components, [n, h, w]."""
+    """Return |V_rᵀ * x| of these components, [n, h, w]."""
     maps = functional.conv2d(
         x, module.V[components], None, module.stride, module.padding, module.dilation
     )
@@ -212,7 +212,7 @@ def _show_photo(axes: Any, photo: Photo) -> None:
 
 
 def _show_response(axes: Any, response: Tensor, photo: Photo) -> None:
-    """The map over the grey photo; the padding beside the photo is left out."""
+    """Show the map over the gray photo, without the padding beside it."""
     side = photo.image.shape[-1]
     full = functional.interpolate(
         response[None, None], (side, side), mode="bilinear", align_corners=True
@@ -221,8 +221,8 @@ def _show_response(axes: Any, response: Tensor, photo: Photo) -> None:
     size = photo.pixels.shape[:2]
     heat = functional.interpolate(part, size, mode="bilinear", align_corners=True)[0, 0].numpy()
     heat = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)
-    colour = mpl.colormaps[_COLOURS](heat)[..., :3]
-    grey = photo.pixels.mean(axis=2, keepdims=True)
-    axes.imshow(np.clip(0.4 * grey + 0.6 * colour, 0, 1), interpolation="none")
+    color = mpl.colormaps[_COLORS](heat)[..., :3]
+    gray = photo.pixels.mean(axis=2, keepdims=True)
+    axes.imshow(np.clip(0.4 * gray + 0.6 * color, 0, 1), interpolation="none")
     if photo.mask is not None:
         outline(axes, photo.mask, SKY)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import svf_fast
 from fss.models import FewShotModel
-from fss.report.picture import (
+from fss.report.plot import (
     INK,
-    Picture,
+    Plot,
     figure_style,
     legend_above,
     new_figure,
-    save_picture,
+    save_plot,
     series_style,
 )
 from fss.report.runs import ReportedRun
@@ -30,7 +30,7 @@ _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def readable(value: float | None) -> str:
-    """Three digits or all before the point, thousands apart; "–" for None."""
+    """Format a number with three digits or all before the point; "–" for None."""
     if value is None:
         return "–"
     if isinstance(value, int) or abs(value) >= 100:
@@ -39,7 +39,7 @@ def readable(value: float | None) -> str:
 
 
 def measured(run: ReportedRun) -> dict[str, float | None]:
-    """Saved and peak MiB and milliseconds of a step; of a run in progress what the log tells."""
+    """Return saved and peak MiB and ms of a step; of a run in progress, as far as logged."""
     if run.result is None:
         seconds = run.train.get("step_seconds", [])
         memory = run.train.get("peak_memory_bytes", [])
@@ -56,8 +56,8 @@ def measured(run: ReportedRun) -> dict[str, float | None]:
     }
 
 
-def draw_measured(runs: Sequence[ReportedRun], folder: Path) -> Picture:
-    """Bars of what the runs measured: saved bytes, peak memory, time of a step."""
+def draw_measured(runs: Sequence[ReportedRun], folder: Path) -> Plot:
+    """Draw bars of what the runs measured: saved bytes, peak memory, time of a step."""
     panels = (
         ("saved_mib", "saved for backward\n(MiB per step)"),
         ("peak_mib", "peak memory (MiB)"),
@@ -86,13 +86,14 @@ def draw_measured(runs: Sequence[ReportedRun], folder: Path) -> Picture:
             axes.tick_params(axis="y", length=0)
         grid[0].set_yticks(range(len(runs)), [run.name for run in runs])
         grid[0].invert_yaxis()
-    return save_picture(figure, folder, "measured", "Saved bytes, peak memory and time of a step")
+    return save_plot(figure, folder, "measured", "Saved bytes, peak memory and time of a step")
 
 
 def step_memory(run: ReportedRun, network: FewShotModel) -> Any:
-    """What one process keeps of a training step for its backward pass, predicted from shapes.
+    """Predict from shapes what one process keeps of a training step for its backward pass.
 
-    Without the loss; the networks with a loss for training alone count as in evaluation.
+    Without the loss. A network with a base learner is taken in evaluation mode, where it needs no
+    targets.
     """
     config = run.config
     devices = config.devices if isinstance(config.devices, int) else 1
@@ -115,7 +116,7 @@ class _Step(nn.Module):
         self.shots = shots
 
     def forward(self, photos: Tensor) -> Tensor:
-        """[B·(1 + shots), 3, H, W], the B queries first, to logits [B, 2, H, W]."""
+        """Map photos [B·(1 + shots), 3, H, W], the B queries first, to logits [B, 2, H, W]."""
         batch = len(photos) // (1 + self.shots)
         inputs = {
             "query_image": photos[:batch],
@@ -129,7 +130,7 @@ class _Step(nn.Module):
 
 
 def memory_rows(report: Any) -> list[dict[str, Any]]:
-    """The units of a memory report by stage of the network: bytes and FLOPs, with the paper's."""
+    """Sum a memory report by stage of the network: bytes and FLOPs, with the paper's."""
     stages: dict[str, dict[str, Any]] = {}
     for unit in report.units:
         parts = unit.name.removeprefix("network.").removeprefix("backbone.").split(".")
@@ -145,8 +146,8 @@ def memory_rows(report: Any) -> list[dict[str, Any]]:
 _SUMS = ("saved_bytes", "reference_bytes", "flops", "reference_flops")
 
 
-def draw_counted(reports: Mapping[str, Any], folder: Path) -> Picture:
-    """Stacked bars by stage, svf_fast over the paper's layers: MiB kept, FLOP of the SVF layers.
+def draw_counted(reports: Mapping[str, Any], folder: Path) -> Plot:
+    """Draw bars by stage, svf_fast over the paper's layers: MiB kept, FLOP of the SVF layers.
 
     Args:
         reports: of `svf_fast.memory_report`, by what they are of.
@@ -180,7 +181,7 @@ def draw_counted(reports: Mapping[str, Any], folder: Path) -> Picture:
             axes.tick_params(axis="y", length=0)
         legend_above(figure, memory, 5)
     text = "What a step keeps and computes, with svf_fast and with the paper's layers, by stage"
-    return save_picture(figure, folder, "counted", text)
+    return save_plot(figure, folder, "counted", text)
 
 
 def _draw_stack(
@@ -195,7 +196,7 @@ def _draw_stack(
     left = 0.0
     for row in rows:
         value = row[key] / unit
-        # shades of their own: the colours of series stand for runs
+        # shades of their own: the colors of series stand for runs
         number, last = stages.index(row["stage"]), max(1, len(stages) - 2)
         other = row["stage"] == "all other layers"
         axes.barh(

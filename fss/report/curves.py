@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fss.report.picture import (
+from fss.report.plot import (
     INK,
-    Picture,
+    Plot,
     figure_style,
     legend_above,
     new_figure,
-    save_picture,
+    save_plot,
     series_style,
     write_png,
 )
@@ -23,11 +23,11 @@ from fss.report.runs import ReportedRun, read_run
 from fss.runs.folder import RunFolder
 
 
-def draw_curves(runs: Sequence[ReportedRun], folder: Path) -> Picture:
+def draw_curves(runs: Sequence[ReportedRun], folder: Path) -> Plot:
     """Draw the curves of runs for a page; see `plot_curves`."""
     names = ", ".join(run.name for run in runs)
     text = f"Training loss, mIoU in training and in validation against the step of {names}"
-    return save_picture(plot_curves(runs), folder, "curves", text)
+    return save_plot(plot_curves(runs), folder, "curves", text)
 
 
 def draw_own_curves(folder: RunFolder, result: dict[str, Any]) -> None:

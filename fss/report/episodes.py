@@ -15,7 +15,7 @@ from fss.colors import BLUE, ORANGE
 from fss.data import IGNORE, MEAN, STD, EpisodeDataset, collate_episodes
 from fss.evaluation.evaluate import predict
 from fss.evaluation.metrics import foreground_iou
-from fss.report.picture import new_figure, write_png
+from fss.report.plot import new_figure, write_png
 
 # Legible on a white page and on a dark one: the picture has no background of its own.
 _GREY = "#808080"
@@ -29,7 +29,7 @@ def draw_episodes(
     count: int,
     device: torch.device,
 ) -> None:
-    """Draws up to `count` test episodes as rows: supports, query, truth, prediction.
+    """Draw up to `count` test episodes as rows: supports, query, truth, prediction.
 
     The rows show different classes as far as there are any among the episodes, then more of each.
     """
@@ -55,11 +55,11 @@ def draw_episodes(
             outline(ax, mask[: region[0], : region[1]] == 1, ORANGE)
         query, true, predicted = axes[shots:]
         _show(query, photo, "query")
-        # Grey photos leave colour to the masks, which then show on any photo.
-        grey = photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
-        _show(true, grey, "truth")
+        # Gray photos leave color to the masks, which then show on any photo.
+        gray = photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
+        _show(true, gray, "truth")
         _fill(true, truth == 1, BLUE)
-        _show(predicted, grey, f"prediction: IoU {100 * foreground_iou(prediction, truth):.0f} %")
+        _show(predicted, gray, f"prediction: IoU {100 * foreground_iou(prediction, truth):.0f} %")
         _fill(predicted, (prediction == 1) & (truth != IGNORE), ORANGE)
         outline(predicted, truth == 1, BLUE)
     figure.supxlabel("orange: support mask, prediction · blue: truth", fontsize=10, color=_GREY)
@@ -67,7 +67,7 @@ def draw_episodes(
 
 
 def spread_over_classes(episodes: EpisodeDataset, count: int) -> list[int]:
-    """Numbers of episodes, taking each class's first, then each one's second, and so on."""
+    """Choose episodes by number: the first of each class, then the second of each, and so on."""
     by_class: dict[int, list[int]] = {}
     for index in range(min(len(episodes), 50 * count)):
         by_class.setdefault(episodes.draw(index).class_id, []).append(index)
@@ -84,13 +84,13 @@ def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _covered(mask: Tensor) -> list[int]:
-    """Height and width of a test mask [H, W] without the padding below and to the right."""
+    """Return height and width of a test mask [H, W] without the padding below and to the right."""
     valid = mask != IGNORE
     return [int(valid.any(axis).nonzero().max()) + 1 for axis in (1, 0)]
 
 
 def photo_pixels(image: Tensor, region: list[int], size: tuple[int, ...]) -> np.ndarray:
-    """A normalised image [3, H, W] as RGB [*size, 3] between 0 and 1, its padding left out."""
+    """Convert a normalized image [3, H, W] to RGB [*size, 3] from 0 to 1, without its padding."""
     pixels = functional.interpolate(
         image[None, :, : region[0], : region[1]],
         size=size,
@@ -106,20 +106,20 @@ def _show(ax: Axes, pixels: np.ndarray, title: str) -> None:
     ax.set_axis_off()
 
 
-def _fill(ax: Axes, mask: Tensor, colour: str) -> None:
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+def _fill(ax: Axes, mask: Tensor, color: str) -> None:
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     layer = np.zeros((*mask.shape, 4))
     layer[mask.numpy()] = (red, green, blue, 0.6)
     ax.imshow(layer, interpolation="nearest")
 
 
-def outline(ax: Axes, mask: Tensor, colour: str) -> None:
-    """Draws the border of a bool mask [h, w] over a photo of that size."""
+def outline(ax: Axes, mask: Tensor, color: str) -> None:
+    """Draw the border of a bool mask [h, w] over a photo of that size."""
     if mask.any():
         # A frame of background closes the outline of an object that the photo cuts off.
         framed = np.pad(mask.numpy().astype(float), 1)
         rows, columns = (np.arange(side) - 1 for side in framed.shape)
         ax.contour(columns, rows, framed, [0.5], colors="white", linewidths=2.6)
-        ax.contour(columns, rows, framed, [0.5], colors=colour, linewidths=1.4)
+        ax.contour(columns, rows, framed, [0.5], colors=color, linewidths=1.4)
         ax.set_xlim(-0.5, mask.shape[1] - 0.5)
         ax.set_ylim(mask.shape[0] - 0.5, -0.5)

@@ -19,7 +19,7 @@ from fss.report.classes import draw_classes
 from fss.report.components import default_layers, draw_components, example_photo
 from fss.report.cost import MIB, draw_counted, draw_measured, readable, step_memory
 from fss.report.curves import draw_curves
-from fss.report.picture import CONTROL, Picture
+from fss.report.plot import CONTROL, Plot
 from fss.report.results import (
     differences,
     facts,
@@ -40,10 +40,10 @@ def write_report(
     photo: str | Path | None = None,
     layers: Sequence[str] = (),
 ) -> Path:
-    """Writes a page about runs, and its pictures as PNG and SVG.
+    """Write a page about runs, and its pictures as PNG and SVG.
 
-    What is not there is left out, and the page says so: the test of a run in progress, the singular
-    values of a run that does not train S, heat maps where neither its photos nor `photo` are there.
+    What is missing is omitted, and the page says so: the test of a run in progress, the singular
+    values of a run that does not train S, heat maps where neither its photos nor `photo` exist.
 
     Args:
         runs: folders that `fss train` wrote.
@@ -55,7 +55,7 @@ def write_report(
     Returns the path of the page.
 
     Raises:
-        FileNotFoundError: a run, or a file that every run has, that is not there.
+        FileNotFoundError: a missing run, or a missing file that every run has.
         ValueError: a damaged file, named; a layer that no run trains.
     """
     read = read_runs(runs)
@@ -96,9 +96,9 @@ def write_report(
 def _learned(
     runs: Sequence[ReportedRun], folder: Path, photo: str | None, layers: Sequence[str]
 ) -> dict[str, Any]:
-    """What the page shows of the singular values, and why of some runs it shows nothing."""
+    """Collect what the page shows of the singular values, and why it shows none of some runs."""
     spectra: dict[int, list[Spectrum]] = {}
-    heat: list[tuple[int, Picture]] = []
+    heat: list[tuple[int, Plot]] = []
     reports: dict[str, Any] = {}
     networks: dict[str, FewShotModel] = {}
     others = [run.name for run in runs if not run.trains_singular_values]
@@ -155,7 +155,7 @@ def _title(runs: Sequence[ReportedRun]) -> str:
 
 
 def _episodes(run: ReportedRun, number: int, folder: Path) -> dict[str, Any]:
-    """The picture of test episodes as a data URI, a tenth of the PNG's size; "" without one."""
+    """Return the picture of test episodes as a data URI, a tenth of the PNG; "" without one."""
     content = run.episodes()
     if content is None:
         why = "the run is in progress" if run.result is None else "the run drew none"

@@ -8,16 +8,16 @@ from typing import Any
 
 from fss.config import TrainConfig, free_settings
 from fss.report.cost import measured
-from fss.report.picture import series_style
+from fss.report.plot import series_style
 from fss.report.runs import ReportedRun
-from fss.settings import flat_settings
+from fss.runs.checkpoint import flat_settings
 
 # What may differ between runs of which a mean makes sense: folds and seeds, places and speed.
 _FREE = free_settings(TrainConfig, "mean")
 
 
 def facts(runs: Sequence[ReportedRun]) -> list[tuple[str, str]]:
-    """What was run, in pairs; values that differ between the runs side by side."""
+    """List what was run as pairs of name and value; differing values stand side by side."""
 
     def each(value: Callable[[ReportedRun], object]) -> str:
         known = dict.fromkeys(str(found) for run in runs if (found := value(run)) is not None)
@@ -49,6 +49,7 @@ def _machine(run: ReportedRun) -> str | None:
 
 
 def regime_in_words(run: ReportedRun) -> str:
+    """Say what trains in the backbone."""
     regime = run.config.regime
     if regime.name == "freeze" and regime.batch_norm == "none":
         return regime.name
@@ -68,13 +69,13 @@ def _test(run: ReportedRun) -> str:
 
 
 def result_row(run: ReportedRun, number: int) -> dict[str, Any]:
-    """A row of the table of results; None where a run in progress has no number yet."""
+    """Return a row of the table of results; None where a run in progress has no number yet."""
     result = run.result or {}
     test = result.get("test", {})
     parameters = result.get("parameters", {})
     return {
         "name": run.name,
-        "colour": series_style(number)["color"],
+        "color": series_style(number)["color"],
         "regime": regime_in_words(run),
         "running": run.result is None,
         "step": test.get("step", run.step),
@@ -90,7 +91,7 @@ def result_row(run: ReportedRun, number: int) -> dict[str, Any]:
 
 
 def mean_rows(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the tested runs that differ in fold or seed alone."""
+    """Average the tested runs that differ in fold or seed alone, with standard deviation."""
     groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
         if run.result is not None:
@@ -118,7 +119,7 @@ def _over(runs: Sequence[ReportedRun], metric: str) -> dict[str, float]:
 
 
 def _interval(test: dict[str, Any]) -> str:
-    """The 95 % interval of mIoU, over seeds or, of a single one, over episodes; in percent."""
+    """Format the 95 % interval of mIoU in percent: over seeds or, of a single one, episodes."""
     if not test:
         return ""
     mean, half = test["miou"]["mean"], test["miou"].get("ci95")
@@ -129,7 +130,7 @@ def _interval(test: dict[str, Any]) -> str:
 
 
 def differences(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, with the value of each."""
+    """List the settings that are not the same in all runs, with the value of each."""
     flat = [flat_settings(run.config.to_dict()) for run in runs]
     names = dict.fromkeys(name for values in flat for name in values if name != "out")
     rows = [(name, [str(values.get(name, "–")) for values in flat]) for name in names]
@@ -137,7 +138,7 @@ def differences(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
 
 
 def setting_in_words(run: ReportedRun) -> str:
-    """What the memory of a step depends on, in words."""
+    """Say what the memory of a step depends on."""
     config = run.config
     words = [config.model.name, config.model.backbone, f"{config.data.size} px"]
     words += [f"{config.data.shots}-shot", f"batch {config.batch_size}", config.precision]
@@ -149,7 +150,7 @@ def setting_in_words(run: ReportedRun) -> str:
 
 
 def percent(spread: dict[str, Any] | None) -> str:
-    """Mean and standard deviation of fractions, in percent; "–" for None."""
+    """Format mean and standard deviation of fractions in percent; "–" for None."""
     if spread is None:
         return "–"
     std = spread.get("std")

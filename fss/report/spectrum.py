@@ -13,13 +13,13 @@ from torch import Tensor
 
 import svf_fast
 from fss.models import MODELS, build_model
-from fss.report.picture import (
+from fss.report.plot import (
     INK,
-    Picture,
+    Plot,
     figure_style,
     legend_above,
     new_figure,
-    save_picture,
+    save_plot,
     series_style,
 )
 from fss.report.runs import ReportedRun
@@ -47,14 +47,14 @@ class Spectrum:
 
     @property
     def change(self) -> Tensor:
-        """[R], of each value in percent of the pretrained one; a pretrained 0 gives NaN."""
+        """Return the change [R] in percent of each pretrained value; a pretrained 0 gives NaN."""
         before = self.before.double()
         change = 100 * (self.after.double() / before - 1)
         return torch.where(before == 0, torch.nan, change)
 
 
 def read_spectra(run: ReportedRun, state: Mapping[str, Any]) -> list[Spectrum]:
-    """The spectra of all SVF layers of a run, in the network's order.
+    """Read the spectra of all SVF layers of a run, in the network's order.
 
     The pretrained values come from pretrained.safetensors, which `fss train` writes; for a run of
     an earlier version from the backbone's weights file, where that is still there: with W's
@@ -128,8 +128,8 @@ def _from_weights(
     return before
 
 
-def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Picture:
-    """Change of the 30 largest singular values of every layer, a small panel each.
+def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Plot:
+    """Draw the change of the 30 largest singular values of every layer, a small panel each.
 
     Args:
         runs: spectra by the number of the run.
@@ -172,11 +172,11 @@ def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folde
         if len(runs) > 1:
             legend_above(figure, grid[0, 0])
     text = f"Change of the {LARGEST} largest singular values of each convolution, in percent"
-    return save_picture(figure, folder, "singular-values", text)
+    return save_plot(figure, folder, "singular-values", text)
 
 
-def draw_all(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Picture:
-    """Before, after and change of all singular values of the last convolution of each stage."""
+def draw_all(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Plot:
+    """Draw all singular values of the last convolution of each stage: before, after, change."""
     last = {s.layer.partition(".")[0]: s.layer for s in next(iter(runs.values()))}
     chosen = list(last.values())[-3:]
     with figure_style():
@@ -206,11 +206,11 @@ def draw_all(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: P
         grid[1, 0].set_ylabel("change of S_r (%)")
         legend_above(figure, grid[0, 0])
     text = "All singular values of the last convolution of each stage, before and after training"
-    return save_picture(figure, folder, "singular-values-all", text)
+    return save_plot(figure, folder, "singular-values-all", text)
 
 
 def change_rows(spectra: Sequence[Spectrum]) -> list[dict[str, Any]]:
-    """Of each layer its rank, and root mean square, lowest and highest change in percent."""
+    """List rank, and root mean square, lowest and highest change in percent, of each layer."""
     rows = []
     for spectrum in spectra:
         change = spectrum.change[~spectrum.change.isnan()]
@@ -229,6 +229,6 @@ def change_rows(spectra: Sequence[Spectrum]) -> list[dict[str, Any]]:
 
 
 def _title(spectrum: Spectrum) -> str:
-    """As short as panels are narrow."""
+    """Return a title as short as panels are narrow."""
     layer = spectrum.layer.replace(".downsample.0", ".downsample")
     return f"{layer} {'×'.join(map(str, spectrum.kernel))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fss.config import TrainConfig
+from fss.config import TrainConfig, free_settings
 from fss.files import atomic_write, causes
 
 _FORMAT = 1
 
 
 def signature(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint's weights depend on and a loader must agree with."""
+    """Collect the settings that a checkpoint's weights depend on; a loader must agree with them."""
     values = config.to_dict()
     return {
         **{
@@ -34,7 +34,7 @@ def signature(config: TrainConfig) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> None:
-    """Writes `state` with the configuration and its signature.
+    """Write `state` with the configuration and its signature.
 
     All weights are stored, the frozen ones too, so that a checkpoint needs no other file.
 
@@ -51,9 +51,10 @@ def save_checkpoint(path: Path, config: TrainConfig, state: dict[str, Any]) -> N
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Writes tensors and plain values; the file at `path` is the former one until all is written.
+    """Write tensors and plain values; until all is written, the former file stays at `path`.
 
-    What a GPU keeps in channels_last is written as if it did not: a reader adopts what it finds.
+    Tensors that a GPU keeps in channels_last are written contiguous: a reader adopts the layout
+    that it finds.
 
     Raises:
         OSError: a disk that is full or fails.
@@ -74,7 +75,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def _contiguous(content: Any) -> Any:
-    """The content with its tensors [N, C, H, W] in the memory format that is torch's own."""
+    """Return the content with its tensors [N, C, H, W] contiguous."""
     if isinstance(content, torch.Tensor):
         return content.contiguous() if content.ndim == 4 else content
     if isinstance(content, dict):
@@ -85,7 +86,7 @@ def _contiguous(content: Any) -> Any:
 
 
 def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote, onto the CPU.
+    """Read what `save_checkpoint` wrote, onto the CPU.
 
     Args:
         path: the file.
@@ -113,7 +114,7 @@ def load_checkpoint(path: Path, config: TrainConfig | None = None) -> dict[str, 
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a file of `write_checkpoint`, on the CPU.
+    """Read what `write_checkpoint` wrote, onto the CPU.
 
     Raises:
         FileNotFoundError: no such file.
@@ -133,10 +134,10 @@ def read_checkpoint(path: Path) -> Any:
 
 @contextmanager
 def explain_misfit(path: Path) -> Iterator[None]:
-    """Says in the user's words that the content of a checkpoint is not what its reader expects.
+    """Say in the user's words that the content of a checkpoint is not what its reader expects.
 
     Raises:
-        ValueError: in the place of what a missing entry, or one of another type or shape, raises.
+        ValueError: replaces what a missing entry, or one of another type or shape, raises.
     """
     try:
         yield
@@ -151,14 +152,14 @@ def explain_misfit(path: Path) -> Iterator[None]:
 
 
 def check_types(state: dict[str, Any], types: dict[str, type | UnionType]) -> None:
-    """Raises LookupError or TypeError unless the entries are there and of these types."""
+    """Check the entries and their types; raise LookupError or TypeError."""
     for name, expected in types.items():
         if not isinstance(state[name], expected):
             raise TypeError(f"{name}: expected {expected}, got {type(state[name])}")
 
 
 def check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raises ValueError with each difference between a checkpoint's values and the wanted ones."""
+    """Check that a checkpoint has the wanted values; raise ValueError with each difference."""
     differences = [
         f"{name}: expected {wanted.get(name)!r}, the checkpoint has {stored.get(name)!r}"
         for name in {**wanted, **stored}
@@ -171,8 +172,42 @@ def check_same(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
         )
 
 
+def check_same_settings(stored: dict[str, Any], config: Any, between: str, path: Path) -> None:
+    """Check that a run would go on with, or is finished with, the settings of a configuration.
+
+    A setting that is newer than the run has its default there.
+
+    Args:
+        stored: the settings of the run.
+        config: a configuration; its class has `from_dict` and `to_dict`.
+        between: which settings may differ, see `free_settings`.
+        path: where the stored ones are from.
+
+    Raises:
+        ValueError: each difference, or no settings.
+    """
+    free = free_settings(type(config), between)
+    with explain_misfit(path):
+        former = type(config).from_dict(stored).to_dict()
+    check_same(flat_settings(former, free), flat_settings(config.to_dict(), free), path)
+
+
+def flat_settings(
+    values: dict[str, Any], free: Collection[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """Return the settings of a configuration by dotted name, without those of `free`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, dict):
+            flat |= flat_settings(value, free, f"{name}.")
+        elif name not in free:
+            flat[name] = value
+    return flat
+
+
 def random_state() -> dict[str, Any]:
-    """The states of the random generators of torch, numpy and Python in this process."""
+    """Collect the states of the random generators of torch, numpy and Python in this process."""
     # The legacy generator is numpy's only global one, which libraries still draw from.
     algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002
     state = {
@@ -186,7 +221,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`."""
+    """Restore what `random_state` returned."""
     algorithm, keys, *rest = state["numpy"]
     torch.set_rng_state(state["torch"])
     np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002

@@ -109,7 +109,7 @@ def _append(path: Path, values: list) -> None:
 
 
 def _truncate(path: Path, header: tuple[str, ...], step: int) -> None:
-    """Leaves the header and the complete rows up to `step`."""
+    """Keep the header and the complete rows up to `step`."""
     rows = []
     if step and path.exists():
         with path.open(newline="", encoding="utf-8") as file:

@@ -16,19 +16,17 @@ from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from fss.config import free_settings
 from fss.data import build_source
 from fss.data.loader import episode_loader, explain_killed_worker
 from fss.processes import build_fabric, fixed_shapes, float32_products, is_restart, lay_out
 from fss.runs.checkpoint import (
-    check_same,
+    check_same_settings,
     check_types,
     explain_misfit,
     random_state,
     restore_random_state,
 )
 from fss.runs.folder import BaseFolder
-from fss.settings import flat_settings
 
 T = TypeVar("T")
 Trained = TypeVar("Trained", bound="Loop")
@@ -225,12 +223,9 @@ def start(kind: type[Trained], config: Any, resume: bool, overwrite: bool) -> It
 
 def _check_resumable(state: dict[str, Any], config: Any, path: Path, fabric: Fabric) -> None:
     """Raise ValueError unless a run would go on as that of the checkpoint would have."""
-    free = free_settings(type(config), "resume")
     with explain_misfit(path):
-        check_types(state, {"random": list})
-        # a setting that is newer than the checkpoint has its default there
-        stored = type(config).from_dict(state["config"]).to_dict()
-    check_same(flat_settings(stored, free), flat_settings(config.to_dict(), free), path)
+        check_types(state, {"random": list, "config": dict})
+    check_same_settings(state["config"], config, "resume", path)
     if len(state["random"]) != fabric.world_size:
         raise ValueError(
             f"devices: the checkpoint was written by {len(state['random'])} processes, these are "

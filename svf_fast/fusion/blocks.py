@@ -24,7 +24,7 @@ from svf_fast.ops.block import block
 
 
 def _read(module: Readable) -> Reading:
-    """The reading of the module as it is now, kept until something in it changes."""
+    """Return the reading of the module as it is now, kept until something in it changes."""
     if torch.compiler.is_compiling():
         return Reading(module, None)
     known = module.__dict__.get("_reading")
@@ -51,9 +51,9 @@ class ResidualUnit(Fused):
 
     @classmethod
     def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
-        """Fuses a residual block in place and returns it; plain convolutions in it are converted.
+        """Fuse a residual block in place and return it; plain convolutions in it are converted.
 
-        The block is recognised by its forward pass, whatever its class and the names in it.
+        The block is recognized by its forward pass, whatever its class and the names in it.
 
         Raises:
             TypeError: not a module.
@@ -255,7 +255,7 @@ class SVFConvBNAct(nn.Module):
         self.train(bn.training)
 
     def unfused_reason(self) -> str:
-        """Why the next forward pass runs module by module; empty where it is fused."""
+        """Tell why the next forward pass runs module by module; empty where it is fused."""
         return self.unfused_reasons()[0]
 
     def unfused_reasons(self) -> list[str]:
@@ -315,7 +315,7 @@ def _reason(module: nn.Module, stages: list[StageNames]) -> str:
 
 
 def _kind(module: nn.Module) -> str:
-    """What a module does in a fused block; convolutions and batch norms are looked at there."""
+    """Name what a module does in a fused block; :func:`_reason` looks at convolutions and norms."""
     if isinstance(module, nn.Conv2d | SVFConv2d):
         return "convolution"
     if isinstance(module, nn.SyncBatchNorm):
@@ -324,17 +324,17 @@ def _kind(module: nn.Module) -> str:
 
 
 def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
-    """The first inner module that is not what it was, or is new or gone."""
+    """Name the first inner module that was replaced, added or removed."""
     now = {name: _kind(inner) for name, inner in _inner(module)}
     if now == kinds:
         return ""
     name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
-    was, is_now = kinds.get(name, "not there"), now.get(name, "not there")
+    was, is_now = kinds.get(name, "missing"), now.get(name, "missing")
     return f"{name} was {was} at conversion and is {is_now} now"
 
 
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:
-    """The first inner module that the fused pass would skip although something listens to it."""
+    """Name the first inner module that the fused pass would skip although a hook listens to it."""
     for name, inner in _inner(module):
         if name not in besides and (reason := _hooked_module(name, inner)):
             return reason

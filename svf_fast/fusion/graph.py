@@ -31,13 +31,13 @@ def is_norm(module: nn.Module | None) -> bool:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether a call of the module calls its children in turn, or computes what that would."""
+    """Tell whether a module calls its children in turn, or computes what that would."""
     own = getattr(unfused_class(module), "forward", None)
     return own is nn.Sequential.forward and "forward" not in vars(module)
 
 
 def is_open(module: nn.Module) -> bool:
-    """Whether a trace looks into it: an ``nn.Sequential``, or one convolution with its norm."""
+    """Tell whether a trace looks into it: an ``nn.Sequential``, or a convolution with its norm."""
     if is_sequential(module):
         return True
     if is_conv(module) or is_norm(module):
@@ -47,7 +47,7 @@ def is_open(module: nn.Module) -> bool:
 
 
 def hook_kind(module: nn.Module) -> str | None:
-    """The kind of a hook that a call of the module runs, if it has any."""
+    """Return the kind of a hook that a call of the module runs, if it has any."""
     kinds = ("forward_hook", "forward_pre_hook", "backward_hook", "backward_pre_hook")
     return next((k.replace("_", " ") for k in kinds if getattr(module, f"_{k}s")), None)
 
@@ -74,17 +74,17 @@ class ForwardGraph:
         self.seen = {self.output, *self.inputs}
 
     def value(self, node: fx.Node) -> fx.Node:
-        """What a node of one operand works on, past the modules that do nothing."""
+        """Return what a node of one operand works on, past the modules that are the identity."""
         return self.skip(self.operands(node, 1)[0])
 
     def skip(self, node: fx.Node) -> fx.Node:
-        """The node whose output a node passes on, itself if it does anything."""
+        """Skip modules that are the identity."""
         while (module := self.module(node)) is not None and _does_nothing(module):
             node = self.operands(node, 1)[0]
         return node
 
     def operands(self, node: fx.Node, count: int) -> list[fx.Node]:
-        """The tensors a node works on, ``count`` of them."""
+        """Return the tensors that a node works on, ``count`` of them."""
         operands = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
         if len(operands) != count or "alpha" in node.kwargs or "out" in node.kwargs:
             raise Misfit(f"it calls {self.label(node)} in an unusual way")
@@ -94,11 +94,11 @@ class ForwardGraph:
         return operands
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, None where it calls a function or a method."""
+        """Return the module that a node calls, None where it calls a function or a method."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def calls(self, node: fx.Node, targets: set) -> bool:
-        """Whether a node calls one of these functions, or methods by name."""
+        """Tell whether a node calls one of these functions, or methods by name."""
         return node.op in ("call_function", "call_method") and node.target in targets
 
     def is_sum(self, node: fx.Node) -> bool:
@@ -108,11 +108,11 @@ class ForwardGraph:
         return type(self.module(node)) is nn.ReLU or self.calls(node, _RELU)
 
     def overwrites(self, node: fx.Node) -> bool:
-        """Whether a sum is written over its first operand."""
+        """Tell whether a sum is written over its first operand."""
         return node.target in (operator.iadd, "add_")
 
     def misfit_at(self, node: fx.Node, expected: str) -> Misfit:
-        """Return the misfit that a node is not what was expected there."""
+        """Return the misfit of a node that is not what was expected."""
         module = self.module(node)
         if type(module).__module__ == "torch.nn.modules.activation":
             return Misfit(f"uses {type(module).__name__} instead of ReLU")
@@ -122,7 +122,7 @@ class ForwardGraph:
         return Misfit(f"{self.label(node)} stands where {expected} would fit")
 
     def label(self, node: fx.Node) -> str:
-        """A node in plain words."""
+        """Describe a node in plain words."""
         if node.op == "call_module":
             return f"{node.target!r} ({type(self.module(node)).__name__})"
         if node in self.inputs:
@@ -154,7 +154,7 @@ class _Proxy(fx.Proxy):
 
 @contextmanager
 def _restored(module: nn.Module, training: bool) -> Iterator[None]:
-    """The body runs in the given mode; every attribute that it may have set is put back after."""
+    """Run the body in the given mode; put back every attribute that it may have set."""
     traced = [inner for inner in module.modules() if inner is module or is_open(inner)]
     before = [dict(vars(inner)) for inner in traced]
     stored = []
@@ -174,7 +174,7 @@ def _restored(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _does_nothing(module: nn.Module) -> bool:
-    """Whether its output is its input, in training too."""
+    """Tell whether its output is its input, in training too."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p == 0
     if type(module) is nn.Identity:

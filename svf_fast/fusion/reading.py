@@ -19,7 +19,7 @@ from svf_fast.ops.program import Programs
 
 
 class Readable(Protocol):
-    """A fused module."""
+    """What :class:`Reading` needs of a fused module."""
 
     def unfused_reasons(self) -> list[str]: ...
     def get_submodule(self, target: str) -> nn.Module: ...
@@ -41,13 +41,13 @@ class Slot:
         self._known: tuple[Plan | None, Any] = None, None
 
     def read(self) -> Stage:
-        """As the op takes it, whatever the values of S are."""
+        """Return the stage as the op takes it, in a trace or capture too."""
         conv = self.conv.convolution(self.dtype, self._folded)
         assert conv is not None  # the reasons have seen to it
         return Stage(conv, self.scale, self.shift)
 
-    def again(self) -> tuple[Plan, Stage]:
-        """The same where no trace or capture runs, and the plan that it is read under."""
+    def read_again(self) -> tuple[Plan, Stage]:
+        """Return the stage outside of traces and captures, and the plan that it is read under."""
         conv = self.conv
         plan = conv.plan
         assert plan is not None  # the reasons have seen to it
@@ -68,12 +68,12 @@ class _Chain:
         self._known: tuple[list[Plan], Programs] = [], Programs()
 
     def read(self) -> list[Stage]:
-        """As :meth:`Slot.read`."""
+        """Return the stages as :meth:`Slot.read` does."""
         return [slot.read() for slot in self._slots]
 
-    def again(self) -> tuple[list[Stage], Programs]:
-        """As :meth:`Slot.again`, and the programs."""
-        found = [slot.again() for slot in self._slots]
+    def read_again(self) -> tuple[list[Stage], Programs]:
+        """Return the stages as :meth:`Slot.read_again` does, and the programs of their plans."""
+        found = [slot.read_again() for slot in self._slots]
         plans, programs = self._known
         if not plans or any(
             mine is not known for (mine, _), known in zip(found, plans, strict=True)
@@ -84,7 +84,7 @@ class _Chain:
 
 
 class Reading:
-    """Of a module as it was when it was read; ``watch`` None where changes cannot be seen."""
+    """What a fused module reads of its parts at one moment; no ``watch``: it cannot be kept."""
 
     def __init__(self, module: Readable, watch: Watch | None) -> None:
         self.watch = watch
@@ -93,11 +93,11 @@ class Reading:
         self._chains: dict[tuple[str, torch.dtype, bool], _Chain] = {}
 
     def holds(self, module: Readable) -> bool:
-        """Whether it is of this module, not of one that it was copied with, as it is now."""
+        """Tell whether it is of this module as it is now, not of one that it was copied with."""
         return self._owner == id(module) and self.watch is not None and self.watch.holds()
 
     def reasons(self, module: Readable) -> list[str]:
-        """Why a part is not fused, empty where it is; other ones where no gradient is wanted."""
+        """Return why each part is not fused, empty where it is; it may depend on the grad mode."""
         grad = torch.is_grad_enabled()
         found = self._reasons.get(grad)
         if found is None:
@@ -112,7 +112,7 @@ class Reading:
         folds: bool,
         shortcut: StageNames | None = None,
     ) -> tuple[list[Stage], Programs | None]:
-        """The stages of a chain, that of its shortcut last, as the op takes them, and its programs.
+        """Return the stages of a chain as the op takes them, its shortcut's last, and its programs.
 
         folds: whether the last one's layer takes the gradient of its batch norm's output.
         """
@@ -124,7 +124,7 @@ class Reading:
             chain = _Chain(_slots(module, names, dtype, folds, shortcut))
             if not traced:
                 self._chains[at] = chain
-        return (chain.read(), None) if traced else chain.again()
+        return (chain.read(), None) if traced else chain.read_again()
 
 
 def _slots(
@@ -147,12 +147,12 @@ def _slots(
 
 
 def conv_of(module: Readable, names: StageNames) -> SVFConv2d:
-    """The convolution of a stage, which the reasons have found to be an SVF layer."""
+    """Return the convolution of a stage, which the reasons have found to be an SVF layer."""
     return cast(SVFConv2d, module.get_submodule(names.conv))
 
 
 def _affine(module: Readable, names: StageNames, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Batch norm with stored statistics as ``y·scale + shift``, a convolution's bias included."""
+    """Express batch norm with stored statistics as ``y·scale + shift``, a conv's bias included."""
     bias, bn = conv_of(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
     assert bn.running_mean is not None and bn.running_var is not None
     dtype = torch.promote_types(dtype, torch.float32)

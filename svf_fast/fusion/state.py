@@ -27,7 +27,7 @@ _OF_CONV = ("stride", "padding_mode", "dilation", "explicit_padding")
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something listens to the module's calls."""
+    """Tell whether a hook listens to the module's calls."""
     own = module.__dict__
     return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
 
@@ -37,7 +37,7 @@ class _Unseen(Exception):
 
 
 class Watch:
-    """All modules inside a module, as they are now."""
+    """All modules inside a module and their tensors, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self._children: list[tuple] = []
@@ -94,7 +94,7 @@ class Watch:
             self._apart.append((tensor, copy))
 
     def key(self) -> tuple:
-        """Of all this, as it is now, but the layers: equal as long as nothing of it changes."""
+        """Return a key of all this but the layers: equal as long as nothing of it changes."""
         tensors = (
             (t := of.get(name)) is not None and (t.data_ptr(), t._version)
             for of, name, *_ in self._tensors
@@ -107,7 +107,7 @@ class Watch:
         return *tensors, *values, *children
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Tell whether all is as it was."""
         for modules, count in self._counts:
             if len(modules) != count:
                 return False
@@ -147,7 +147,7 @@ class Watch:
 
 
 def watch(module: nn.Module) -> Watch | None:
-    """None where a change could not be told by looking.
+    """Collect what the forward pass depends on; None where changes of it could not be seen.
 
     That is while torch.compile traces, and for tensors without values or version.
     """

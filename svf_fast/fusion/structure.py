@@ -84,10 +84,10 @@ class Unit:
 def find(
     model: nn.Module, within: Callable[[str], bool]
 ) -> tuple[list[ResidualBlock], list[Unit], dict[str, str]]:
-    """The residual blocks of a model, the conv-BN-ReLU units outside of these, and what came close.
+    """Find a model's residual blocks, its conv-BN-ReLU units outside of these, and near misses.
 
-    A block or unit counts when ``within`` holds for the names of all its convolutions. What stands
-    at two places in the model is listed at both. A unit's children must be called by its
+    A block or unit counts when ``within`` holds for the names of all its convolutions. What is
+    used twice in the model is listed twice. A unit's children must be called by its
     ``nn.Sequential`` alone, which cannot be seen here. The model is not changed.
 
     Returns blocks and units in the order of ``named_modules``, and for what looks like one but does
@@ -125,13 +125,13 @@ def find(
 
 
 def examine(module: nn.Module) -> ResidualBlock | str:
-    """The residual block that a module is, without a name, or why it is none."""
+    """Return the residual block that a module is, without a name, or why it is none."""
     found = _examine(module, Counter(module.modules()))
     return "it has no sum of two maps" if found is None else found
 
 
 def _place(block: ResidualBlock, within: Callable[[str], bool]) -> ResidualBlock | str | None:
-    """The block if it is chosen, why not if it is in part, or None where it is not."""
+    """Return the block if it is chosen, a reason if only in part, None if not at all."""
     chosen = sum(map(within, block.convs))
     if chosen == 0:
         return None
@@ -158,7 +158,7 @@ def _own(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    """Whether convolutions and batch norms lie in a module directly, not in blocks inside of it."""
+    """Tell whether convolutions and norms lie in a module directly, not in blocks inside of it."""
     if is_sequential(module) or is_conv(module) or is_norm(module):
         return False
     if getattr(type(module), "forward", nn.Module.forward) is nn.Module.forward:
@@ -173,7 +173,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def _examine(module: nn.Module, places: Counter[nn.Module]) -> ResidualBlock | str | None:
-    """The block without its name, why it does not fit, or None where it is nothing like one."""
+    """Return the block without its name, why it does not fit, or None if it is nothing like one."""
     try:
         graphs = [ForwardGraph(module, training) for training in (True, False)]
         if not any(graph.is_sum(node) for graph in graphs for node in graph.nodes):
@@ -220,7 +220,7 @@ def _match(graph: ForwardGraph) -> ResidualBlock:
 
 
 def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[StageNames, ...], tuple[str, ...]]:
-    """The stages between the input and a node, and the pooling before the first of them."""
+    """Return the stages between the input and a node, and the pooling before the first of them."""
     stages: list[StageNames] = []
     pools: list[str] = []
     while node not in graph.inputs:
@@ -237,7 +237,7 @@ def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[StageNames, ...],
 
 
 def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[StageNames, fx.Node]:
-    """The stage that ends in a node, and the node it begins after."""
+    """Return the stage that ends in a node, and the node it begins after."""
     relu = graph.is_relu(node)
     if relu:
         node, expected = graph.value(node), "a batch norm"
@@ -282,14 +282,14 @@ def _check_shortcut(stages: tuple[StageNames, ...], pools: tuple[str, ...]) -> N
 def _check_call(
     name: str, module: nn.Module, container: nn.Module, places: Counter[nn.Module]
 ) -> None:
-    """Whether a call of the module does what its class says, and is the container's alone."""
+    """Check that a call of the module does what its class says, and is the container's alone."""
     what = repr(name) if name else "it"
     if kind := hook_kind(module):
         raise Misfit(f"{what} has a {kind}")
     if "forward" in vars(module):
         raise Misfit(f"{what} has a forward of its own instead of its class's")
     if (is_conv(module) or is_norm(module)) and places[module] != places[container]:
-        raise Misfit(f"{what} stands at two places of the model")
+        raise Misfit(f"{what} is used twice in the model")
 
 
 def _check_conv(name: str, module: nn.Module) -> None:
@@ -303,7 +303,7 @@ def _check_conv(name: str, module: nn.Module) -> None:
 
 
 def _check_norm(name: str, module: nn.Module) -> bool:
-    """Whether the batch norm has a ReLU of its own; raises where it is no plain batch norm."""
+    """Tell whether the batch norm has a ReLU of its own; raises if it is no plain batch norm."""
     if not isinstance(module, nn.BatchNorm2d):
         raise Misfit(f"{name!r} is of type {type(module).__name__}, not an nn.BatchNorm2d")
     if module.running_mean is None or module.running_var is None:
@@ -318,7 +318,7 @@ def _check_norm(name: str, module: nn.Module) -> bool:
 
 
 def _ends_in_relu(norm: nn.BatchNorm2d) -> bool:
-    """Whether a subclass is batch norm and ReLU; raises where it is not batch norm alone either."""
+    """Tell whether a subclass is batch norm and ReLU; raises if it is not batch norm at all."""
     graph = ForwardGraph(norm, training=False)
     node = graph.value(graph.output)
     relu = graph.is_relu(node)
@@ -334,7 +334,7 @@ def _ends_in_relu(norm: nn.BatchNorm2d) -> bool:
         if given != (None if getattr(norm, name) is None else name):
             raise Misfit(f"it does not use its {name}")
     if call["input"] not in graph.inputs or call["training"] or call["eps"] != norm.eps:
-        raise Misfit("it does not normalise its input by its own statistics")
+        raise Misfit("it does not normalize its input by its own statistics")
     return relu
 
 

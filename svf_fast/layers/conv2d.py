@@ -15,7 +15,7 @@ from svf_fast.svd import Factors
 class SVFConv2d(Factored):
     """``y = U (S ⊙ (Vᵀ * x)) + bias`` where U and V are frozen and S trains (SVF paper, eq. 4-5).
 
-    The arguments are those of ``torch.nn.Conv2d``; the weight it would draw is decomposed. To
+    The arguments are those of ``torch.nn.Conv2d``; its random weight is decomposed. To
     convert a trained layer use :meth:`from_conv`, for a model :func:`svf_fast.convert`.
 
     Args:
@@ -70,7 +70,7 @@ class SVFConv2d(Factored):
     def from_conv(
         cls, conv: nn.Conv2d, strategy: str = "auto", factors: Factors | None = None
     ) -> SVFConv2d:
-        """The layer that computes what ``conv`` computes, to rounding; shares no memory with it.
+        """Return the layer that computes what ``conv`` does, to rounding; shares no memory with it.
 
         ``factors``: the decomposition of ``conv.weight``, where it is known already.
 
@@ -128,7 +128,7 @@ class SVFConv2d(Factored):
         return paper_layers(x, self.U, self.S, self.V, self.bias, self.geometry)
 
     def merged(self) -> nn.Conv2d:
-        """The plain ``nn.Conv2d`` with the composed weight; shares no memory with this layer."""
+        """Return the plain ``nn.Conv2d`` with the composed weight; shares no memory with it."""
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,

@@ -30,7 +30,7 @@ from svf_fast.svd import (
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """First 16 bytes of the SHA-256 of a weight's shape and float32 values, as uint8 [16]."""
+    """Hash a weight's shape and float32 values: the first 16 bytes of a SHA-256, as uint8 [16]."""
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
     values = weight.detach().cpu().float().contiguous().flatten()
     digest.update(values.view(torch.uint8).numpy().data)
@@ -38,7 +38,7 @@ def fingerprint(weight: Tensor) -> Tensor:
 
 
 def bytes_of(x: Tensor) -> bytes:
-    """The values of a tensor on the CPU, to be compared."""
+    """Copy the values of a tensor on the CPU, to be compared."""
     x = x if x.is_contiguous() else x.contiguous()
     return ctypes.string_at(x.data_ptr(), x.nbytes)
 
@@ -53,7 +53,7 @@ def check_module(model: nn.Module) -> None:
 
 
 def svf_layers(model: nn.Module) -> dict[str, Factored]:
-    """The SVF layers of a model by name, each once."""
+    """Return the SVF layers of a model by name, each once."""
     check_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
 
@@ -103,7 +103,7 @@ class Factored(nn.Module):
         raise NotImplementedError
 
     def merged(self) -> nn.Module:
-        """The plain layer with the composed weight; shares no memory with this one."""
+        """Return the plain layer with the composed weight; shares no memory with this one."""
         raise NotImplementedError
 
     @property
@@ -133,7 +133,7 @@ class Factored(nn.Module):
         return svd.compose(self.U, self.S, self.V, self.geometry.groups).to(self.S.dtype)
 
     def composed_weight(self) -> Tensor:
-        """``U diag(S) V`` in the shape of the original weight and the dtype of S, detached."""
+        """Compute ``U diag(S) V`` in the original weight's shape and the dtype of S, detached."""
         return compose(self.U, self.S, self.V, self.geometry.groups, self.S.dtype)[0]
 
     def refresh(self) -> None:
@@ -172,7 +172,7 @@ class Factored(nn.Module):
             self.plan = plan
 
     def _arrange(self) -> None:
-        """Lays V down as what composes W reads it: on a GPU its directions innermost."""
+        """Lay V down as what composes W reads it: on a GPU its directions innermost."""
         if self.strategy == "reference":
             return
         inside = self.V.is_cuda
@@ -181,10 +181,10 @@ class Factored(nn.Module):
 
     @torch.no_grad()
     def assign(self, S: Tensor) -> None:
-        """Sets S to values on the host and plans for them at once.
+        """Set S to values on the host and plan for them at once.
 
-        What follows from U and V alone is kept, W is composed when next needed, and a GPU is not
-        waited for. Values far from the present ones are as good as near ones.
+        What follows from U and V alone is kept, W is composed when next needed; does not
+        synchronize. Values far from the present ones are as good as near ones.
         """
         self.S.copy_(S)
         if not self.has_values:
@@ -197,7 +197,7 @@ class Factored(nn.Module):
         self.plan_for(S.to(self.S.dtype))
 
     def _host_copy(self) -> bytes | None:
-        """The bytes of S, where looking at them means waiting for nothing."""
+        """Return the bytes of S where that does not synchronize, else None."""
         return None if self.S.is_cuda else bytes_of(self.S)
 
     @property
@@ -215,7 +215,7 @@ class Factored(nn.Module):
         return self.S.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _choose(self, S: Tensor) -> tuple[str, Tensor | None]:
-        """Strategy and, on the CPU, guarded directions for the values S."""
+        """Choose the strategy and, on the CPU, guarded directions for the values S."""
         strategy = self.strategy
         if strategy not in ("auto", "gram"):
             return strategy, None
@@ -226,12 +226,12 @@ class Factored(nn.Module):
         return strategy, tail if strategy == "gram" and tail.shape[1] else None
 
     def plan_for(self, S: Tensor) -> None:
-        """Plans for the values S; keeps the plan where nothing changes but W."""
+        """Plan for the values S; keeps the plan where nothing changes but W."""
         plan = self.plan
         assert plan is not None
         unguarded = plan.strategy == "gram" and plan.host_tail is None
         if unguarded and not guarded_indices(S, S.numel() // self.rank)[0]:
-            return  # the usual case, told apart at once
+            return  # the usual case, recognized at once
         strategy, host_tail = self._choose(S)
         if strategy == plan.strategy and _same(host_tail, plan.host_tail):
             return
@@ -243,10 +243,10 @@ class Factored(nn.Module):
         )
 
     def _gram_is_cheaper(self, guarded: int) -> bool:
-        """Fewer multiplications than ``chain``, per group and position, beyond plain conv's own.
+        """Tell whether ``gram`` multiplies less than ``chain``, per group and position.
 
-        ``gram`` keeps a map that is kept already, or the smaller one: memory never speaks for
-        ``chain``.
+        Counted beyond the plain convolution's own multiplications. ``gram`` keeps a map that is
+        kept already, or the smaller one: ``chain`` never saves memory.
         """
         geometry = self.geometry
         shapes = self.U.shape, self.V.shape, geometry
@@ -260,12 +260,12 @@ class Factored(nn.Module):
         return gram + guarded * direction <= chain
 
     def _outdated(self, U: Tensor, V: Tensor) -> bool:
-        """Whether the plan is of other factors, or of another strategy than is asked for."""
+        """Tell whether the plan is of other factors, or of another strategy than is asked for."""
         plan = self.plan
         return plan is None or plan.asked != self.strategy or not plan.factors.holds(U, V)
 
     def current_plan(self) -> Plan | None:
-        """The plan for the present values of U, S and V; what was made of other ones is dropped."""
+        """Return the plan for the present values of U, S and V; drops what was made of others."""
         if not self.has_values:  # shapes alone: the plan of the last values, or none
             return self.plan
         U, V, S = cast(Tensor, self._buffers["U"]), cast(Tensor, self._buffers["V"]), self.S
@@ -377,7 +377,7 @@ class Factored(nn.Module):
         return guarded.reshape(groups, -1).scatter(1, tail, True).flatten()
 
     def compute_dtype(self, x: Tensor, layer: str) -> torch.dtype:
-        """The dtype the layer computes in; checks type, dtype and device of x."""
+        """Return the dtype the layer computes in; checks type, dtype and device of x."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{layer}: expected a Tensor, got {type(x).__name__}")
         if x.device != self.U.device:

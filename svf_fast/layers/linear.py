@@ -34,7 +34,7 @@ class SVFLinear(Factored):
     def from_linear(
         cls, linear: nn.Linear, strategy: str = "auto", factors: Factors | None = None
     ) -> SVFLinear:
-        """The layer that computes what ``linear`` computes, to rounding; shares no memory with it.
+        """Return the layer that computes what ``linear`` does, to rounding; shares no memory.
 
         Raises TypeError when ``linear`` is not an ``nn.Linear``.
         """
@@ -74,7 +74,7 @@ class SVFLinear(Factored):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def merged(self) -> nn.Linear:
-        """The plain ``nn.Linear`` with the composed weight; shares no memory with this layer."""
+        """Return the plain ``nn.Linear`` with the composed weight; shares no memory with it."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )

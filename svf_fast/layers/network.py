@@ -44,7 +44,7 @@ class Network:
         return Network, ()
 
     def join(self, layer: Factored) -> None:
-        """Takes a layer in, which leaves the network it was in."""
+        """Take a layer in, which leaves the network it was in."""
         former = layer.__dict__.get("network")
         if former is not None:
             former._layers = [ref for ref in former._layers if ref() not in (None, layer)]
@@ -52,14 +52,14 @@ class Network:
         self._layers.append(weakref.ref(layer))
 
     def layers(self, device: torch.device) -> list[Factored]:
-        """Those on a device that are alive, in the order they came."""
+        """Return those on a device that are alive, in the order they came."""
         alive = (ref() for ref in self._layers)
         return [x for x in alive if x is not None and x.S.device == device]
 
     def follow(self, device: torch.device, moved: bool) -> None:
-        """Plans for the values of S that have come from a GPU; with ``moved`` sends for new ones.
+        """Plan for the values of S that have come from a GPU; with ``moved`` send for new ones.
 
-        Nothing is waited for: the guarded directions follow a change of S or two behind. An
+        Does not synchronize: the guarded directions follow a change of S or two behind. An
         optimizer step moves S by far less than the guard's margin.
         """
         arrival = self._arrivals.get(device)
@@ -79,16 +79,16 @@ class Network:
         arrival.start(layers)
 
     def forget(self) -> None:
-        """Leaves values unread that are on their way from a GPU: others have been set since."""
+        """Leave values unread that are on their way from a GPU: others have been set since."""
         self._arrivals.clear()
 
     def to_compose(self, dtype: torch.dtype, device: torch.device) -> list[Factored]:
-        """The layers on a GPU whose W was asked for in a dtype and is not there."""
+        """Return the layers on a GPU whose W was asked for in a dtype and is missing."""
         found = self.layers(device)
         return [x for x in found if dtype not in x.values.made and x.composes(dtype)]
 
     def compose(self, layers: list[Factored], dtype: torch.dtype) -> None:
-        """Makes W of some layers on one GPU, scaled where it was asked for so, in one launch."""
+        """Make W of some layers on one GPU, scaled where it was asked for so, in one launch."""
         entries = [layer.entry(dtype) for layer in layers]
         table, programs = self._together(entries, dtype)
 
@@ -106,7 +106,7 @@ class Network:
             layer.values.made[dtype] = Made(entry.scale, False, weight, scaled)
 
     def prepare(self) -> None:
-        """Sends GPUs what :meth:`compose_captured` needs: nothing can be sent during a capture."""
+        """Send GPUs what :meth:`compose_captured` needs: nothing can be sent during a capture."""
         for device in self._devices():
             if guarded := self._guarded(device):
                 self._guards(guarded)
@@ -114,7 +114,7 @@ class Network:
                 self._together([layer.entry(dtype) for layer in layers], dtype)
 
     def compose_captured(self, device: torch.device) -> None:
-        """Puts W of all layers in use into a CUDA graph, and the test that their guards suffice."""
+        """Put W of all layers in use into a CUDA graph, and the test that their guards suffice."""
         self._forget_made(device)  # of values before the capture
         if guarded := self._guarded(device):
             S = torch.cat([layer.S.detach() for layer in guarded])
@@ -124,12 +124,12 @@ class Network:
         self.composed = True
 
     def end_capture(self, device: torch.device) -> None:
-        """Forgets W of the graph, which has values only when that runs."""
+        """Forget W of the graph, which has values only when that runs."""
         self.composed = False
         self._forget_made(device)
 
     def _forget_made(self, device: torch.device) -> None:
-        """Of all layers whose S trains: weights are made anew when they are asked for."""
+        """Drop W of all layers whose S trains: it is made anew when it is asked for."""
         for layer in self.layers(device):
             if layer.S.requires_grad:
                 layer.values.made.clear()
@@ -139,19 +139,19 @@ class Network:
         return {x.S.device for x in alive if x is not None and maps.on_gpu(x.S)}
 
     def _in_use(self, device: torch.device) -> list[tuple[torch.dtype, list[Factored]]]:
-        """The layers whose S trains, by the dtype that their W was asked for in."""
+        """Group the layers whose S trains by the dtype that their W was asked for in."""
         layers = [layer for layer in self.layers(device) if layer.S.requires_grad]
         dtypes = dict.fromkeys(dtype for layer in layers for dtype in layer.values.scales)
         found = ((dtype, [x for x in layers if x.composes(dtype)]) for dtype in dtypes)
         return [(dtype, composing) for dtype, composing in found if composing]
 
     def _guarded(self, device: torch.device) -> list[Factored]:
-        """The layers that divide by values of S."""
+        """Return the layers that divide by values of S."""
         layers = [layer for layer in self.layers(device) if layer.S.requires_grad]
         return [x for x in layers if x.plan is not None and x.plan.strategy == "gram"]
 
     def _guards(self, layers: list[Factored]) -> tuple[Tensor, Tensor]:
-        """``guarded`` and ``layers`` of :func:`svf_fast.ops.guard.guards_hold`."""
+        """Return ``guarded`` and ``layers`` of :func:`svf_fast.ops.guard.guards_hold`."""
 
         def make() -> tuple[Tensor, Tensor]:
             starts = itertools.accumulate((x.S.numel() for x in layers), initial=0)
@@ -167,7 +167,7 @@ class Network:
         return self._kept(("guards", layers[0].S.device), plans, make)
 
     def _together(self, entries: list[Entry], dtype: torch.dtype) -> tuple[Tensor, Programs]:
-        """Where the operands are, as a GPU reads it, and programs; anew when one has moved."""
+        """Return the table of the operands' addresses, and programs; anew when one has moved."""
         operands = [x for U, S, V, _, scale in entries for x in (U, S, V, scale)]
         pointers = tuple(0 if x is None else x.data_ptr() for x in operands)
 
@@ -177,7 +177,7 @@ class Network:
         return self._kept((dtype, len(entries), pointers[0]), pointers, make)
 
     def _kept(self, at: Hashable, key: tuple, make: Callable[[], Any]) -> Any:
-        """What was made for a key, or is made for it now; of an older key it is dropped."""
+        """Return what was made for a key, or make it now and drop that of an older key."""
         found = self._made.get(at)
         if found is not None and found[0] == key:
             return found[1]
@@ -195,7 +195,7 @@ class Network:
 
 
 def assert_guarded(S: Tensor, guarded: Tensor, layers: Tensor) -> None:
-    """Stops, when the device comes to it, where guarded directions no longer suffice.
+    """Stop, when the device comes to it, where guarded directions no longer suffice.
 
     Arguments as of :func:`svf_fast.ops.guard.guards_hold`.
     """
@@ -221,7 +221,7 @@ class _Arrival:
         self.owed = False  # whether values have been asked for while others were on their way
 
     def start(self, layers: list[Factored]) -> None:
-        """Not while others are on their way: then once the host, which is ahead, has read them."""
+        """Send for the values of S; while others are on their way, once the host has read those."""
         self.owed = self._event is not None
         if self.owed:
             return
@@ -234,7 +234,7 @@ class _Arrival:
         self._event.record(torch.cuda.current_stream(sent.device))
 
     def taken(self) -> list[tuple[Factored, Tensor]]:
-        """The layers with their values, once they are here."""
+        """Return the layers with their values, once these have arrived."""
         if self._event is None or self._values is None or not self._event.query():
             return []
         self._event = None

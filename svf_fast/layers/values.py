@@ -13,7 +13,7 @@ from svf_fast.ops.factors import Constants, Kind
 
 
 class Seen:
-    """Tensors as they were: one that is replaced, moved or written to is another.
+    """A snapshot of tensors, which one that is replaced, moved or written to no longer fits.
 
     It keeps them, so that nothing else takes their addresses.
     """
@@ -26,7 +26,7 @@ class Seen:
         self._seen = [(x, x.data_ptr(), x._version) for x in tensors]
 
     def holds(self, *tensors: Tensor) -> bool:
-        """Whether these are they."""
+        """Tell whether these are the same tensors, unchanged."""
         if len(self._seen) != len(tensors):
             return False
         for (x, pointer, version), now in zip(self._seen, tensors, strict=True):
@@ -82,11 +82,11 @@ class Values:
         self._taken: set[torch.dtype] = set()
 
     def are(self, S: Tensor, values: bytes) -> bool:
-        """Whether S on the CPU and its bytes are these."""
+        """Tell whether S on the CPU and its bytes are these."""
         return self.seen.holds(S) and values == self.S
 
     def moved(self, seen: Seen, S: bytes | None) -> None:
-        """Drops what was made of other values; what nobody took of it is asked for no more."""
+        """Drop what was made of other values, and forget the dtypes that nobody took."""
         self.seen, self.S = seen, S
         for dtype in self.made.keys() - self._taken:
             del self.scales[dtype]
@@ -94,7 +94,7 @@ class Values:
         self._taken.clear()
 
     def take(self, dtype: torch.dtype, scale: Tensor | None, chain: bool) -> Made | None:
-        """What was made, where it is what is asked for."""
+        """Return what was made, if it is what is asked for."""
         made = self.made.get(dtype)
         if made is None or made.chain != chain or not (scale is None or made.scale is scale):
             return None

@@ -21,7 +21,7 @@ def activation_gradients(
     before: Reader | None,
     after: Reader | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The way back through ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
+    """Differentiate ``x = relu(y · scale + shift)``, and compute dS of the layers on both sides.
 
     grad = dL/dx and y [N, C, H, W] of one dense layout, scale and shift [C] -> ``g = dL/dy``, and
     as far as they are asked for ``scale_gradient`` of g and y, for the layer that made y, and of x
@@ -48,7 +48,7 @@ def activation_gradients_by_gram(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """:func:`activation_gradients` in the place of grad, one after the other."""
+    """Compute :func:`activation_gradients` in place of grad, one after the other."""
     nothing = scale.new_empty(0)
     behind = nothing
     if after:

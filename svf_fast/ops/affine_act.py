@@ -1,4 +1,4 @@
-"""Affine map, residual sum, ReLU and its 1-bit mask in one pass, and the way back in another.
+"""Affine map, residual sum, ReLU and its 1-bit mask in one pass, and its gradient in another.
 
 The frozen batch norm after a convolution is the affine map ``y·scale_c + shift_c``. Neither its
 input nor its output need be kept for the ReLU's gradient: either y is there for another reason
@@ -24,7 +24,7 @@ def affine_act(
     relu: bool = True,
     mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``out = relu(y·scale_c + shift_c + residual·residual_scale_c)``, and where it is positive.
+    """Compute ``out = relu(y·scale_c + shift_c + residual·residual_scale_c)``, and its sign bits.
 
     y, residual [N, C, *spatial] of one dtype; scale, shift, residual_scale [C] in float32 (float64
     for float64) -> out [N, C, *spatial] in the dtype and memory format of y, and the mask: one bit
@@ -48,7 +48,7 @@ def affine_act_(
     relu: bool = True,
     mask: bool = False,
 ) -> Tensor:
-    """:func:`affine_act` in the place of y, which must be contiguous or channels_last -> mask."""
+    """Compute :func:`affine_act` in place of y, which is contiguous or channels_last -> mask."""
     _check("affine_act_", y, scale, shift, residual, residual_scale)
     _check_writable("affine_act_", "y", y)
     return torch.ops.svf_fast.affine_act_(
@@ -64,7 +64,7 @@ def affine_act_backward(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``dL/dy = scale_c · grad`` where the ReLU passed, else 0, from y or from the mask.
+    """Compute ``dL/dy = scale_c · grad`` where the ReLU passed, else 0, from y or from the mask.
 
     grad [N, C, *spatial] is dL/dout. With ``y`` (and its scale and shift) the sign is computed
     again. With ``mask`` grad must have the memory format ``out`` had, and without ``scale`` the
@@ -83,7 +83,7 @@ def affine_act_backward_(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """:func:`affine_act_backward` in the place of grad, contiguous or channels_last; returns it."""
+    """Compute :func:`affine_act_backward` in place of grad, contiguous or channels_last."""
     _check_backward("affine_act_backward_", grad, y, mask, scale, shift)
     _check_writable("affine_act_backward_", "grad", grad)
     torch.ops.svf_fast.affine_act_backward_(grad, y, mask, scale, shift)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from svf_fast.ops import maps
 from svf_fast.ops.activation_gradients import activation_gradients
 from svf_fast.ops.convolution import convolution, memory_format
-from svf_fast.ops.factors import Activation, Gradient, Kept, Kind, SVFConvolution
+from svf_fast.ops.factors import Activation, Flow, Gradient, Kept, Kind, SVFConvolution
 from svf_fast.ops.node import keeps_graph, no_autocast, unpack_saved
 from svf_fast.ops.pointwise import Extras, fuses, pointwise
 from svf_fast.ops.program import Programs, runs_programs
@@ -75,7 +75,7 @@ class Keeps(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What of a block is not a tensor.
+    """How a block computes: everything but its tensors.
 
     kinds: of each stage, that of the shortcut last if it has one.
     shortcut: what is added before the last ReLU: "" (nothing), "identity" (x), "given" (a map), or
@@ -153,7 +153,7 @@ def block(
 
 
 class _Block(torch.autograd.Function):
-    """The stages come as they are, with S of each as what is differentiated, or all as tensors."""
+    """The node. It takes the stages and S of each, to be differentiated; traced, all as tensors."""
 
     @staticmethod
     def forward(ctx, x, shortcut_x, form, stages, programs, *tensors):
@@ -347,13 +347,6 @@ def _rebuilds_input(form: Form, stages: Sequence[Stage], index: int, y: Tensor) 
     return fuses(y, conv.weight, conv.kind.geometry, extras)
 
 
-class _Flow(NamedTuple):
-    """What arrives at a stage: dL/dy, and its dL/dS [G, R] where that was read off on the way."""
-
-    grad_y: Gradient
-    read_off: Tensor | None = None
-
-
 def _backward_pass(
     past: Past,
     every: Sequence[Stage],
@@ -374,11 +367,12 @@ def _backward_pass(
     # masks are in the memory order of what left a stage; a gradient may have taken another
     grad = grad.contiguous(memory_format=past.formats[-1])
     total = Gradient(grad, last.mask if form.relu and form.shortcut else None)  # of the sum
-    flow = _Flow(total)
+    flow = Flow(total)
     if form.relu and not form.shortcut:
-        flow = _Flow(Gradient(_relu_gradient(grad, stages[-1], last)))
+        flow = Flow(Gradient(_relu_gradient(grad, stages[-1], last)))
     grads_S: list[Tensor | None] = [None] * len(every)
     for index in reversed(range(1, len(stages))):
+        flow = stages[index].conv.through_U(flow, kept[index].v)
         grads_S[index], flow = _through_stage(stages, kept, index, flow, past)
 
     into = total if form.shortcut == "identity" and form.relu else None  # a map of this node's own
@@ -386,13 +380,14 @@ def _backward_pass(
     if shortcut is not None:
         own_x = past.shortcut_shape is not None
         shape = past.shortcut_shape or past.shapes[0]
-        found, grads_S[-1] = shortcut.conv.backward(total, shape, kept[-1].kept(), needs[own_x])
+        arriving, own = Flow(total), kept[-1].kept()
+        found, grads_S[-1] = shortcut.conv.backward(arriving, shape, own, needs[own_x])
         if own_x:
             grad_shortcut_x = found
         elif found is not None:
             into = Gradient(found)
     grad_x, grads_S[0] = stages[0].conv.backward(
-        flow.grad_y, past.shapes[0], kept[0].kept(), needs[0], into, flow.read_off
+        flow, past.shapes[0], kept[0].kept(), needs[0], into
     )
     if grad_x is not None and form.shortcut == "identity" and not form.relu:
         grad_x = grad_x + total.tensor()
@@ -400,19 +395,18 @@ def _backward_pass(
 
 
 def _through_stage(
-    stages: Sequence[Stage], kept: Sequence[Maps], index: int, flow: _Flow, past: Past
-) -> tuple[Tensor | None, _Flow]:
+    stages: Sequence[Stage], kept: Sequence[Maps], index: int, flow: Flow, past: Past
+) -> tuple[Tensor | None, Flow]:
     """Compute dL/dS of a stage after the first, and what arrives at the stage before it.
 
-    Its input is ``x = relu(y·scale + shift)`` of the stage before.
+    flow: past U. The stage's input is ``x = relu(y·scale + shift)`` of the stage before.
     """
     conv, (before, scale, shift) = stages[index].conv, stages[index - 1]
     _, _, y, mask = kept[index - 1]
     own = kept[index].kept(_rebuilt_input(conv, stages[index - 1], y))
-    grad_y, grad_S = conv.through_U(flow.grad_y, own)
-    grad_x = conv.input_gradient(grad_y, past.shapes[index])
-    if grad_S is None and not conv.kind.samples:
-        grad_S = conv.scale_gradient(grad_y, own, flow.read_off)
+    grad_x = conv.input_gradient(flow.grad_y, past.shapes[index])
+    if not conv.kind.samples:
+        grad_S = conv.scale_gradient(flow, own)
 
     of_before = read_off = None  # dL/dS [G, R] of the stage before; of this one, if it samples
     if conv.kind.strides:
@@ -428,8 +422,8 @@ def _through_stage(
         grad_x, of_before, found = activation_gradients(grad_x, y, scale, shift, of_y, of_x)
         read_off = found if read_off is None else read_off
     if conv.kind.samples:
-        grad_S = conv.scale_gradient(grad_y, own, read_off)
-    return grad_S, _Flow(Gradient(grad_x), of_before)
+        grad_S = conv.scale_gradient(Flow(flow.grad_y, read_off), own)
+    return grad_S, Flow(Gradient(grad_x), of_before)
 
 
 def _relu_gradient(grad: Tensor, stage: Stage, kept: Maps) -> Tensor:

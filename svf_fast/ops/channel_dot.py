@@ -12,7 +12,7 @@ from svf_fast.ops.maps import check_maps
 
 
 def channel_dot(a: Tensor, b: Tensor) -> Tensor:
-    """``out_c = Σ_{n,p} a_ncp · b_ncp``.
+    """Compute ``out_c = Σ_{n,p} a_ncp · b_ncp``.
 
     a, b [N, C, *spatial] of one dtype -> [C], in float32 (float64 for float64). One read of each;
     contiguous and channels_last maps are read as they lie, other strides are copied first, and
@@ -26,7 +26,7 @@ def channel_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def channel_dot_scale_(a: Tensor, v: Tensor, s: Tensor) -> Tensor:
-    """``out_c = Σ_{n,p} a_ncp · v_ncp``, and in the same pass ``a_ncp ← a_ncp · s_c``.
+    """Compute ``out_c = Σ_{n,p} a_ncp · v_ncp``, and in the same pass ``a_ncp ← a_ncp · s_c``.
 
     a, v [N, C, *spatial] of one dtype, s [C] in float32 (float64 for float64) -> [C], dtype of s.
     The backward of `chain`: with ``a = Uᵀg`` it returns dS and leaves ``S ⊙ a``, at one read of

@@ -15,7 +15,7 @@ from svf_fast.ops.convolution import channels_innermost
 def compose(
     U: Tensor, S: Tensor, V: Tensor, groups: int, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """W = ``U diag(S) V`` [Co, Ci/G, *kernel] in ``dtype``, and scale ⊙ W where a scale is given.
+    """Compute W = ``U diag(S) V`` [Co, Ci/G, *kernel] in ``dtype``, and scale ⊙ W if given a scale.
 
     scale [Co] in float32 (float64 for float64). Multiplied in float32 at least, rounded once. Not
     differentiable. On a GPU one kernel reads the factors and writes both, in V's order of memory.
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def compose_all(entries: Sequence[Entry], dtype: torch.dtype, table: Tensor) -> list[Tensor | None]:
-    """:func:`compose` of several layers on one GPU in one launch, the two of each in turns.
+    """Compute :func:`compose` of several layers on one GPU in one launch, the two of each in turns.
 
     Up to float32. table: of :func:`compose_table` for entries at the same addresses, sent to the
     GPU.
@@ -47,12 +47,12 @@ def compose_all(entries: Sequence[Entry], dtype: torch.dtype, table: Tensor) -> 
 
 
 def compose_table(entries: Sequence[Entry], dtype: torch.dtype) -> Tensor:
-    """Addresses and sizes for :func:`compose_all`, on the CPU."""
+    """Tabulate addresses and sizes for :func:`compose_all`, on the CPU."""
     return _table(entries, dtype)
 
 
 def scaled_columns(U: Tensor, S: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """``U diag(S)`` as the weight [Co, R, 1, 1] of a grouped 1×1 convolution, in ``dtype``."""
+    """Compute ``U diag(S)`` in ``dtype`` as the weight [Co, R, 1, 1] of a grouped convolution."""
     wide = torch.promote_types(dtype, torch.float32)
     columns = U.to(wide).reshape(groups, -1, U.shape[1])
     scaled = columns * S.detach().to(wide).reshape(groups, 1, -1)
@@ -62,7 +62,7 @@ def scaled_columns(U: Tensor, S: Tensor, groups: int, dtype: torch.dtype) -> Ten
 def compose_by_definition(
     U: Tensor, S: Tensor, V: Tensor, groups: int, dtype: torch.dtype, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """For devices without a kernel, and float64 on a GPU."""
+    """Compose on devices without a kernel, and float64 on a GPU."""
     wide = svd.compose(U, S, V, groups)
     rows = None if scale is None else scale.reshape(-1, *[1] * (V.dim() - 1))
     scaled = wide.new_empty(0) if rows is None else wide * rows

@@ -25,12 +25,12 @@ class Geometry(NamedTuple):
         return self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
     def pointwise(self) -> Geometry:
-        """The geometry of the 1×1 convolution that follows this one."""
+        """Return the geometry of the 1×1 convolution that follows this one."""
         return Geometry(groups=self.groups)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Dense in channels_last order, and not in the default order at the same time."""
+    """Tell whether x is dense in channels_last order, and not in the default order too."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -39,7 +39,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def match_layout(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight in the memory format of x: a backend takes its output's format from either."""
+    """Return the weight in the memory format of x: a backend takes its output's from either."""
     if not is_channels_last(x):
         return weight.contiguous()
     in_channels, height, width = weight.shape[1:]
@@ -50,7 +50,7 @@ def match_layout(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def directions_last(V: Tensor) -> Tensor:
-    """V [G·R, Ci/G, *kernel] with its directions innermost in memory, and channels next to them.
+    """Lay V [G·R, Ci/G, *kernel] out with directions innermost in memory, channels next to them.
 
     So tensor cores take it from memory as it is, because the product U diag(S) V sums over the
     directions; and W, in V's order of the rest, is a weight for channels_last maps.
@@ -60,25 +60,25 @@ def directions_last(V: Tensor) -> Tensor:
 
 
 def directions_first(V: Tensor) -> Tensor:
-    """V as a convolution's weight lies: the directions outermost, the rest as it lay."""
+    """Lay V out as a convolution's weight: the directions outermost, the rest as it lay."""
     order = _order(V)
     return V.permute(order).contiguous().permute([order.index(dim) for dim in range(V.dim())])
 
 
 def channels_innermost(V: Tensor) -> bool:
-    """Whether V [G·R, Ci/G, kh, kw] has its channels inside its positions in memory."""
+    """Tell whether V [G·R, Ci/G, kh, kw] has its channels inside its positions in memory."""
     if V.dim() != 4 or V.shape[2:].numel() == 1 or V.shape[1] == 1:
         return False
     return V.stride(1) < V.stride(3 if V.shape[3] > 1 else 2)
 
 
 def _order(V: Tensor) -> list[int]:
-    """Dimensions from outermost to innermost, the first one first: channels last, or as written."""
+    """Order V's dimensions from outermost to innermost: channels last, or as written."""
     return [0, 2, 3, 1] if channels_innermost(V) else list(range(V.dim()))
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """``conv2d`` of x [N, Ci, H, W] with weight [Co, Ci/G, kh, kw] -> [N, Co, Ho, Wo]."""
+    """Compute ``conv2d`` of x [N, Ci, H, W] with weight [Co, Ci/G, kh, kw] -> [N, Co, Ho, Wo]."""
     if bias is None and _is_product(x, weight, geometry):
         return _product(weight.flatten(1), x)
     return functional.conv2d(
@@ -99,7 +99,7 @@ def convolution_input_gradient(
     geometry: Geometry,
     into: Tensor | None = None,
 ) -> Tensor:
-    """dL/dx ``[N, Ci, H, W] = shape`` from dL/dy [N, Co, Ho, Wo]; x itself is not needed.
+    """Compute dL/dx ``[N, Ci, H, W] = shape`` from dL/dy [N, Co, Ho, Wo]; needs no x.
 
     With ``into``, a map of that shape, the gradient is added to it in place.
     """
@@ -127,14 +127,14 @@ def convolution_input_gradient(
 
 
 def _like(x: Tensor, shape: torch.Size) -> Tensor:
-    """Uninitialised, in the memory format of x; on the CPU a single element stands for all."""
+    """Return an empty map in the memory format of x; on the CPU one element stands for all."""
     if x.device.type == "cpu":
         return x.new_empty(1).expand(shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a matrix product does it: 1×1 on the CPU, where BLAS beats oneDNN's convolution."""
+    """Tell whether a matrix product does it: 1×1 on the CPU, where BLAS beats oneDNN."""
     return (
         x.is_cpu
         and weight.shape[-1] == weight.shape[-2] == 1
@@ -145,7 +145,7 @@ def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _accumulates(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a GPU's matrix product adds to a map as it writes it: 1×1, 16-bit, channels_last.
+    """Tell whether a GPU's matrix product adds to a map it writes: 1×1, 16-bit, channels_last.
 
     A product in float32 has another switch for TF32 than a convolution.
     """
@@ -160,7 +160,7 @@ def _accumulates(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _product(matrix: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-    """``Σ_c matrix_dc x_ncp``: [D, C], [N, C, H, W] -> [N, D, H, W], in the memory format of x.
+    """Compute ``Σ_c matrix_dc x_ncp``: [D, C], [N, C, H, W] -> [N, D, H, W], laid out as x.
 
     With ``into`` it is added to that map; on a GPU both are channels_last.
     """
@@ -189,7 +189,7 @@ def _(out: Tensor, x: Tensor, weight: Tensor) -> None:
 def convolution_weight_gradient(
     grad_y: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
 ) -> Tensor:
-    """dL/dW [Co, Ci/G, kh, kw] from dL/dy [N, Co, Ho, Wo] and x [N, Ci, H, W]."""
+    """Compute dL/dW [Co, Ci/G, kh, kw] from dL/dy [N, Co, Ho, Wo] and x [N, Ci, H, W]."""
     return torch.ops.aten.convolution_backward(
         grad_y,
         x,

@@ -15,7 +15,7 @@ _TILE = 1024  # query positions compared at once where there is no kernel
 
 
 def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    """Largest cosine of each query position to any masked support position.
+    """Compute the largest cosine of each query position to any masked support position.
 
     With s'_j = mask_j·s_j:  out_i = max_j (q_i·s'_j) / (|q_i||s'_j| + 1e-7)   (PFENet, section 3.2)
 
@@ -78,20 +78,20 @@ def _(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _(
     grad: Tensor, query: Tensor, support: Tensor, mask: Tensor, values: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # the kernel's layout: that of the query, where its channels are neighbours
+    # the kernel's layout: that of the query, where its channels are neighbors
     if query.shape[1] > 1 and query.stride(1) == 1 and query.stride(2) > 1:
         return query.new_empty(query.mT.shape).mT, support.new_empty(support.mT.shape).mT
     return query.new_empty(query.shape), support.new_empty(support.shape)
 
 
 def tiled_cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition a tile of query positions at a time, for devices without a kernel."""
+    """Compute the definition by tiles of query positions, for devices without a kernel."""
     dtype = _result_dtype(query)
     shape = query.shape[0], query.shape[2]
     values = query.new_empty(shape, dtype=dtype)
     index = query.new_empty(shape, dtype=torch.int64)
     with torch.autocast(query.device.type, enabled=False):
-        # a choice, not a product: the features of a masked position do not count, NaN neither
+        # a choice, not a product: the features of a masked position are ignored, NaN too
         masked = torch.where(mask.unsqueeze(1) != 0, support.to(dtype) * mask.unsqueeze(1), 0)
         norms = masked.norm(dim=1).unsqueeze(1)
         for first in range(0, query.shape[2], _TILE):
@@ -106,7 +106,7 @@ def tiled_cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tens
 def paired_cosine_max_backward(
     grad: Tensor, query: Tensor, support: Tensor, mask: Tensor, values: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the pairs of each maximum, for devices without a kernel."""
+    """Compute the gradients of the pairs of each maximum, for devices without a kernel."""
     dtype = grad.dtype
     q = query.to(dtype)
     weight = mask.gather(1, index).unsqueeze(1)

@@ -49,7 +49,7 @@ def reads_input(weight_shape: torch.Size, geometry: Geometry) -> bool:
 
 
 class Kind(NamedTuple):
-    """What of an SVF convolution is not a tensor.
+    """How an SVF convolution computes: everything but its tensors.
 
     strategy: "fold", "chain", "gram", or "frozen" where S takes no gradient.
     keeps: the map that the gradient of S is read off: x (as sampled), v, y, or "" (none of them).
@@ -175,7 +175,7 @@ class Gradient:
         self.value, self.mask = value, mask
 
     def tensor(self) -> Tensor:
-        """Return the gradient itself, and keep it in the place of value and mask."""
+        """Return the gradient itself, which replaces value and mask from now on."""
         if self.mask is not None:
             masked = torch.ops.svf_fast.affine_act_backward.default
             self.value, self.mask = masked(self.value, None, self.mask, None, None), None
@@ -197,6 +197,17 @@ class Kept(NamedTuple):
     x: Activation | None
     v: Tensor | None
     y: Tensor | None
+
+
+class Flow(NamedTuple):
+    """What arrives at a convolution in the backward pass: dL/dy, and dL/dS where it is known.
+
+    grad_S: [G·R] of ``chain``, which :meth:`SVFConvolution.through_U` computes; or [G, R] of
+    ``gram`` as it was read off a matrix, guarded directions apart.
+    """
+
+    grad_y: Gradient
+    grad_S: Tensor | None = None
 
 
 class SVFConvolution(NamedTuple):
@@ -276,33 +287,28 @@ class SVFConvolution(NamedTuple):
 
     def backward(
         self,
-        grad_y: Gradient,
+        flow: Flow,
         shape: torch.Size,
         kept: Kept,
         needs_x: bool = True,
         into: Gradient | None = None,
-        read_off: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute dL/dx of ``shape``, added to ``into``, and dL/dS.
-
-        ``read_off``: dL/dS [G, R] as :meth:`scale_gradient` takes it.
-        """
-        grad_y, grad_S = self.through_U(grad_y, kept)
+        """Compute dL/dx of ``shape``, added to ``into``, and dL/dS."""
+        flow = self.through_U(flow, kept.v)
         if self.kind.samples:  # its matrix wants its own gradient alone
-            sampled = self.input_gradient(grad_y, shape)
-            grad_S = self.scale_gradient(grad_y, kept, self.read_off(kept.x, sampled))
+            sampled = self.input_gradient(flow.grad_y, shape)
+            flow = Flow(flow.grad_y, self.read_off(kept.x, sampled))
+            grad_S = self.scale_gradient(flow, kept)
             into_x = None if into is None else into.tensor()
             return self.spread(sampled, shape, into_x) if needs_x else None, grad_S
-        grad_x = self.input_gradient(grad_y, shape, into) if needs_x else None
-        if grad_S is None:
-            grad_S = self.scale_gradient(grad_y, kept, read_off)
-        return grad_x, grad_S
+        grad_x = self.input_gradient(flow.grad_y, shape, into) if needs_x else None
+        return grad_x, self.scale_gradient(flow, kept)
 
-    def through_U(self, grad_y: Gradient, kept: Kept) -> tuple[Gradient, Tensor | None]:
-        """Compute ``S ⊙ (Uᵀ dL/dy)`` and dL/dS of ``chain``; others return dL/dy as it is."""
+    def through_U(self, flow: Flow, v: Tensor | None) -> Flow:
+        """Compute ``S ⊙ (Uᵀ dL/dy)`` and dL/dS of ``chain``; others return the flow as it is."""
         if self.kind.strategy != "chain":
-            return grad_y, None
-        v, left, grad = kept.v, self.constants.left, grad_y.tensor()
+            return flow
+        left, grad = self.constants.left, flow.grad_y.tensor()
         assert v is not None and left is not None
         factor = self.S.detach().to(torch.promote_types(grad.dtype, torch.float32))
         geometry = self.kind.geometry.pointwise()
@@ -311,7 +317,7 @@ class SVFConvolution(NamedTuple):
         else:
             grad = convolution(grad, left, None, geometry)
             grad_S = channel_dot_scale_(grad, v, factor)
-        return Gradient(grad), grad_S.to(self.S.dtype)
+        return Flow(Gradient(grad), grad_S.to(self.S.dtype))
 
     def input_gradient(
         self, grad_y: Gradient, shape: torch.Size, into: Gradient | None = None
@@ -352,22 +358,20 @@ class SVFConvolution(NamedTuple):
         into[:, :, ::rows, ::columns].add_(sampled)
         return into
 
-    def scale_gradient(
-        self, grad_y: Gradient, kept: Kept, read_off: Tensor | None = None
-    ) -> Tensor | None:
-        """Compute dL/dS [G·R] of ``gram`` and ``fold`` in the dtype of S.
+    def scale_gradient(self, flow: Flow, kept: Kept) -> Tensor | None:
+        """Compute dL/dS [G·R] in the dtype of S, of the flow that :meth:`through_U` returned.
 
-        ``read_off``: dL/dS [G, R] that :meth:`read_off` returned; needed where it samples, else
-        computed from dL/dy and y where it is None. In it the guarded directions, for which nothing
-        may be divided, get ``Σ_p v_T ⊙ (U_Tᵀ g)``.
+        Where it samples dL/dS has been read off already. In what was read off the guarded
+        directions, for which nothing may be divided, get ``Σ_p v_T ⊙ (U_Tᵀ g)``.
         """
-        if self.kind.strategy == "frozen":
-            return None
+        grad_y, grad_S = flow
+        if self.kind.strategy in ("chain", "frozen"):
+            return grad_S
         if self.kind.strategy == "fold":
             assert kept.x is not None
             return self._by_weight(grad_y.tensor(), kept.x.tensor())
-        if read_off is None:
-            read_off = self.read_off(Activation(grad_y.tensor()), kept.y)
+        if grad_S is None:
+            grad_S = self.read_off(Activation(grad_y.tensor()), kept.y)
         _, _, _, _, _, tail, tail_U, tail_V = self.constants
         if tail is not None:
             assert tail_U is not None and tail_V is not None
@@ -378,8 +382,8 @@ class SVFConvolution(NamedTuple):
             assert v is not None
             grad_v = grad_y.convolved(tail_U, self.kind.geometry.pointwise())
             exact = channel_dot(grad_v, v).reshape(tail.shape)
-            read_off = read_off.scatter_(1, tail, exact.to(read_off.dtype))
-        return read_off.reshape(-1).to(self.S.dtype)
+            grad_S = grad_S.scatter_(1, tail, exact.to(grad_S.dtype))
+        return grad_S.reshape(-1).to(self.S.dtype)
 
     def read_off(self, a: Activation | None, b: Tensor | None) -> Tensor:
         """Read dL/dS [G, R] of ``gram`` off the matrix of dL/dy and y, or of x and dL/dx."""

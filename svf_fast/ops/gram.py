@@ -18,7 +18,7 @@ def gram(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``M = Σ_p a'_p b_pᵀ`` over images and positions, one matrix per group.
+    """Compute ``M = Σ_p a'_p b_pᵀ`` over images and positions, one matrix per group.
 
     With scale and shift, ``a' = relu(a · scale + shift)`` per channel, rounded to the dtype of a:
     an activation rebuilt as it is read. Without, a' = a.
@@ -43,7 +43,7 @@ def gram(
 def gram_by_images(
     a: Tensor, b: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """The definition an image at a time, for devices without a kernel: one widened copy of one."""
+    """Compute the definition by images, for devices without a kernel: one widened copy of one."""
     with torch.autocast(a.device.type, enabled=False):
         total = definition(a[:1], b[:1], groups, scale, shift)
         for image in range(1, a.shape[0]):

@@ -9,7 +9,7 @@ from svf_fast.reference.gram_gradient import gram_gradient as definition
 
 
 def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
-    """``dS_r = left_rᵀ M right_r / S_r``: ``colsum(left ⊙ (M right)) / S``, per group.
+    """Compute ``dS_r = left_rᵀ M right_r / S_r``: ``colsum(left ⊙ (M right)) / S``, per group.
 
     M [G, Ca, Cb] in float32 or float64, left [G, Ca, R], right [G, Cb, R], S [G, R] -> [G, R] in
     the dtype of M. The product is made 512 directions at a time. Not differentiable.
@@ -19,7 +19,7 @@ def gram_gradient(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
 
 
 def gram_gradient_by_definition(M: Tensor, left: Tensor, right: Tensor, S: Tensor) -> Tensor:
-    """For devices without a kernel."""
+    """Compute the definition, for devices without a kernel."""
     with torch.autocast(M.device.type, enabled=False):
         return definition(M, left, right, S)
 

@@ -10,7 +10,7 @@ from svf_fast.reference.guard import guards_hold as definition
 
 
 def guards_hold(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Tensor:
-    """:func:`svf_fast.reference.guard.guards_hold`; on a GPU one launch for all layers.
+    """Check :func:`svf_fast.reference.guard.guards_hold`; on a GPU one launch for all layers.
 
     S [n] of any dtype, guarded bool [n], layers int64 [L + 1, 2], all contiguous and on one device
     -> bool [L]. Not differentiable.

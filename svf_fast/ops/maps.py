@@ -14,19 +14,19 @@ TRITON_DTYPES = DTYPES[1:]  # float64 is left to the definitions
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels of a GPU serve x."""
+    """Tell whether the kernels of a GPU serve x."""
     return x.is_cuda
 
 
 def float32_products() -> tuple[str, str]:
-    """torch's switches for products of float32 on a GPU: of convolutions, and of matrices."""
+    """Return torch's switches for float32 products on a GPU: of convolutions, and of matrices."""
     # not `allow_tf32`, which raises once anyone has set `fp32_precision`
     cudnn: Any = torch.backends.cudnn
     return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
 def check_maps(op: str, **maps: Tensor) -> None:
-    """Raises, naming `op` and the argument, unless all are maps of one dtype, shape and device."""
+    """Check that all are maps of one dtype, shape and device; errors name `op` and the argument."""
     (first_name, first), *_ = maps.items()
     for name, value in maps.items():
         if not isinstance(value, Tensor):

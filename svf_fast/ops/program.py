@@ -52,7 +52,7 @@ class Programs:
     def run(
         self, key: Hashable, run_pass: Pass, inputs: Tensors, constants: Callable[[], Tensors]
     ) -> tuple[Sequence[Tensor | None], Any]:
-        """What the pass returns. key: of all that it depends on besides the tensors."""
+        """Return what the pass does. key: of all that it depends on besides the tensors."""
         if not all(map(_is_plain, map(type, inputs))):
             return run_pass()
         at = key, _twins(inputs), *[x if x is None else _layout(x) for x in inputs]
@@ -69,7 +69,7 @@ class Programs:
 
 
 def runs_programs() -> bool:
-    """Whether ops run as they are called: nothing traces, compiles or watches them."""
+    """Tell whether ops run as they are called: nothing traces, compiles or watches them."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -83,7 +83,7 @@ _compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lamb
 
 @functools.cache
 def _is_plain(kind: type) -> bool:
-    """Whether ops on tensors of a type return tensors as others do; None is no tensor."""
+    """Tell whether ops on tensors of a type return plain tensors; None is no tensor."""
     return (
         kind is type(None)
         or kind is Tensor
@@ -96,7 +96,7 @@ def _is_plain(kind: type) -> bool:
 
 
 def _twins(inputs: Tensors) -> tuple[int, ...]:
-    """Which inputs are one tensor: the place of the first of them for each, or nothing."""
+    """Return for each input the place of the first that is the same tensor; () if all differ."""
     there = [id(x) for x in inputs if x is not None]
     if len(set(there)) == len(there):
         return ()
@@ -104,7 +104,7 @@ def _twins(inputs: Tensors) -> tuple[int, ...]:
 
 
 def python_kernel(op: Any, arguments: Sequence[Any]) -> Callable | None:
-    """The function in Python that serves an op of these arguments, if it is one."""
+    """Return the function in Python that serves an op of these arguments, if it is one."""
     first = arguments[0] if arguments else None
     if not isinstance(first, Tensor) or not first.is_cuda:
         return None
@@ -112,12 +112,14 @@ def python_kernel(op: Any, arguments: Sequence[Any]) -> Callable | None:
 
 
 def _layout(x: Tensor) -> tuple:
-    """What ops and kernels decide by; Triton's kernels also by whether 16 divides an address."""
+    """Return what ops and kernels decide by; Triton's also by whether 16 divides an address."""
     return x.shape, x.stride(), x.dtype, x.data_ptr() & 15
 
 
 class _Program(NamedTuple):
-    """code: from the inputs to the results. rest: what the pass returns besides them.
+    """A recorded pass as code.
+
+    code: from the inputs to the results. rest: what the pass returns besides them.
 
     device: the number of the GPU that kernels are to be launched on, None on the CPU.
     """
@@ -163,7 +165,7 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # it is not there: `runs_programs`; to load it takes a second
+        return False  # Dynamo does not run here: `runs_programs`; to load it takes a second
 
     def __init__(self, inputs: Tensors, constants: Tensors) -> None:
         super().__init__()
@@ -182,12 +184,12 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def listening() -> Recorder | None:
-        """The recorder of the pass that runs, if it is recorded."""
+        """Return the recorder of the pass that runs, if it is recorded."""
         mode = _get_current_dispatch_mode()
         return mode if isinstance(mode, Recorder) else None
 
     def launched(self, launch: Callable[..., None], arguments: Sequence[Any]) -> None:
-        """Notes the launch of a kernel, to which a tensor is the address where it begins."""
+        """Note the launch of a kernel, to which a tensor is the address where it begins."""
         read: list[str] = []
         given = [self._text(x, read, address=True) for x in arguments]
         self._calls.append(_Call("", self._bind(launch), ", ".join(given), tuple(read), (), False))
@@ -229,7 +231,7 @@ class Recorder(TorchDispatchMode):
         self._calls.append(_Call(targets, function, text, tuple(read), written, pure))
 
     def _written(self, x: Tensor) -> str:
-        """The name of what a call returned, perhaps a tensor that it was given."""
+        """Name what a call returned, perhaps a tensor that it was given."""
         if x not in self._names:
             self._count += 1
             self._names[x] = f"t{self._count}"
@@ -246,7 +248,7 @@ class Recorder(TorchDispatchMode):
         return self._names[x]
 
     def _bind(self, value: Any, at: Hashable = None) -> str:
-        """The name under which the code reads an object."""
+        """Return the name under which the code reads an object."""
         at = id(value) if at is None else at
         for name, (known, _) in self._bound.items():
             if known == at:
@@ -267,7 +269,7 @@ class Recorder(TorchDispatchMode):
         return self._bind(x)
 
     def compiled(self, count: int, results: Tensors) -> Callable[..., list[Tensor | None]]:
-        """The calls as a function of that many inputs; it frees what is not read any more."""
+        """Compile the calls to a function of that many inputs; it frees what is not read again."""
         source = self.source(count, results)
         used = set(re.findall(r"\bc\d+\b", source))  # others may be given back
         scope = {name: value for name, (_, value) in self._bound.items() if name in used}
@@ -275,7 +277,7 @@ class Recorder(TorchDispatchMode):
         return scope.pop("program")  # which holds the scope: no cycle, so it goes with its plan
 
     def source(self, count: int, results: Tensors) -> str:
-        """That function: names that are given here, names of an op's arguments, and numbers."""
+        """Write that function out of names given here, names of an op's arguments, and numbers."""
         returned = ["None" if x is None else self._name(x) for x in results]
         needed, lines = set(returned), []
         for call in reversed(self._calls):

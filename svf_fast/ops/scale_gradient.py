@@ -20,7 +20,7 @@ def scale_gradient(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``dS_r = left_rᵀ M right_r / S_r`` with ``M = Σ_p a'_p b_pᵀ``, per group.
+    """Compute ``dS_r = left_rᵀ M right_r / S_r`` with ``M = Σ_p a'_p b_pᵀ``, per group.
 
     a, b, scale and shift as for ``gram``; left [G, Ca/G, R], right [G, Cb/G, R], S [G·R] -> [G, R]
     in the dtype that maps are accumulated in, not finite where S is 0. Not differentiable.
@@ -38,7 +38,7 @@ def scale_gradient_by_gram(
     right: Tensor,
     S: Tensor,
 ) -> Tensor:
-    """Two ops, for what has no kernel that does both."""
+    """Compute it by two ops, where no kernel does both."""
     M = gram(a, b, len(left), scale, shift)
     return torch.ops.svf_fast.gram_gradient.default(M, left, right, S.reshape(len(left), -1))
 

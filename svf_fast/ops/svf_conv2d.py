@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from svf_fast.ops.convolution import Geometry, memory_format
-from svf_fast.ops.factors import Activation, Gradient, Kept, SVFConvolution
+from svf_fast.ops.factors import Activation, Flow, Gradient, Kept, SVFConvolution
 from svf_fast.ops.node import keeps_graph, no_autocast, unpack_saved
 from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 
@@ -58,7 +58,7 @@ class _SVFConv2d(torch.autograd.Function):
         with no_autocast(grad_y):
             kept = Kept(None if x is None else Activation(x), v, y)
             needs_x, needs_bias, *_ = ctx.needs_input_grad
-            grad_x, grad_S = conv.backward(Gradient(grad_y), ctx.shape, kept, needs_x)
+            grad_x, grad_S = conv.backward(Flow(Gradient(grad_y)), ctx.shape, kept, needs_x)
             grad_bias = None
             if needs_bias:
                 dtype = torch.promote_types(grad_y.dtype, torch.float32)

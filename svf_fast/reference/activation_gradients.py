@@ -1,4 +1,4 @@
-"""Definition of the way back through an activation, and dS of the layers on both sides."""
+"""Definition of the gradient through an activation, and dS of the layers on both sides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def activation_gradients(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The way back through ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
+    """Differentiate ``x = relu(y · scale + shift)``, and compute dS of the layers on both sides.
 
     grad = dL/dx and y [N, C, *spatial], scale and shift [C]; left, right and S of each side, or
     nothing -> ``g = dL/dy`` [N, C, *spatial], ``scale_gradient`` of g and y, and of x and grad,

@@ -14,7 +14,7 @@ def affine_act(
     residual_scale: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
-    """``relu(y·scale_c + shift_c + residual·residual_scale_c)`` in the dtype of y.
+    """Compute ``relu(y·scale_c + shift_c + residual·residual_scale_c)`` in the dtype of y.
 
     y, residual [N, C, *spatial]; scale, shift, residual_scale [C] -> [N, C, *spatial].
     """
@@ -28,7 +28,7 @@ def affine_act(
 
 
 def pack_mask(out: Tensor) -> Tensor:
-    """The mask of a dense map: bit i % 8 of byte i / 8 says ``not out_i <= 0``, i in memory order.
+    """Pack a dense map's mask: bit i % 8 of byte i / 8 is ``not out_i <= 0``, i in memory order.
 
     out [N, C, *spatial] -> uint8 [numel // 64 · 8 + 16], zeros behind the last element.
     """
@@ -40,7 +40,7 @@ def pack_mask(out: Tensor) -> Tensor:
 
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask as a bool tensor of the shape and memory format of the map it was made of."""
+    """Return the mask as a bool tensor of the shape and memory format of the map it was made of."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = ((mask[:, None] >> shifts) & 1).bool().flatten()[: like.numel()]
     if _is_channels_last(like):
@@ -49,7 +49,7 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def mask_bytes(elements: int) -> int:
-    """Bytes of a mask: a bit an element, and eight bytes at least that hold none."""
+    """Count the bytes of a mask: a bit an element, and eight bytes at least that hold none."""
     return elements // 64 * 8 + 16
 
 
@@ -60,7 +60,7 @@ def affine_act_backward(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    """dL/dy of ``relu(y·scale_c + shift_c)``: the gradient where the ReLU passes, times scale_c."""
+    """Compute dL/dy of ``relu(y·scale_c + shift_c)``: grad where the ReLU passes, times scale_c."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if mask is not None:
         passes = unpack_mask(mask, grad)

@@ -13,7 +13,7 @@ def block(
     stages: Sequence[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], bool]],
     shortcut: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """``relu?(bn_n(conv_n(… relu(bn_1(conv_1(x))))) + shortcut(x))``.
+    """Compute ``relu?(bn_n(conv_n(… relu(bn_1(conv_1(x))))) + shortcut(x))``.
 
     Each stage is its convolution, its batch norm, and whether a ReLU follows (after the sum, if it
     is the last); without ``shortcut`` nothing is added.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def compose(U: Tensor, S: Tensor, V: Tensor, groups: int = 1) -> Tensor:
-    """``W = U diag(S) V`` per group.
+    """Compute ``W = U diag(S) V`` per group.
 
     U [Co, R], S [G·R], V [G·R, Ci/G, *kernel] -> [Co, Ci/G, *kernel], float32 at least.
     """

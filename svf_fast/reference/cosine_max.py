@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    """Largest cosine of each query position to any masked support position.
+    """Compute the largest cosine of each query position to any masked support position.
 
     With s'_j = mask_j·s_j:  out_i = max_j (q_i·s'_j) / (|q_i||s'_j| + 1e-7)   (PFENet, section 3.2)
 

@@ -13,7 +13,7 @@ def gram(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``M = Σ_p a'_p b_pᵀ`` per group, ``a' = relu(a · scale + shift)`` if given, else a.
+    """Compute ``M = Σ_p a'_p b_pᵀ`` per group, ``a' = relu(a · scale + shift)`` if given, else a.
 
     a [N, Ca, *spatial], b [N, Cb, *spatial], scale and shift [Ca] -> [G, Ca/G, Cb/G], float32 at
     least; a' is rounded to the dtype of a.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def guards_hold(S: Tensor, guarded: Tensor, layers: Tensor, limit: float) -> Tensor:
-    """Whether ``S_rms / |S_r|`` has a root mean square of at most ``limit`` beside the guarded.
+    """Tell whether ``S_rms / |S_r|`` beside the guarded has a root mean square within ``limit``.
 
     S [n], the values of L layers one after another; guarded bool [n]; layers int64 [L + 1, 2]: row
     l says where the values of layer l begin and how many groups they are of, the last row is (n, 0)

@@ -17,7 +17,7 @@ def scale_gradient(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``dS_r = left_rᵀ M right_r / S_r`` of ``M = gram(a, b)``, per group.
+    """Compute ``dS_r = left_rᵀ M right_r / S_r`` of ``M = gram(a, b)``, per group.
 
     left [G, Ca/G, R], right [G, Cb/G, R], S [G·R] -> [G, R].
     """

@@ -17,7 +17,7 @@ def svf_conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """K×K convolution with V, scaling by S, 1×1 convolution with U (SVF paper, section 3.2).
+    """Convolve K×K with V, scale by S, convolve 1×1 with U (SVF paper, section 3.2).
 
     x [N, Ci, H, W], U [Co, R], S [G·R], V [G·R, Ci/G, kh, kw], bias [Co] -> [N, Co, Ho, Wo].
     Saved for the backward pass: x, v = Vᵀ*x and S⊙v.

@@ -47,6 +47,6 @@ def test_the_table_has_a_column_per_size():
             | {"one_by_one": 1, "batched": 1, "known": 0.1}
             | {"predicted": {"1": 3.6, "2": 5.3}},
         ]
-    )
+    ).splitlines()
     assert lines[2] == "| 1 | – | – | – | 20 % | 10 % |"
     assert lines[3] == "| 1 | 1000 ms | 1000 ms | 100 ms | 20 %, 3.6 times | 10 %, 5.3 times |"

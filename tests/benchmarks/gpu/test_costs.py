@@ -22,7 +22,7 @@ RATES |= {"processors": 4, "issue": 1.0}
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, list[Launch]]:
-    """Of a step of ours with maps of 64 to 1024 channels, by name."""
+    """Return the kernels of a step of ours with maps of 64 to 1024 channels, by name."""
     settings = dataclasses.replace(SETTINGS, width=32)
     step = launches.record(launches.network("svf_fast", settings), settings)
     found: dict[str, list[Launch]] = {}

@@ -90,7 +90,7 @@ def call(out: Path, *words: str) -> list[str]:
 
 
 def in_archive(path: Path) -> dict[str, str]:
-    """Contents by name in the folder; every JSON file is whole."""
+    """Return the contents by name in the folder; check that every JSON file is complete."""
     found = {}
     with tarfile.open(path) as tar:
         for member in tar.getmembers():
@@ -102,14 +102,14 @@ def in_archive(path: Path) -> dict[str, str]:
 
 
 def done(printed: str) -> set[str]:
-    """The phases that were said to have ended well."""
+    """Return the phases that were reported as ok."""
     lines = printed.replace("…", "\n").splitlines()
     words = (line.strip().partition(": ") for line in lines)
     return {name for name, _, word in words if word.startswith(("ok, ", "done before"))}
 
 
 def running(out: Path) -> list[str]:
-    """Commands of the processes that write to a folder, named from the root or the checkout."""
+    """List the commands of processes that write to a folder, whether absolute or relative."""
     found, folder = [], "/".join(out.parts[-3:])
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
@@ -379,7 +379,7 @@ def test_files_that_have_ended_are_not_tested_again(tmp_path, monkeypatch, capsy
 
 
 def measured(folder, **rows):
-    """A race on a GPU, as if it had run: seconds and peak of each peer."""
+    """Write a race on a GPU as if it had run: seconds and peak of each peer."""
     listed = [
         {"peer": name.replace("_", " "), "seconds": [s] * 3, "peak_bytes": p, "saved_bytes": p}
         for name, (s, p) in rows.items()

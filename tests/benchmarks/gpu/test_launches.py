@@ -30,7 +30,7 @@ def plain() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def guarded(shared, tmp_path_factory) -> tuple[torch.nn.Module, Settings]:
-    """With the ImageNet weights, of which some singular values are small."""
+    """Return layers 2-4 with the ImageNet weights, of which some singular values are small."""
     weights = shared / "weights" / "resnet50_imagenet.safetensors"
     if not weights.is_file():
         pytest.skip(f"no ImageNet weights here: {weights} is no file")

@@ -13,7 +13,7 @@ from fss.data import PascalSource
 
 @pytest.fixture
 def small(tmp_path):
-    """Twelve photos of 500 px with one class each, as Pascal-5i lies on disk."""
+    """Write twelve photos of 500 px with one class each, in the layout of Pascal-5i."""
     root = tmp_path / "shared" / "data" / "pascal"
     for name in (pack.IMAGES, pack.MASKS, pack.LISTS):
         (root / name).mkdir(parents=True)

@@ -12,7 +12,7 @@ from benchmarks.gpu import profile, tables
 
 @pytest.fixture
 def called(monkeypatch, tmp_path):
-    """Calls the script at a tiny size; returns the peers and batches that it measured."""
+    """Call the module at a tiny size; return the peers and batches that it measured."""
 
     def call(*arguments: str) -> list[tuple[str, int]]:
         asked, measure = [], profile.measure

@@ -16,7 +16,7 @@ FOUND = {"step_seconds": 0.1, "images_per_second": 80.0, "peak_bytes": 2**30, "s
 
 @pytest.fixture
 def called(monkeypatch, tmp_path):
-    """Calls the script with a stand-in for a run; returns its status and the rows it asked for."""
+    """Call the module with a stand-in for a run; return its status and the rows it asked for."""
 
     def call(measure, *arguments: str) -> tuple[int, list[train.Row]]:
         asked = []

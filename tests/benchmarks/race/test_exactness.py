@@ -23,7 +23,7 @@ def plain() -> nn.Module:
 
 
 def with_gradient(change) -> nn.Module:
-    """The official chain, the gradients of which are changed by name."""
+    """Return the official chain with gradients changed by name."""
     network = official(plain())
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:

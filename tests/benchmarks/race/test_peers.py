@@ -104,7 +104,7 @@ def test_runs_under_autocast_and_in_channels_last(name, dtype):
 
 
 def saved(name: str, side: int) -> int:
-    """Bytes that one bottleneck of width 8 without a downsample keeps for one image."""
+    """Return the bytes that a bottleneck of width 8 without downsample keeps for one image."""
     level, settings = LEVELS["block"], Settings(size=8 * side - 7, width=4, batch=1)
     network = level.convert(level.network(settings, "layer2"), name, None)
     x = level.inputs(settings, "layer2").arguments[0]

@@ -32,7 +32,7 @@ def groups():
 
 @pytest.fixture
 def results(groups, tmp_path):
-    """Files of a race in a folder."""
+    """Write the files of a race to a folder."""
     for name in ("backbone", "step"):
         level = LEVELS[name]
         path = tmp_path / f"{name}.json"
@@ -228,7 +228,7 @@ def test_file_is_json(results):
 
 
 def race(folder, *arguments: str) -> int:
-    """Races a block as the command does, at a tiny size."""
+    """Race a block as the command does, at a tiny size."""
     tiny = ["--level", "block", "--size", "33", "--width", "8", "--rounds", "1", "--no-peak"]
     return main([*tiny, "--results", str(folder), *arguments])
 

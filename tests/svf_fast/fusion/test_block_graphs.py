@@ -67,7 +67,7 @@ def test_what_a_cuda_graph_would_hold(monkeypatch):
     convs = {names.conv: block.get_submodule(names.conv) for names in block._names.stages}
     weights = {name: conv.values.made[torch.float32].weight for name, conv in convs.items()}
     before = {name: weight.clone() for name, weight in weights.items()}
-    monkeypatch.setattr(SVFConv2d, "_is_captured", lambda self: True)
+    monkeypatch.setattr(SVFConv2d, "is_captured", True)
     every = block._names.stages, torch.float32, True, block._names.shortcut
     stages, programs = reading.stages(block, *every)
     (kept,) = (chain._slots for chain in chains.values())

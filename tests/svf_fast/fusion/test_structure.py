@@ -499,7 +499,7 @@ def test_shared_modules():
     other.conv2 = one.conv2
     blocks, _, reasons = find(nn.Sequential(one, other), everywhere)
     assert not blocks
-    assert reasons == dict.fromkeys("01", "'conv2' stands at two places of the model")
+    assert reasons == dict.fromkeys("01", "'conv2' is used twice in the model")
 
 
 def test_a_block_alone():

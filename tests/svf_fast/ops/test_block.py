@@ -293,7 +293,7 @@ REASONS = {
     "relu was ReLU at conversion and is SiLU now": unfusable(
         lambda b: setattr(b, "relu", nn.SiLU())
     ),
-    "downsample was not there at conversion": unfusable(
+    "downsample was missing at conversion": unfusable(
         lambda b: setattr(b, "downsample", frozen(nn.Sequential(conv(20, 20))))
     ),
     "bn2 was BatchNorm2d at conversion and is Identity now": unfusable(

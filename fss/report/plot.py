@@ -20,7 +20,7 @@ from fss.colors import SERIES
 from fss.files import atomic_write
 
 INK = "#24292f"
-"""Text and axes: this colour in PNG files; in SVG that of the text around or, alone, by theme."""
+"""Text and axes: this color in PNG files; in SVG that of the text around or, alone, by theme."""
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 """Characters that have no place in XML, and so none in a page that is to be well-formed."""
@@ -36,13 +36,13 @@ _THEMES = (
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     """A plot of the page.
 
     Attributes:
         name: of its files, without ending.
         text: what it shows, in words.
-        svg: markup for the page, which takes the colour of its text.
+        svg: markup for the page, which takes the color of its text.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Picture:
 
 
 def series_style(number: int) -> dict[str, object]:
-    """Colour, marker and dashes of the n-th run, the same in all plots; no two are the same."""
+    """Return color, marker and dashes of the n-th run, the same in all plots, unlike other runs."""
     count = len(SERIES)
     dashes = _DASHES[number // count % len(_DASHES)]
     return {
@@ -63,7 +63,7 @@ def series_style(number: int) -> dict[str, object]:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Plots drawn within have no background, frames of two sides and text that stays text."""
+    """Give plots drawn within no background, frames of two sides and text that stays text."""
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     settings: dict[str, object] = dict.fromkeys((*inked, "grid.color"), INK)
     settings |= {
@@ -86,14 +86,14 @@ def figure_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of these inches, that the page shows 100 pixels an inch wide."""
+    """Make a figure of these inches; the page shows it 100 pixels an inch wide."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def legend_above(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """The legend of `axes` over the whole figure, where it hides nothing."""
+    """Put the legend of `axes` above the whole figure, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
@@ -105,8 +105,8 @@ def write_png(figure: Figure, path: Path, dpi: int = 200, background: str = "whi
         figure.savefig(file, format="png", dpi=dpi, facecolor=background)
 
 
-def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
-    """Writes NAME.png (on white, 200 dpi) and NAME.svg (no background, light and dark).
+def save_plot(figure: Figure, folder: Path, name: str, text: str) -> Plot:
+    """Write NAME.png (on white, 200 dpi) and NAME.svg (no background, light and dark).
 
     Args:
         figure: drawn within `figure_style`.
@@ -130,11 +130,11 @@ def save_picture(figure: Figure, folder: Path, name: str, text: str) -> Picture:
     ElementTree.register_namespace("xlink", _HREF[1 : _HREF.index("}")])
     with atomic_write(folder / f"{name}.svg") as file:
         file.write(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
-    return Picture(name, text, page)
+    return Plot(name, text, page)
 
 
 def _cleaned(root: ElementTree.Element, name: str, text: str) -> ElementTree.Element:
-    """Without metadata and unused ids; the others begin with the picture's name, for one page."""
+    """Remove metadata and unused ids; begin the others with the plot's name, for one page."""
     for metadata in root.findall(f"{_SVG}metadata"):
         root.remove(metadata)
     source = ElementTree.tostring(root, encoding="unicode")
@@ -157,7 +157,7 @@ def _cleaned(root: ElementTree.Element, name: str, text: str) -> ElementTree.Ele
 
 
 def _without_namespaces(root: ElementTree.Element) -> str:
-    """The markup as HTML takes it, where svg needs no namespace and href no prefix."""
+    """Return the markup as HTML takes it, where svg needs no namespace and href no prefix."""
     copy = ElementTree.fromstring(ElementTree.tostring(root))
     for element in copy.iter():
         element.tag = element.tag.removeprefix(_SVG)
