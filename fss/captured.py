@@ -27,13 +27,13 @@ def captured(
     graph: str,
     tell: Callable[[str], None],
 ) -> Body:
-    """The body of a step that runs as a CUDA graph where that is wanted and possible, else itself.
+    """Wrap the body of a step to run as a CUDA graph where wanted and possible; else return it.
 
     Args:
         body: see `CapturedStep`, as `network` and `inputs`.
-        fabric: launched.
+        fabric: the launched Fabric.
         graph: "auto" or "off", see `TrainConfig`.
-        tell: called with a line on why steps of a GPU run eagerly.
+        tell: called with a line saying why steps run eagerly on a GPU.
     """
     if graph == "off" or not records_graphs(fabric.device):
         return body
@@ -46,7 +46,7 @@ def captured(
 def captured_forward(
     forward: Body, network: nn.Module, inputs: Sequence[str], fabric: Fabric, graph: str
 ) -> Body:
-    """A forward pass without gradients that runs as a CUDA graph as a `captured` body does.
+    """Wrap a forward pass without gradients to run as a CUDA graph, as `captured` does a step.
 
     With several processes too: they share nothing in it.
     """
@@ -57,7 +57,7 @@ def captured_forward(
 
 
 def records_graphs(device: torch.device) -> bool:
-    """Whether work on a device can be recorded and replayed."""
+    """Tell whether work on a device can be recorded and replayed."""
     return device.type == "cuda"
 
 
@@ -70,7 +70,7 @@ class CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
-        """Calls a function without recording, on the stream of captures: torch asks for that."""
+        """Call a function without recording, on the stream of captures: torch asks for that."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -79,7 +79,7 @@ class CudaGraph:
         return result
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        """Records a function without computing anything; returns what it returned.
+        """Record a function without computing anything; return what it returned.
 
         The memory that it took stays the recording's, where each replay writes.
         """
@@ -101,12 +101,12 @@ class CudaGraph:
         return result
 
     def replay(self) -> None:
-        """Computes what was recorded, with random numbers that go on from the last ones."""
+        """Compute what was recorded, with random numbers that go on from the last ones."""
         assert self._graph is not None
         self._graph.replay()
 
     def discard(self) -> None:
-        """Gives the memory of the recording back."""
+        """Free the memory of the recording."""
         self._graph = None
 
 
@@ -153,7 +153,7 @@ class CapturedStep:
         self._explained: set[str] = set()
 
     def __call__(self, parts: Parts) -> Tensor:
-        """Runs the body on the parts of a step."""
+        """Run the body on the parts of a step."""
         if self._failed:
             return self._body(parts)
         if not self._take(parts):
@@ -175,7 +175,7 @@ class CapturedStep:
         return self._result.clone()
 
     def _take(self, parts: Parts) -> bool:
-        """Copies the parts into the buffers, which the first parts make, unless they do not fit."""
+        """Copy the parts into the buffers, which the first parts make; False if they do not fit."""
         given = [part[name] for part in parts for name in self._inputs]
         if not self._buffers:
             self._buffers = [{name: _buffer(part[name]) for name in self._inputs} for part in parts]
@@ -187,7 +187,7 @@ class CapturedStep:
         return True
 
     def _capture(self) -> bool:
-        """Captures the body; False if that failed, which leaves all as it was before."""
+        """Capture the body; False if that failed, which leaves all as it was before."""
 
         def composed() -> Tensor:
             with svf_fast.composed(self._network):
@@ -221,7 +221,7 @@ class CapturedStep:
 
 
 def _buffer(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor like this one; images [..., C, H, W] lie as the network has maps."""
+    """Allocate a tensor like this one; images [..., C, H, W] are laid out as the network's maps."""
     if tensor.ndim < 4 or not (tensor.is_floating_point() and takes_channels_last(tensor.device)):
         return torch.empty_like(tensor)
     images = torch.empty_like(tensor.flatten(0, -4), memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(change, dict) and isinstance(former, dict)
         result[name] = merged(former, change) if both else change
     return result
+
+
+def flat_settings(
+    values: dict[str, Any], free: Container[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """Return the settings of a configuration by dotted name, without those of `free`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, dict):
+            flat |= flat_settings(value, free, f"{name}.")
+        elif name not in free:
+            flat[name] = value
+    return flat
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fss.processes import fixed_shapes
 
 
 def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, str]:
-    """Ids and names of a fold's novel classes, or of its base classes."""
+    """Return ids and names of a fold's novel classes, or of its base classes."""
     chosen = set(source.folds[fold])
     return {c: name for c, name in source.class_names.items() if (c in chosen) == novel}
 
@@ -32,7 +32,7 @@ def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, 
 def enlarge(
     logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
 ) -> Tensor:
-    """Logits of one photo at its original size.
+    """Resize the logits of one photo to its original size.
 
     The published code resizes the whole canvas to a square of the photo's longer side and takes the
     photo's part of that, although the photo covers only up to 472 of 473 pixels of the canvas.
@@ -62,7 +62,7 @@ def enlarge(
 def segment(
     logits: Tensor, region: Sequence[int], size: Sequence[int], resize: str = "photo"
 ) -> Tensor:
-    """Label map of one photo, int64 of the size that `enlarge` gives, 1 foreground."""
+    """Label the pixels of one photo, int64 of the size that `enlarge` gives, 1 foreground."""
     return enlarge(logits, region, size, resize).argmax(0)
 
 
@@ -72,7 +72,7 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def forward_of(model: nn.Module) -> Body:
-    """Return the function from the one part of a step, a batch, to the logits of its queries."""
+    """Make the function that maps the single part of a step, a batch, to its queries' logits."""
     names = input_names(model)
 
     def forward(parts: Parts) -> Tensor:
@@ -83,7 +83,7 @@ def forward_of(model: nn.Module) -> Body:
 
 
 def cached_forward(model: FewShotModel, cache: FeatureCache, fabric: Fabric) -> Body:
-    """Return the same function, with features that come from a cache."""
+    """Make the same function with features from a cache."""
 
     def forward(parts: Parts) -> Tensor:
         (batch,) = parts
@@ -126,7 +126,7 @@ def evaluate(
     feature_cache: float = 0.0,
     graph: str = "off",
 ) -> Score:
-    """Score of a model on test episodes; see `evaluate_all`."""
+    """Score a model on test episodes; see `evaluate_all`."""
     return evaluate_all(
         model, [dataset], classes, fabric, batch_size, workers, resize, feature_cache, graph
     )[0]
@@ -143,11 +143,11 @@ def evaluate_all(
     feature_cache: float = 0.0,
     graph: str = "off",
 ) -> list[Score]:
-    """Scores of a model on several sets of test episodes, each process taking its share of all.
+    """Score a model on several sets of test episodes, each process taking its share of all.
 
     Every process adds integers, so the sums and the scores are the same for any number of them.
-    With a cache, the episodes of all sets run in the order of their classes and queries: photos
-    return soon, and of each set the scores are the same.
+    With a cache, the episodes of all sets run in the order of their classes and queries, so that
+    photos are used again soon; the scores of each set are the same.
 
     Args:
         model: maps query images, support images and support masks to a `Prediction`.
@@ -161,7 +161,7 @@ def evaluate_all(
         graph: "auto" runs whole batches as a CUDA graph on a GPU; not with a cache, where a batch
             computes what it lacks. See `captured_forward`.
     """
-    # Of each episode the place of its class, then its counts; each process fills its rows.
+    # Per episode the index of its class, then its counts; each process fills its rows.
     rows = torch.zeros(sum(map(len, datasets)), 6, dtype=torch.int64)
     order = list(range(len(rows)))
     network = getattr(model, "module", model)  # Fabric wraps it
@@ -169,7 +169,7 @@ def evaluate_all(
     names = [name for dataset in datasets for name in _names(dataset)] if caches else []
     if caches:
         order.sort(key=lambda place: (names[place].class_id, names[place].query, place))
-    # neighbors share photos: a process takes a stretch
+    # neighbors share photos: a process takes consecutive ones
     first, last = (len(rows) * (fabric.global_rank + n) // fabric.world_size for n in (0, 1))
     share = order[first:last]
     if caches:
@@ -201,14 +201,14 @@ def evaluate_all(
 
 
 def _names(dataset: EpisodeDataset) -> list[Names]:
-    """The photos and the class of each episode."""
+    """List the photos and the class of each episode."""
     drawn = (dataset.draw(index) for index in range(len(dataset)))
     name = dataset.source.name
     return [Names(name(e.query), tuple(map(name, e.supports)), e.class_id) for e in drawn]
 
 
 def _score(rows: Tensor, classes: Sequence[int]) -> Score:
-    """Of rows [episodes, 6]: the place of the class, then the counts of `EpisodeIoU`."""
+    """Score rows [episodes, 6]: the index of the class, then the counts of `EpisodeIoU`."""
     metric = EpisodeIoU(classes)
     metric.counts.index_add_(0, rows[:, 0], rows[:, 1:])
     interval = bootstrap_miou(rows[:, [0, 3, 4]], len(classes))
@@ -228,7 +228,7 @@ def evaluate_seeds(
     feature_cache: float = 0.0,
     graph: str = "off",
 ) -> dict[str, Any]:
-    """Scores over several episode seeds, as plain values for JSON.
+    """Score a model over several episode seeds; the result is plain values for JSON.
 
     Mean, sample standard deviation ("std") and half the 95 % interval of the mean ("ci95", both
     null for one seed) of mIoU, FB-IoU and of each class's IoU, all fractions; the values in the
@@ -271,7 +271,7 @@ def evaluate_seeds(
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """Lines of a table of what `evaluate_seeds` returns, IoU in percent."""
+    """Yield the lines of a table of what `evaluate_seeds` returns, IoU in percent."""
     width = max(len(name) for name in ("FB-IoU", *result["iou"]))
     if result.get("seen_in_training"):
         yield f"left out, because training saw them: {', '.join(result['seen_in_training'])}"

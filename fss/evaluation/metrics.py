@@ -36,13 +36,13 @@ class Score:
 
     @property
     def sampled_miou(self) -> float:
-        """Mean foreground IoU over the classes that have an episode; 0 without any."""
+        """Return the mean foreground IoU over the classes that have an episode; 0 without any."""
         sampled = [iou for class_id, iou in self.iou.items() if self.episodes[class_id]]
         return sum(sampled) / max(1, len(sampled))
 
     @property
     def unsampled(self) -> list[int]:
-        """The classes that no episode showed; they pull `miou` down."""
+        """Return the classes that no episode showed; they pull `miou` down."""
         return [class_id for class_id, count in self.episodes.items() if count == 0]
 
 
@@ -67,7 +67,7 @@ class EpisodeIoU:
         self.counts = torch.zeros(len(self.classes), 5, dtype=torch.int64)
 
     def update(self, prediction: Tensor, mask: Tensor, class_id: int) -> None:
-        """Adds an episode.
+        """Add an episode.
 
         Args:
             prediction: integers or bool [h, w], 1 foreground.
@@ -92,7 +92,7 @@ class EpisodeIoU:
         self.counts[self.classes.index(class_id)] += row.to(self.counts.device)
 
     def result(self) -> Score:
-        """The score of the episodes added so far; an empty union gives 0."""
+        """Return the score of the episodes added so far; an empty union gives 0."""
         background, foreground = _iou(self.counts[:, 0:2].sum(0)), _iou(self.counts[:, 2:4].sum(0))
         iou = _iou(self.counts[:, 2:4]).tolist()
         return Score(
@@ -104,7 +104,9 @@ class EpisodeIoU:
 
 
 def episode_counts(prediction: Tensor, mask: Tensor) -> Tensor:
-    """What one episode, or each of several, adds to `EpisodeIoU.counts`; waits for no device.
+    """Count what one episode, or each of several, adds to `EpisodeIoU.counts`.
+
+    Does not synchronize with the device.
 
     Args:
         prediction: integers or bool [..., h, w], 1 foreground.
@@ -120,14 +122,14 @@ def episode_counts(prediction: Tensor, mask: Tensor) -> Tensor:
 
 
 def foreground_iou(prediction: Tensor, mask: Tensor) -> float:
-    """Foreground IoU of one episode: prediction [h, w], mask [h, w] with 255 ignored."""
+    """Return the foreground IoU of one episode: prediction [h, w], mask [h, w] with 255 ignored."""
     metric = EpisodeIoU([1])
     metric.update(prediction, mask, 1)
     return metric.result().miou
 
 
 def over_seeds(values: Sequence[float]) -> float | None:
-    """Half the width of the interval of the mean, t·s/√n; None of a single value.
+    """Return half the width of the interval of the mean, t·s/√n; None for a single value.
 
     From 22 values on t is 1.96 + 2.5/(n - 1), within 0.002 of Student's.
     """
@@ -141,15 +143,15 @@ def over_seeds(values: Sequence[float]) -> float | None:
 def bootstrap_miou(
     rows: Tensor, classes: int, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of mIoU when the episodes are drawn again with replacement.
+    """Return the 2.5 % and 97.5 % quantiles of mIoU over resamples of the episodes (bootstrap).
 
-    As in `Score.miou`, a class of which no episode is drawn counts 0.
+    Episodes are sampled with replacement. As in `Score.miou`, a class without an episode counts 0.
 
     Args:
-        rows: int64 [episodes, 3], the place of the class, its intersection and union.
+        rows: int64 [episodes, 3], the index of the class, its intersection and union.
         classes: number of classes.
-        samples: times that as many episodes are drawn.
-        seed: of the drawing.
+        samples: number of resamples, each of as many episodes.
+        seed: of the sampling.
     """
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(samples, classes, 2, dtype=torch.float64)
@@ -162,5 +164,5 @@ def bootstrap_miou(
 
 
 def _iou(counts: Tensor) -> Tensor:
-    """[..., 2] intersections and unions to float64 [...]."""
+    """Divide intersections by unions, [..., 2] to float64 [...]."""
     return counts[..., 0].double() / counts[..., 1].clamp(min=1)

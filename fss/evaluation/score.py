@@ -85,7 +85,7 @@ def evaluate_run(
     feature_cache: float | None = None,
     accelerator: Accelerator = "auto",
 ) -> dict:
-    """Scores a checkpoint on test episodes and writes the result next to it.
+    """Score a checkpoint on test episodes and write the result next to it.
 
     On other data, which `source` names, the classes are those of their fold without the ones that
     training saw, by name: those are not novel to the model, and BAM's base learner, whose classes
@@ -105,17 +105,17 @@ def evaluate_run(
         folds: of other data that are "coco", "fwb" or "panet".
         train_list: a list of the data, see `DataConfig`.
         val_list: a list of the data, see `DataConfig`.
-        min_area: the area from which on a class counts for a photo; by default as trained.
-        drop_small_classes: leave out classes that have no more than K photos.
+        min_area: smallest area at which a photo shows a class; by default as trained.
+        drop_small_classes: omit classes that have no more than K photos.
         classes: "novel", those of the fold; "base", those that training saw.
-        protocol: seeds, episodes, the order of queries, transform and resize as the published tests
-            of "bam", "pfenet" or "hsnet" have them; options given beside it come first. The side
+        protocol: seeds, episodes, order of queries, transform and resize of the published tests
+            of "bam", "pfenet" or "hsnet"; options given as well take precedence. The side
             stays that of training; HSNet's 400 is no multiple of 8 plus 1.
         checkpoint: of the folder, "best" or "last".
         batch_size: episodes at a time; does not change the score.
         workers: processes that load episodes.
         resize: of predictions, see `TrainConfig`; by default as the run was tested.
-        feature_cache: GiB of features kept of photos that return; does not change the score.
+        feature_cache: GiB of features to keep of recurring photos; does not change the score.
         accelerator: "auto", "cpu" or "cuda".
 
     Returns what it writes into the run's folder, or the folder `out` of the YAML file's settings:
@@ -130,10 +130,10 @@ def evaluate_run(
         if Path(run).suffix in (".yaml", ".yml")
         else _read_run(Path(run), official, checkpoint)
     )
-    values, own = trained.settings, DataConfig(**trained.settings["data"])
+    own = trained.config.data
     data = {"shots": shots, "root": root, "workers": workers, "min_area": min_area}
     data |= {"train_list": train_list, "val_list": val_list}
-    data |= {"drop_small_classes": drop_small_classes}
+    data = _given(data | {"drop_small_classes": drop_small_classes})
     if source is not None:
         if classes == "base":
             raise ValueError(
@@ -141,31 +141,24 @@ def evaluate_run(
                 "training saw, and it saw none of these data"
             )
         # what belongs to the run's own data does not carry over
-        values["data"] |= {"root": None, "train_list": None, "val_list": None, "folds": "fwb"}
-        data |= {"source": source, "fold": fold, "folds": folds}
+        data = {"root": None, "train_list": None, "val_list": None, "folds": "fwb"} | data
+        data |= _given({"source": source, "fold": fold, "folds": folds})
     elif fold is not None or folds is not None:
         raise ValueError(
             "fold, folds: expected them with --source, for other data; the run was trained on "
             f"fold {own.fold}, where the novel classes of the other folds are base classes"
         )
-    values["data"] |= _given(data)
-    if protocol is not None:
-        chosen = dict(PROTOCOLS[protocol])
-        if protocol == "pfenet" and values["data"]["source"] == "coco":
-            chosen["test_episodes"] = 20000
-        values["data"] |= {name: chosen.pop(name) for name in ("protocol", "shuffle_test")}
-        values |= chosen
-    overrides = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
-    values |= _given(overrides | {"resize": resize, "feature_cache": feature_cache})
-    config = TrainConfig.from_dict(values | {"devices": 1, "accumulate": 1})
+    test = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
+    test = _given(test | {"resize": resize, "feature_cache": feature_cache})
+    config = _configure(trained.config, data, test, protocol)
 
     devices, nodes = torchrun_layout() or (1, 1)
     fabric = launch(accelerator, devices, nodes, config.precision)
     photos, described = build_source(config.data), trained.description
+    base: Mapping[int, str] | None = None
     if source is None:
-        base: Mapping[int, str] | None = episode_classes(photos, config.data.fold, novel=False)
+        base = episode_classes(photos, config.data.fold, novel=False)
     else:
-        base = None
         photos, seen = _without_seen(photos, config.data.fold, trained.base_classes or _seen(own))
         described |= {"source": source, "seen_in_training": seen}
     if protocol is not None:
@@ -174,7 +167,7 @@ def evaluate_run(
         network = build_model(config.model, base, own.shots)
     else:
         with explain_misfit(Path(run)):
-            network = rebuild_model(TrainConfig.from_dict(trained.settings), trained.weights)
+            network = rebuild_model(trained.config, trained.weights)
     with float32_products(config.tf32):
         result = described | evaluate_seeds(
             fabric.setup(lay_out(network, fabric.device)),
@@ -195,10 +188,25 @@ def evaluate_run(
     return result
 
 
-class _Trained(NamedTuple):
-    """A trained network: settings, weights (None if model.official loads them), where it lies."""
+def _configure(
+    trained: TrainConfig, data: dict[str, Any], test: dict[str, Any], protocol: str | None
+) -> TrainConfig:
+    """Return the configuration of a test: as trained, then the protocol's, then what is given."""
+    values = trained.to_dict() | {"devices": 1, "accumulate": 1}
+    values["data"] |= data
+    if protocol is not None:
+        chosen = dict(PROTOCOLS[protocol])
+        if protocol == "pfenet" and values["data"]["source"] == "coco":
+            chosen["test_episodes"] = 20000
+        values["data"] |= {name: chosen.pop(name) for name in ("protocol", "shuffle_test")}
+        values |= chosen
+    return TrainConfig.from_dict(values | test)
 
-    settings: dict[str, Any]
+
+class _Trained(NamedTuple):
+    """A trained network and its folder; weights are None if model.official loads them."""
+
+    config: TrainConfig
     weights: dict[str, Tensor] | None
     base_classes: dict[int, str] | None
     folder: RunFolder
@@ -215,9 +223,9 @@ def _read_official(path: Path, official: str | None, root: str | None) -> _Train
             f"model.official in {path}; a run is scored by its folder"
         )
     data |= _given({"root": root})
-    settings = TrainConfig.from_dict({**settings, "model": model, "data": data}).to_dict()
+    config = TrainConfig.from_dict({**settings, "model": model, "data": data})
     description = {"checkpoint": Path(model["official"]).name}
-    return _Trained(settings, None, None, RunFolder(settings["out"]), description)
+    return _Trained(config, None, None, RunFolder(config.out), description)
 
 
 def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
@@ -232,9 +240,10 @@ def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
     none = {"weights": "none", "base_weights": "none", "official": None}
     with explain_misfit(folder.path / name):
         settings = {**state["config"], "model": state["config"]["model"] | none}
+        config = TrainConfig.from_dict(settings)
         description = {"checkpoint": name, "step": state["step"]}
         weights, classes = state["model"], state.get("base_classes")
-    return _Trained(settings, weights, classes, folder, description)
+    return _Trained(config, weights, classes, folder, description)
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +251,7 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seen(own: DataConfig) -> dict[int, str] | None:
-    """The base classes of a run's own data, None where they are not at hand."""
+    """Return the base classes of a run's own data, None if these are not available."""
     try:
         return episode_classes(build_source(own), own.fold, novel=False)
     except (OSError, ValueError):
@@ -252,7 +261,7 @@ def _seen(own: DataConfig) -> dict[int, str] | None:
 def _without_seen(
     source: Source, fold: int, base_classes: Mapping[int, str] | None
 ) -> tuple[Source, list[str] | None]:
-    """The source without the novel classes of the fold that training saw, and their names."""
+    """Remove the novel classes of the fold that training saw; return the source and their names."""
     if fold >= len(source.folds):
         raise ValueError(
             f"fold: expected 0 to {len(source.folds) - 1} with these data, got {fold}; give --fold"
@@ -274,6 +283,6 @@ def _without_seen(
 
 
 def _plain(name: str) -> str:
-    """A class's name, the same in Pascal and in COCO."""
+    """Normalize a class's name, so that it is the same in Pascal and in COCO."""
     plain = re.sub(r"[\W_]+", "", name).lower()
     return _PASCAL_NAMES.get(plain, plain)

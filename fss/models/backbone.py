@@ -161,7 +161,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def stem(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the input of `layer1`, at a quarter of the resolution."""
+        """Map images [B, 3, H, W] to the input of `layer1`, at a quarter of the resolution."""
         out = self.relu(self.bn1(self.conv1(images)))
         if self.deep_stem:
             out = self.relu(self.bn2(self.conv2(out)))
@@ -169,12 +169,12 @@ class ResNet(nn.Module):
         return self.maxpool(out)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] to the outputs of `layer2` and `layer3`."""
+        """Map images [B, 3, H, W] to the outputs of `layer2` and `layer3`."""
         layer2 = self.layer2(self.layer1(self.stem(images)))
         return layer2, self.layer3(layer2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the output of `layer4`."""
+        """Map images [B, 3, H, W] to the output of `layer4`."""
         return self.layer4(self.features(images)[1])
 
 
@@ -191,7 +191,7 @@ def build_backbone(
     width: int = 64,
     output_stride: int = 8,
 ) -> Backbone:
-    """Builds a randomly initialised backbone by name; the arguments are those of `ResNet`.
+    """Build a randomly initialized backbone by name; the arguments are those of `ResNet`.
 
     `stride_on` concerns bottlenecks only (resnet50, resnet101): a basic block strides on conv1.
     Of the arguments vgg16_bn has `width` alone, its output stride is 16.

@@ -24,7 +24,7 @@ _BASE_OUTPUTS = ("base_learner.classifier.4.weight", "learner_base.1.4.weight")
 
 
 class WeightedSum(nn.Module):
-    """A 1×1 convolution of two maps to one, w_1·a + w_2·b, which begins as its first input."""
+    """A 1×1 convolution of two maps to one, w_1·a + w_2·b; initially it returns its first input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class BAM(Baseline):
         background = F_ensemble(F_ψ(p^0, ψ), p_b)
         foreground = F_ψ(p^1, ψ)
 
-    with two 1×1 convolutions F that begin as their first argument. As published, these maps are
-    both the prediction and the logits of the final loss. Tests on novel classes count every base
-    class in p_b, as published. The authors write 15 and 60 base classes and 473 or 641 pixels into
-    their code; here any number and size will do: pyramid pooling averages over a number of bins,
+    with two 1×1 convolutions F that initially return their first argument. As published, these maps
+    are both the prediction and the logits of the final loss, and tests on novel classes sum all
+    base classes in p_b. The authors write 15 and 60 base classes and 473 or 641 pixels into
+    their code; here any number and size works: pyramid pooling averages over a number of bins,
     and all maps meet at the query's size.
 
     Args:
@@ -108,9 +108,10 @@ class BAM(Baseline):
 
     @classmethod
     def count_base_classes(cls, state: Mapping[str, Any]) -> int:
-        """Return the outputs of the base learner without the background's, ours or the authors'.
+        """Return how many outputs the base learner has besides the background's.
 
-        A state dict without a base learner counts as one class: what it lacks shows in loading it.
+        The state dict may be the authors'. Without a base learner in it this is 1, so that loading
+        it tells what is missing.
         """
         return next((len(state[name]) - 1 for name in _BASE_OUTPUTS if name in state), 1)
 
@@ -153,7 +154,7 @@ class BAM(Baseline):
         return Prediction(final, (meta, base) if self.training else ())
 
     def summarize(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Prototypes [N, C, 1, 1], and the Gram matrices [N, C', C'] of layer 2's C' channels."""
+        """Compute prototypes [N, C, 1, 1] and Gram matrices [N, C', C'] of layer 2's channels."""
         return (*super().summarize(low, middle, mask), gram_matrix(low))
 
     def loss(
@@ -163,7 +164,7 @@ class BAM(Baseline):
         query_base_mask: Tensor,
         class_weight: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of the final logits and, while training, of both learners' logits.
+        """Sum the cross-entropies of the final logits and, while training, of both learners'.
 
         Args:
             prediction: of this model.
@@ -185,19 +186,19 @@ class BAM(Baseline):
         return loss
 
     def _weigh(self, distances: Tensor) -> Tensor:
-        """Weights [B, K] of the supports from their distances."""
+        """Compute weights [B, K] of the supports from their distances."""
         if distances.shape[1] == 1:
             return torch.ones_like(distances)
         if distances.shape[1] != self.shots:
             raise ValueError(
                 f"support_images: expected K = {' or '.join(sorted({'1', str(self.shots)}))} "
                 "supports per query, which this model was built for, got "
-                f"K = {distances.shape[1]}; the weights of the supports are learnt for one K"
+                f"K = {distances.shape[1]}; the weights of the supports are trained for one K"
             )
         return self.shot_weights(distances)
 
     def _base_foreground(self, probabilities: Tensor, base_class: Tensor | None) -> Tensor:
-        """Sum [B, 1, h, w] over the base classes, while training without the episode's own."""
+        """Sum over the base classes to [B, 1, h, w], while training without the episode's own."""
         if not self.training:
             return probabilities[:, 1:].sum(dim=1, keepdim=True)
         batch, classes = probabilities.shape[:2]
@@ -219,7 +220,7 @@ class BAM(Baseline):
 
 
 def gram_matrix(features: Tensor) -> Tensor:
-    """Cosines between the channels of a map: G_ij = f_i·f_j / (|f_i||f_j| + 1e-7).
+    """Compute the cosines between the channels of a map: G_ij = f_i·f_j / (|f_i||f_j| + 1e-7).
 
     features [B, C, h, w] -> [B, C, C] in float32 at least; f_i is channel i at all positions.
     """
@@ -230,7 +231,7 @@ def gram_matrix(features: Tensor) -> Tensor:
 
 
 def gram_distance(query: Tensor, supports: Tensor) -> Tensor:
-    """ψ_k = |G_query - G_support,k| / C, the Frobenius norm, from 0 on (BAM, section 4.4).
+    """Compute ψ_k = |G_query - G_support,k| / C, the Frobenius norm (BAM, section 4.4).
 
     Gram matrices [B, C, C] of the queries and [B, K, C, C] of their supports -> [B, K].
     """

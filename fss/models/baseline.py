@@ -17,7 +17,7 @@ class ASPP(nn.Module):
     the 1×1 convolution of the image's mean (DeepLabv3, section 3.3), each followed by ReLU.
 
     [B, C, h, w] -> [B, 5·C, h, w]. As in BAM's meta learner there is no batch norm, so a batch of
-    one and a map of one pixel do.
+    one and a map of one pixel work.
     """
 
     dilations = (6, 12, 18)
@@ -70,7 +70,13 @@ class Baseline(FewShotModel):
         return Prediction(resize(logits, size), ())
 
     def compare(self, query: Tensor, prototype: Tensor, prior: Tensor) -> Tensor:
-        """Query [B, C, h, w], prototype [B, C, 1, 1], prior [B, 1, h, w] to logits [B, 2, h, w]."""
+        """Compute logits [B, 2, h, w].
+
+        Args:
+            query: features [B, C, h, w].
+            prototype: mean support feature [B, C, 1, 1].
+            prior: prior mask [B, 1, h, w].
+        """
         merged = self.merge(cat_maps([query, prototype, prior.to(query.dtype)], like=query))
         merged = self.project(self.aspp(merged))
         merged = merged + self.residual(merged)

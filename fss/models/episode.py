@@ -22,7 +22,7 @@ class Prediction(NamedTuple):
 def check_episode(
     query_image: Tensor, support_images: Tensor, support_masks: Tensor, parameter: Tensor
 ) -> None:
-    """Raises if a model that has `parameter` cannot segment these episodes.
+    """Check that a model that has `parameter` can segment these episodes.
 
     Expected: query_image [B, 3, H, W] and support_images [B, K, 3, H, W] of the parameter's dtype,
     support_masks [B, K, H, W] of an integer dtype or bool, one device, H-1 and W-1 multiples of 8.
@@ -44,7 +44,7 @@ def check_episode(
         if images.dtype != parameter.dtype and not mixed:
             raise TypeError(
                 f"{name}: expected the model's dtype {parameter.dtype}, got {images.dtype}; "
-                "normalise images with the ImageNet mean and standard deviation, then convert them"
+                "normalize images with the ImageNet mean and standard deviation, then convert them"
             )
     if support_masks.is_floating_point() or support_masks.is_complex():
         raise TypeError(
@@ -90,7 +90,11 @@ def check_target(
     class_weight: Tensor | None,
     name: str = "query_mask",
 ) -> None:
-    """Raises if a mask [B, H, W], called `name`, or a class weight [2] does not fit."""
+    """Check that a mask [B, H, W], called `name`, and a class weight [2] fit a prediction.
+
+    Raises:
+        TypeError, ValueError: a mask or weights of another dtype, shape or device.
+    """
     logits = prediction.logits
     expected = [logits.shape[0], *logits.shape[2:]]
     if not isinstance(query_mask, Tensor) or query_mask.dtype not in (torch.uint8, torch.int64):

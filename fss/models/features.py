@@ -73,7 +73,7 @@ class FewShotModel(nn.Module, ABC):
     Attributes:
         inputs: the entries of a batch that `forward` takes, in order.
         targets: the entries that `loss` takes after the prediction, in order.
-        needs_base_learner: whether a base learner is trained before and starts the model, see
+        needs_base_learner: whether training starts from a trained base learner, see
             `ModelConfig.base_weights`.
     """
 
@@ -110,11 +110,11 @@ class FewShotModel(nn.Module, ABC):
 
     @classmethod
     def count_base_classes(cls, state: Mapping[str, Any]) -> int:
-        """Return for how many base classes the network of a state dict was built."""
+        """Return how many base classes the network of a state dict was built for."""
         return 0
 
     def train(self, mode: bool = True) -> FewShotModel:
-        """Sets the mode of the head; the backbone stays in evaluation mode."""
+        """Set the mode of the head; the backbone stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -217,7 +217,7 @@ class FewShotModel(nn.Module, ABC):
         return torch.set_grad_enabled(needed and torch.is_grad_enabled())
 
     def query(self, features: Features) -> Tensor:
-        """The reduced features of the queries [B, C, h, w]."""
+        """Reduce the features of the queries to [B, C, h, w]."""
         return pointwise_cat(self.query_reduce, features.query_middle, features.query_low)
 
     def summarize(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -234,7 +234,7 @@ class FewShotModel(nn.Module, ABC):
     def loss(
         self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
     ) -> Tensor:
-        """Mean cross-entropy over the pixels that are not 255, weighted by `class_weight`.
+        """Average the cross-entropy over the pixels that are not 255, weighted by `class_weight`.
 
         Args:
             prediction: of this model.
@@ -250,7 +250,7 @@ class FewShotModel(nn.Module, ABC):
 
 
 def classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:
-    """A 3×3 and a 1×1 convolution: [B, C, h, w] to logits [B, classes, h, w]."""
+    """Build a 3×3 and a 1×1 convolution: [B, C, h, w] to logits [B, classes, h, w]."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
@@ -260,7 +260,7 @@ def classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:
 
 
 def two_convolutions(channels: int) -> nn.Sequential:
-    """Two 3×3 convolutions, each with a ReLU: the residual path of the published heads."""
+    """Build two 3×3 convolutions with a ReLU each, the residual path of the published heads."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
@@ -270,12 +270,12 @@ def two_convolutions(channels: int) -> nn.Sequential:
 
 
 def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
-    """A 1×1 convolution without bias and a ReLU."""
+    """Build a 1×1 convolution without bias and a ReLU."""
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.ReLU(inplace=True))
 
 
 def pointwise_cat(layer: nn.Sequential, *parts: Tensor) -> Tensor:
-    """``layer(cat(parts))`` without the copy: its convolution is 1×1, so a sum of theirs.
+    """Compute ``layer(cat(parts))`` without the copy, as a sum of 1×1 convolutions.
 
     A part [B, C, 1, 1] stands for a map of one value per channel.
     """
@@ -290,7 +290,7 @@ def pointwise_cat(layer: nn.Sequential, *parts: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, mask: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of logits [B, C, h, w], resized to the mask [B, H, W], without 255."""
+    """Average the cross-entropy of logits, resized to a mask [B, H, W], where it is not 255."""
     if logits.shape[2:] != mask.shape[1:]:
         logits = resize(logits, mask.shape[1:])
     if class_weight is not None:

@@ -1,4 +1,4 @@
-"""Segmentation by matching to prototypes, without any training."""
+"""Segmentation by the nearest prototype, without any training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SHARPNESS = 20.0
 
 
 class Matching(nn.Module):
-    """Tells the object from the background by the nearer of two prototypes.
+    """Labels each position by the nearer of two prototypes, of object and background.
 
     Features f are those of layers 2 to 4 of the backbone, each of length 1 at each position. The
     prototypes are the mean features of the supports' object and background, and
 
         logits = 20·(cos(f, background), cos(f, object)).
 
-    Nothing is learnt and no threshold is chosen: the cosines are compared with each other.
+    Nothing is trained and no threshold is chosen: the cosines are compared with each other.
     Source of non-parametric matching and of the factor: PANet (Wang et al. 2019), section 3.3.
 
     Args:
@@ -45,7 +45,7 @@ class Matching(nn.Module):
         """Segment the queries into background and what the supports show.
 
         Args:
-            query_image: normalised images [B, 3, H, W], H-1 and W-1 multiples of 8.
+            query_image: normalized images [B, 3, H, W], H-1 and W-1 multiples of 8.
             support_images: K supports per query [B, K, 3, H, W].
             support_masks: integers or bool [B, K, H, W]; 1 is the object, 255 neither object nor
                 background.

@@ -57,7 +57,7 @@ _BASE_LEARNER_OF_BAM = {"pool.": "learner_base.0.", "classifier.": "learner_base
 
 
 def load_official(model: nn.Module, path: str) -> None:
-    """Loads a checkpoint of the authors' of PFENet, BAM or its PSPNet, all of it or nothing.
+    """Load the authors' checkpoint of PFENet, BAM or BAM's PSPNet, all of it or nothing.
 
     Args:
         model: a `PFENet`, `BAM` or `PSPNet` of the same backbone (the authors' ResNets have a deep
@@ -78,7 +78,7 @@ def load_official(model: nn.Module, path: str) -> None:
 def load_base_learner(
     model: nn.Module, path: str, base_classes: Mapping[int, str] | None = None
 ) -> None:
-    """Loads backbone and base learner of BAM from `fss train-base`, or the authors' PSPNet.
+    """Load backbone and base learner of BAM from `fss train-base`, or the authors' PSPNet.
 
     Args:
         model: a BAM, or another model with a `base_learner`, of the same backbone and fold.
@@ -107,7 +107,7 @@ def load_base_learner(
 
 
 def official_keys(model: nn.Module) -> dict[str, str]:
-    """The authors' name of each entry of a model's state dict."""
+    """Map each key of a model's state dict to the authors' name."""
     return {key: _official(key, model) for key in model.state_dict()}
 
 
@@ -145,17 +145,17 @@ def _raise(report: str, path: str) -> None:
 
 
 def _counted(state: dict[str, Any]) -> dict[str, Any]:
-    """Without the batch norms' counters, which old files lack and nothing reads."""
+    """Drop the batch norms' counters, which old files lack and nothing reads."""
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def _as_theirs(key: str, value: Tensor) -> Tensor:
-    """Two weights are a 1×1 convolution of theirs."""
+    """Shape a value as the authors have it: our two weights of a sum are a 1×1 convolution."""
     return value.reshape(1, 2, 1, 1) if key in _WEIGHTED_SUMS else value
 
 
 def _without_encoder(state: dict[str, Any], path: str) -> dict[str, Any]:
-    """PSPNet's state dict has its layers twice: `encoder.n` is `layern`."""
+    """Drop the copies `encoder.n` of PSPNet's layers `layern`."""
     kept = {}
     for key, value in state.items():
         if not key.startswith("encoder."):

@@ -52,7 +52,9 @@ class FeatureEnrichment(nn.Module):
     def forward(
         self, query: Tensor, prototype: Tensor, prior: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The enriched query [B, C, h, w] and, while training, logits [B, 2, b_n, b_n] per scale.
+        """Return the enriched query [B, C, h, w] and, while training, logits per scale.
+
+        Logits are [B, 2, b_n, b_n].
 
         Args:
             query: features [B, C, h, w].
@@ -116,7 +118,10 @@ class PFENet(FewShotModel):
         return cls(backbone, config.channels, config.dropout, config.bins)
 
     def head(self, features: Features, size: Sequence[int]) -> Prediction:
-        """Enrich the queries at several scales; auxiliary, while training, are logits of each."""
+        """Segment the queries, enriched at several scales.
+
+        While training, the auxiliary logits are those of each scale.
+        """
         enriched, auxiliary = self.enrich(
             self.query(features),
             features.supports[0].mean(dim=1),
@@ -128,7 +133,7 @@ class PFENet(FewShotModel):
     def loss(
         self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
     ) -> Tensor:
-        """Cross-entropy of the prediction, plus the mean of the auxiliary ones if there are any.
+        """Add to the prediction's cross-entropy the mean of the auxiliary ones, if there are any.
 
         Args:
             prediction: of this model.

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps [B, C, h, w] to [B, C, *size], bilinear with aligned corners as in PFENet and BAM.
+    """Resize maps [B, C, h, w] to [B, C, *size], bilinear, with the corners aligned (PFENet, BAM).
 
-    Maps that have the size already are returned themselves: it would only copy them.
+    Maps that have the size already are returned as they are, not copied.
     """
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
@@ -20,14 +20,14 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def average_bins(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps [B, C, h, w] to the means [B, C, *size] of as many bins, which cover the maps evenly."""
+    """Average maps [B, C, h, w] over bins that cover them evenly, to [B, C, *size]."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return functional.adaptive_avg_pool2d(maps, tuple(size))
 
 
 def masked_average_pool(features: Tensor, mask: Tensor) -> Tensor:
-    """Mean feature under a mask: Σ_p mask_p·feature_p / (Σ_p mask_p + 0.0005).
+    """Average features under a mask: Σ_p mask_p·feature_p / (Σ_p mask_p + 0.0005).
 
     features [B, C, h, w], mask [B, 1, h, w] floating -> [B, C, 1, 1]; an empty mask gives 0.
     """
@@ -36,7 +36,7 @@ def masked_average_pool(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def cat_maps(maps: Sequence[Tensor], like: Tensor) -> Tensor:
-    """``cat(maps, dim=1)`` at the size [h, w] and in the memory format of the map `like`.
+    """Compute ``cat(maps, dim=1)`` at the size [h, w] and in the memory format of the map `like`.
 
     A map [B, C, 1, 1] stands for one value per channel. torch.cat leaves channels_last where such a
     map or one of a single channel is among them, and whatever reads the result lays it out anew.

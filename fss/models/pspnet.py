@@ -80,12 +80,15 @@ class PSPNet(nn.Module):
         self.base_learner = BaseLearner(backbone.channels[3], classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] to logits [B, 1 + classes, H, W]."""
+        """Map normalized images [B, 3, H, W] to logits [B, 1 + classes, H, W]."""
         return resize(self.base_learner(self.backbone(images)), images.shape[-2:])
 
 
 def _convolve_cat(conv: nn.Conv2d, parts: list[Tensor]) -> Tensor:
-    """``conv(cat(parts))`` as a sum of convolutions, without the copy; frozen it keeps no part."""
+    """Compute ``conv(cat(parts))`` as a sum of convolutions, without the copy.
+
+    A frozen convolution keeps no part for its backward pass.
+    """
     convolve = functional.conv2d if conv.weight.requires_grad else frozen_conv2d
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     out = convolve(parts[0], weights[0], padding=conv.padding)
@@ -95,9 +98,9 @@ def _convolve_cat(conv: nn.Conv2d, parts: list[Tensor]) -> Tensor:
 
 
 def frozen_conv2d(x: Tensor, weight: Tensor, padding: int | tuple[int, int] = 0) -> Tensor:
-    """``conv2d(x, weight, padding=padding)`` without a gradient of the weight.
+    """Compute ``conv2d(x, weight, padding=padding)`` without a gradient of the weight.
 
-    torch's own keeps x for that gradient even where the weight needs none.
+    It keeps no map. torch's own keeps x for that gradient even where the weight needs none.
 
     x [B, Ci, H, W], weight [Co, Ci, kh, kw] -> [B, Co, H', W'].
 

@@ -1,4 +1,4 @@
-"""What regimes other than SVF put in the place of a convolution, or after a stage."""
+"""What regimes other than SVF replace a convolution by, or append to a stage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ComposedConv2d(nn.Module):
         self.register_parameter("bias", bias)
 
     def composed_weight(self) -> Tensor:
-        """The weight [Co, Ci, kh, kw], differentiable."""
+        """Compute the weight [Co, Ci, kh, kw], differentiable."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class FactoredConv2d(ComposedConv2d):
         self.register_parameter("log_scale", log_scale)
 
     def composed_weight(self) -> Tensor:
-        """``U diag(S ⊙ exp(s')) V`` as [Co, Ci, kh, kw]."""
+        """Compute ``U diag(S ⊙ exp(s')) V`` as [Co, Ci, kh, kw]."""
         S = self.S if self.log_scale is None else self.S * self.log_scale.exp()
         return svf_fast.compose(self.U, S, self.V)
 
@@ -113,7 +113,7 @@ class ScaledConv2d(ComposedConv2d):
         self.log_scale = nn.Parameter(self.weight.new_zeros(count))
 
     def composed_weight(self) -> Tensor:
-        """The scaled weight [Co, Ci, kh, kw]."""
+        """Compute the scaled weight [Co, Ci, kh, kw]."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         scale = self.log_scale.to(dtype).exp()
         shape = (-1, 1, 1, 1) if self.side == "output" else self.weight.shape[1:]
@@ -144,12 +144,12 @@ class Adapter(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> [N, C, H, W]."""
+        """Map x [N, C, H, W] to [N, C, H, W]."""
         return x + self.up(functional.relu(self.down(x)))
 
 
 def random_rotation(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A rotation [size, size] drawn uniformly (Haar measure) by torch's generator: det = 1.
+    """Sample a rotation [size, size] uniformly (Haar measure) from torch's generator: det = 1.
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups", 2007.
     """

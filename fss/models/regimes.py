@@ -13,7 +13,7 @@ from fss.models.regime_layers import Adapter, FactoredConv2d, ScaledConv2d, rand
 
 
 def apply_regime(model: nn.Module, regime: RegimeConfig) -> None:
-    """Freezes `model.backbone` but for what the regime trains, in place; the head is left alone.
+    """Freeze `model.backbone` but for what the regime trains, in place; the head is left alone.
 
     See `RegimeConfig` for what each regime makes of the backbone. All but "rotated_svf" leave it
     computing what it computed before, up to rounding.
@@ -73,12 +73,12 @@ _COMPOSED: dict[str, Callable[[nn.Conv2d, tuple[str, ...]], nn.Module]] = {
     "scale_input": lambda convolution, _: ScaledConv2d(convolution, "input"),
     "rotated_scale": _rotated,
 }
-"""By regime, the layer in the place of a convolution, given the factors that train."""
+"""By regime, the layer that replaces a convolution, given the factors that train."""
 
 
 @torch.no_grad()
 def _rotate(convolution: nn.Conv2d) -> None:
-    """Makes the weight ``U R S Rᵀ Vᵀ``: U R and R V are its singular vectors from then on."""
+    """Replace the weight by ``U R S Rᵀ Vᵀ``, whose singular vectors are U R and R V."""
     U, S, V = svf_fast.decompose(convolution.weight.double())
     R = random_rotation(len(S)).to(S.device)
     turned = (R.mT @ V.flatten(1)).view_as(V)
@@ -100,7 +100,7 @@ def _append_adapter(backbone: nn.Module, layer: str, reduction: int) -> None:
 def _train_affine(
     backbone: nn.Module, regime: RegimeConfig, kinds: tuple[str, ...], types: tuple[type, ...]
 ) -> None:
-    """Trains the parameters called `kinds` of the modules of these types in the regime's layers."""
+    """Train the parameters called `kinds` of the modules of these types in the regime's layers."""
     for layer in _layers(backbone, regime):
         modules = [m for m in backbone.get_submodule(layer).modules() if isinstance(m, types)]
         found = [
@@ -116,7 +116,7 @@ def _train_affine(
 
 
 def _train_statistics(model: nn.Module, backbone: nn.Module, regime: RegimeConfig) -> None:
-    """The batch norms follow the mode of the model, whose backbone is in evaluation mode else."""
+    """Let the batch norms follow the mode of the model; otherwise they stay in evaluation mode."""
     names = [
         f"{layer}.{name}".rstrip(".")
         for layer in _layers(backbone, regime)
@@ -133,7 +133,7 @@ def _train_statistics(model: nn.Module, backbone: nn.Module, regime: RegimeConfi
 
 
 def _layers(backbone: nn.Module, regime: RegimeConfig) -> list[str]:
-    """The regime's layers, or for "all" the backbone's children that have parameters."""
+    """List the regime's layers, or for "all" the backbone's children that have parameters."""
     children = dict(backbone.named_children())
     if regime.layers == ("all",):
         return [name for name, child in children.items() if any(True for _ in child.parameters())]
@@ -147,7 +147,7 @@ def _layers(backbone: nn.Module, regime: RegimeConfig) -> list[str]:
 
 
 def _convolutions(backbone: nn.Module, regime: RegimeConfig) -> dict[str, nn.Conv2d]:
-    """The convolutions of the regime's layers and kernel size, by name in the backbone."""
+    """Collect the convolutions of the regime's layers and kernel size, by name in the backbone."""
     chosen: dict[str, nn.Conv2d] = {}
     for layer in _layers(backbone, regime):
         found = {

@@ -62,18 +62,18 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] to the outputs of `layer2`, resized, and `layer3`."""
+        """Map images [B, 3, H, W] to the outputs of `layer2`, resized, and `layer3`."""
         layer2 = self.layer2(self.layer1(self.layer0(images)))
         layer3 = self.layer3(layer2)
         return resize(layer2, layer3.shape[-2:]), layer3
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the output of `layer4`."""
+        """Map images [B, 3, H, W] to the output of `layer4`."""
         return self.layer4(self.features(images)[1])
 
 
 def own_keys(state: dict[str, _Value]) -> dict[str, _Value]:
-    """A state dict of torchvision's VGG-16 with `features.n` renamed to `VGG`'s `layerm.n`."""
+    """Rename `features.n` of torchvision's VGG-16 to `VGG`'s `layerm.n` in a state dict."""
     renamed = {}
     for key, value in state.items():
         first, _, rest = key.partition(".")

@@ -25,7 +25,7 @@ class _Description(NamedTuple):
 
 
 def load_backbone(backbone: Backbone, weights: str) -> None:
-    """Loads pretrained weights into a backbone, all of them or none.
+    """Load pretrained weights into a backbone, all of them or none.
 
     float16 tensors are cast to the backbone's dtype. `fc.*`, a VGG's `classifier.*` and
     `num_batches_tracked` are ignored, a `module.` prefix is removed.
@@ -65,7 +65,7 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
 
 
 def backbone_of(weights: str, name: str | None = None, stride_on: str | None = None) -> Backbone:
-    """The backbone that weights belong to, with them.
+    """Build the backbone that weights belong to, and load them.
 
     Args:
         weights: "shapes", "torchvision" or a file, see `load_backbone`.
@@ -101,7 +101,7 @@ def backbone_of(weights: str, name: str | None = None, stride_on: str | None = N
 
 
 def read_state(argument: str, path: Path) -> dict[str, Any]:
-    """The state dict in a file, at the top or under `state_dict`, without `module.` prefixes.
+    """Read the state dict in a file, at the top or under `state_dict`, without `module.` prefixes.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or one that cannot be read.
@@ -115,7 +115,7 @@ def read_state(argument: str, path: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Tensor], state: dict[str, Any]) -> str:
-    """Lines on what is missing, unexpected or of another shape in a state dict; "" if nothing."""
+    """List what is missing, unexpected or of another shape in a state dict; "" if nothing."""
     missing = [key for key in expected if key not in state]
     unexpected = [
         key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
@@ -168,7 +168,7 @@ def _download(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    """A file's state dict, and the convolution that carries the stride if the file tells."""
+    """Read a file's state dict, and which convolution has the stride if the file tells."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in (".pth", ".pt"):
@@ -190,7 +190,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote into a file, if it is tensors and plain values only.
+    """Read what `torch.save` wrote into a file, if it is tensors and plain values only.
 
     Raises:
         ValueError: a file that cannot be read, or would run code.

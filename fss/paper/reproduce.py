@@ -15,8 +15,8 @@ from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import compared_rows, markdown
 from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, listing, plan
 from fss.paper.tables import Table, default_folder, load_table, table_names
-from fss.runs.checkpoint import check_same_settings, flat_settings
-from fss.settings import merged, read_settings
+from fss.runs.checkpoint import check_same_settings
+from fss.settings import flat_settings, merged, read_settings
 from fss.training.base_learner import train_base
 from fss.training.loop import INTERRUPTED, Stopped
 from fss.training.run import train
@@ -101,8 +101,8 @@ def reproduce(table: Table, options: Options) -> dict[str, Any]:
 
 def _check_finished(run: PlannedRun) -> None:
     """Check that what is finished in the folders of a run has the settings that are asked for."""
-    for one in (run, run.base):
-        if one is not None and one.config is not None and one.folder.state == "finished":
+    for one in (run, run.base) if run.config is not None else ():
+        if one is not None and one.folder.state == "finished":
             path = one.folder.result_file
             check_same_settings(one.folder.result()["config"], one.config, "finished", path)
 

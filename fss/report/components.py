@@ -34,7 +34,7 @@ class Photo:
 
     Attributes:
         name: of the photo.
-        image: normalised [3, S, S], the photo in its top left corner.
+        image: normalized [3, S, S], the photo in its top left corner.
         region: height and width of the photo in `image`.
         pixels: RGB [h, w, 3] between 0 and 1, in the photo's own proportions.
         mask: bool [h, w], the object; None where nobody marked one.

@@ -10,7 +10,7 @@ from fss.config import TrainConfig, free_settings
 from fss.report.cost import measured
 from fss.report.plot import series_style
 from fss.report.runs import ReportedRun
-from fss.runs.checkpoint import flat_settings
+from fss.settings import flat_settings
 
 # What may differ between runs of which a mean makes sense: folds and seeds, places and speed.
 _FREE = free_settings(TrainConfig, "mean")

@@ -112,7 +112,7 @@ def _from_weights(
         f"training began with ({source}) "
     )
     if source != "shapes" and not Path(str(source)).exists():
-        raise FileNotFoundError(f"{hint}are not there")
+        raise FileNotFoundError(f"{hint}are missing")
     backbone = replace(model, name="baseline", base_weights=None, official=None)
     if learned or model.official:
         raise FileNotFoundError(f"{hint}are not a backbone's alone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
@@ -15,6 +15,7 @@ import torch
 
 from fss.config import TrainConfig, free_settings
 from fss.files import atomic_write, causes
+from fss.settings import flat_settings
 
 _FORMAT = 1
 
@@ -190,20 +191,6 @@ def check_same_settings(stored: dict[str, Any], config: Any, between: str, path:
     with explain_misfit(path):
         former = type(config).from_dict(stored).to_dict()
     check_same(flat_settings(former, free), flat_settings(config.to_dict(), free), path)
-
-
-def flat_settings(
-    values: dict[str, Any], free: Collection[str] = (), prefix: str = ""
-) -> dict[str, Any]:
-    """Return the settings of a configuration by dotted name, without those of `free`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, dict):
-            flat |= flat_settings(value, free, f"{name}.")
-        elif name not in free:
-            flat[name] = value
-    return flat
 
 
 def random_state() -> dict[str, Any]:

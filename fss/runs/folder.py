@@ -59,7 +59,7 @@ class BaseFolder:
             result = parse_json(read_text(path), path)
         except ValueError as error:
             raise ValueError(
-                f"run: {path} is not JSON, it is truncated ({error}); make it again with --resume"
+                f"run: {error}; it is truncated, make it again with --resume"
             ) from error
         for name in self.entries:
             part = result

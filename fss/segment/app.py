@@ -6,7 +6,6 @@ import ipaddress
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image, ImageColor
 
 from fss.colors import ORANGE
 from fss.data import ShapesSource
+from fss.runs.folder import RunFolder
 from fss.segment.pictures import overlay, read_mask, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter
 
@@ -55,7 +55,7 @@ def serve(
     checkpoint: Literal["best", "last"] = "best",
     device: Device = "auto",
 ) -> None:
-    """Serves a page to paint an object in a picture and to find it in others, until ctrl-C.
+    """Serve a page to paint an object in a picture and to find it in others, until ctrl-C.
 
     Pictures stay on this machine. Uploads of more than 20 MiB or 25 million pixels are refused,
     and copies of them deleted after an hour.
@@ -82,7 +82,7 @@ def serve(
         segmenter = FewShotSegmenter(backbone, weights, device=device)
     else:
         if backbone is not None or weights is not None:
-            raise ValueError("backbone, weights: a run brings its own, leave them out")
+            raise ValueError("backbone, weights: a run brings its own, omit them")
         segmenter = FewShotSegmenter.load(run, checkpoint, device=device)
     choices = find_adapters(run, adapters)
     for adapter in choices.values():
@@ -99,7 +99,7 @@ def serve(
 def launch(
     page: Any, host: str = "127.0.0.1", port: int | None = None, browser: bool = False
 ) -> str:
-    """Serves a page of `build_page` in the background; returns its address. `page.close()` ends it.
+    """Serve a page of `build_page` in the background; return its address. `page.close()` ends it.
 
     From then on Pillow refuses pictures of more than 25 million pixels in this process: Gradio
     decodes uploads before anyone else sees them.
@@ -128,7 +128,7 @@ def launch(
 
 
 def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], title: str) -> Any:
-    """The page, a `gradio.Blocks`.
+    """Build the page, a `gradio.Blocks`.
 
     Args:
         segmenter: does the work, one click at a time.
@@ -277,7 +277,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
 
 
 def _support(editor: Any, mask: str | None) -> Support:
-    """The picture and the mask of the editor, or of the editor's picture and a file."""
+    """Return the editor's picture with the painted mask, or with that of a file."""
     picture = None if editor is None else editor["background"]
     if picture is None or not picture[..., 3:].any():
         raise ValueError("Support: drop in a picture and paint the object in it.")
@@ -299,7 +299,7 @@ def _shown(supports: list[Support], gradio: Any) -> Any:
 
 
 def _example() -> list[Support]:
-    """Pictures of the embedded data that show gears, with the mask of the gears."""
+    """Load pictures of the embedded data that show gears, with the mask of the gears."""
     source = ShapesSource(size=241, seed=7, train=1, test=50, objects=(1, 2), clutter=1)
     gear = next(c for c, name in source.class_names.items() if name == "gear")
     large = 0.07 * source.image_size**2
@@ -309,7 +309,7 @@ def _example() -> list[Support]:
 
 
 def _told(function: Callable[..., Any], gradio: Any) -> Callable[..., Any]:
-    """The function, whose errors of the user's are shown on the page."""
+    """Wrap a function so that the page shows the user's errors."""
 
     def call(*arguments: Any) -> Any:
         try:
@@ -321,15 +321,14 @@ def _told(function: Callable[..., Any], gradio: Any) -> Callable[..., Any]:
 
 
 def find_adapters(run: str | None, adapters: tuple[str, ...]) -> dict[str, str | None]:
-    """Adapters by name; the first one, None, stands for what the segmenter came with."""
+    """Find adapters by name; the first one, None, stands for what the segmenter came with."""
     if run is None:
         choices: dict[str, str | None] = {"pretrained": None}
     else:
         choices = {"as trained": None}
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
-        if (folder / "pretrained.safetensors").is_file():
-            choices = {"fine-tuned (SVF)": None}
-            choices["pretrained (frozen)"] = str(folder / "pretrained.safetensors")
+        pretrained = RunFolder.find(run)[0].pretrained
+        if pretrained.is_file():
+            choices = {"fine-tuned (SVF)": None, "pretrained (frozen)": str(pretrained)}
     return choices | {str(path): str(path) for path in adapters}
 
 

@@ -27,16 +27,16 @@ def export_onnx(
     batch_size: int = 1,
     metadata: dict[str, Any] | None = None,
 ) -> float:
-    """Writes a few-shot model as ONNX, runs it there and compares; returns the largest difference.
+    """Write a few-shot model as ONNX, run it there and compare; return the largest difference.
 
     SVF layers are merged into plain convolutions, in place. The graph has the inputs of
     `FewShotModel.features` under their names and one output:
 
-        query_image [B, 3, size, size] and support_images [B, K, 3, size, size], float32, normalised
+        query_image [B, 3, size, size] and support_images [B, K, 3, size, size], float32, normalized
         support_masks [B, K, size, size], int64; 1 is foreground
         logits [B, 2, size, size], background and foreground
 
-    What normalised means (ImageNet's mean and standard deviation, of values from 0 to 1) is in the
+    What normalized means (ImageNet's mean and standard deviation, of values from 0 to 1) is in the
     file's metadata under "fss", as JSON.
 
     Args:
@@ -98,7 +98,7 @@ def export_run(
     shots: int | None = None,
     checkpoint: Literal["best", "last"] = "best",
 ) -> str:
-    """Writes the network of a run as an ONNX file.
+    """Write the network of a run as an ONNX file.
 
     Args:
         run: folder of a training run, or a checkpoint file in it.
@@ -134,7 +134,7 @@ class _Logits(nn.Module):
 
 
 def _cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`svf_fast.cosine_max` and its positions in operators that ONNX has, with an N×M matrix."""
+    """Compute `svf_fast.cosine_max` with operators that ONNX has, through an N×M matrix."""
     masked = support * mask.unsqueeze(1)
     norms = query.norm(dim=1).unsqueeze(2) * masked.norm(dim=1).unsqueeze(1)
     values, index = ((query.transpose(1, 2) @ masked) / (norms + 1e-7)).max(dim=2)

@@ -25,10 +25,10 @@ _ONE_COLOR = 64  # how far the colors of an object may differ, of 255
 
 
 def read_picture(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
-    """A picture as RGB uint8 [H, W, 3].
+    """Read a picture as RGB uint8 [H, W, 3].
 
     Files and PIL images are turned upright as their EXIF orientation says. Transparent pixels are
-    laid on white, grey ones become RGB, 16 bits become 8 (values / 257), of several frames the
+    laid on white, gray ones become RGB, 16 bits become 8 (values / 257), of several frames the
     first is taken. Arrays are uint8, uint16 (0 to 65535), bool, or floating from 0 to 1.
 
     Args:
@@ -52,25 +52,25 @@ def read_picture(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
     pixels = _to_bytes(values, name)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    colours, alpha = _split_alpha(pixels)
+    colors, alpha = _split_alpha(pixels)
     if alpha is not None and alpha.min() < 255:
         share = alpha[..., None].astype(np.float32) / 255
-        colours = np.rint(colours * share + 255 * (1 - share)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(colours, (*colours.shape[:2], 3)))
+        colors = np.rint(colors * share + 255 * (1 - share)).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(colors, (*colors.shape[:2], 3)))
 
 
 def read_mask(mask: MaskLike, size: tuple[int, int], name: str = "mask") -> NDArray[np.bool_]:
-    """A mask as bool [H, W], true where the object is.
+    """Read a mask as bool [H, W], true where the object is.
 
     A picture of a mask has the size of the upright picture: one that is stored turned, with an EXIF
     orientation, is masked as viewers show it; the orientation of the mask's own file is followed
     too. If the mask has transparent pixels, the object is what is opaque. Otherwise black (in an
-    array, or a palette of colours, 0) is background and there may be one other value; of several
-    greys, as soft edges have them, those from half of white on are the object. The index 255 of a
-    palette of colours is "ignored" as in Pascal VOC: background, if there is another.
+    array, or a palette of colors, 0) is background and there may be one other value; of several
+    grays, as soft edges have them, those from half of white on are the object. The index 255 of a
+    palette of colors is "ignored" as in Pascal VOC: background, if there is another.
 
-    A box holds the pixels whose centre lies between (x0, y0) and (x1, y1), a polygon those whose
-    centre is inside by the even-odd rule. Coordinates are pixels, x to the right and y down, from
+    A box holds the pixels whose center lies between (x0, y0) and (x1, y1), a polygon those whose
+    center is inside by the even-odd rule. Coordinates are pixels, x to the right and y down, from
     (0, 0), the top left corner of the picture, to (W, H).
 
     Args:
@@ -98,10 +98,10 @@ def read_mask(mask: MaskLike, size: tuple[int, int], name: str = "mask") -> NDAr
 
 
 def overlay(
-    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: str = ORANGE, opacity: float = 0.5
+    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], color: str = ORANGE, opacity: float = 0.5
 ) -> Image.Image:
-    """The picture uint8 [H, W, 3] with the mask [H, W] in a colour, and a line around it."""
-    red_green_blue = np.array(ImageColor.getrgb(colour), dtype=np.float32)
+    """Draw a mask [H, W] over a picture uint8 [H, W, 3] in a color, with a line around it."""
+    red_green_blue = np.array(ImageColor.getrgb(color), dtype=np.float32)
     result = pixels.astype(np.float32)
     result[mask] += opacity * (red_green_blue - result[mask])
     result[_outline(mask)] = red_green_blue
@@ -109,7 +109,7 @@ def overlay(
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask's pixels near the background: within 1 of 500 of the longer side."""
+    """Find the mask's pixels near the background: within 1 of 500 of the longer side."""
     inside = mask
     for _ in range(max(1, max(mask.shape) // 500)):
         framed = np.pad(inside, 1, mode="edge")
@@ -119,7 +119,7 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _open(picture: str | os.PathLike[str] | Image.Image, name: str) -> Image.Image:
-    """The first frame of a file or of an image, upright and decoded.
+    """Decode the first frame of a file or of an image, upright.
 
     Raises:
         FileNotFoundError: no such file.
@@ -145,7 +145,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _pixel_values(image: Image.Image) -> NDArray[Any]:
-    """The values of an image: uint8 [H, W], [H, W, 3] or [H, W, 4], uint16 or floating [H, W]."""
+    """Return an image's values: uint8 [H, W], [H, W, 3] or [H, W, 4], uint16 or floating [H, W]."""
     if image.mode.startswith("I"):
         values = np.array(image)
         return values.astype(np.uint16) if values.min() >= 0 and values.max() < 2**16 else values
@@ -157,7 +157,7 @@ def _pixel_values(image: Image.Image) -> NDArray[Any]:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Whether an image has a channel, a palette or a colour of transparency."""
+    """Tell whether an image has a channel, a palette or a color of transparency."""
     return image.mode.lower().endswith("a") or "transparency" in image.info
 
 
@@ -202,9 +202,9 @@ def _is_picture(mask: NDArray[Any], size: tuple[int, int]) -> bool:
 def _of_image(image: Image.Image, size: tuple[int, int], name: str) -> NDArray[np.bool_]:
     if image.mode != "P" or _is_transparent(image):
         return _of_values(_pixel_values(image), size, name)
-    colours, ids = np.array(image.convert("RGB")), np.array(image)
-    if (np.ptp(colours, axis=2) == 0).all():
-        return _of_values(colours[..., 0], size, name)
+    colors, ids = np.array(image.convert("RGB")), np.array(image)
+    if (np.ptp(colors, axis=2) == 0).all():
+        return _of_values(colors[..., 0], size, name)
     _check_size(ids, size, name)
     classes = [value for value in np.unique(ids).tolist() if value not in (0, 255)]
     if len(classes) > 1:
@@ -215,12 +215,12 @@ def _of_image(image: Image.Image, size: tuple[int, int], name: str) -> NDArray[n
 def _of_values(values: NDArray[Any], size: tuple[int, int], name: str) -> NDArray[np.bool_]:
     _check_size(values, size, name)
     if values.ndim == 3:
-        colours, alpha = _split_alpha(_to_bytes(values, name))
+        colors, alpha = _split_alpha(_to_bytes(values, name))
         if alpha is not None and alpha.min() < 255:
             return alpha >= 128
-        values = colours.max(2)
-        bright = colours[values >= 128]
-        if (np.ptp(colours, axis=2) > 0).any() and np.ptp(bright, axis=0).max() > _ONE_COLOR:
+        values = colors.max(2)
+        bright = colors[values >= 128]
+        if (np.ptp(colors, axis=2) > 0).any() and np.ptp(bright, axis=0).max() > _ONE_COLOR:
             raise _several(np.unique(bright, axis=0).tolist(), name)
     if np.issubdtype(values.dtype, np.floating):
         _check_fractions(values, name)
@@ -263,7 +263,7 @@ def _check_size(values: NDArray[Any], size: tuple[int, int], name: str) -> None:
 
 
 def _corners(mask: object, name: str) -> NDArray[np.float64]:
-    """The corners [N, 2] of a polygon or [2, 2] of a box, (x, y) each."""
+    """Return the corners [N, 2] of a polygon or [2, 2] of a box, (x, y) each."""
     try:
         points = np.array(mask, dtype=np.float64)
     except (TypeError, ValueError):
@@ -301,7 +301,7 @@ def _draw(points: NDArray[np.float64], size: tuple[int, int], name: str) -> NDAr
 
 
 def _fill(points: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels whose centre lies inside of a polygon, by the even-odd rule."""
+    """Fill the pixels whose center lies inside a polygon, by the even-odd rule."""
     height, width = size
     (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
     mask = np.zeros(size, dtype=bool)
@@ -311,7 +311,7 @@ def _fill(points: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool
         if crossed.any():
             share = (y - y0[crossed]) / (y1[crossed] - y0[crossed])
             x = x0[crossed] + share * (x1[crossed] - x0[crossed])
-            # a centre is inside where an odd number of edges lies to its left
+            # a center is inside where an odd number of edges lies to its left
             first = np.clip(np.ceil(x - 0.5), 0, width).astype(int)
             mask[row] = np.cumsum(np.bincount(first, minlength=width + 1))[:width] % 2
     return mask

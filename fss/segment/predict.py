@@ -39,7 +39,7 @@ def predict_files(
     overwrite: bool = False,
     device: Device = "auto",
 ) -> str:
-    """Segments pictures and writes of each, into a folder, three PNG files of its size.
+    """Segment pictures and write three PNG files of each, of its size, into a folder.
 
     NAME.mask.png is 255 where the object is, else 0; NAME.probability.png is 255 times the
     probability; NAME.overlay.png is the picture with the mask. NAME is the picture's path in the
@@ -79,17 +79,10 @@ def predict_files(
     if not supports:
         raise ValueError("support: expected at least one picture with its mask, got none")
     if run is None:
-        segmenter = FewShotSegmenter(
-            backbone,
-            weights,
-            size=size,
-            adapter=adapter,
-            threshold=threshold,
-            device=device,
-        )
+        segmenter = FewShotSegmenter(backbone, weights, None, size, adapter, threshold, device)
     else:
         if (backbone, weights, size) != (None, None, None):
-            raise ValueError("backbone, weights, size: a run brings its own, leave them out")
+            raise ValueError("backbone, weights, size: a run brings its own, omit them")
         segmenter = FewShotSegmenter.load(run, checkpoint, adapter, threshold, device)
     images, masks = zip(*supports, strict=True)
     segmenter.support(list(images), [parse_mask(mask) for mask in masks])
@@ -104,7 +97,7 @@ def predict_files(
 
 
 def find_pictures(queries: Sequence[str], out: Path) -> list[Path]:
-    """The pictures that files and folders stand for, each once, without those in `out`.
+    """List the pictures that files and folders stand for, each once, without those in `out`.
 
     Raises:
         FileNotFoundError: no such file or folder, or a folder without a picture.
@@ -129,7 +122,7 @@ def find_pictures(queries: Sequence[str], out: Path) -> list[Path]:
 
 
 def parse_mask(text: str) -> MaskLike:
-    """A mask from the command line: an existing file, "x0,y0,x1,y1", or "x,y x,y x,y …".
+    """Parse a mask from the command line: an existing file, "x0,y0,x1,y1", or "x,y x,y x,y …".
 
     Raises:
         ValueError: numbers that are neither a box nor a polygon.
@@ -159,7 +152,7 @@ def _is_picture(path: Path, folder: Path, out: Path) -> bool:
 
 
 def _names(queries: Sequence[str], paths: Sequence[Path]) -> list[str]:
-    """A name for the results of each picture, no two the same."""
+    """Name the results of each picture, no two the same."""
     folders = [Path(query).expanduser() for query in queries if Path(query).expanduser().is_dir()]
 
     def inside(path: Path) -> Path:
@@ -192,7 +185,7 @@ def _refuse_to_overwrite(results: Sequence[Path]) -> None:
 
 
 def _predict(segmenter: FewShotSegmenter, results: dict[Path, Path], batch_size: int) -> list[str]:
-    """Writes the results of each picture; returns the errors of those that cannot be read."""
+    """Write the results of each picture; return the errors of those that cannot be read."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     errors: list[str] = []

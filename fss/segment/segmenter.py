@@ -29,7 +29,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """What a segmenter says of a picture, at the size of the upright picture.
+    """The result for a picture, at the size of the upright picture.
 
     picture: RGB uint8 [H, W, 3].
     probability: of the object, float32 [H, W], 0 to 1. A network's confidence: not calibrated.
@@ -41,7 +41,7 @@ class Segmentation:
     mask: NDArray[np.bool_]
 
     def overlay(self, colour: str = ORANGE, opacity: float = 0.5) -> Image.Image:
-        """The picture with the mask in a colour, "#RRGGBB", and a line around it."""
+        """Draw the mask over the picture in a color, "#RRGGBB", with a line around it."""
         return overlay(self.picture, self.mask, colour, opacity)
 
 
@@ -52,16 +52,16 @@ class FewShotSegmenter:
         segmenter.support([image], [mask])
         result = segmenter(query)            # result.mask, result.probability, result.overlay()
 
-    `load` takes a trained run. Without one, as here, nothing is trained: the object is told from
-    the background by the nearer of two mean features, see `Matching`. By default these are features
-    of the embedded backbone, which is small and was trained on rendered shapes: good for a try, and
-    poor on photos. For photos give weights trained on photos, or train a run.
+    `load` takes a trained run. Without one, as here, nothing is trained: each pixel goes to the
+    nearer of two mean features, of object and background, see `Matching`. By default these are
+    features of the embedded backbone, which is small and was trained on rendered shapes: enough to
+    try it, poor on photos. For photos give weights trained on photos, or train a run.
 
     Pictures and masks: see `read_picture` and `read_mask`. Any size and shape; each is scaled so
     that its longer side fits the network's input, and results come back at the picture's own size.
 
     Args:
-        backbone: its name; by default what the weights' file belongs to.
+        backbone: its name; by default the one that the file of weights is of.
         weights: file of a pretrained backbone (see `load_backbone`), "shapes" (embedded) or
             "torchvision" (downloaded; the default if only `backbone` is given).
         stride_on: of a ResNet's bottlenecks, "conv1" or "conv2" (torchvision); by default what the
@@ -77,7 +77,7 @@ class FewShotSegmenter:
         config: of the run that was loaded; None without a run.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError, ConnectionError: weights that are not there, not
+        FileNotFoundError, ValueError, ImportError, ConnectionError: weights that are missing, not
             readable or do not fit, see `load_backbone`; an argument out of range.
     """
 
@@ -107,7 +107,7 @@ class FewShotSegmenter:
         threshold: float = 0.5,
         device: Device = "auto",
     ) -> FewShotSegmenter:
-        """The segmenter of a trained run, at the size it was trained for; see the class.
+        """Load the segmenter of a trained run, at the size it was trained for; see the class.
 
         Args:
             run: folder of `fss train`, or a checkpoint in it. No other file is needed.
@@ -147,7 +147,7 @@ class FewShotSegmenter:
 
     @property
     def threshold(self) -> float:
-        """Probability above which a pixel belongs to the object."""
+        """Return the probability above which a pixel belongs to the object."""
         return self._threshold
 
     @threshold.setter
@@ -157,7 +157,7 @@ class FewShotSegmenter:
         self._threshold = value
 
     def adapter(self, adapter: str | os.PathLike[str] | svf_fast.Adapter | None) -> None:
-        """Sets the backbone's singular values, without decomposing it anew; supports stay.
+        """Set the backbone's singular values, without decomposing it anew; supports stay.
 
         A backbone without SVF layers, as in a run of another regime, is decomposed the first time.
 
@@ -187,7 +187,7 @@ class FewShotSegmenter:
     def support(
         self, images: Picture | Sequence[Picture], masks: MaskLike | Sequence[MaskLike]
     ) -> FewShotSegmenter:
-        """Takes K supports in place of earlier ones; returns the segmenter.
+        """Take K supports, replacing earlier ones; return the segmenter.
 
         Args:
             images: K pictures in a list, or one.
@@ -234,7 +234,7 @@ class FewShotSegmenter:
     ) -> list[Segmentation]: ...
 
     def __call__(self, images: Any, batch_size: int = 8) -> Segmentation | list[Segmentation]:
-        """Segments a picture, or each of a list.
+        """Segment a picture, or each of a list.
 
         Args:
             images: a picture or a list of them, each of any size.
@@ -277,9 +277,9 @@ class FewShotSegmenter:
 
 
 def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:
-    """The scaled mask int64, with at least a pixel of the object."""
+    """Return the scaled mask as int64, with at least a pixel of the object."""
     result = mask.long()
-    if not (result == 1).any():  # nearest-neighbour scaling can drop an object of a few pixels
+    if not (result == 1).any():  # nearest-neighbor scaling can drop an object of a few pixels
         valid = result != 255
         height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
         y, x = np.argwhere(found).mean(0) / found.shape

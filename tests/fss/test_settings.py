@@ -13,7 +13,7 @@ from fss.cli import build_parser, main
 from fss.config import DataConfig, TrainConfig
 from fss.models import build_model
 from fss.paper.tables import load_table, run_values
-from fss.settings import FOLDER, config_file, config_names, merged, read_settings
+from fss.settings import FOLDER, config_file, config_names, flat_settings, merged, read_settings
 
 NAMES = config_names()
 PARSER = build_parser()
@@ -62,6 +62,7 @@ def test_settings_of_a_file_over_others(tmp_path):
         "steps": 3,
     }
     assert values["data"]["shots"] == 1
+    assert flat_settings(values, {"out"}) == {"data.fold": 1, "data.shots": 1}
     for text, message in (("data: {sise: 9}", "data: 'sise' is no setting"), ("[1]", "got a list")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

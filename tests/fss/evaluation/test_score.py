@@ -57,6 +57,14 @@ def test_other_data(tiny, elsewhere, name):
     assert not (run / "eval.json").exists()
 
 
+def test_bam_is_tested_with_a_support_or_with_as_many_as_trained(tiny):
+    model = {"name": "bam", "base_weights": "none"}
+    run = untrained(tiny(model=model, data={"shots": 2}))
+    assert [evaluate_run(str(run), shots=k, **FEW)["shots"] for k in (1, 2)] == [1, 2]
+    with pytest.raises(ValueError, match="support_images: expected K = 1 or 2 supports per query"):
+        evaluate_run(str(run), shots=3, **FEW)
+
+
 def test_classes_that_training_saw_are_left_out(tiny, elsewhere):
     novel = [elsewhere.class_names[c] for c in elsewhere.folds[1]]
     run = untrained(tiny(), {1: novel[0].upper(), 2: novel[2], 3: "another"})

@@ -21,7 +21,7 @@ BASE = {c: f"class {c}" for c in range(1, 6)}
 def _model(name, backbone="resnet18", shots=1, **options):
     torch.manual_seed(0)
     values = {"width": 4, "weights": "none", "channels": 16, "dropout": 0.0, **options}
-    if name == "bam":
+    if MODELS[name].needs_base_learner:
         values["base_weights"] = "none"
     return build_model(ModelConfig(name=name, backbone=backbone, **values), BASE, shots)
 

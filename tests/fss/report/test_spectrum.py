@@ -49,7 +49,7 @@ def test_pretrained_values_are_kept_and_found_again(tiny, weights):
     with pytest.raises(FileNotFoundError, match="are others by now"):
         read_spectra(run, trained)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="are not there"):
+    with pytest.raises(FileNotFoundError, match="are missing"):
         read_spectra(run, trained)
 
 

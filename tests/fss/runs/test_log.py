@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from fss.runs.folder import RunFolder
 from fss.runs.log import read_log
 
@@ -60,3 +62,13 @@ def test_a_new_run_begins_with_empty_tables(tmp_path):
     write(tmp_path, [1, 2])
     write(tmp_path, [1])
     assert read_log(tmp_path / "train.csv")["step"] == [1]
+
+
+def test_a_row_that_is_being_written(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss\n1,0.5\n2,")
+    assert read_log(path, growing=True) == {"step": [1], "loss": [0.5]}
+    assert math.isnan(read_log(path)["loss"][1])
+    path.write_text("step,loss\n1\n2,0.5\n")
+    with pytest.raises(ValueError, match=r"log.csv: .*line 2: expected 2 values, got 1"):
+        read_log(path, growing=True)
