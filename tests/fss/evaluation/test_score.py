@@ -186,3 +186,9 @@ def test_pfenets_test_of_coco_is_longer(tiny, elsewhere, monkeypatch):
     run = untrained(tiny())
     evaluate_run(str(run), source="coco", root="there", protocol="pfenet")
     assert given == [20000]
+
+
+def test_bam_of_two_shots_with_one(tiny):
+    """Its weights of the shots are those of training."""
+    run = untrained(tiny(model={"name": "bam", "base_weights": "none"}, data={"shots": 2}))
+    assert evaluate_run(str(run), shots=1, **FEW)["shots"] == 1

@@ -313,7 +313,7 @@ Q, S, M = _episodes()
     "query_image, support_images, support_masks, error, message",
     [
         ([1.0], S, M, TypeError, "query_image: expected a tensor, got list"),
-        (Q.byte(), S, M, TypeError, "query_image: .*torch.float32, got torch.uint8; normalise"),
+        (Q.byte(), S, M, TypeError, "query_image: .*torch.float32, got torch.uint8; normalize"),
         (Q, S.double(), M, TypeError, "support_images: .*torch.float32, got torch.float64"),
         (Q, S, M.float(), TypeError, "support_masks: expected integers .*got torch.float32"),
         (Q[0], S, M, ValueError, r"query_image: expected \[B, 3, H, W\], got \[3, 41, 49\]"),
