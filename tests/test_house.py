@@ -21,7 +21,7 @@ FOLDERS = (".ci", "csrc", "svf_fast", "fss", "benchmarks", "docs", "examples", "
 
 
 def files(suffixes: set[str], *folders: str) -> list[Path]:
-    found = [path for path in ROOT.iterdir() if not folders and path.is_file()]
+    found = [] if folders else [path for path in ROOT.iterdir() if path.name != ".git"]
     for folder in folders or FOLDERS:
         found += (ROOT / folder).rglob("*")
     return sorted(
