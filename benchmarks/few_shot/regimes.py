@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from benchmarks import files
 from benchmarks.few_shot.training import make_run, score_elsewhere
 from fss.files import write_json
+from fss.runs.folder import RunFolder
 
 MIB = 2**20
 COLORS = {"freeze": "#7f7f7f", "svf": "#0072B2", "full": "#E69F00"}  # Okabe-Ito
@@ -73,7 +74,7 @@ def main() -> int:
     print(table)
     print(f"picture: {base.with_suffix('.png')}")
     first = Run(options.models[0], options.regimes[-1], options.folds[0], options.seeds[0])
-    print(f"episodes: {_folder(options, first) / 'episodes.png'}")
+    print(f"episodes: {RunFolder(_folder(options, first)).episodes}")
     return 1 if unfinished else 0
 
 

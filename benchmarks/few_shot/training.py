@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.gpu.processes import run
 from fss.data import FolderSource
+from fss.runs.folder import RunFolder
 
 SAVING = 20.0  # seconds that a stopped run has to finish its step and save
 
@@ -39,13 +40,13 @@ def make_run(
     Raises:
         SystemExit: the run failed.
     """
-    result = folder / "result.json"
-    if not result.is_file():
+    run_folder = RunFolder(folder)
+    if run_folder.state != "finished":
         command = [sys.executable, "-m", "fss.cli", "train", "--config", config, *extra]
         command += [f"--{name}={value}" for name, value in settings.items()]
         command.append(f"--out={folder}")
         # one that stopped before its first checkpoint has nothing to go on from
-        command.append("--resume" if (folder / "last.pt").is_file() else "--overwrite")
+        command.append("--resume" if run_folder.state == "in progress" else "--overwrite")
         print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
         if deadline is None:
             status: int | None = subprocess.run(command).returncode
@@ -56,7 +57,7 @@ def make_run(
             return None
         if status:
             raise SystemExit(f"{folder}: the run ended with {status}; run again to go on")
-    return json.loads(result.read_text())
+    return run_folder.result()
 
 
 def score_elsewhere(folder: Path, arguments: str) -> dict:
@@ -72,7 +73,7 @@ def score_elsewhere(folder: Path, arguments: str) -> dict:
     """
     words = shlex.split(arguments)
     source, fold = (words[words.index(name) + 1] for name in ("--source", "--fold"))
-    result = folder / f"eval_{source}_fold{fold}.json"
+    result = RunFolder(folder).score_file(source, int(fold))
     if not result.is_file():
         command = [sys.executable, "-m", "fss.cli", "eval", str(folder), *words]
         print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)

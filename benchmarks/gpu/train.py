@@ -29,7 +29,7 @@ from PIL import Image
 from benchmarks.files import RESULTS, write_results
 from fss.data import ShapesSource
 from fss.files import write_json
-from fss.runs.log import read_log
+from fss.runs.folder import RunFolder
 
 CASES = ("473x1", "641x5", "641x1", "473x5")  # px and shots, most wanted first
 BATCH = {473: 8}  # episodes of a step, as in the recipe; at other sizes:
@@ -143,8 +143,8 @@ def _measured(row: Row, options: argparse.Namespace, runs: Path) -> dict[str, An
         status = fss(command)
     if status:
         raise RuntimeError(f"fss train ended with {status}: {told.lines[-1]}")
-    result = json.loads((runs / "result.json").read_text())
-    log = read_log(runs / "train.csv")
+    folder = RunFolder(runs)
+    result, (log, _) = folder.result(), folder.logs()
     return {
         "command": f"fss {shlex.join(command)}",
         "step_seconds": log["step_seconds"][-1],

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.few_shot import regimes, training
 from benchmarks.gpu.processes import Ended
+from fss.runs.folder import RunFolder
 
 # mIoU of the two episode seeds by (regime, training seed)
 SCORES = {("freeze", 1): [0.1, 0.2], ("freeze", 2): [0.2, 0.2], ("svf", 1): [0.2, 0.3]}
@@ -123,6 +124,7 @@ def test_folds_with_all_their_runs_are_tabulated(tabulated, monkeypatch, tmp_pat
 def test_a_run_that_the_time_stops_is_gone_on_with(monkeypatch, tmp_path):
     """`run` sends SIGTERM at the limit, upon which `fss train` saves; see their own tests."""
     folder, asked = tmp_path / "run", []
+    monkeypatch.setattr(RunFolder, "entries", ("steps",))
 
     def stopped(command, log, limit, grace):
         asked.append((command, limit, grace))
