@@ -217,9 +217,9 @@ class RegimeConfig:
     - "svf_scale": U S S' Vᵀ; `factors` are S' (the default), or S and S' (Table 23);
     - "scale_output": S' W, a trained factor per row, that is, output channel (Table 22);
     - "scale_input": W S', a trained factor per column, that is, weight of a filter (Table 22);
-    - "rotated_scale": R S' Rᵀ W with a random rotation R (Tables 9 and 24);
+    - "rotated_scale": R S' Rᵀ W with a random rotation R (Table 24);
     - "rotated_svf": U R S Rᵀ Vᵀ, which differs from the pretrained network: S stays diagonal while
-      its basis turns; `factors` are S (the default), or none, which freezes it (Tables 9 and 24);
+      its basis turns; `factors` are S (the default), or none, which freezes it (Table 9);
     - "adapter": W, frozen; after each of `layers` a bottleneck x + up(relu(down(x))) trains, whose
       up starts at 0 (Table 10);
     - "bias": W, frozen; the biases of convolutions and batch norms in `layers` train (Table 13). In

@@ -174,7 +174,7 @@ def choose(options: Sequence[Sequence[Option]], budget: int, fixed: int = 0) -> 
 
 
 def _pareto(spent: np.ndarray, cost: np.ndarray, spare: int) -> np.ndarray:
-    """Return indices of what fits and nothing undercuts, bytes rising and cost falling."""
+    """Return indices of the Pareto front within `spare` bytes, bytes rising and cost falling."""
     order = np.lexsort((cost, spent))
     order = order[: np.searchsorted(spent[order], spare, side="right")]
     falling = np.minimum.accumulate(cost[order])

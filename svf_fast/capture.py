@@ -13,12 +13,12 @@ from svf_fast.layers.network import Network
 
 
 def follow(model: nn.Module) -> Hashable:
-    """Follow a model's S without waiting for a GPU, and name what a CUDA graph of it rests on.
+    """Follow a model's S without waiting for a GPU; return a key of what a CUDA graph depends on.
 
-    Call it before the graph is captured and before each replay, and capture anew when what it
-    returns is not equal to what it was: S has moved so far that more directions need their exact
-    gradient, or something else than the values of a trained S was written to or replaced. Equal
-    throughout for a model without SVF layers and batch norms.
+    Call it before the graph is captured and before each replay. When the key differs from that of
+    the capture, capture again: S has moved so far that more directions need their exact gradient,
+    or something other than the values of a trained S was written to or replaced. The key never
+    changes for a model without SVF layers and batch norms.
     """
     check_module(model)
     found: list[Hashable] = []

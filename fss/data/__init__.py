@@ -65,7 +65,9 @@ def build_source(config: DataConfig) -> Source:
         return PascalSource(root, train, val)
     if config.source == "coco":
         return CocoSource(root, config.folds, train, val)
-    return Fss1000Source(root, str(train), str(val))
+    if config.source == "fss1000":
+        return Fss1000Source(root, str(train), str(val))
+    raise ValueError(f"data.source: {config.source!r} has no source in build_source")
 
 
 def train_transform(config: DataConfig) -> Transform:

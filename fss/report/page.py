@@ -155,7 +155,10 @@ def _title(runs: Sequence[ReportedRun]) -> str:
 
 
 def _episodes(run: ReportedRun, number: int, folder: Path) -> dict[str, Any]:
-    """Return the picture of test episodes as a data URI, a tenth of the PNG; "" without one."""
+    """Return name, data URI and size of the picture of test episodes; without one, the reason.
+
+    It is WebP, with a tenth of the bytes of the PNG, which is written to `folder`.
+    """
     content = run.episodes()
     if content is None:
         why = "the run is in progress" if run.result is None else "the run drew none"

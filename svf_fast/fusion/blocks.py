@@ -315,7 +315,7 @@ def _reason(module: nn.Module, stages: list[StageNames]) -> str:
 
 
 def _kind(module: nn.Module) -> str:
-    """Name what a module does in a fused block; :func:`_reason` looks at convolutions and norms."""
+    """Name the role of a module in a fused block."""
     if isinstance(module, nn.Conv2d | SVFConv2d):
         return "convolution"
     if isinstance(module, nn.SyncBatchNorm):

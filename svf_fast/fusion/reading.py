@@ -41,7 +41,7 @@ class Slot:
         self._known: tuple[Plan | None, Any] = None, None
 
     def read(self) -> Stage:
-        """Return the stage as the op takes it, in a trace or capture too."""
+        """Return the stage for the op; works within a trace or capture too."""
         conv = self.conv.convolution(self.dtype, self._folded)
         assert conv is not None  # the reasons have seen to it
         return Stage(conv, self.scale, self.shift)

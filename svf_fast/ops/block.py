@@ -52,7 +52,7 @@ class Stage(NamedTuple):
 
     @classmethod
     def of(cls, kind: Kind, tensors: Sequence[Any]) -> Stage:
-        """Return the stage of these `tensors`."""
+        """Return the stage that has these :attr:`tensors`."""
         return cls(SVFConvolution.of(kind, tensors[:-2]), *tensors[-2:])
 
     @property
@@ -333,7 +333,7 @@ def _run_stage(
 
 
 def _rebuilds_input(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> bool:
-    """Tell whether the kernel of a stage recomputes its input from the y before as it reads it."""
+    """Tell whether a stage's kernel recomputes its input from y of the stage before."""
     conv, keeps = stages[index].conv, form.keeps[index]
     if conv.kind.strategy == "chain":
         return False
@@ -443,7 +443,7 @@ def _recompute(stages: Sequence[Stage], kept: Sequence[Maps]) -> Maps:
 
 
 def _rebuilt_input(conv: SVFConvolution, before: Stage, y: Tensor | None) -> Activation | None:
-    """Return the input of a stage after the first, where its gradient of S reads that."""
+    """Return the input of a stage after the first, if dS is computed from it."""
     if conv.kind.keeps != "x":
         return None
     assert y is not None

@@ -39,7 +39,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def match_layout(weight: Tensor, x: Tensor) -> Tensor:
-    """Return the weight in the memory format of x: a backend takes its output's from either."""
+    """Return the weight in the memory format of x, so that the output has it too."""
     if not is_channels_last(x):
         return weight.contiguous()
     in_channels, height, width = weight.shape[1:]

@@ -305,7 +305,7 @@ class SVFConvolution(NamedTuple):
         return grad_x, self.scale_gradient(flow, kept)
 
     def through_U(self, flow: Flow, v: Tensor | None) -> Flow:
-        """Compute ``S ⊙ (Uᵀ dL/dy)`` and dL/dS of ``chain``; others return the flow as it is."""
+        """Compute ``S ⊙ (Uᵀ dL/dy)`` and dL/dS for ``chain``; else return the flow as it is."""
         if self.kind.strategy != "chain":
             return flow
         left, grad = self.constants.left, flow.grad_y.tensor()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def unpack_saved(ctx, name: str) -> tuple[Any, ...]:
-    """Return the saved tensors, None where None was; explain a change in place of one of them."""
+    """Return the saved tensors, None where None was; explain that one was changed in place."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
@@ -24,7 +24,7 @@ def unpack_saved(ctx, name: str) -> tuple[Any, ...]:
 
 
 def keeps_graph() -> bool:
-    """Tell whether the backward pass that runs may be run again; if not, W need not be kept for it.
+    """Tell whether the running backward pass may run again; if not, W need not be kept.
 
     torch frees what a node saved, but not what else it holds, as long as its output lives.
     """

@@ -11,6 +11,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -31,18 +32,6 @@ from triton.runtime.jit import JITFunction
 from svf_fast.triton.tuning import OPTIONS, SEPARATE, Config, Problem, shared_memory
 
 ARCHITECTURES = (80, 90)
-MODULES = (
-    "activation_gradients",
-    "affine_act",
-    "channel_dot",
-    "compose",
-    "cosine_max",
-    "cosine_max_backward",
-    "gram",
-    "guard",
-    "pointwise",
-    "read_off",
-)
 
 
 class Usage(NamedTuple):
@@ -111,8 +100,10 @@ Kernels = Mapping[str, Callable[[], Sequence[Problem]]]
 
 def tunables() -> Kernels:
     """Collect every kernel with a configuration to choose."""
-    modules = [import_module(f"svf_fast.triton.{name}") for name in MODULES]
-    return {name: problems for module in modules for name, problems in module.TUNABLES.items()}
+    names = [found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    modules = [import_module(f"svf_fast.triton.{name}") for name in names]
+    found = [getattr(module, "TUNABLES", {}) for module in modules]
+    return {name: problems for kernels in found for name, problems in kernels.items()}
 
 
 def usages(problem: Problem, config: Config, arch: int) -> list[Usage]:

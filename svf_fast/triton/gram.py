@@ -223,7 +223,7 @@ class Problem(NamedTuple):
 
 
 def problems() -> list[Problem]:
-    """List the widths of the convolutions of layers 2-4; rebuilt, the inputs of the third ones."""
+    """List the widths in layers 2-4, also rebuilding the inputs of the third convolutions."""
     return [
         Problem(width, width, 1, positions, torch.bfloat16, rebuild)
         for width in (128, 256, 512, 1024)
