@@ -98,7 +98,7 @@ class Decision(NamedTuple):
 
 
 def decide_cuda() -> Decision:
-    """Whether the CUDA ops are built, and why; `SVF_FAST_CUDA=1` turns a no into an error."""
+    """Tell whether the CUDA ops are built, and why; `SVF_FAST_CUDA=1` turns a no into an error."""
     wish = os.environ.get("SVF_FAST_CUDA", "auto").strip().lower() or "auto"
     if wish not in ("0", "1", "auto"):
         raise SystemExit(f"SVF_FAST_CUDA: expected 0, 1 or auto, got {wish!r}")

@@ -24,7 +24,7 @@ ROWS = [
 
 
 def block() -> str:
-    """The figure as SVG; blue and orange of Okabe and Ito, on white."""
+    """Draw the figure as SVG; blue and orange of Okabe and Ito, on white."""
     width, height = LEFT + 18 * UNIT + 70, len(ROWS) * (HEIGHT + 18) + 50
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '

@@ -24,7 +24,7 @@ results[0].overlay().save("overlay.png")
 
 
 def iou(results: list) -> float:
-    """Of all queries together."""
+    """Return the score of all queries together."""
     pairs = [(result.mask, mask) for result, (_, mask) in zip(results, queries, strict=True)]
     both = sum(np.sum(found & mask) for found, mask in pairs)
     return both / sum(np.sum(found | mask) for found, mask in pairs)

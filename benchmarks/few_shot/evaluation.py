@@ -32,7 +32,7 @@ from fss.evaluation.evaluate import episode_classes, evaluate_all
 from fss.evaluation.feature_cache import Names, Shelf, uses
 from fss.evaluation.metrics import Score
 from fss.files import write_json
-from fss.models import build_model, load_backbone
+from fss.models import MODELS, build_model, load_backbone
 from fss.models.pooling import resize
 from fss.training.provenance import provenance
 
@@ -109,7 +109,7 @@ def network_of(options: argparse.Namespace, shots: int, base: dict[int, str]) ->
         width=options.width,
         stride_on=options.stride_on,
         weights="none",
-        base_weights="none" if options.model == "bam" else None,
+        base_weights="none" if MODELS[options.model].needs_base_learner else None,
     )
     network = build_model(config, base, shots)
     load_backbone(network.backbone, options.weights)

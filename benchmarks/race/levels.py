@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import fss.models.prior
 from benchmarks.race.peers import LAYER_PEERS, PEERS, REGIMES, Layers, Peer
-from fss.models import BAM, Baseline, PFENet, build_backbone, load_backbone
+from fss.config import ModelConfig
+from fss.models import MODELS, Baseline, build_backbone, load_backbone
 from fss.models.backbone import BasicBlock, Bottleneck
 from svf_fast import cosine_max
 from svf_fast.reference.cosine_max import cosine_max as dense_cosine_max
@@ -268,20 +269,18 @@ class ModelsLevel(StepLevel):
 
     name = "models"
     title = "A training step of each model"
-    groups = ("baseline", "pfenet", "bam")
+    groups = tuple(MODELS)
     peers = REGIMES
 
     def network(self, settings, group):
-        backbone = _backbone(settings)
-        if group == "bam":
-            model = BAM(backbone, BASE_CLASSES, settings.shots)
-        else:
-            model = {"baseline": Baseline, "pfenet": PFENet}[group](backbone)
+        kind = MODELS[group]
+        config = ModelConfig(name=group, base_weights="none" if kind.needs_base_learner else None)
+        model = kind.from_config(_backbone(settings), config, BASE_CLASSES, settings.shots)
         return _placed(model, settings)
 
     def inputs(self, settings, group, seed=0):
         inputs = super().inputs(settings, group, seed)
-        if group != "bam":
+        if not MODELS[group].needs_base_learner:
             return inputs
         *episode, target = inputs.arguments
         base_class = torch.zeros(settings.batch, dtype=torch.int64, device=settings.device)
