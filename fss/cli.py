@@ -355,11 +355,13 @@ def _in_our_words(text: str, arguments: Sequence[str]) -> str:
     missing = re.search(r"arguments are required: ([a-z-]+)", text)
     if missing and missing[1] in COMMANDS:  # the parser names what no user types
         return f"something is missing; expected: {COMMANDS[missing[1]].usage}"
-    chosen = [each for name, each in COMMANDS.items() if set(name.split()) <= set(arguments)]
+    words = [each for each in arguments if any(each in name.split() for name in COMMANDS)]
+    names = (" ".join(words[:2]), *words[:1])
+    command = next((COMMANDS[name] for name in names if name in COMMANDS), None)
     unfit = _MISFIT.match(text)
-    if not unfit or not chosen or not chosen[-1].function:
+    if not unfit or command is None or not command.function:
         return text
-    hints = _parameters(chosen[-1].load())
+    hints = _parameters(command.load())
     config = hints.pop("config", TrainConfig)
     try:
         return misfit(unfit[1], hints.get(unfit[1]) or _setting(unfit[1], config), repr(unfit[2]))

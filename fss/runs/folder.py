@@ -29,9 +29,11 @@ class BaseFolder:
         marks: files that only a training leaves there.
         files: all that a new training replaces.
         entries: what every result has, by dotted name.
+        command: that writes the folder.
     """
 
     entries: tuple[str, ...]
+    command: str
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -67,7 +69,7 @@ class BaseFolder:
                 if not isinstance(part, dict) or key not in part:
                     raise ValueError(
                         f"run: {path}: expected an entry {name}, found none: it was not written by "
-                        "fss, or by another version"
+                        f"{self.command}, or by another version"
                     )
                 part = part[key]
         return result
@@ -139,6 +141,7 @@ class BaseLearnerFolder(BaseFolder):
     """
 
     entries = ("miou", "config")
+    command = "fss train-base"
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -160,6 +163,7 @@ class RunFolder(BaseFolder):
         pretrained, adapter: S before the training and after, for `svf_fast.Adapter`.
     """
 
+    command = "fss train"
     entries = (
         "test.miou.mean",
         "test.fb_iou.mean",

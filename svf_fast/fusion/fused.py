@@ -6,6 +6,7 @@ A fused module keeps its children and their names, its attributes, hooks and pla
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -16,6 +17,7 @@ class Fused(nn.Module):
 
     original: type[nn.Module]
     _mixin: type[Fused]
+    _reading: object  # what the last forward pass read of the module
 
     def unfused_reason(self) -> str:
         """Tell why the next forward pass runs module by module; empty where it is fused."""
@@ -41,7 +43,7 @@ class Fused(nn.Module):
 
     def unfuse(self) -> nn.Module:
         """Give the module its original class back, in place; returns it."""
-        for name in ("_names", "_kinds", "recompute", "_reading"):
+        for name in _names_of_fused():
             self.__dict__.pop(name, None)
         self.__class__ = self.original  # type: ignore[assignment]
         return self
@@ -69,6 +71,24 @@ def fuse(module: nn.Module, mixin: type[_F]) -> _F:
 def unfused_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or the one that it had before it was fused."""
     return module.original if isinstance(module, Fused) else type(module)
+
+
+def hidden_name(module: nn.Module) -> str:
+    """Name an attribute or child of a module that fusing it would hide; "" if there is none."""
+    classes = (cls for cls in type(module).__mro__ if not issubclass(nn.Module, cls))
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    own.update(*map(vars, classes))
+    return min(own & _names_of_fused(), default="")
+
+
+@functools.cache
+def _names_of_fused() -> frozenset[str]:
+    """Collect the names that fusing adds to a module."""
+    mixins: list[type] = [Fused]
+    for cls in mixins:
+        mixins += [each for each in cls.__subclasses__() if "_mixin" not in vars(each)]
+    names = {name for cls in mixins for name in (*vars(cls), *inspect.get_annotations(cls))}
+    return frozenset(name for name in names - {*dir(nn.Module)} if not name.startswith("__"))
 
 
 @functools.cache

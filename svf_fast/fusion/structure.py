@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from svf_fast.fusion.fused import Fused
+from svf_fast.fusion.fused import Fused, hidden_name
 from svf_fast.fusion.graph import (
     ForwardGraph,
     Misfit,
@@ -178,6 +178,7 @@ def _examine(module: nn.Module, places: Counter[nn.Module]) -> ResidualBlock | s
         graphs = [ForwardGraph(module, training) for training in (True, False)]
         if not any(graph.is_sum(node) for graph in graphs for node in graph.nodes):
             return None
+        _check_names(module)
         for name, inner in module.named_modules():
             _check_call(name, inner, module, places)
         training, evaluation = map(_match, graphs)
@@ -279,6 +280,11 @@ def _check_shortcut(stages: tuple[StageNames, ...], pools: tuple[str, ...]) -> N
         raise Misfit("its shortcut has a ReLU")
 
 
+def _check_names(module: nn.Module) -> None:
+    if not isinstance(module, Fused) and (name := hidden_name(module)):
+        raise Misfit(f"it has an attribute {name!r} of its own, which a fused one needs; rename it")
+
+
 def _check_call(
     name: str, module: nn.Module, container: nn.Module, places: Counter[nn.Module]
 ) -> None:
@@ -352,6 +358,7 @@ def _units(
             continue
         relu, third = children[i + 2]
         try:
+            _check_names(module)
             _check_call(conv, first, module, places)
             _check_call(bn, second, module, places)
             _check_conv(conv, first)

@@ -156,6 +156,8 @@ def test_what_is_missing_is_told_as_it_is_typed(capsys, command, usage):
         ),
         (["reproduce", "T1", "--folds", "0", "x"], "folds: expected an integer, got 'x'"),
         (["data", "verify", "ade", "root"], "name: expected one of pascal, coco; got 'ade'"),
+        # a word among the values is not the command
+        (["adapter", "--interpolate", "x", "--out", "o", "export"], "interpolate: expected a num"),
     ],
 )
 def test_an_option_says_what_it_expects(capsys, arguments, message):

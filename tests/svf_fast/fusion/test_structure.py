@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -142,6 +143,11 @@ class OwnActivations(Basic):
 
     def main(self, x):
         return self.bn2(self.conv2(self.bn1(self.conv1(x))))
+
+
+class OwnNames(Basic):
+    def fused_convs(self):
+        return 1
 
 
 def run(block: nn.Module, found: ResidualBlock, x: torch.Tensor) -> torch.Tensor:
@@ -455,11 +461,25 @@ def with_forward(name: str) -> nn.Module:
             with_(Basic(), conv1=nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1))),
             "'conv1' is of type ParametrizedConv2d, not an nn.Conv2d",
         ),
+        (with_(Basic(), recompute=3), "it has an attribute 'recompute' of its own"),
+        (with_(Basic(), original=nn.Identity()), "it has an attribute 'original' of its own"),
+        (OwnNames(), "it has an attribute 'fused_convs' of its own"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_reason_why_a_block_does_not_fit(block, reason):
     assert find_block(block).startswith(reason)
+
+
+def test_a_unit_in_a_sequence_with_a_name_of_ours():
+    def sequence(**others: nn.Module) -> nn.Sequential:
+        norm = nn.BatchNorm2d(4).eval()
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(4, 4, 1), bn=norm, **others))
+
+    _, units, reasons = find(sequence(other=nn.ReLU()), everywhere)
+    assert len(units) == 1 and not reasons
+    _, units, reasons = find(sequence(original=nn.ReLU()), everywhere)
+    assert not units and reasons["conv"].startswith("it has an attribute 'original' of its own")
 
 
 def test_the_model_is_left_as_it_was():
