@@ -186,7 +186,7 @@ def timed_stages() -> Iterator[Stages]:
     timed = (
         ("decode", FolderSource, "load"),
         ("warp, crop", TrainTransform, "__call__"),
-        ("normalise", transforms, "_normalise"),
+        ("normalise", transforms, "_normalize"),
         ("label", episodes, "_labels"),
         ("stack", EpisodeDataset, "_item"),  # what is left of it
     )
