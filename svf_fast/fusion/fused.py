@@ -84,7 +84,7 @@ def hidden_name(module: nn.Module) -> str:
 @functools.cache
 def _names_of_fused() -> frozenset[str]:
     """Collect the names that fusing adds to a module."""
-    mixins: list[type] = [Fused]
+    mixins: list[type[nn.Module]] = [Fused]
     for cls in mixins:
         mixins += [each for each in cls.__subclasses__() if "_mixin" not in vars(each)]
     names = {name for cls in mixins for name in (*vars(cls), *inspect.get_annotations(cls))}
