@@ -84,3 +84,11 @@ def test_bad_input(root):
         Fss1000Source(root, trn, test)
     with pytest.raises(ValueError, match=r'data\.train_list: "fss1000" needs'):
         DataConfig("fss1000", str(root))
+
+
+def test_a_name_without_a_source_is_an_error():
+    """Not some other source: what happens to a data set whose line in `build_source` is missing."""
+    config = DataConfig(source="shapes")
+    config.source = "voc"
+    with pytest.raises(ValueError, match="data.source: 'voc' has no source"):
+        build_source(config)
