@@ -91,9 +91,20 @@ def test_import_directions(folder: str, forbidden: tuple[str, ...]) -> None:
     assert not wrong
 
 
+def test_reference_imports_nothing_of_ours() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in files({".py"}, "svf_fast/reference")
+        for module in imported_modules(path.read_text(), package_of(path))
+        if is_inside(module, "svf_fast") and not is_inside(module, "svf_fast.reference")
+    ]
+    assert not wrong
+
+
 # Storeys of a package from the ground up: rooms and modules that import only what is below them.
 STOREYS = {
     "svf_fast": (
+        "_C",
         "reference",
         "_library",
         "svd files",
@@ -131,6 +142,7 @@ def room(module: str) -> str:
 @pytest.mark.parametrize("package", STOREYS)
 def test_imports_point_down(package: str) -> None:
     level = {name: at for at, names in enumerate(STOREYS[package]) for name in names.split()}
+    top = len(STOREYS[package])  # of a name that the package itself offers
     wrong = []
     for path in files({".py"}, package):
         own = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
@@ -139,7 +151,7 @@ def test_imports_point_down(package: str) -> None:
         assert own in level, f"{path.relative_to(ROOT)}: give its room a storey in {__file__}"
         for module in imported_modules(path.read_text(), package_of(path)):
             other = room(module)
-            up = other != own and level.get(other, -1) >= level[own]
+            up = other not in (own, "") and level.get(other, top) >= level[own]
             if is_inside(module, package) and up:
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong
