@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +25,7 @@ from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.network import Network
-from svf_fast.svd import Factors, compose, decompose
+from svf_fast.svd import Factors, compose, decompose, has_memory
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -97,18 +98,15 @@ def convert(
         raise ValueError(
             f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
         )
-    replaced: dict[nn.Module, Factored] = {}
-    for name, layer in tqdm(chosen, "decomposing", unit="layer", delay=2, disable=not progress):
-        if layer not in replaced:
-            factors = _factors(layer, cache)
-            kind = strategy
-            if strategy == "auto" and _feeds_inplace(model, name):
-                kind = "chain"  # gram keeps its output, which the next module overwrites
-            if isinstance(layer, nn.Conv2d):
-                replaced[layer] = SVFConv2d.from_conv(layer, kind, factors)
-            else:
-                replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
-            _move_hooks(layer, replaced[layer])
+    kinds: dict[nn.Conv2d | nn.Linear, str] = {}
+    for name, layer in chosen:
+        # gram keeps its output, which the next module may overwrite
+        inplace = strategy == "auto" and _feeds_inplace(model, name)
+        kinds.setdefault(layer, "chain" if inplace else strategy)
+    replaced = _factored(kinds, cache, progress)
+    for layer, factored in replaced.items():
+        _move_hooks(layer, factored)
+    for name, layer in chosen:
         model.set_submodule(name, replaced[layer])
     network = Network()
     for factored in svf_layers(model).values():
@@ -232,9 +230,35 @@ def _feeds_inplace(model: nn.Module, name: str) -> bool:
     return bool(following) and getattr(children[following[0]], "inplace", False) is True
 
 
+def _factored(
+    kinds: Mapping[nn.Conv2d | nn.Linear, str], cache: str | os.PathLike | None, progress: bool
+) -> dict[nn.Conv2d | nn.Linear, Factored]:
+    """Return the SVF layer of each layer with its strategy, made side by side, a thread each.
+
+    One decomposition is thousands of short parallel regions, whose threads all wait for one that
+    another process has pushed aside; side by side, no thread waits.
+    """
+
+    def build(layer: nn.Conv2d | nn.Linear) -> Factored:
+        factors = _factors(layer, cache)
+        if isinstance(layer, nn.Conv2d):
+            return SVFConv2d.from_conv(layer, kinds[layer], factors)
+        return SVFLinear.from_linear(layer, kinds[layer], factors)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that begin from now on
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            made = pool.map(build, kinds)
+            bar = tqdm(made, "decomposing", len(kinds), unit="layer", delay=2, disable=not progress)
+            return dict(zip(kinds, bar, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> Factors:
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    if cache is None:
+    if cache is None or not has_memory(layer.weight):
         return decompose(layer.weight, groups)
     weight = layer.weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} {groups}".encode())
@@ -254,9 +278,10 @@ def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     folded = weight.reshape(groups, weight.shape[0] // groups, -1)
     rank = min(folded.shape[1:])
     shapes = [(weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:])]
-    if [tuple(f.shape) for f in factors] != shapes or {f.dtype for f in factors} != {weight.dtype}:
-        raise ValueError("factors of another weight")
     wide = torch.promote_types(weight.dtype, torch.float32)
+    dtypes = [weight.dtype, wide, weight.dtype]
+    if [tuple(f.shape) for f in factors] != shapes or [f.dtype for f in factors] != dtypes:
+        raise ValueError("factors of another weight")
     allowed = 4 * torch.finfo(weight.dtype).eps + 64 * torch.finfo(wide).eps
     error = compose(*factors, groups).sub_(weight).norm()
     if not error <= allowed * weight.to(wide).norm():
