@@ -39,7 +39,7 @@ def check_weight(weight: Tensor) -> None:
     tensor.
     """
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+        raise TypeError(f"weight: expected a floating point tensor, got {type(weight).__name__}")
     if hasattr(weight, "full_tensor"):
         raise TypeError(
             f"weight: expected a whole tensor, got a sharded {type(weight).__name__}; convert the "

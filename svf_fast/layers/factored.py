@@ -215,9 +215,7 @@ class Factored(nn.Module):
     @property
     def has_values(self) -> bool:
         """Whether U, S and V are more than shapes (meta or fake tensors), or shards of values."""
-        U, S = self._buffers["U"], self._parameters["S"]
-        assert U is not None and S is not None
-        return svd.has_memory(U) and svd.has_memory(S)
+        return svd.has_memory(self.U) and svd.has_memory(self.S)
 
     @property
     def is_captured(self) -> bool:
