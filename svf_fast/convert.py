@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -245,13 +245,17 @@ def _factored(
             return SVFConv2d.from_conv(layer, kinds[layer], factors)
         return SVFLinear.from_linear(layer, kinds[layer], factors)
 
+    def built(made: Iterable[Factored]) -> dict[nn.Conv2d | nn.Linear, Factored]:
+        bar = tqdm(made, "decomposing", len(kinds), unit="layer", delay=2, disable=not progress)
+        return dict(zip(kinds, bar, strict=True))
+
+    if not all(has_memory(layer.weight) and layer.weight.is_cpu for layer in kinds):
+        return built(map(build, kinds))  # a GPU has its own threads, and fakes are for one thread
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of this thread, and of those that begin from now on
     try:
         with ThreadPoolExecutor(threads) as pool:
-            made = pool.map(build, kinds)
-            bar = tqdm(made, "decomposing", len(kinds), unit="layer", delay=2, disable=not progress)
-            return dict(zip(kinds, bar, strict=True))
+            return built(pool.map(build, kinds))
     finally:
         torch.set_num_threads(threads)
 

@@ -165,6 +165,12 @@ def test_a_sharded_model_is_to_be_converted_first(mesh):
             svf_fast.convert(sharded, None, progress=False)
 
 
+def test_a_report_is_asked_for_before_sharding(mesh):
+    model = fully_shard(converted(), mesh=mesh)
+    with pytest.raises(ValueError, match="got 0.S sharded; ask for the report before"):
+        svf_fast.memory_report(model, X.shape)
+
+
 def test_adapters_of_a_sharded_model(mesh, tmp_path):
     model, expected = fully_shard(converted(), mesh=mesh), converted()
     for m in (model, expected):
