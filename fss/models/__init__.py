@@ -19,8 +19,9 @@ from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
 from fss.models.regimes import FACTORS, apply_regime, trains_singular_values
-from fss.models.weights import backbone_of, load_backbone, read_state
-from svf_fast.svd import Factors
+from fss.models.state_dict import read_state_dict
+from fss.models.weights import backbone_of, load_backbone
+from svf_fast import Factors
 
 __all__ = [
     "BAM",
@@ -78,7 +79,7 @@ def build_model(
                 f"base_classes: expected the names of base classes for {config.name}, got None"
             )
         file = Path(config.official).expanduser()
-        count = kind.count_base_classes(read_state("model.official", file))
+        count = kind.count_base_classes(read_state_dict(file, "model.official").values)
     backbone = _backbone(config)
     if not (config.official or learned):
         load_backbone(backbone, config.weights)

@@ -10,7 +10,7 @@ from torch import nn
 import svf_fast
 from fss.config import RegimeConfig
 from fss.models.regime_layers import Adapter, FactoredConv2d, ScaledConv2d, random_rotation
-from svf_fast.svd import Factors
+from svf_fast import Factors
 
 FACTORS = ("U", "S", "V")
 
@@ -27,13 +27,17 @@ def apply_regime(
         model: with a `backbone`.
         regime: what trains.
         factors: U, S and V by the name of their convolution in the backbone, where the state dict
-            of a trained network has them: with it nothing is decomposed or rotated.
+            of a trained network has them: with it nothing is decomposed or rotated. By default
+            those of the file that the weights are from, see `load_backbone`.
 
     Raises:
         ValueError: a layer that the backbone does not have, or one without what the regime trains.
     """
     backbone = model.get_submodule("backbone")
     backbone.requires_grad_(False)
+    loaded, backbone.factors = getattr(backbone, "factors", {}), {}
+    if factors is None and regime.name in ("svf", "svf_scale"):
+        factors = loaded
     if regime.name in _COMPOSED or regime.name in ("full", "svf", "rotated_svf"):
         _train_convolutions(backbone, regime, factors)
     elif regime.name == "adapter":
@@ -64,13 +68,18 @@ def _train_convolutions(
     if regime.name == "rotated_svf" and factors is None:
         for convolution in convolutions.values():
             _rotate(convolution)
+    known = {
+        name: Factors(*(factor.to(convolutions[name].weight) for factor in found))
+        for name, found in (factors or {}).items()
+        if name in convolutions
+    }
     if trains_singular_values(regime):
-        svf_fast.convert(backbone, list(convolutions), regime.strategy, factors=factors)
+        svf_fast.convert(backbone, list(convolutions), regime.strategy, factors=known)
     elif regime.name in _COMPOSED:
         compose = _COMPOSED[regime.name]
         for name, convolution in convolutions.items():
-            known = None if factors is None else factors.get(name)
-            backbone.set_submodule(name, compose(convolution, regime.trained_factors, known))
+            layer = compose(convolution, regime.trained_factors, known.get(name))
+            backbone.set_submodule(name, layer)
 
 
 def _factored(
