@@ -44,6 +44,7 @@ def convert(
     memory_budget: str | int | None = None,
     input_shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    factors: Mapping[str, Factors] | None = None,
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
@@ -69,6 +70,8 @@ def convert(
             their second convolution twice where that is needed.
         input_shape: of the forward pass that the budget is for.
         dtype: of the activations in it, for a run under autocast.
+        factors: U, S and V by the name of their layer, where they are known already, from a state
+            dict for one. They are taken in the place of the layer's weight, which is not looked at.
 
     Returns the model.
 
@@ -98,12 +101,14 @@ def convert(
         raise ValueError(
             f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
         )
-    kinds: dict[nn.Conv2d | nn.Linear, str] = {}
+    known = dict(factors or {})
+    _check_factors(known, dict(chosen))
+    planned: dict[nn.Conv2d | nn.Linear, tuple[str, Factors | None]] = {}
     for name, layer in chosen:
         # gram keeps its output, which the next module may overwrite
         inplace = strategy == "auto" and _feeds_inplace(model, name)
-        kinds.setdefault(layer, "chain" if inplace else strategy)
-    replaced = _factored(kinds, cache, progress)
+        planned.setdefault(layer, ("chain" if inplace else strategy, known.get(name)))
+    replaced = _factored(planned, cache, progress)
     for layer, factored in replaced.items():
         _move_hooks(layer, factored)
     for name, layer in chosen:
@@ -231,31 +236,34 @@ def _feeds_inplace(model: nn.Module, name: str) -> bool:
 
 
 def _factored(
-    kinds: Mapping[nn.Conv2d | nn.Linear, str], cache: str | os.PathLike | None, progress: bool
+    planned: Mapping[nn.Conv2d | nn.Linear, tuple[str, Factors | None]],
+    cache: str | os.PathLike | None,
+    progress: bool,
 ) -> dict[nn.Conv2d | nn.Linear, Factored]:
-    """Return the SVF layer of each layer with its strategy, made side by side, a thread each.
+    """Return the SVF layer of each layer, given its strategy and factors if known.
 
-    One decomposition is thousands of short parallel regions, whose threads all wait for one that
+    They are made side by side, a thread each. One decomposition is thousands of short parallel regions, whose threads all wait for one that
     another process has pushed aside; side by side, no thread waits.
     """
 
     def build(layer: nn.Conv2d | nn.Linear) -> Factored:
-        factors = _factors(layer, cache)
+        strategy, known = planned[layer]
+        factors = known or _factors(layer, cache)
         if isinstance(layer, nn.Conv2d):
-            return SVFConv2d.from_conv(layer, kinds[layer], factors)
-        return SVFLinear.from_linear(layer, kinds[layer], factors)
+            return SVFConv2d.from_conv(layer, strategy, factors)
+        return SVFLinear.from_linear(layer, strategy, factors)
 
     def built(made: Iterable[Factored]) -> dict[nn.Conv2d | nn.Linear, Factored]:
-        bar = tqdm(made, "decomposing", len(kinds), unit="layer", delay=2, disable=not progress)
-        return dict(zip(kinds, bar, strict=True))
+        bar = tqdm(made, "decomposing", len(planned), unit="layer", delay=2, disable=not progress)
+        return dict(zip(planned, bar, strict=True))
 
-    if not all(has_memory(layer.weight) and layer.weight.is_cpu for layer in kinds):
-        return built(map(build, kinds))  # a GPU has its own threads, and fakes are for one thread
+    if not all(has_memory(layer.weight) and layer.weight.is_cpu for layer in planned):
+        return built(map(build, planned))  # a GPU has its own threads, and fakes are for one thread
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of this thread, and of those that begin from now on
     try:
         with ThreadPoolExecutor(threads) as pool:
-            return built(pool.map(build, kinds))
+            return built(pool.map(build, planned))
     finally:
         torch.set_num_threads(threads)
 
@@ -277,11 +285,29 @@ def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> F
         return factors
 
 
+def _check_factors(factors: dict[str, Factors], layers: dict[str, nn.Conv2d | nn.Linear]) -> None:
+    """Check that factors have the names and the shapes of layers to convert."""
+    for name, known in factors.items():
+        if name not in layers:
+            raise ValueError(f"factors: expected names of layers to convert, got {name!r}")
+        layer = layers[name]
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        expected, got = _shapes(layer.weight, groups), [tuple(each.shape) for each in known]
+        if got != expected:
+            raise ValueError(
+                f"factors: expected U, S, V of shapes {expected} for {name!r}, got {got}"
+            )
+
+
+def _shapes(weight: Tensor, groups: int) -> list[tuple[int, ...]]:
+    """List the shapes of the U, S and V of a weight."""
+    rank = min(weight.shape[0] // groups, weight[0].numel())
+    return [(weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:])]
+
+
 def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     """Return the factors; ValueError unless they are those of the weight, to rounding."""
-    folded = weight.reshape(groups, weight.shape[0] // groups, -1)
-    rank = min(folded.shape[1:])
-    shapes = [(weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:])]
+    shapes = _shapes(weight, groups)
     wide = torch.promote_types(weight.dtype, torch.float32)
     dtypes = [weight.dtype, wide, weight.dtype]
     if [tuple(f.shape) for f in factors] != shapes or [f.dtype for f in factors] != dtypes:
