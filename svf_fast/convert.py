@@ -53,7 +53,8 @@ def convert(
     before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
     whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
     own way. Hooks are kept. A layer used twice is converted once; two layers that share their
-    weight get an S each.
+    weight get an S each. Of a model on the meta device the factors have no values either: load them
+    with ``to_empty`` and ``load_state_dict``.
 
     Args:
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
@@ -242,8 +243,9 @@ def _factored(
 ) -> dict[nn.Conv2d | nn.Linear, Factored]:
     """Return the SVF layer of each layer, given its strategy and factors if known.
 
-    They are made side by side, a thread each. One decomposition is thousands of short parallel regions, whose threads all wait for one that
-    another process has pushed aside; side by side, no thread waits.
+    They are made side by side, a thread each. One decomposition is thousands of short parallel
+    regions, whose threads all wait for one that another process has pushed aside; side by side, no
+    thread waits.
     """
 
     def build(layer: nn.Conv2d | nn.Linear) -> Factored:
