@@ -120,7 +120,7 @@ STOREYS = {
         "__init__ __main__",
     ),
     "fss": (
-        "colors files",
+        "checks colors files",
         "config",
         "settings processes",
         "captured",

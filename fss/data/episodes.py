@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from fss.config import check_at_least, check_positive, misfit
+from fss.checks import check_at_least, check_positive, misfit
 from fss.data.source import IGNORE, Mask, Source
 from fss.data.transforms import Sample, Transform
 
