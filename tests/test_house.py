@@ -120,7 +120,7 @@ STOREYS = {
         "__init__ __main__",
     ),
     "fss": (
-        "checks colors files",
+        "colors files",
         "config",
         "settings processes",
         "captured",
@@ -162,7 +162,7 @@ def test_imports_point_down(package: str) -> None:
 
 ROOMS = {
     "svf_fast": "reference ops triton layers fusion",
-    "fss": "data models runs evaluation segment report training paper",
+    "fss": "config data models runs evaluation segment report training paper",
     "benchmarks": "race gpu few_shot",
 }
 

@@ -159,13 +159,12 @@ class EpochCounter:
         if listed not in self._counts:
             source = self._sources.get(found) or build_source(config)
             self._sources = {found: source}
-            queries = build_episodes(config, "train", 1, 0, source).queries
-            self._counts[listed] = len(queries)
+            self._counts[listed] = build_episodes(config, "train", 1, 0, source).epoch
             kind = "with" if config.exclude_novel else "without"
             print(
                 f"{self.name}, fold {config.fold}, {kind} the † filter: an epoch has "
-                f"{len(queries)} training photos, counted in your data, for no published number "
-                "fits these settings",
+                f"{self._counts[listed]} training photos, counted in your data; no published "
+                "number fits these settings",
                 file=sys.stderr,
             )
         return self._counts[listed]

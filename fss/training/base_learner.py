@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
 
-from fss.checks import check_at_least, check_positive, check_settings, check_steps, count_steps
 from fss.config import TF32, Accelerator, DataConfig, ModelConfig, Precision, free, plain
+from fss.config.checks import (
+    check_at_least,
+    check_positive,
+    check_settings,
+    check_steps,
+    count_steps,
+)
 from fss.data import IGNORE, TrainTransform
 from fss.data import test_transform as validation_transform
 from fss.data.base_images import BaseImages, base_images

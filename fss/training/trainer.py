@@ -19,8 +19,8 @@ from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from fss.captured import captured
-from fss.checks import count_steps
 from fss.config import TrainConfig
+from fss.config.checks import count_steps
 from fss.data import build_episodes
 from fss.evaluation.evaluate import episode_classes, evaluate
 from fss.evaluation.metrics import EpisodeIoU, episode_counts
@@ -63,7 +63,7 @@ class Trainer(Loop):
             config.data, "train", config.steps * config.batch_size, config.data.seed, self.source
         )
         self.validation_every = count_steps(
-            config.validation_every, len(self.dataset.queries), config.batch_size
+            config.validation_every, self.dataset.epoch, config.batch_size
         )
         novel = config.validation_classes == "novel"
         self.validated = self.classes if novel else self.base_classes

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fss.checks import (
+from fss.config.checks import (
     check_at_least,
     check_positive,
     check_rotation,
@@ -85,7 +85,8 @@ class DataConfig:
         rotate: largest rotation of training photos, degrees, applied to half of them.
         protocol: "pfenet" (PFENet, BAM and the paper) augments training photos, scales test photos
             by their longer side and samples K different supports; "hsnet" resizes every photo to a
-            square without augmentation and samples each support independently of the others.
+            square without augmentation, asks for each class that a photo is listed under (on COCO
+            it samples the class first), and samples each support independently of the others.
         shuffle_test: visit the test queries in a new random order each pass; false keeps the
             list's order, as the published BAM test, whose 1000 episodes use the first 1000 photos
             only.
