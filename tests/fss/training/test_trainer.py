@@ -46,7 +46,7 @@ def test_the_miou_in_training_is_of_what_was_trained_on(tiny, monkeypatch):
         return result
 
     monkeypatch.setattr(Trainer, "_loss", loss)
-    config = tiny(steps=4, validation_every=2)
+    config = tiny(steps=4, validation_every=2, foreground_weight=50.0, optimizer={"lr": 0.1})
     train(config)
     expected = []
     for steps in (seen[:2], seen[2:]):
