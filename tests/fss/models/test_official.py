@@ -434,6 +434,7 @@ def test_a_checkpoint_of_svf_layers(tmp_path, vgg, listed):
         backbone="vgg16_bn" if vgg else "resnet50",
         stem="plain" if vgg else "deep",
         official=_save(tmp_path, factored),
+        bins=(60, 30, 15, 8),
     )
     with pytest.warns(UserWarning, match=rf"{next(iter(cut))} \(24 of 27\)\. The authors' code"):
         model = build_model(config)
