@@ -277,7 +277,7 @@ def _of_levels(
             raise _several(others, name, channels == 3)
         return ObjectMask(bright, f"shades up to {white}, from half of it on")
     level = max(groups[0], key=lambda code: levels[code])
-    direction = vectors[level]
+    direction = vectors[level].astype(np.float32)  # masks may have many megapixels
     share = (pixels @ direction) / (direction @ direction)
     # of what is no mixture of the background and the object
     rest = np.abs(pixels - np.clip(share, 0, 1)[..., None] * direction).max(2)
