@@ -15,7 +15,8 @@ from fss.data import build_source
 from fss.models import build_backbone
 from fss.models.pfenet import FeatureEnrichment
 from fss.models.pspnet import PSPNet
-from fss.paper.plan import EpochCounter, Options, listing, plan
+from fss.paper.listing import listing
+from fss.paper.plan import EpochCounter, Options, plan
 from fss.paper.tables import (
     base_values,
     default_folder,
