@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fss.data.discovery import MASK_ENDINGS, list_files, same_name, warn_left_out
 from fss.data.file_source import ListedSource
+from fss.data.images import PICTURE_ENDINGS
+from fss.data.lists import Pair, read_lines
 from fss.data.source import IGNORE
 from fss.files import parse_json, read_text
 
@@ -20,13 +23,15 @@ CLASSES = "classes.json"
 class FolderSource(ListedSource):
     """A folder in the Pascal VOC layout.
 
-        JPEGImages/*.jpg|jpeg|png       the images
+        JPEGImages/*.jpg, …             the images
         SegmentationClass/*.png         a mask of class ids per image, same stem, mode P or L
         ImageSets/Segmentation/train.txt and val.txt    optional: stems of the train and test images
         classes.json                    {"classes": {"1": "bag", ...}, "folds": [[1, 2], ...]}
 
-    Without lists every image is in both splits. The masks are scanned once; what is found is kept
-    in `$XDG_CACHE_HOME/fss` (`~/.cache/fss`) until a file's name, size or time changes.
+    Images may have any of `PICTURE_ENDINGS`, masks any of `MASK_ENDINGS`; files left out are
+    named in a warning. Without lists every image is in both splits. The masks are scanned once;
+    what is found is kept in `$XDG_CACHE_HOME/fss` (`~/.cache/fss`) until a file's name, size or
+    time changes.
 
     Args:
         root: the folder.
@@ -34,6 +39,7 @@ class FolderSource(ListedSource):
             classes.json.
         folds: the novel class ids of each fold; by default those of classes.json, or else the
             classes in order, split into four equal parts.
+        skip_unreadable: leave out images that cannot be used, and warn; by default an error.
 
     Raises:
         FileNotFoundError: a folder, a list, a mask or the class list is missing.
@@ -46,17 +52,21 @@ class FolderSource(ListedSource):
         root: str | os.PathLike[str],
         classes: Sequence[str] | Mapping[int, str] | None = None,
         folds: Sequence[Sequence[int]] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
+        self.skip_unreadable = skip_unreadable
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"data folder {self.root} does not exist; expected a folder with {IMAGES}/, "
                 f"{MASKS}/ and {CLASSES}"
             )
-        images = self._files(IMAGES, (".jpg", ".jpeg", ".png"))
-        masks = self._files(MASKS, (".png",))
+        images, others = self._files(IMAGES, PICTURE_ENDINGS)
+        masks, other_masks = self._files(MASKS, MASK_ENDINGS)
         if not images:
-            raise FileNotFoundError(f"{self.root / IMAGES} has no .jpg, .jpeg or .png image")
+            raise FileNotFoundError(
+                f"{self.root / IMAGES} has no .jpg, .jpeg, .png or other picture that can be read"
+            )
         self.class_names, stored_folds = self._classes(classes)
         self.folds = self._folds(folds if folds is not None else stored_folds)
 
@@ -76,24 +86,33 @@ class FolderSource(ListedSource):
             if lists
             else (list(range(len(stems))), list(range(len(stems))))
         )
-        self._take([images[stem] for stem in stems], [masks[stem] for stem in stems], train, test)
+        warn_left_out(
+            self.root,
+            len(stems),
+            {
+                "Not read": [*others, *other_masks],
+                "Without a photo": [masks[stem] for stem in sorted(set(masks) - set(images))],
+            },
+        )
+        self._take([Pair(images[stem], masks[stem]) for stem in stems], train, test)
         self._check_class_ids()
 
-    def _files(self, folder: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    def _files(self, folder: str, endings: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
+        """Return the files with one of the endings by their stem, and what else is there."""
         path = self.root / folder
         if not path.is_dir():
             raise FileNotFoundError(
                 f"{path} does not exist; the Pascal VOC layout has {IMAGES}/ and {MASKS}/ in the "
                 "data folder"
             )
+        taken, others = list_files(path, endings)
         files: dict[str, Path] = {}
-        for file in sorted(path.iterdir()):
-            if file.suffix.lower() not in suffixes or file.name.startswith("."):
-                continue
-            if file.stem in files:
-                raise ValueError(f"{files[file.stem]} and {file} have the same stem; keep one")
-            files[file.stem] = file
-        return files
+        for file in taken:
+            stem = same_name(file.stem)
+            if stem in files:
+                raise ValueError(f"{files[stem]} and {file} have the same stem; keep one")
+            files[stem] = file
+        return files, others
 
     def _classes(
         self, classes: Sequence[str] | Mapping[int, str] | None
@@ -165,15 +184,22 @@ class FolderSource(ListedSource):
                 raise FileNotFoundError(
                     f"{path} does not exist, {present[0].name} does; write both lists or none"
                 )
-            lines = enumerate(read_text(path).splitlines(), start=1)
-            stems = {line.strip(): number for number, line in lines if line.strip()}
-            for stem, number in stems.items():
-                if stem not in images:
+            stems = {}
+            for number, line in read_lines(path, "an image name").items():
+                stem = next((name for name in _spellings(line) if name in images), None)
+                if stem is None:
                     raise FileNotFoundError(
-                        f"{path}, line {number}: {stem!r} is no image of {self.root / IMAGES}; "
+                        f"{path}, line {number}: {line!r} is no image of {self.root / IMAGES}; "
                         "expected a file name without its ending"
                     )
-            if not stems:
-                raise ValueError(f"{path}: expected an image name per line, the file is empty")
+                stems[stem] = number
             lists.append(list(stems))
         return lists
+
+
+def _spellings(line: str) -> Iterator[str]:
+    """Yield the stems that a line of a list may mean: alone, or with folder, ending or mask."""
+    for text in (line, *line.split()[:1]):
+        name = same_name(text).replace("\\", "/").rpartition("/")[2]
+        yield name
+        yield Path(name).stem

@@ -165,9 +165,9 @@ def _lists(folder: Path) -> list[Reader]:
 
     def pairs(path: Path) -> None:
         found = read_list(path, root, "JPEGImages", "SegmentationClass")
-        assert all(path.exists() for pair in found for path in pair)
+        assert all(path.exists() for pair in found.pairs for path in pair)
         lines = [line for line in path.read_text().splitlines() if line.strip()]
-        assert len(found) == len(lines) and len({pair.image for pair in found}) == len(found)
+        assert len(found.pairs) == len({pair.image for pair in found.pairs}) == len(lines)
 
     def source() -> FolderSource:
         found = FolderSource(root)

@@ -117,9 +117,9 @@ def count_inspections(monkeypatch) -> list[Path]:
     seen: list[Path] = []
     inspect = scan_module.inspect
 
-    def counting(image, mask, open_mask):
+    def counting(image, mask, *others):
         seen.append(mask)
-        return inspect(image, mask, open_mask)
+        return inspect(image, mask, *others)
 
     monkeypatch.setattr(scan_module, "inspect", counting)
     return seen
