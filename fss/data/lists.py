@@ -194,7 +194,8 @@ class _Finder:
 
     def _split_blanks(self, text: str) -> list[str] | None:
         """Split a line of names with blanks where that gives an image, None if nothing does."""
-        if self._image(text) is not None:
+        named = _NAME_AND_CLASS.match(text)
+        if self._image(text) is not None or (named and self._image(named[1]) is not None):
             return [text]
         for blank in re.finditer(r"\s+", text):
             if self._locate(0, text[: blank.start()]):
@@ -240,7 +241,7 @@ def _is_pickle(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(1) == b"\x80"
+        return file.read(1) == b"\x80" or path.suffix == ".pkl"
 
 
 def _read_pickle(path: Path) -> Iterator[_Line]:
