@@ -17,20 +17,6 @@ from PIL import (
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Accepted, whatever a name ends with: decoders of other formats may run programs."""
 
-PICTURE_ENDINGS = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-)
-"""Of the files of a folder that are taken for photos, in any case."""
-
 MAX_PIXELS = 80_000_000
 """Of an image: a larger one is refused before it is decoded."""
 
