@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from fss.data.images import PICTURE_ENDINGS
+from fss.data.images import ENDINGS
 
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".gif")
 """Of masks, in any case: formats that keep class ids as they are."""
@@ -80,12 +80,12 @@ class Names:
         return folder / found[0] if len(found) == 1 else None
 
     def find_stem(self, *parts: str) -> Path | None:
-        """Find a picture by its path without ending; of several, the first `PICTURE_ENDINGS`."""
+        """Find a picture by its path without ending; of several, the first `ENDINGS`."""
         folder = self._folder(parts[:-1])
         if folder is None:
             return None
         found = self._read(folder)[2].get(fold_name(parts[-1]), [])
-        order = sorted(found, key=lambda name: PICTURE_ENDINGS.index(Path(name).suffix.lower()))
+        order = sorted(found, key=lambda name: ENDINGS.index(Path(name).suffix.lower()))
         return folder / order[0] if order else None
 
     def _folder(self, parts: tuple[str, ...]) -> Path | None:
@@ -102,7 +102,7 @@ class Names:
             stems: dict[str, list[str]] = {}
             for name in sorted(exact):
                 alike.setdefault(fold_name(name), []).append(name)
-                if Path(name).suffix.lower() in PICTURE_ENDINGS:
+                if Path(name).suffix.lower() in ENDINGS:
                     stems.setdefault(fold_name(Path(name).stem), []).append(name)
             self._names[folder] = exact, alike, stems
         return self._names[folder]

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fss.data.discovery import name_some
-from fss.data.images import check_sizes, open_classes, read_image
+from fss.data.images import check_sizes, read_picture
 from fss.data.lists import Listing, Pair
+from fss.data.masks import open_classes
 from fss.data.scan import PhotoForMask, Record, raise_all, scan
 from fss.data.source import Mask
 
@@ -61,7 +62,7 @@ class ListedSource:
         Raises:
             ValueError: a file that cannot be decoded, or sizes that differ.
         """
-        image = read_image(self._images[index])
+        image = read_picture(self._images[index])
         mask = self._open_mask(self._masks[index])
         if self.scale_masks and (mask.height, mask.width) != image.shape[:2]:
             mask = mask.resize(image.shape[1::-1], Image.Resampling.NEAREST)
@@ -73,11 +74,15 @@ class ListedSource:
     def _open_mask(self, path: Path) -> Image.Image:
         return open_classes(path)
 
+    def _inspect_mask(self, path: Path) -> Image.Image:
+        """Open a mask for the scan, which may refuse what `load` would read."""
+        return self._open_mask(path)
+
     def _take(self, pairs: Sequence[Pair], train: Sequence[int], test: Sequence[int]) -> None:
         """Take the files and the numbers of each split, and scan the masks."""
         key = f"{type(self).__name__} {self.root.resolve()}"
         images, masks = ([getattr(pair, part) for pair in pairs] for part in ("image", "mask"))
-        found = scan(key, images, masks, self._open_mask, self.scale_masks)
+        found = scan(key, images, masks, self._inspect_mask, self.scale_masks)
         errors = [one for one in found if isinstance(one, ValueError)]
         kept = [index for index, one in enumerate(found) if isinstance(one, Record)]
         if not self.skip_unreadable or not kept:

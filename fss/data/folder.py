@@ -9,7 +9,7 @@ from typing import Any
 
 from fss.data.discovery import MASK_ENDINGS, list_files, same_name, warn_left_out
 from fss.data.file_source import ListedSource
-from fss.data.images import PICTURE_ENDINGS
+from fss.data.images import ENDINGS
 from fss.data.lists import Pair, read_lines
 from fss.data.source import IGNORE
 from fss.files import parse_json, read_text
@@ -28,7 +28,7 @@ class FolderSource(ListedSource):
         ImageSets/Segmentation/train.txt and val.txt    optional: stems of the train and test images
         classes.json                    {"classes": {"1": "bag", ...}, "folds": [[1, 2], ...]}
 
-    Images may have any of `PICTURE_ENDINGS`, masks any of `MASK_ENDINGS`; files left out are
+    Images may have any of `ENDINGS`, masks any of `MASK_ENDINGS`; files left out are
     named in a warning. Without lists every image is in both splits. The masks are scanned once;
     what is found is kept in `$XDG_CACHE_HOME/fss` (`~/.cache/fss`) until a file's name, size or
     time changes.
@@ -61,7 +61,7 @@ class FolderSource(ListedSource):
                 f"data folder {self.root} does not exist; expected a folder with {IMAGES}/, "
                 f"{MASKS}/ and {CLASSES}"
             )
-        images, others = self._files(IMAGES, PICTURE_ENDINGS)
+        images, others = self._files(IMAGES, ENDINGS)
         masks, other_masks = self._files(MASKS, MASK_ENDINGS)
         if not images:
             raise FileNotFoundError(

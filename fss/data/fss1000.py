@@ -15,8 +15,9 @@ from PIL import Image
 
 from fss.data.discovery import list_files, name_some, same_name, warn_left_out
 from fss.data.file_source import ListedSource
-from fss.data.images import DAMAGED, FORMATS, PICTURE_ENDINGS, check_pixels, unreadable
+from fss.data.images import ENDINGS, decode
 from fss.data.lists import Listing, Pair, check_files, read_lines
+from fss.data.masks import open_object
 from fss.data.scan import PhotoForMask
 from fss.data.source import IGNORE, Mask
 
@@ -33,7 +34,7 @@ class Fss1000Source(ListedSource):
 
         FSS-1000/, or the folder itself
             CLASS/*.jpg, …  the images
-            CLASS/*.png     their masks, white (above 127) where the class is, black elsewhere
+            CLASS/*.png     their masks, not black where the class is: see `open_object`
 
     Class ids go from 1 on in the order of the names of all folders, without 255, so masks are
     uint16. There is one fold, whose novel classes are those of `test_list`; images of base classes
@@ -108,16 +109,12 @@ class Fss1000Source(ListedSource):
         return image, mask.astype(np.uint16) * np.uint16(self._ids[index])
 
     def _open_mask(self, path: Path) -> Image.Image:
-        try:
-            with Image.open(path, formats=FORMATS) as file:
-                check_pixels(file)
-                if _is_photo(file):
-                    raise PhotoForMask(f"{path} is a photo in colors, not a mask")
-                return file.convert("L").point([0] * 128 + [1] * 128)
-        except PhotoForMask:
-            raise
-        except DAMAGED as error:
-            raise unreadable(path, error) from error
+        return open_object(path)
+
+    def _inspect_mask(self, path: Path) -> Image.Image:
+        if decode(path, "mask", _is_photo):
+            raise PhotoForMask(f"{path} is a photo in colors, not a mask")
+        return open_object(path)
 
 
 class _Class(NamedTuple):
@@ -129,11 +126,11 @@ class _Class(NamedTuple):
 
 def _list_class(folder: Path) -> _Class:
     """List the photos of a class; a file with the stem of another one is left out."""
-    taken, others = list_files(folder, PICTURE_ENDINGS)
+    taken, others = list_files(folder, ENDINGS)
     photos: dict[str, Path] = {}
     masks: dict[str, Path] = {}
     copies: list[Path] = []
-    for path in sorted(taken, key=lambda path: PICTURE_ENDINGS.index(path.suffix.lower())):
+    for path in sorted(taken, key=lambda path: ENDINGS.index(path.suffix.lower())):
         kind = masks if path.suffix.lower() == MASK_ENDING else photos
         if kind.setdefault(same_name(path.stem), path) is not path:
             copies.append(path)

@@ -233,7 +233,7 @@ def test_a_mask_lies_on_the_upright_picture(tmp_path):
         ((3, 2, 13, 5), ValueError, r"x from 0 to 12 and y from 0 to 9 \(pixels\), got \(13, 5\)"),
         ([(0, 0), (5, -1), (5, 5)], ValueError, r"polygon reaches outside.*got \(5, -1\)"),
         ([(0, 0), (5, float("nan")), (5, 5)], ValueError, "polygon reaches outside"),
-        ([(0.1, 0.1), (0.2, 0.1), (0.2, 0.2)], ValueError, "empty mask"),
+        ([(2.1, 2.1), (2.2, 2.1), (2.2, 2.2)], ValueError, "empty mask"),
         ([(0, 0), (5, 5)], TypeError, "at least three points"),
         ([(0, 0), (5,), (5, 5)], TypeError, "polygon"),
         ([], TypeError, "polygon"),
