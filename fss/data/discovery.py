@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,12 @@ from fss.data.images import ENDINGS
 
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".gif")
 """Of masks, in any case: formats that keep class ids as they are."""
+
+MASK_WORDS = "masks?|matte|seg|segm|segmentation|labels?|labelids|labeltrainids|gt|groundtruth|anno"
+"""What tools call masks, in names of files and folders, as a regular expression."""
+
+MASK_FOLDER = re.compile(rf"(?:^|[ _.-])(?:{MASK_WORDS}|annotations?)$", re.IGNORECASE)
+"""Names of folders of masks."""
 
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 _NAMED = 10

@@ -33,6 +33,7 @@ class ListedSource:
     # are left out. Both count and name them in a warning, instead of an error.
     scale_masks = False
     skip_unreadable = False
+    mask_hint = ""  # what an error about masks of another kind says in the end
 
     def __len__(self) -> int:
         return len(self._images)
@@ -86,7 +87,8 @@ class ListedSource:
         errors = [one for one in found if isinstance(one, ValueError)]
         kept = [index for index, one in enumerate(found) if isinstance(one, Record)]
         if not self.skip_unreadable or not kept:
-            raise_all([one for one in errors if not kept or not isinstance(one, PhotoForMask)])
+            fatal = [one for one in errors if not kept or not isinstance(one, PhotoForMask)]
+            raise_all(fatal, self.mask_hint)
         if errors:
             warnings.warn(
                 f"{self.root}: {len(kept)} of {len(pairs)} photos are taken, {len(errors)} are "

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fss.data.discovery import MASK_ENDINGS, list_files, same_name, warn_left_out
+from fss.data.discovery import (
+    MASK_ENDINGS,
+    MASK_FOLDER,
+    list_files,
+    name_some,
+    same_name,
+    warn_left_out,
+)
 from fss.data.file_source import ListedSource
 from fss.data.images import ENDINGS
 from fss.data.lists import Pair, read_lines
@@ -56,6 +64,8 @@ class FolderSource(ListedSource):
     ) -> None:
         self.skip_unreadable = skip_unreadable
         self.root = Path(root).expanduser()
+        command = _import_command(self.root / IMAGES, self.root / MASKS)
+        self.mask_hint = f"; {command} reads other kinds of masks"
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"data folder {self.root} does not exist; expected a folder with {IMAGES}/, "
@@ -64,8 +74,10 @@ class FolderSource(ListedSource):
         images, others = self._files(IMAGES, ENDINGS)
         masks, other_masks = self._files(MASKS, MASK_ENDINGS)
         if not images:
+            found = f" but {name_some(others, self.root)}" if others else ""
             raise FileNotFoundError(
                 f"{self.root / IMAGES} has no .jpg, .jpeg, .png or other picture that can be read"
+                f"{found}; {command} takes photos in folders below it"
             )
         self.class_names, stored_folds = self._classes(classes)
         self.folds = self._folds(folds if folds is not None else stored_folds)
@@ -78,7 +90,7 @@ class FolderSource(ListedSource):
                 f"{images[unmasked[0]]} has no mask: expected "
                 f"{self.root / MASKS / unmasked[0]}.png ({len(unmasked)} of {len(stems)} "
                 f"images lack one); add the masks, or list the images to use in {LISTS}/train.txt "
-                "and val.txt"
+                f"and val.txt; {command} leaves such images out and knows other names of masks"
             )
         position = {stem: index for index, stem in enumerate(stems)}
         train, test = (
@@ -103,7 +115,7 @@ class FolderSource(ListedSource):
         if not path.is_dir():
             raise FileNotFoundError(
                 f"{path} does not exist; the Pascal VOC layout has {IMAGES}/ and {MASKS}/ in the "
-                "data folder"
+                f"data folder, {_other_layout(self.root)}"
             )
         taken, others = list_files(path, endings)
         files: dict[str, Path] = {}
@@ -152,6 +164,11 @@ class FolderSource(ListedSource):
     def _folds(self, folds: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
         ids = list(self.class_names)
         if folds is None:
+            if len(ids) == 1:
+                raise ValueError(
+                    "folds: one class cannot be both novel and a base class to train on; add "
+                    f'photos of others, or write "folds": [[{ids[0]}]] into {CLASSES} to test on it'
+                )
             if len(ids) % 4:
                 raise ValueError(
                     f"folds: {len(ids)} classes cannot be split into four equal parts; give the "
@@ -195,6 +212,26 @@ class FolderSource(ListedSource):
                 stems[stem] = number
             lists.append(list(stems))
         return lists
+
+
+def _import_command(images: Path | str, masks: Path | str, out: Path | str = "NEW") -> str:
+    return f"`fss data import {shlex.join(map(str, (images, masks, out)))}`"
+
+
+def _other_layout(root: Path) -> str:
+    """Say what a folder in another layout has, and the command that imports it."""
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
+    masks = [path for path in folders if MASK_FOLDER.search(path.name) or path.name == MASKS]
+    masks += sorted(root.glob("*.json"))
+    photos = [path for path in folders if path not in masks]
+    out = root.with_name(f"{root.name}-fss")
+    if len(photos) == 1 and masks:
+        command = _import_command(photos[0], masks[0], out)
+        return f"this has {photos[0].name} and {masks[0].name}: {command} writes it from them"
+    if folders or list_files(root, ENDINGS)[0]:
+        found = name_some(folders, root) or "photos"
+        return f"this has {found}: {_import_command(root, root, out)} looks for photos and masks"
+    return f"this is empty; {_import_command('PHOTOS', 'MASKS', root)} writes it from others"
 
 
 def _spellings(line: str) -> Iterator[str]:

@@ -112,13 +112,18 @@ def inspect(
     return Record(image_size, {c: counts[c] for c in range(1, IGNORE) if counts[c]}, scaled)
 
 
-def raise_all(errors: list[ValueError]) -> None:
-    """Raise one error with the texts of the first ten and their number; of none, do nothing."""
-    if len(errors) > 1:
-        texts = "\n  ".join(str(error) for error in errors[:10])
-        raise ValueError(f"{len(errors)} images cannot be used:\n  {texts}")
-    if errors:
-        raise errors[0]
+def raise_all(errors: list[ValueError], hint: str = "") -> None:
+    """Raise one error with the texts of the first ten and their number; of none, do nothing.
+
+    The hint follows unless all errors have a cause: files that cannot be decoded.
+    """
+    if not errors:
+        return
+    hint = hint if any(error.__cause__ is None for error in errors) else ""
+    if len(errors) == 1:
+        raise ValueError(f"{errors[0]}{hint}") from errors[0].__cause__
+    texts = "\n  ".join(str(error) for error in errors[:10])
+    raise ValueError(f"{len(errors)} images cannot be used:\n  {texts}{hint}")
 
 
 def _read_cache(path: Path, fingerprint: str, length: int) -> list[Record | None] | None:

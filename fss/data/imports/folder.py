@@ -103,7 +103,7 @@ def import_folder(
         raise FileExistsError(f"out: expected a new folder, {target} exists; give another name")
     if target.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"out: expected a folder outside of {folder}, got {target}")
-    if has_outlines(source):
+    if has_outlines(folder, source):
         plan = _plan_outlines(folder, source, classes)
     else:
         plan = _plan_pictures(folder, source, classes, values, ignored)

@@ -13,7 +13,10 @@ from PIL import ImageColor
 
 from fss.files import parse_json, read_text, read_yaml
 
-_NAME_FILES = ("classes.txt", "labels.txt", "obj.names")
+NAME_FILES = ("classes.txt", "labels.txt", "obj.names", "labelmap.txt", "classes.json")
+"""Files of names of classes, beside masks or annotations."""
+
+_IN_ORDER = ("classes.txt", "labels.txt", "obj.names")
 _BACKGROUND = ("background", "_background_", "__background__", "unlabeled", "bg")
 _IGNORED = ("__ignore__", "_ignore_", "ignore", "void")
 
@@ -99,7 +102,7 @@ def find_names(folders: Sequence[Path]) -> NameFile | None:
                 return _of_rows(path, _class_dict(path))
             if name == "classes.json":
                 return _of_json(path)
-            if name in _NAME_FILES:
+            if name in _IN_ORDER:
                 lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
                 kept = [line for line in lines if line.lower() not in (*_BACKGROUND, *_IGNORED)]
                 places = enumerate(kept, start=1)
@@ -116,7 +119,7 @@ def yolo_names(folders: Sequence[Path]) -> dict[int, str]:
             if isinstance(names, (list, dict)):
                 items = names.items() if isinstance(names, dict) else enumerate(names)
                 return {int(key): str(name) for key, name in items}
-        for name in _NAME_FILES:
+        for name in _IN_ORDER:
             if (folder / name).is_file():
                 return dict(enumerate(read_text(folder / name).splitlines()))
     return {}

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from fss.data.discovery import fold_name, same_name
 from fss.data.images import ENDINGS
-from fss.data.imports.names import yolo_names
-from fss.data.imports.photos import split_of, walk
+from fss.data.imports.names import NAME_FILES, yolo_names
+from fss.data.imports.photos import masks_among, split_of, walk
 from fss.data.prepare.annotations import draw_shape, parse_coco
 from fss.files import parse_json, read_text
 
@@ -44,13 +44,15 @@ class Outlines(NamedTuple):
     left_out: dict[str, list[Path | str]]
 
 
-def has_outlines(masks: Path) -> bool:
-    """Tell whether masks are an annotation file, or a folder of such and not of pictures."""
+def has_outlines(images: Path, masks: Path) -> bool:
+    """Tell whether masks are an annotation file, or a folder of such and not of masks."""
     if not masks.is_dir():
         return True
     pictures, others = walk(masks, ENDINGS)
     files = [path for path in others if path.suffix.lower() in _ENDINGS]
-    names = [path for path in files if path.stem.lower() in ("classes", "labels", "labelmap")]
+    names = [path for path in files if path.name in NAME_FILES]
+    if masks == images:
+        return bool(files) and not masks_among(pictures, masks)
     return len(files) - len(names) > len(pictures) or (bool(files) and not pictures)
 
 
@@ -64,7 +66,8 @@ def read_outlines(images: Path, masks: Path) -> Outlines:
     find = _finder(photos, images)
     files = [masks]
     if masks.is_dir():
-        files = [path for path in walk(masks, _ENDINGS)[0] if path.stem.lower() != "classes"]
+        files = [path for path in walk(masks, _ENDINGS)[0] if path.name not in NAME_FILES]
+        others = [path for path in others if path not in set(files)]
     json_files = [path for path in files if path.suffix.lower() == ".json"]
     if json_files:
         contents = {path: parse_json(read_text(path), path) for path in json_files}

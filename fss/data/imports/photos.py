@@ -8,16 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fss.data.discovery import list_files, name_some, same_name
+from fss.data.discovery import MASK_FOLDER, MASK_WORDS, list_files, name_some, same_name
 from fss.data.images import ENDINGS
 
 TRAIN = ("train", "training", "trn")
 TEST = ("val", "valid", "validation", "test", "testing")
 
 # What tools add to the name of a photo for its mask, and to tell a photo from its mask.
-_WORDS = "masks?|matte|seg|segm|segmentation|labels?|labelids|labeltrainids|gt|groundtruth|anno"
 _MASK = re.compile(
-    rf"^(?:{_WORDS})[ _.-]+|(?:[ _.-]+(?:{_WORDS}|gtfine_labelids|gtfine_labeltrainids))"
+    rf"^(?:{MASK_WORDS})[ _.-]+|(?:[ _.-]+(?:{MASK_WORDS}|gtfine_labelids|gtfine_labeltrainids))"
     r"(?:[ _.-]*\d{1,2})?$",
     re.IGNORECASE,
 )
@@ -74,7 +73,7 @@ def match_masks(images: Path, masks: Path) -> Matched:
     photos, others = walk(images, ENDINGS)
     files, other_masks = (photos, []) if masks == images else walk(masks, ENDINGS)
     if masks == images:
-        files = _masks_among(photos)
+        files = masks_among(photos, images)
         photos = sorted(set(photos) - set(files))
     found = {path: Photo(path, path.relative_to(images), []) for path in photos}
     index: dict[str, list[tuple[int, Photo]]] = {}
@@ -141,14 +140,18 @@ def _spellings(name: str, words: re.Pattern[str]) -> Iterator[str]:
             yield Path(bare).stem
 
 
-def _masks_among(files: list[Path]) -> list[Path]:
-    """List the pictures of a folder that are masks of others: by name, or PNG beside JPEG."""
+def masks_among(files: list[Path], root: Path) -> list[Path]:
+    """List the pictures below a folder that are masks: in masks/ and the like, or of others there.
+
+    These have `_mask` or the like in their name, or are PNG beside JPEG.
+    """
     stems = Counter((path.parent, same_name(path.stem)) for path in files)
     masks = []
     for path in files:
         stem = same_name(path.stem)
         bare = {name for name in _spellings(path.name, _MASK) if name != stem}
+        is_apart = any(MASK_FOLDER.search(part) for part in path.relative_to(root).parts[:-1])
         beside = path.suffix.lower() == ".png" and stems[path.parent, stem] > 1
-        if beside or any(stems[path.parent, name] for name in bare):
+        if is_apart or beside or any(stems[path.parent, name] for name in bare):
             masks.append(path)
     return masks

@@ -173,6 +173,13 @@ def test_one_folder_for_both(tmp_path):
     check(tmp_path / "two", (1, 2, 3))
 
 
+def test_a_folder_per_split_with_both(tmp_path):
+    pictures("{s}/images/{i}.jpg", "{s}/masks/{i}.png")(tmp_path / "all", tmp_path / "all")
+    import_folder(str(tmp_path / "all"), str(tmp_path / "all"), str(tmp_path / "out"))
+    source = check(tmp_path / "out", (1, 2, 3))
+    assert len(source.indices("train")) == len(source.indices("test")) == 3
+
+
 def in_class_folders(mask: np.ndarray, i: int) -> np.ndarray:
     return (mask == i % 3 + 1) * np.uint8(255)
 
@@ -318,7 +325,8 @@ def test_coco_with_boxes_alone(tmp_path):
         import_folder(str(tmp_path / "images"), str(path), str(tmp_path / "out"))
 
 
-def test_labelme(tmp_path):
+@pytest.mark.parametrize("labels", ["labels", "all"])
+def test_labelme(tmp_path, labels):
     for i, (height, width) in enumerate(SIZES):
         write_photo(tmp_path / f"all/{i}.jpg", i)
         shapes = []
@@ -331,27 +339,35 @@ def test_labelme(tmp_path):
         shapes.append({"label": "eye", "points": [[1, 1]], "shape_type": "point"})
         content = {"imagePath": f"..\\all\\{i}.jpg", "imageHeight": height, "imageWidth": width}
         (tmp_path / f"all/{i}.json").write_text(json.dumps(content | {"shapes": shapes}))
-    (tmp_path / "labels").mkdir()
+    (tmp_path / labels).mkdir(exist_ok=True)
     for path in (tmp_path / "all").glob("*.json"):
-        path.rename(tmp_path / "labels" / path.name)
-    paths = [str(tmp_path / part) for part in ("all", "labels", "out")]
+        path.rename(tmp_path / labels / path.name)
+    paths = [str(tmp_path / part) for part in ("all", labels, "out")]
     lines = import_folder(*paths).lines
     assert any("files with points or lines: 6: 0.json" in line for line in lines)
     assert check(tmp_path / "out", (1, 2, 3)).class_names == {1: "cat", 2: "dog", 3: "hen"}
 
 
-def test_yolo(tmp_path):
+@pytest.mark.parametrize(
+    ("photos", "labels", "given"),
+    [
+        ("images/train", "labels/train", ("images", "labels")),
+        ("set/train/images", "set/train/labels", ("set", "set")),
+        ("all", "all", ("all", "all")),
+    ],
+)
+def test_yolo(tmp_path, photos, labels, given):
     for i, (height, width) in enumerate(SIZES):
-        write_photo(tmp_path / f"images/train/{i}.jpg", i)
+        write_photo(tmp_path / f"{photos}/{i}.jpg", i)
         rows = []
         for k in (1, 2, 3):
             if box(i, k):
                 shares = np.array(corners(i, k)).reshape(4, 2) / (width, height)
                 rows.append(f"{k - 1} " + " ".join(f"{x:.9f}" for x in shares.ravel()))
-        (tmp_path / "labels/train").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"labels/train/{i}.txt").write_text("\n".join(rows))
+        (tmp_path / labels).mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{labels}/{i}.txt").write_text("\n".join(rows))
     (tmp_path / "data.yaml").write_text("names: [cat, dog, hen]\n")
-    paths = [str(tmp_path / part) for part in ("images", "labels", "out")]
+    paths = [str(tmp_path / part) for part in (*given, "out")]
     import_folder(*paths)
     assert check(tmp_path / "out", (1, 2, 3)).class_names == {1: "cat", 2: "dog", 3: "hen"}
 
