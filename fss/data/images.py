@@ -224,7 +224,7 @@ def unreadable(name: str | Path, error: Exception) -> ValueError:
         error = ValueError(f"expected {', '.join(FORMATS)}")
     hint = "replace the file, or leave it out together with its image or mask"
     if ending in _ENDINGS["HEIF"] and "HEIF" not in FORMATS:
-        hint = "pip install pillow-heif reads HEIC, or convert the file to JPEG"
+        hint = "HEIC needs pip install pillow-heif; or convert the file to JPEG"
     elif ending in OTHER_ENDINGS:
         hint = "convert the file to JPEG or PNG"
     return ValueError(f"{name} cannot be decoded ({error}); {hint}")

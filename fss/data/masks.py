@@ -28,6 +28,9 @@ MaskValue = int | str | tuple[int, int, int]
 _FEW = 16  # values of a mask that is neither soft nor compressed with losses
 _SMALL = 64  # grays below are class ids, no shades of white
 _NOISE = 16  # how far compression moves a level, of 255
+_TRACE = 3  # the same at the best quality
+_BRIGHT = 192  # what shades without a level of their own reach, of 255
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JPEG2000")
 _ONE_COLOR = 64  # how far the colors of an object may differ, of 255
 _VOC_BORDER = 0xE0E0C0
 
@@ -65,11 +68,14 @@ def read_object(mask: Picture, name: str = "mask", value: MaskValue | None = Non
             that the mask does not have.
     """
     if isinstance(mask, (str, os.PathLike, Image.Image)):
-        values, is_palette = decode(mask, name, _values_of)
-        if not isinstance(mask, Image.Image):
+        values, is_palette, form = decode(mask, name, _values_of)
+        if isinstance(mask, Image.Image):
+            form = mask.format
+        else:
             name = str(mask)
+        is_lossy = form in _LOSSY
     else:
-        values, is_palette = mask, False
+        values, is_palette, is_lossy = mask, False, False
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim == 3:
@@ -82,9 +88,9 @@ def read_object(mask: Picture, name: str = "mask", value: MaskValue | None = Non
                 return ObjectMask(opaque, "what is opaque")
             colors = np.where(opaque[..., None], colors, 0).astype(np.uint8)
         if np.ptp(colors, axis=2).any():
-            return _of_colors(colors, name, value)
+            return _of_colors(colors, name, value, is_lossy)
         values = colors[..., 0]
-    return _of_gray(values, name, value, is_palette)
+    return _of_gray(values, name, value, is_palette, is_lossy)
 
 
 def open_classes(path: Path, ignored_alone: bool = False) -> Image.Image:
@@ -159,18 +165,18 @@ def _loaded(image: Image.Image) -> Image.Image:
     return image
 
 
-def _values_of(image: Image.Image) -> tuple[NDArray[Any], bool]:
-    """Return what a mask's file says, and whether these are the indices of a palette of colors."""
-    if image.mode != "P" or is_transparent(image):
-        return pixel_values(image), False
-    colors = np.array(image.convert("RGB"))
-    if (np.ptp(colors, axis=2) == 0).all():
-        return colors[..., 0], False
-    return np.array(image), True
+def _values_of(image: Image.Image) -> tuple[NDArray[Any], bool, str | None]:
+    """Return a mask's values, whether they are indices of a palette of colors, and the format."""
+    if image.mode == "P" and not is_transparent(image):
+        colors = np.array(image.convert("RGB"))
+        if np.ptp(colors, axis=2).any():
+            return np.array(image), True, image.format
+        return colors[..., 0], False, image.format
+    return pixel_values(image), False, image.format
 
 
 def _of_gray(
-    values: NDArray[Any], name: str, value: MaskValue | None, is_palette: bool
+    values: NDArray[Any], name: str, value: MaskValue | None, is_palette: bool, is_lossy: bool
 ) -> ObjectMask:
     kind = values.dtype.kind
     if kind not in "buif":
@@ -189,40 +195,54 @@ def _of_gray(
         raise _several(others, name)
     if len(others) <= 1:
         return ObjectMask(values != 0, f"0 and {others[0]}" if others else "0")
-    levels, half = _levels(values, others), (white + 1) // 2
+    levels, half = _levels(values), (white + 1) // 2
     if others[-1] == white and len(others) == 2:
         k = others[0]
         soft = k >= _SMALL * white / 255 and k not in levels
-        if is_palette or (k < half - 1 and not soft):
+        trace = is_lossy and k <= _TRACE
+        if is_palette or (k < half - 1 and not soft and not trace):
             where = " of a palette" if is_palette else ""
             return ObjectMask(values == k, f"class id {k}{where}, {white} ignored")
-        if k in (half - 1, half):  # or a trimap's "unknown"
+        if trace or k in (half - 1, half):  # these are a trimap's "unknown"
             raise _several(others, name)
     if is_palette:
         raise _several(others, name)
-    return _of_levels(values[..., None], levels, others, white, name)
+    return _of_levels(values[..., None], levels, others, white, name, is_lossy)
 
 
-def _of_colors(colors: NDArray[np.uint8], name: str, value: MaskValue | None) -> ObjectMask:
+def _of_colors(
+    colors: NDArray[np.uint8], name: str, value: MaskValue | None, is_lossy: bool
+) -> ObjectMask:
     codes = _codes(colors)
     if value is not None:
         return _chosen(codes, name, value, True)
     found = np.unique(codes)
     others = found[found != 0].tolist()
-    ignored = ""
-    if _VOC_BORDER in others and len(others) > 1:
-        others.remove(_VOC_BORDER)
-        colors = np.where((codes == _VOC_BORDER)[..., None], 0, colors)
+    border = codes == _VOC_BORDER
+    if len(others) > _FEW:  # compressed with losses, or soft: what is near it belongs to it
+        border = np.abs(colors - _vector(_VOC_BORDER, 3)).max(2) <= 2 * _NOISE
+    if colors[~border].max(initial=0) < _SMALL:  # it is the object itself
+        border = np.zeros_like(border)
+    if border.any():
+        colors = np.where(border[..., None], 0, colors)
         codes = _codes(colors)
-        ignored = ", VOC's border ignored"
+        others = np.unique(codes[codes != 0]).tolist()
+    ignored = ", VOC's border ignored" if border.any() else ""
     if len(others) == 1:
         return ObjectMask(codes == others[0], f"color {_text(_vector(others[0], 3))}{ignored}")
-    object_, convention = _of_levels(colors, _levels(codes, others), others, 255, name)
-    return ObjectMask(object_, convention + ignored)
+    levels = _levels(codes)
+    found, convention = _of_levels(colors, levels, others, 255, name, is_lossy, border.any())
+    return ObjectMask(found, convention + ignored)
 
 
 def _of_levels(
-    pixels: NDArray[Any], levels: dict[int, int], others: list[int], white: int, name: str
+    pixels: NDArray[Any],
+    levels: dict[int, int],
+    others: list[int],
+    white: int,
+    name: str,
+    is_lossy: bool,
+    has_border: bool = False,
 ) -> ObjectMask:
     """Find the one object of a mask with several shades [H, W, C]: soft edges, compression.
 
@@ -232,42 +252,68 @@ def _of_levels(
         others: all values or colors but 0.
         white: the largest value of a channel.
         name: see `read_object`.
+        is_lossy: whether the file's format may change values a little.
+        has_border: whether what has another color than the object is Pascal VOC's border.
     """
     channels, unit = pixels.shape[2], white / 255
-    is_lossy = len(others) > _FEW
-    if channels == 1 and others[-1] < _SMALL * unit and not is_lossy:
+    is_soft = len(others) > _FEW
+    noise = (_NOISE if is_soft else _TRACE if is_lossy else 0) * unit
+    if channels == 1 and others[-1] < _SMALL * unit and not is_soft:
         raise _several(others, name)
     vectors = {code: _vector(code, channels) for code in levels}
-    if is_lossy:  # a flat area that counts: of some size, and no trace beside an edge
+    if noise:
+        levels = {code: n for code, n in levels.items() if vectors[code].max() > noise}
+    if is_soft:  # a flat area of some size: others are there by chance
         least = sum(levels.values()) / 100
-        levels = {
-            code: count
-            for code, count in levels.items()
-            if count >= least and vectors[code].max() > _NOISE * unit
-        }
-    groups = _linked({code: vectors[code] for code in levels}, _NOISE * unit if is_lossy else 0)
+        levels = {code: n for code, n in levels.items() if n >= least}
+    groups = _linked({code: vectors[code] for code in levels}, noise)
     if len(groups) > 1:
         raise _several(sorted(levels), name, channels == 3)
     spread = np.ptp([vectors[code] for code in groups[0]], axis=0).max() if groups else np.inf
-    if spread > 2 * _NOISE * unit:
+    if spread > 2 * noise:  # shades of white, without a level of their own
         bright = pixels.max(2) > white / 2
         alike = bright.any() and np.ptp(pixels[bright], axis=0).max() <= _ONE_COLOR
-        if not bright.any() or (channels == 3 and not alike):
+        if pixels.max() < _BRIGHT * unit or (channels == 3 and not alike):
             raise _several(others, name, channels == 3)
         return ObjectMask(bright, f"shades up to {white}, from half of it on")
     level = max(groups[0], key=lambda code: levels[code])
     direction = vectors[level]
     share = (pixels @ direction) / (direction @ direction)
-    # what is no mixture of the background and the object
+    # of what is no mixture of the background and the object
     rest = np.abs(pixels - np.clip(share, 0, 1)[..., None] * direction).max(2)
-    foreign = rest > (_ONE_COLOR if is_lossy else _ONE_COLOR // 2) * unit
-    found = (share > 0.5) & ~foreign
-    stray = foreign if is_lossy else foreign | (~found & (share > 0.25))
-    near = cv2.dilate(found.astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
-    if (stray & ~near).any() or (not is_lossy and foreign.any()):
+    found = share > 0.5
+    if is_soft:
+        core = found & (rest <= _ONE_COLOR * unit)
+        foreign = (rest > _ONE_COLOR * unit) & ~_near(core, 8)
+        plain = (pixels.max(2) <= 2 * noise) | (np.abs(pixels - direction).max(2) <= 2 * noise)
+        least = core.sum() / 100
+        is_foreign = foreign.sum() > least or plain.mean() < 0.5  # as in a photo
+        if channels == 1:
+            is_foreign |= _common(pixels[..., 0], ~plain, noise) > 5 * least
+        found = core if has_border else found & _near(core, 3)
+    else:
+        foreign = rest > max(noise, _ONE_COLOR / 2 * unit)
+        is_foreign = (foreign | ((share > 0.25) & ~_near(found, 3))).any()
+    if is_foreign:
         raise _several(others, name, channels == 3)
     what = f"color {_text(direction)}" if channels == 3 else f"gray {level}"
     return ObjectMask(found, f"{what} with soft edges, from its half on")
+
+
+def _common(shades: NDArray[Any], where: NDArray[np.bool_], noise: float) -> int:
+    """Count the pixels of the flat areas somewhere, if most of these have about one shade."""
+    shades = shades.astype(np.float32)
+    window = np.ones((5, 5), np.uint8)
+    flat = where & (cv2.dilate(shades, window) - cv2.erode(shades, window) <= noise)
+    counts, _ = np.histogram(shades[flat], np.arange(0, shades.max() + 2 * noise, noise / 2))
+    largest = int(np.convolve(counts, np.ones(3, int)).max())
+    return largest if 2 * largest > flat.sum() else 0
+
+
+def _near(mask: NDArray[np.bool_], distance: int) -> NDArray[np.bool_]:
+    """Find the pixels within a distance of a mask, in rows and columns."""
+    side = 2 * distance + 1
+    return cv2.dilate(mask.astype(np.uint8), np.ones((side, side), np.uint8)) > 0
 
 
 def _linked(points: dict[int, NDArray[np.float64]], distance: float) -> list[list[int]]:
@@ -279,7 +325,7 @@ def _linked(points: dict[int, NDArray[np.float64]], distance: float) -> list[lis
     return groups
 
 
-def _levels(codes: NDArray[Any], others: list[int]) -> dict[int, int]:
+def _levels(codes: NDArray[Any]) -> dict[int, int]:
     """Count the pixels of each value but 0 whose eight neighbors all have it too."""
     rows = codes[:, 1:] == codes[:, :-1]
     rows = rows[:, 1:] & rows[:, :-1]
@@ -287,7 +333,7 @@ def _levels(codes: NDArray[Any], others: list[int]) -> dict[int, int]:
     flat = rows[:-2] & rows[1:-1] & rows[2:] & columns[1:] & columns[:-1]
     found, counts = np.unique(codes[1:-1, 1:-1][flat], return_counts=True)
     pairs = zip(found.tolist(), counts.tolist(), strict=True)
-    return {code: count for code, count in pairs if code in set(others)}
+    return {code: count for code, count in pairs if code}
 
 
 def _chosen(values: NDArray[Any], name: str, value: MaskValue, is_color: bool) -> ObjectMask:
@@ -340,8 +386,11 @@ def _parsed(value: MaskValue) -> int | tuple[int, ...]:
 
 def _several(values: Sequence[int], name: str, is_color: bool = False) -> ValueError:
     texts = [_text(_vector(value, 3)) if is_color else str(value) for value in values]
+    got = f"the values {_listed(texts)}"
+    if len(texts) > 10 * _FEW:
+        got = f"{len(texts)} values, as a photo has: {_listed(texts)}"
     return ValueError(
-        f"{name}: expected one object on a background of 0, got the values {_listed(texts)}; of a "
+        f"{name}: expected one object on a background of 0, got {got}; of a "
         f"mask of class ids take one class: mask_value={texts[0]!s} (on the command line "
         f"--mask_value {texts[0]}), in an array: array == id"
     )
