@@ -158,6 +158,7 @@ class _Finder:
     def __init__(self, folder: Path, images: str, masks: str) -> None:
         self.folder, self.images, self.masks = folder, images, masks
         self._names = Names(folder)
+        self._pairs: dict[tuple[str, ...], Pair] = {}
         self._surplus: dict[int, int] = {}  # leading parts of each column that are not here
 
     def split(self, path: Path) -> Iterator[_Line]:
@@ -179,6 +180,12 @@ class _Finder:
 
     def pair(self, words: list[str]) -> Pair:
         """Return the files of a line; those that are missing with the path where they should be."""
+        key = tuple(words)  # HSNet's lists have a photo many times
+        if key not in self._pairs:
+            self._pairs[key] = self._new_pair(words)
+        return self._pairs[key]
+
+    def _new_pair(self, words: list[str]) -> Pair:
         if len(words) == 2:
             return Pair(*(self._find(column, word) for column, word in enumerate(words)))
         image = self._image(words[0])

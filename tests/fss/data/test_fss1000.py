@@ -101,12 +101,13 @@ def test_a_name_without_a_source_is_an_error():
 def small(tmp_path, monkeypatch) -> Path:
     """Three classes of four images of 32×40 pixels, the object on 280 of them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "photos"
     for name in ("cat", "dog", "hen"):
         for i in range(1, 5):
-            write(tmp_path / name / f"{i}.jpg", tmp_path / name / f"{i}.png")
-    (tmp_path / "trn.txt").write_text("cat\nhen\n")
-    (tmp_path / "test.txt").write_text("dog\n")
-    return tmp_path
+            write(root / name / f"{i}.jpg", root / name / f"{i}.png")
+    (root / "trn.txt").write_text("cat\nhen\n")
+    (root / "test.txt").write_text("dog\n")
+    return root
 
 
 def write(photo: Path, mask: Path | None, scale: int = 1) -> None:
@@ -181,7 +182,7 @@ def test_a_photo_in_the_place_of_a_mask(small, skip_unreadable):
     ):
         source = read(small, skip_unreadable=skip_unreadable)
     assert [source.name(i) for i in source.indices("train")][:3] == ["cat/1", "cat/2", "cat/4"]
-    assert source.class_areas(3) == {3: 280}
+    assert source.class_areas(3) == {3: 280}  # of the first hen
 
 
 @pytest.mark.parametrize("color", [(255, 0, 0), (0, 0, 255), (1, 1, 1), (90, 200, 30)])

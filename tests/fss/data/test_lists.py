@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fss.data import CocoSource, FolderSource, Fss1000Source, PascalSource
+from fss.config import DataConfig
+from fss.data import CocoSource, FolderSource, Fss1000Source, PascalSource, build_episodes
 from fss.data.lists import Listing, read_list
 from fss.files import parse_json, read_text, read_yaml
 
@@ -161,6 +162,31 @@ def test_pascal_with_lists_of_hsnet(voc, tmp_path):
     assert source.listed_classes("test") == [(3, 4)]
     one = PascalSource(tmp_path, tmp_path / "trn/fold0.txt", tmp_path / "val.txt")
     assert one.listed_classes("train") == [(0, 1), (1, 2)] and len(one) == 3
+
+
+def test_episodes_ask_for_the_pairs_of_hsnet(voc, tmp_path):
+    """In the order of the list, with the class that it names: protocol hsnet."""
+    listed = [("2007_a", 1), ("2008_c", 1), ("2007_b", 2), ("2007_a", 2), ("2008_c", 2)]
+    for name in ("2007_a", "2007_b", "2008_c"):
+        mask = np.zeros((60, 80), np.uint8)
+        mask[:20], mask[30:50] = 1, 2
+        Image.fromarray(mask).save(voc / f"SegmentationClassAug/{name}.png")
+    (tmp_path / "val.txt").write_text("".join(f"{name}__{c:02d}\n" for name, c in listed))
+    (tmp_path / "trn.txt").write_text("2008_d__04\n")
+    config = DataConfig(
+        "pascal",
+        str(tmp_path),
+        str(tmp_path / "trn.txt"),
+        str(tmp_path / "val.txt"),
+        size=33,
+        protocol="hsnet",
+        shuffle_test=False,
+        drop_small_classes=True,
+    )
+    with pytest.warns(UserWarning, match="left out: bird 0"):
+        data = build_episodes(config, "test", 5, 0)
+    drawn = [data.draw(i) for i in range(5)]
+    assert [(data.source.name(e.query), e.class_id) for e in drawn] == listed
 
 
 def test_classes_that_the_masks_do_not_show(voc, tmp_path):
