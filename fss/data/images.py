@@ -111,7 +111,9 @@ def read_picture(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
         pixels = pixels[..., None]
     if pixels.shape[2] == 4:
         pixels = _on_white(pixels)
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    if pixels.shape[2] == 1:
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return np.ascontiguousarray(pixels)
 
 
 def decode(

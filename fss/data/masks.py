@@ -33,6 +33,7 @@ _BRIGHT = 192  # what shades without a level of their own reach, of 255
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JPEG2000")
 _ONE_COLOR = 64  # how far the colors of an object may differ, of 255
 _VOC_BORDER = 0xE0E0C0
+_LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 class ObjectMask(NamedTuple):
@@ -221,6 +222,12 @@ def _of_colors(
     border = codes == _VOC_BORDER
     if len(others) > _FEW:  # compressed with losses, or soft: what is near it belongs to it
         border = np.abs(colors - _vector(_VOC_BORDER, 3)).max(2) <= 2 * _NOISE
+        # compression pales a color at its edges, as bright as it is: a yellow to the border's color
+        bright = (
+            np.median(colors[colors.max(2) >= _SMALL] @ _LUMINANCE) if colors.max() >= _SMALL else 0
+        )
+        if abs(bright - _vector(_VOC_BORDER, 3) @ _LUMINANCE) <= 2 * _NOISE:
+            border = codes == _VOC_BORDER
     if colors[~border].max(initial=0) < _SMALL:  # it is the object itself
         border = np.zeros_like(border)
     if border.any():
@@ -277,7 +284,7 @@ def _of_levels(
             raise _several(others, name, channels == 3)
         return ObjectMask(bright, f"shades up to {white}, from half of it on")
     level = max(groups[0], key=lambda code: levels[code])
-    direction = vectors[level]
+    direction = vectors[level].astype(np.float32)  # masks may have many megapixels
     share = (pixels @ direction) / (direction @ direction)
     # of what is no mixture of the background and the object
     rest = np.abs(pixels - np.clip(share, 0, 1)[..., None] * direction).max(2)

@@ -27,9 +27,9 @@ def read_mask(
 
     A picture of a mask has the size of the upright picture: one that is stored turned, with an EXIF
     orientation, is masked as viewers show it; the orientation of the mask's own file is followed
-    too. Black (0) is background and there is one object; see [masks](data.md#masks) for what is
-    read as what: class ids with 255 ignored, palettes, Pascal VOC's colors, 0 and 255, soft edges,
-    transparency. Where several values could be the object, `value` says which.
+    too. Black (0) is background and there is one object, in any usual convention: class ids and 255
+    ignored, palettes, Pascal VOC's colors, 0 and 255, soft edges, transparency; see `read_object`.
+    Where several values could be the object, `value` says which.
 
     A box holds the pixels whose center lies between (x0, y0) and (x1, y1), a polygon those whose
     center is inside by the even-odd rule. Coordinates are pixels, x to the right and y down, from
