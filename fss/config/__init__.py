@@ -71,8 +71,8 @@ class DataConfig:
             HSNet, "fss1000" a folder per class; "shapes" needs none.
         train_list: file of the training photos, given together with `val_list`. For "pascal" and
             "coco" each line is `image mask`, and a leading path that does not exist here is
-            ignored; by default the published lists. For "fss1000" the names of the base classes,
-            one per line.
+            ignored, or it is a list of HSNet, or a folder of lists; by default the published
+            lists. For "fss1000" the names of the base classes, one per line.
         val_list: as `train_list`, for the test photos; for "fss1000" the novel classes.
         folds: of "coco": "fwb" (novel classes k + 1, k + 5, …) or "panet" (20k + 1 to 20k + 20).
         fold: which classes are novel, from 0.
@@ -92,8 +92,8 @@ class DataConfig:
             only.
         drop_small_classes: omit classes with no more than K photos in a split and warn; by default
             they are an error.
-        skip_unreadable: replace an episode that has an unreadable photo and warn; by default such
-            a photo ends the run.
+        skip_unreadable: leave out photos that cannot be used, replace an episode that has one, and
+            warn; by default such a photo ends the run.
         workers: processes that load episodes; 0 loads them in the training process.
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
