@@ -108,7 +108,9 @@ def convert(
                 replaced[layer] = SVFConv2d.from_conv(layer, kind, factors)
             else:
                 replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
-            _move_hooks(layer, replaced[layer])
+    for plain, factored in replaced.items():
+        _move_hooks(plain, factored)
+    for name, layer in chosen:
         model.set_submodule(name, replaced[layer])
     network = Network()
     for factored in svf_layers(model).values():

@@ -23,7 +23,14 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OF_CONV = ("stride", "padding_mode", "dilation", "explicit_padding")
+_OF_CONV = (
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -63,7 +70,10 @@ class Watch:
             if isinstance(child, SVFConv2d):
                 if not child.has_values:
                     raise _Unseen
-                self._values += [(own, attribute, own[attribute]) for attribute in _OF_CONV]
+                for attribute in _OF_CONV:
+                    value = own[attribute]  # a list may be written to
+                    kept = tuple(value) if isinstance(value, list) else value
+                    self._values.append((own, attribute, kept))
                 self._convs.append((child, child.strategy_in_use, child.S.requires_grad))
                 self._tensor(own["_parameters"], "bias", copied=True)
             elif isinstance(child, _BatchNorm):

@@ -27,7 +27,7 @@ from svf_fast.fusion.graph import (
     is_open,
     is_sequential,
 )
-from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.layers.conv2d import SVFConv2d, explicit_padding
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
 _MOST_CONVS = 8  # a module with more of its own is no residual block
@@ -303,8 +303,8 @@ def _check_conv(name: str, module: nn.Module) -> None:
         raise Misfit(f"{name!r} is of type {type(module).__name__}, not an nn.Conv2d")
     if module.padding_mode != "zeros":
         raise Misfit(f"{name!r} pads with {module.padding_mode!r} instead of zeros")
-    spans = zip(module.kernel_size, module.dilation, strict=True)  # type: ignore[arg-type]
-    if module.padding == "same" and any((kernel - 1) * dilation % 2 for kernel, dilation in spans):
+    left, right, top, bottom = explicit_padding(module)  # type: ignore[arg-type]
+    if left != right or top != bottom:
         raise Misfit(f"{name!r} pads one side more than the other")
 
 
