@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -13,12 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from svf_fast.budget import fit, parse_bytes
 from svf_fast.files import save_atomically
-from svf_fast.fusion.blocks import FusedSequential, SVFBasicBlock, SVFBottleneck
-from svf_fast.fusion.fused import Fused
+from svf_fast.fusion.blocks import FusedSequential, ResidualUnit, SVFBasicBlock, SVFBottleneck
+from svf_fast.fusion.fused import Fused, restore
+from svf_fast.fusion.norm import StaysFrozen, is_frozen, keep_frozen
 from svf_fast.fusion.structure import find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
@@ -43,6 +46,7 @@ def convert(
     memory_budget: str | int | None = None,
     input_shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    keep_norms_frozen: bool = True,
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
@@ -68,6 +72,11 @@ def convert(
             their second convolution twice where that is needed.
         input_shape: of the forward pass that the budget is for.
         dtype: of the activations in it, for a run under autocast.
+        keep_norms_frozen: batch norms of the model that are frozen now, in evaluation mode and
+            without a parameter that trains, stay in evaluation mode when ``model.train()`` is
+            called, until one of their parameters trains: their class gets a ``train`` of its own.
+            A warning tells of others in fused blocks, which take these apart. False lets all
+            follow the mode.
 
     Returns the model.
 
@@ -116,12 +125,15 @@ def convert(
     for factored in svf_layers(model).values():
         network.join(factored)
     undo = _fuse(model, _within(layers)) if fuse else []
+    if keep_norms_frozen:
+        _warn_of_training_norms(model)
+        undo += keep_frozen(model)
     if budget is not None and input_shape is not None:
         try:
             fit(model, budget, input_shape, dtype)
         except Exception:
-            for unfuse in undo:
-                unfuse()
+            for each in undo:
+                each()
             for name, layer in chosen:
                 _move_hooks(replaced[layer], layer)
                 model.set_submodule(name, layer)
@@ -150,6 +162,8 @@ def merge(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, Fused):
             module.unfuse()
+        elif isinstance(module, StaysFrozen):
+            restore(module)
     plain: dict[Factored, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, Factored):
@@ -214,6 +228,24 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
         if new:
             undo.append(FusedSequential.adopt(module, new))
     return undo
+
+
+def _warn_of_training_norms(model: nn.Module) -> None:
+    norms = {
+        module.get_submodule(stage.bn)
+        for module in model.modules()
+        if isinstance(module, ResidualUnit | FusedSequential)
+        for stage in module.fused_stages()
+    }
+    training = sum(isinstance(norm, _BatchNorm) and not is_frozen(norm) for norm in norms)
+    if training:
+        warnings.warn(
+            f"svf_fast.convert: {training} of the {len(norms)} batch norms in fused blocks are not "
+            "frozen: these blocks run layer by layer and keep more for the backward pass. Call "
+            "model.eval().requires_grad_(False) before the conversion; if batch norms are to "
+            "train, pass keep_norms_frozen=False",
+            stacklevel=3,
+        )
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:

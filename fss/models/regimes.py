@@ -48,7 +48,10 @@ def _train_convolutions(backbone: nn.Module, regime: RegimeConfig) -> None:
             _rotate(convolution)
     if regime.name in ("svf", "rotated_svf") and set(regime.trained_factors) <= {"S"}:
         if regime.trained_factors:
-            svf_fast.convert(backbone, list(convolutions), regime.strategy)
+            frozen = regime.batch_norm_statistics == "frozen"
+            svf_fast.convert(
+                backbone, list(convolutions), regime.strategy, keep_norms_frozen=frozen
+            )
         return
     compose = _COMPOSED[regime.name]
     for name, convolution in convolutions.items():

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from svf_fast.fusion.fused import Fused, fuse, unfused_class
+from svf_fast.fusion.fused import Fused, original_class, recast
+from svf_fast.fusion.graph import is_conv
+from svf_fast.fusion.norm import Norm, is_norm
 from svf_fast.fusion.reading import Readable, Reading, conv_of
-from svf_fast.fusion.state import is_hooked, watch
+from svf_fast.fusion.state import is_hooked, plain_attributes, watch
 from svf_fast.fusion.structure import ResidualBlock, StageNames, Unit, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
@@ -47,7 +49,9 @@ class ResidualUnit(Fused):
     stage_count: int  # beside the shortcut
     recompute: bool
     _names: ResidualBlock
-    _kinds: dict[str, str]  # of the inner modules, as they were when the forward was read
+    # of the inner modules, and their attributes, as they were when the forward was read
+    _kinds: dict[str, str]
+    _attributes: dict[str, dict[str, Any]] = {}  # noqa: RUF012  of a pickle that has none
 
     @classmethod
     def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
@@ -82,9 +86,14 @@ class ResidualUnit(Fused):
     @classmethod
     def adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
         """Fuse a block that was found, in place."""
-        fused = fuse(module, cls)
+        fused = recast(module, cls)
         fused._names, fused.recompute = found, False
         fused._kinds = {name: _kind(inner) for name, inner in _inner(fused)}
+        fused._attributes = {
+            name: plain_attributes(inner)
+            for name, inner in fused.named_modules()
+            if not (is_conv(inner) or is_norm(inner) or name in found.pre)
+        }
         return fused
 
     def fused_convs(self) -> dict[str, bool]:
@@ -97,10 +106,17 @@ class ResidualUnit(Fused):
         """Name of the convolution that ``recompute`` runs again."""
         return self._names.stages[1].conv
 
+    def fused_stages(self) -> list[StageNames]:
+        """Name the stages that run as one, that of the shortcut last."""
+        return [*self._names.stages, *filter(None, [self._names.shortcut])]
+
     def unfused_reasons(self) -> list[str]:
-        names = self._names
-        stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
-        return [_replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)]
+        return [
+            _replaced(self, self._kinds)
+            or _changed(self, self._attributes)
+            or _reason(self, self.fused_stages())
+            or _hooked(self, self._names.pre)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         names, reading = self._names, _read(self)
@@ -163,7 +179,7 @@ class FusedSequential(Fused):
             before = module._names
             module._rename(before + tuple(unit for unit in units if unit not in before))
             return partial(module._rename, before)
-        fused = fuse(module, cls)
+        fused = recast(module, cls)
         fused._names = units
         return fused.unfuse
 
@@ -173,6 +189,10 @@ class FusedSequential(Fused):
 
     def fused_convs(self) -> dict[str, bool]:
         return {unit.stage.conv: not unit.stage.relu for unit in self._names}
+
+    def fused_stages(self) -> list[StageNames]:
+        """Name the stages that run as one each."""
+        return [unit.stage for unit in self._names]
 
     def unfused_reasons(self) -> list[str]:
         return [self._unit_reason(unit) for unit in self._names]
@@ -301,9 +321,10 @@ def _reason(module: nn.Module, stages: list[StageNames]) -> str:
             return f"{stage.conv} pads x in a pass of its own"
         if conv.strategy_in_use == "reference":
             return f"{stage.conv} computes as 'reference'"
-        if not isinstance(bn, _BatchNorm):
+        norm = Norm.of(bn)
+        if norm is None:
             return f"{stage.bn} is a {type(bn).__name__}, not a batch norm"
-        if bn.training or bn.running_mean is None:
+        if norm.mean is None or (bn.training and isinstance(bn, _BatchNorm)):
             return f"{stage.bn} uses the batch's statistics: call eval() on it"
         if not torch.is_grad_enabled():
             continue
@@ -320,7 +341,7 @@ def _kind(module: nn.Module) -> str:
         return "convolution"
     if isinstance(module, nn.SyncBatchNorm):
         return nn.BatchNorm2d.__name__  # the same with stored statistics
-    return unfused_class(module).__name__
+    return original_class(module).__name__
 
 
 def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
@@ -331,6 +352,17 @@ def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
     name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
     was, is_now = kinds.get(name, "missing"), now.get(name, "missing")
     return f"{name} was {was} at conversion and is {is_now} now"
+
+
+def _changed(module: nn.Module, attributes: dict[str, dict[str, Any]]) -> str:
+    """Name the first attribute that is not as it was when the forward was read."""
+    for name, before in attributes.items():
+        now = module.get_submodule(name).__dict__
+        for key, value in before.items():
+            if now.get(key) != value:
+                what = f"{name}.{key}".lstrip(".")
+                return f"{what} was {value!r} at conversion and is {now.get(key)!r} now"
+    return ""
 
 
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:

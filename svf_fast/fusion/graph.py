@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from svf_fast.fusion.fused import Fused, unfused_class
+from svf_fast.fusion.fused import Fused, original_class
+from svf_fast.fusion.norm import is_norm
 from svf_fast.layers.conv2d import SVFConv2d
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -26,13 +27,9 @@ def is_conv(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Conv2d, SVFConv2d))
 
 
-def is_norm(module: nn.Module | None) -> bool:
-    return hasattr(module, "running_var")
-
-
 def is_sequential(module: nn.Module) -> bool:
     """Tell whether a module calls its children in turn, or computes what that would."""
-    own = getattr(unfused_class(module), "forward", None)
+    own = getattr(original_class(module), "forward", None)
     return own is nn.Sequential.forward and "forward" not in vars(module)
 
 

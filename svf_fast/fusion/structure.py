@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.fusion.fused import Fused, hidden_name
 from svf_fast.fusion.graph import (
@@ -23,13 +24,15 @@ from svf_fast.fusion.graph import (
     Misfit,
     hook_kind,
     is_conv,
-    is_norm,
     is_open,
     is_sequential,
 )
+from svf_fast.fusion.norm import Norm, is_norm
 from svf_fast.layers.conv2d import SVFConv2d, explicit_padding
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
+_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+_OTHER_NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 _MOST_CONVS = 8  # a module with more of its own is no residual block
 
 
@@ -310,11 +313,14 @@ def _check_conv(name: str, module: nn.Module) -> None:
 
 def _check_norm(name: str, module: nn.Module) -> bool:
     """Tell whether the batch norm has a ReLU of its own; raises if it is no plain batch norm."""
-    if not isinstance(module, nn.BatchNorm2d):
-        raise Misfit(f"{name!r} is of type {type(module).__name__}, not an nn.BatchNorm2d")
-    if module.running_mean is None or module.running_var is None:
+    norm = Norm.of(module)
+    if norm is None or isinstance(module, _OTHER_NORMS):
+        raise Misfit(f"{name!r} is of type {type(module).__name__}, not a batch norm of maps")
+    if norm.mean is None or norm.var is None:
         raise Misfit(f"{name!r} keeps no running statistics")
-    if type(module).forward is nn.BatchNorm2d.forward and not list(module.children()):
+    if not isinstance(module, _BatchNorm):
+        return False  # of constants
+    if type(module).forward in _FORWARDS and not list(module.children()):
         return False
     try:
         return _ends_in_relu(module)
@@ -323,7 +329,7 @@ def _check_norm(name: str, module: nn.Module) -> bool:
         raise Misfit(f"{name!r} ({kind}) is more than a batch norm: {reason}") from None
 
 
-def _ends_in_relu(norm: nn.BatchNorm2d) -> bool:
+def _ends_in_relu(norm: _BatchNorm) -> bool:
     """Tell whether a subclass is batch norm and ReLU; raises if it is not batch norm at all."""
     graph = ForwardGraph(norm, training=False)
     node = graph.value(graph.output)
