@@ -19,10 +19,17 @@ from tqdm import tqdm
 
 from svf_fast.budget import fit, parse_bytes
 from svf_fast.files import save_atomically
-from svf_fast.fusion.blocks import FusedSequential, ResidualUnit, SVFBasicBlock, SVFBottleneck
+from svf_fast.fusion.blocks import (
+    FusedChain,
+    FusedSequential,
+    ResidualUnit,
+    SVFBasicBlock,
+    SVFBottleneck,
+)
 from svf_fast.fusion.fused import Fused, restore
 from svf_fast.fusion.norm import StaysFrozen, is_frozen, keep_frozen
-from svf_fast.fusion.structure import find
+from svf_fast.fusion.plain import plain_layers
+from svf_fast.fusion.structure import Chain, Unit, find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
@@ -52,10 +59,11 @@ def convert(
 
     Of a converted layer only S trains; a layer that is not converted stays as it is, so freeze what
     should not train (``model.requires_grad_(False)``) before. The network computes what it computed
-    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
-    whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
-    own way. Hooks are kept. A layer used twice is converted once; two layers that share their
-    weight get an S each.
+    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, and subclasses that compute
+    a convolution with a weight of their parameters, as with weight standardization, which is then
+    part of what is decomposed. A warning counts those that are left: others use their weight in
+    their own way, or a hook computes it (pruning, weight norm). Hooks are kept. A layer used twice
+    is converted once; layers that share their weight get an S each, with a warning.
 
     Args:
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
@@ -93,32 +101,39 @@ def convert(
     if isinstance(layers, str):
         layers = (layers,)
     check_module(model)
-    if type(model) in (nn.Conv2d, nn.Linear):
+    if isinstance(model, nn.Conv2d | nn.Linear):
         raise ValueError(
             "model: expected a module that contains layers, got a single layer, which cannot be "
             "replaced in place; use SVFConv2d.from_conv or SVFLinear.from_linear"
         )
-    chosen = _select(model, layers)
+    selected = _select(model, layers)
+    plain, left = plain_layers(layer for _, layer in selected)
+    chosen = [(name, layer) for name, layer in selected if layer in plain]
     if not chosen:
         converted = len(svf_layers(model))
         hint = f"{converted} layers are SVF layers already" if converted else "it has none at all"
+        hint = "; ".join(left) or hint
         where = "the model" if layers is None else f"layers={list(layers)}"
         raise ValueError(
             f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
         )
+    if left:
+        warnings.warn(f"svf_fast.convert: left as they are: {'; '.join(left)}", stacklevel=2)
+    _warn_of_ties(model, chosen)
     replaced: dict[nn.Module, Factored] = {}
     for name, layer in tqdm(chosen, "decomposing", unit="layer", delay=2, disable=not progress):
         if layer not in replaced:
-            factors = _factors(layer, cache)
+            source = plain[layer]
+            factors = _factors(source, cache)
             kind = strategy
             if strategy == "auto" and _feeds_inplace(model, name):
                 kind = "chain"  # gram keeps its output, which the next module overwrites
-            if isinstance(layer, nn.Conv2d):
-                replaced[layer] = SVFConv2d.from_conv(layer, kind, factors)
+            if isinstance(source, nn.Conv2d):
+                replaced[layer] = SVFConv2d.from_conv(source, kind, factors)
             else:
-                replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
-    for plain, factored in replaced.items():
-        _move_hooks(plain, factored)
+                replaced[layer] = SVFLinear.from_linear(source, kind, factors)
+    for original, factored in replaced.items():
+        _move_hooks(original, factored)
     for name, layer in chosen:
         model.set_submodule(name, replaced[layer])
     network = Network()
@@ -145,7 +160,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Replace the SVF layers of a model by plain ones with the composed weights, in place.
 
     The inverse of :func:`convert`: the state dict has the original's keys and shapes again, and
-    loads into the original class. Returns the model.
+    loads into the original class. A subclass of ``nn.Conv2d`` comes back as the plain convolution
+    that it computed, and a weight that layers shared as one for each. Returns the model.
 
     For ONNX merge first: a converted model goes through ``torch.export``, but with operators of
     svf_fast in its graph, which ``torch.onnx`` has no translation for.
@@ -164,13 +180,13 @@ def merge(model: nn.Module) -> nn.Module:
             module.unfuse()
         elif isinstance(module, StaysFrozen):
             restore(module)
-    plain: dict[Factored, nn.Module] = {}
+    merged: dict[Factored, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, Factored):
-            if layer not in plain:
-                plain[layer] = layer.merged()
-                _move_hooks(layer, plain[layer])
-            model.set_submodule(name, plain[layer])
+            if layer not in merged:
+                merged[layer] = layer.merged()
+                _move_hooks(layer, merged[layer])
+            model.set_submodule(name, merged[layer])
     return model
 
 
@@ -190,9 +206,7 @@ def _select(
     return [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Conv2d, nn.Linear)
-        and "weight" in module._parameters  # else a hook computes it
-        and within(name)
+        if isinstance(module, nn.Conv2d | nn.Linear) and within(name)
     ]
 
 
@@ -221,7 +235,11 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
         if not isinstance(module, Fused) and any(map(within, found.convs)):
             kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
             undo.append(kind.adopt(module, found).unfuse)
-    for container, group in groupby(units, lambda unit: unit.container):
+    for chain in (unit for unit in units if isinstance(unit, Chain)):
+        if any(map(within, chain.convs)):
+            undo.append(FusedChain.adopt(model.get_submodule(chain.name), chain).unfuse)
+    sequences = (unit for unit in units if isinstance(unit, Unit))
+    for container, group in groupby(sequences, lambda unit: unit.container):
         module = model.get_submodule(container)
         prefix = f"{container}." if container else ""
         new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
@@ -230,11 +248,28 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
     return undo
 
 
+def _warn_of_ties(model: nn.Module, chosen: list[tuple[str, nn.Conv2d | nn.Linear]]) -> None:
+    """Warn of weights that something else in the model shares with a layer that is converted."""
+    converted = {layer.weight: name for name, layer in chosen}
+    holders: dict[Tensor, dict[nn.Module, str]] = {weight: {} for weight in converted}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in holders:
+                holders[parameter][module] = f"{name}.{key}".lstrip(".")
+    ties = [" and ".join(names.values()) for names in holders.values() if len(names) > 1]
+    if ties:
+        warnings.warn(
+            f"svf_fast.convert: {'; '.join(ties)} are one weight, and will be so no longer: each "
+            "SVF layer trains an S of its own, and svf_fast.merge gives each a weight of its own",
+            stacklevel=3,
+        )
+
+
 def _warn_of_training_norms(model: nn.Module) -> None:
     norms = {
         module.get_submodule(stage.bn)
         for module in model.modules()
-        if isinstance(module, ResidualUnit | FusedSequential)
+        if isinstance(module, ResidualUnit | FusedChain | FusedSequential)
         for stage in module.fused_stages()
     }
     training = sum(isinstance(norm, _BatchNorm) and not is_frozen(norm) for norm in norms)

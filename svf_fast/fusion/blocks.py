@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from svf_fast.fusion.fused import Fused, original_class, recast
 from svf_fast.fusion.graph import is_conv
 from svf_fast.fusion.norm import Norm, is_norm
+from svf_fast.fusion.plain import plain_conv
 from svf_fast.fusion.reading import Readable, Reading, conv_of
 from svf_fast.fusion.state import is_hooked, plain_attributes, watch
-from svf_fast.fusion.structure import ResidualBlock, StageNames, Unit, examine
+from svf_fast.fusion.structure import Chain, ResidualBlock, StageNames, Unit, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
 
@@ -80,7 +81,7 @@ class ResidualUnit(Fused):
         for name in found.convs:
             conv = module.get_submodule(name)
             if isinstance(conv, nn.Conv2d):
-                module.set_submodule(name, SVFConv2d.from_conv(conv, strategy))
+                module.set_submodule(name, SVFConv2d.from_conv(plain_conv(conv), strategy))
         return cls.adopt(module, found)
 
     @classmethod
@@ -88,12 +89,7 @@ class ResidualUnit(Fused):
         """Fuse a block that was found, in place."""
         fused = recast(module, cls)
         fused._names, fused.recompute = found, False
-        fused._kinds = {name: _kind(inner) for name, inner in _inner(fused)}
-        fused._attributes = {
-            name: plain_attributes(inner)
-            for name, inner in fused.named_modules()
-            if not (is_conv(inner) or is_norm(inner) or name in found.pre)
-        }
+        fused._kinds, fused._attributes = _remember(fused, found.pre)
         return fused
 
     def fused_convs(self) -> dict[str, bool]:
@@ -170,6 +166,7 @@ def _children(unit: Unit) -> tuple[str, ...]:
 class FusedSequential(Fused):
     """An ``nn.Sequential`` that runs each conv, batch norm and ReLU in it as one autograd node."""
 
+    is_whole = False
     _names: tuple[Unit, ...]
 
     @classmethod
@@ -232,6 +229,58 @@ class FusedSequential(Fused):
             stages, programs = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)
             x = block(x.to(dtype), stages, relu=unit.stage.relu, programs=programs)
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
+        return x
+
+
+class FusedChain(Fused):
+    """A module that calls its parts in turn, each conv, batch norm and ReLU as one autograd node.
+
+    Its parts are called as its own forward did when it was read; that runs where one does not fit.
+    """
+
+    is_whole = False
+    _names: Chain
+    _kinds: dict[str, str]
+    _attributes: dict[str, dict[str, Any]]
+
+    @classmethod
+    def adopt(cls, module: nn.Module, found: Chain) -> Fused:
+        """Fuse a chain that was found, in place."""
+        fused = recast(module, cls)
+        fused._names = found
+        fused._kinds, fused._attributes = _remember(fused, fused._called())
+        return fused
+
+    def _called(self) -> tuple[str, ...]:
+        return tuple(step for step in self._names.steps if isinstance(step, str))
+
+    def fused_convs(self) -> dict[str, bool]:
+        return {stage.conv: not stage.relu for stage in self._names.stages}
+
+    def fused_stages(self) -> list[StageNames]:
+        """Name the stages that run as one each."""
+        return list(self._names.stages)
+
+    def unfused_reasons(self) -> list[str]:
+        called = self._called()
+        return [
+            _replaced(self, self._kinds, called)
+            or _changed(self, self._attributes)
+            or _reason(self, self.fused_stages())
+            or _hooked(self, called)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        reading = _read(self)
+        if reading.reasons(self)[0]:
+            return super().forward(x)
+        for step in self._names.steps:
+            if isinstance(step, str):
+                x = self.get_submodule(step)(x)
+                continue
+            dtype = _compute_dtype(x, conv_of(self, step), type(self).__name__)
+            stages, programs = reading.stages(self, [step], dtype, not step.relu)
+            x = block(x.to(dtype), stages, relu=step.relu, programs=programs)
         return x
 
 
@@ -344,9 +393,22 @@ def _kind(module: nn.Module) -> str:
     return original_class(module).__name__
 
 
-def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
+def _remember(
+    module: nn.Module, called: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return what a forward pass that was read depends on, but for the parts that it calls."""
+    inner = [("", module), *_inner(module, called)]
+    attributes = {
+        name: plain_attributes(part)
+        for name, part in inner
+        if not (is_conv(part) or is_norm(part) or name in called)
+    }
+    return {name: _kind(part) for name, part in inner if name}, attributes
+
+
+def _replaced(module: nn.Module, kinds: dict[str, str], called: tuple[str, ...] = ()) -> str:
     """Name the first inner module that was replaced, added or removed."""
-    now = {name: _kind(inner) for name, inner in _inner(module)}
+    now = {name: _kind(inner) for name, inner in _inner(module, called)}
     if now == kinds:
         return ""
     name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
@@ -367,14 +429,17 @@ def _changed(module: nn.Module, attributes: dict[str, dict[str, Any]]) -> str:
 
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:
     """Name the first inner module that the fused pass would skip although a hook listens to it."""
-    for name, inner in _inner(module):
+    for name, inner in _inner(module, besides):
         if name not in besides and (reason := _hooked_module(name, inner)):
             return reason
     return ""
 
 
-def _inner(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, inner) for name, inner in module.named_modules() if name)
+def _inner(module: nn.Module, called: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules inside of a module by name, but those inside of the parts it calls."""
+    beyond = tuple(f"{name}." for name in called)
+    found = module.named_modules()
+    return ((name, inner) for name, inner in found if name and not name.startswith(beyond))
 
 
 def _hooked_module(name: str, module: nn.Module) -> str:

@@ -27,6 +27,7 @@ class Recast(nn.Module):
 class Fused(Recast):
     """Base of what runs several modules as one; its forward falls back to that of `original`."""
 
+    is_whole = True  # whether it runs all that is in it
     _reading: object  # what the last forward pass read of the module
 
     def unfused_reason(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,17 +53,17 @@ def hook_kind(module: nn.Module) -> str | None:
 class ForwardGraph:
     """The forward pass of a module in training or evaluation; the module is left as it was.
 
-    Modules are its leaves, but those that ``is_open`` holds for. A node that ``operands`` or
-    ``value`` went through counts as ``seen``.
+    Modules are its leaves, but with ``opens`` those that ``is_open`` holds for. A node that
+    ``operands`` or ``value`` went through counts as ``seen``.
 
     Raises Misfit when the forward pass cannot be traced or keeps something on the module.
     """
 
-    def __init__(self, module: nn.Module, training: bool):
+    def __init__(self, module: nn.Module, training: bool, opens: bool = True):
         self.modules = dict(module.named_modules())
         with _restored(module, training):
             try:
-                self.nodes = list(_Tracer().trace(module).nodes)
+                self.nodes = list(_Tracer(opens).trace(module).nodes)
             except Exception as error:  # whatever a forward raises when it meets a proxy
                 text = str(error) or type(error).__name__
                 raise Misfit(f"its forward cannot be traced ({text.splitlines()[0]})") from error
@@ -93,6 +94,19 @@ class ForwardGraph:
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, None where it calls a function or a method."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def conv_before(self, node: fx.Node) -> str:
+        """Name the convolution of which a node normalizes the output, "" if it does not."""
+        if not is_norm(self.module(node)) or len(node.all_input_nodes) != 1:
+            return ""
+        node = node.all_input_nodes[0]
+        while (module := self.module(node)) is not None and _does_nothing(module):
+            node = node.all_input_nodes[0]
+        return str(node.target) if is_conv(self.module(node)) else ""
+
+    def precedes_norm(self, conv: str) -> bool:
+        """Tell whether a norm gets what a convolution returns."""
+        return any(self.conv_before(node) == conv for node in self.nodes)
 
     def calls(self, node: fx.Node, targets: set) -> bool:
         """Tell whether a node calls one of these functions, or methods by name."""
@@ -130,8 +144,12 @@ class ForwardGraph:
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, opens: bool) -> None:
+        super().__init__()
+        self._opens = opens
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return not is_open(module) or hook_kind(module) is not None
+        return not (self._opens and is_open(module)) or hook_kind(module) is not None
 
     def call_module(self, m: nn.Module, forward, args, kwargs):
         if isinstance(m, Fused):
@@ -154,6 +172,12 @@ def _restored(module: nn.Module, training: bool) -> Iterator[None]:
     """Run the body in the given mode; put back every attribute that it may have set."""
     traced = [inner for inner in module.modules() if inner is module or is_open(inner)]
     before = [dict(vars(inner)) for inner in traced]
+    held = [
+        (key, value, copy.copy(value))
+        for attributes in before
+        for key, value in attributes.items()
+        if isinstance(value, (list, dict, set))
+    ]
     stored = []
     try:
         for inner in traced:
@@ -166,6 +190,11 @@ def _restored(module: nn.Module, training: bool) -> Iterator[None]:
         for inner, attributes in zip(traced, before, strict=True):
             vars(inner).clear()
             vars(inner).update(attributes)
+        for key, value, content in held:
+            if len(value) != len(content):
+                stored.append(key)
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
     if stored:
         raise Misfit(f"its forward stores {stored[0]!r} on the module")
 

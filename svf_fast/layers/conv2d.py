@@ -76,10 +76,17 @@ class SVFConv2d(Factored):
 
         ``factors``: the decomposition of ``conv.weight``, where it is known already.
 
-        Raises TypeError when ``conv`` is not an ``nn.Conv2d``.
+        Raises TypeError when ``conv`` is not an ``nn.Conv2d``, or one with a forward of its own,
+        which may use its weight in its own way; :func:`svf_fast.convert` looks into these.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        for name in ("forward", "_conv_forward"):
+            if name in vars(conv) or getattr(type(conv), name) is not getattr(nn.Conv2d, name):
+                raise TypeError(
+                    f"conv: expected the {name} of nn.Conv2d, got a {type(conv).__name__} with its "
+                    "own; svf_fast.convert converts those that compute a convolution"
+                )
         layer = cls.__new__(cls)
         Factored.__init__(layer, strategy)
         layer._configure(conv, factors)
@@ -90,8 +97,8 @@ class SVFConv2d(Factored):
         # of the weight that is there now: it may have been replaced since construction
         self.out_channels, inner, *kernel = conv.weight.shape
         self.in_channels, self.kernel_size = inner * conv.groups, tuple(kernel)
-        self.stride, self.dilation = _pair(conv.stride), _pair(conv.dilation)
-        self.padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
+        self.stride, self.dilation = as_pair(conv.stride), as_pair(conv.dilation)
+        self.padding = conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding)
         self.groups, self.padding_mode = conv.groups, conv.padding_mode
         self._reversed_padding_repeated_twice = tuple(conv._reversed_padding_repeated_twice)
         self._adopt(conv.weight, conv.bias, factors or decompose(conv.weight, conv.groups))
@@ -111,7 +118,7 @@ class SVFConv2d(Factored):
     def geometry(self) -> Geometry:
         """Stride, padding inside the convolution, dilation and groups, as they are set now."""
         left, right, top, bottom = explicit_padding(self)
-        padding, zeros, stride = (top, left), self.padding_mode == "zeros", _pair(self.stride)
+        padding, zeros, stride = (top, left), self.padding_mode == "zeros", as_pair(self.stride)
         if not zeros or left != right or top != bottom:
             padding = (0, 0)
         if zeros and self.padding == "same" and stride != (1, 1):
@@ -125,7 +132,7 @@ class SVFConv2d(Factored):
                 f"SVFConv2d: groups: expected {V.shape[0] // U.shape[1]}, by which the weight was "
                 f"decomposed, got {self.groups}; set it before the conversion"
             )
-        return Geometry(stride, padding, _pair(self.dilation), self.groups)
+        return Geometry(stride, padding, as_pair(self.dilation), self.groups)
 
     @property
     def kernel(self) -> Tensor:
@@ -197,14 +204,14 @@ def explicit_padding(conv: nn.Conv2d | SVFConv2d) -> tuple[int, ...]:
         weight = conv.V if isinstance(conv, SVFConv2d) else conv.weight
         height, width = (
             dilation * (size - 1)
-            for dilation, size in zip(_pair(conv.dilation), weight.shape[2:], strict=True)
+            for dilation, size in zip(as_pair(conv.dilation), weight.shape[2:], strict=True)
         )
         return (width // 2, width - width // 2, height // 2, height - height // 2)
-    top, left = _pair(conv.padding)  # type: ignore[arg-type]
+    top, left = as_pair(conv.padding)  # type: ignore[arg-type]
     return (left, left, top, top)
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width) of what torch takes as either: a number, or one or two of them."""
     if isinstance(value, int):
         return (value, value)
