@@ -309,7 +309,8 @@ class SVFConvBNAct(nn.Module):
         super().__init__()
         if not isinstance(conv, nn.Conv2d | SVFConv2d):
             raise TypeError(f"conv: expected an nn.Conv2d or SVFConv2d, got {type(conv).__name__}")
-        if getattr(type(bn), "forward", None) is not nn.BatchNorm2d.forward:
+        own = getattr(type(bn), "forward", None)
+        if own not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
             raise TypeError(
                 f"bn: expected an nn.BatchNorm2d with its own forward, got {type(bn).__name__}"
             )

@@ -135,7 +135,9 @@ class ForwardGraph:
     def label(self, node: fx.Node) -> str:
         """Describe a node in plain words."""
         if node.op == "call_module":
-            return f"{node.target!r} ({type(self.module(node)).__name__})"
+            module = self.module(node)
+            assert module is not None
+            return f"{node.target!r} ({original_class(module).__name__})"
         if node in self.inputs:
             return "its input"
         if node.op == "get_attr":
@@ -144,6 +146,8 @@ class ForwardGraph:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else a forward that writes to a buffer writes to it here
+
     def __init__(self, opens: bool) -> None:
         super().__init__()
         self._opens = opens
@@ -214,4 +218,5 @@ def _does_nothing(module: nn.Module) -> bool:
         graph = ForwardGraph(module, training=True)
     except Misfit:
         return False
-    return [graph.output.args[0]] == graph.inputs
+    idle = all(node.op in ("placeholder", "get_attr", "output") for node in graph.nodes)
+    return idle and [graph.output.args[0]] == graph.inputs

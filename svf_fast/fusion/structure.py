@@ -340,7 +340,9 @@ def _check_norm(name: str, module: nn.Module) -> bool:
     """Tell whether the batch norm has a ReLU of its own; raises if it is no plain batch norm."""
     norm = Norm.of(module)
     if norm is None or isinstance(module, _OTHER_NORMS):
-        raise Misfit(f"{name!r} is of type {type(module).__name__}, not a batch norm of maps")
+        raise Misfit(
+            f"{name!r} is of type {original_class(module).__name__}, not a batch norm of maps"
+        )
     if norm.mean is None or norm.var is None:
         raise Misfit(f"{name!r} keeps no running statistics")
     if not isinstance(module, _BatchNorm):
@@ -350,7 +352,7 @@ def _check_norm(name: str, module: nn.Module) -> bool:
     try:
         return _ends_in_relu(module)
     except Misfit as reason:
-        kind = type(module).__name__
+        kind = original_class(module).__name__
         raise Misfit(f"{name!r} ({kind}) is more than a batch norm: {reason}") from None
 
 
@@ -475,7 +477,7 @@ def _match_chain(graph: ForwardGraph) -> Chain:
 
 def _check_all_is_used(graph: ForwardGraph) -> None:
     for node in graph.nodes:
-        if node not in graph.seen:
+        if node not in graph.seen and node.op != "get_attr":  # reading alone changes nothing
             raise Misfit(f"it also uses {graph.label(node)}")
 
 
