@@ -195,12 +195,17 @@ def _restored(module: nn.Module, training: bool) -> Iterator[None]:
             vars(inner).clear()
             vars(inner).update(attributes)
         for key, value, content in held:
-            if len(value) != len(content):
+            now, then = _elements(value), _elements(content)
+            if len(now) != len(then) or any(map(operator.is_not, now, then)):
                 stored.append(key)
                 value.clear()
                 value.extend(content) if isinstance(value, list) else value.update(content)
     if stored:
         raise Misfit(f"its forward stores {stored[0]!r} on the module")
+
+
+def _elements(of: list | dict | set) -> list:
+    return list(of.values()) if isinstance(of, dict) else list(of)
 
 
 def _does_nothing(module: nn.Module) -> bool:
