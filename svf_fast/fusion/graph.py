@@ -195,8 +195,8 @@ def _restored(module: nn.Module, training: bool) -> Iterator[None]:
             vars(inner).clear()
             vars(inner).update(attributes)
         for key, value, content in held:
-            now, then = _elements(value), _elements(content)
-            if len(now) != len(then) or any(map(operator.is_not, now, then)):
+            held_now, held_then = _elements(value), _elements(content)
+            if len(held_now) != len(held_then) or any(map(operator.is_not, held_now, held_then)):
                 stored.append(key)
                 value.clear()
                 value.extend(content) if isinstance(value, list) else value.update(content)
