@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import io
 import os
 import re
 import sys
@@ -24,7 +25,8 @@ from jsonargparse import (
 )
 
 import fss
-from fss.config import TrainConfig, misfit
+from fss.config import TrainConfig
+from fss.config.checks import misfit
 from fss.files import read_yaml
 from fss.settings import config_file, config_names
 
@@ -304,6 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM; these two let a training run finish and save its step, the second signal ends it at
     once.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack ± and …
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or os.environ.get("FSS_DEBUG", "") not in ("", "0")
     command = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 import svf_fast
-from fss.config import ModelConfig, TrainConfig
+from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
@@ -19,8 +19,10 @@ from fss.models.matching import Matching
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
-from fss.models.regimes import apply_regime
-from fss.models.weights import backbone_of, load_backbone, read_state
+from fss.models.regimes import FACTORS, apply_regime, trains_singular_values
+from fss.models.state_dict import read_state_dict
+from fss.models.weights import backbone_of, load_backbone
+from svf_fast import Factors
 
 __all__ = [
     "BAM",
@@ -69,6 +71,8 @@ def build_model(
     """
     if config.name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {config.name!r}")
+    if config.name == "pfenet" and config.official:
+        _check_bins(config.official, config.bins)
     kind = MODELS[config.name]
     learned = kind.needs_base_learner and config.base_weights != "none"
     count = len(base_classes or ())
@@ -78,7 +82,7 @@ def build_model(
                 f"base_classes: expected the names of base classes for {config.name}, got None"
             )
         file = Path(config.official).expanduser()
-        count = kind.count_base_classes(read_state("model.official", file))
+        count = kind.count_base_classes(read_state_dict(file, "model.official").values)
     backbone = _backbone(config)
     if not (config.official or learned):
         load_backbone(backbone, config.weights)
@@ -90,6 +94,28 @@ def build_model(
     return model
 
 
+def _check_bins(official: str, bins: tuple[float, ...] | None) -> None:
+    """Check that the scales of the authors' PFENet file are known, which its tensors do not tell.
+
+    Raises:
+        ValueError: no scales.
+    """
+    scales = f"{list(PASCAL_BINS)} for Pascal, {list(COCO_BINS)} for COCO"
+    if bins is None:
+        raise ValueError(
+            f"model.bins: expected the scales of {official} ({scales}), got nothing. Its tensors "
+            "are the same for both, and with the wrong scales it predicts wrongly: give "
+            'model.bins, or the data that it was trained on, data.source "pascal" or "coco"'
+        )
+    named, shares = "coco" in official.lower(), all(side <= 1 for side in bins)
+    if named and not shares:
+        warnings.warn(
+            f"model.bins: {official} is named after COCO, and is used with {list(bins)}; published "
+            f"are {scales}. With the wrong ones it predicts wrongly, and its tensors do not tell",
+            stacklevel=3,
+        )
+
+
 def rebuild_model(
     config: TrainConfig, state: Mapping[str, Tensor], as_trained: bool = True
 ) -> FewShotModel:
@@ -98,8 +124,7 @@ def rebuild_model(
     Args:
         config: of the run, with the K that it was trained for.
         state: the network's state dict.
-        as_trained: with the strategy and the fused blocks of training, which decomposes the
-            backbone once more. Else SVF layers are made of the state's U, S and V, unfused.
+        as_trained: with the strategy and the fused blocks of training. Else unfused.
 
     Raises:
         LookupError, TypeError, RuntimeError: a state dict of another network.
@@ -107,15 +132,15 @@ def rebuild_model(
     kind = MODELS[config.model.name]
     count = kind.count_base_classes(state)
     model = kind.from_config(_backbone(config.model), config.model, count, config.data.shots)
-    converted = [name.removesuffix(".fingerprint") for name in state if "fingerprint" in name]
-    if as_trained or not converted:
-        apply_regime(model, config.regime)
+    factors = {
+        name: Factors(*(state[f"backbone.{name}.{part}"] for part in FACTORS))
+        for name, _ in model.backbone.named_modules()
+        if all(f"backbone.{name}.{part}" in state for part in FACTORS)
+    }
+    if as_trained or not trains_singular_values(config.regime):
+        apply_regime(model, config.regime, factors)
     else:
-        for name in converted:
-            convolution: Any = model.get_submodule(name)
-            factors: Any = tuple(state[f"{name}.{part}"] for part in "USV")
-            layer = svf_fast.SVFConv2d.from_conv(convolution, "auto", factors)
-            model.set_submodule(name, layer)
+        svf_fast.convert(model.backbone, list(factors), fuse=False, factors=factors)
     model.load_state_dict(state)
     return model
 
