@@ -281,3 +281,22 @@ def test_a_forward_that_writes_to_a_buffer_writes_nothing_while_it_is_read():
     blocks, _, reasons = find(model, lambda _: True)
     assert not blocks and reasons.keys() == {"0", "1"}
     assert model[0].count == 0 and model[1].moves.mean == 1
+
+
+def test_a_network_that_torchvision_traced():
+    torchvision = pytest.importorskip("torchvision")
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    extract = extraction.create_feature_extractor
+    resnet = torchvision.models.resnet
+    plain = frozen(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=2))
+    x = torch.rand(1, 3, 33, 33)
+    expected = plain(x)
+    before = svf_fast.convert(extract(copy.deepcopy(plain), ["layer1", "fc"]), ("layer1",))
+    torch.testing.assert_close(before(x)["fc"], expected, rtol=1e-4, atol=1e-4)
+    notes = {unit.note for unit in svf_fast.memory_report(before.eval(), x.shape).units}
+    assert "not fused: ResNet.forward calls it: convert the network before it is traced" in notes
+    model = svf_fast.convert(copy.deepcopy(plain), ("layer1",))
+    leaves = [svf_fast.SVFBasicBlock]
+    after = extract(model, ["layer1", "fc"], tracer_kwargs={"leaf_modules": leaves})
+    torch.testing.assert_close(after(x)["fc"], expected, rtol=1e-4, atol=1e-4)
+    assert after.layer1.get_submodule("0").unfused_reason() == ""

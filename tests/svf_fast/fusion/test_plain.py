@@ -295,3 +295,22 @@ def test_a_block_of_standardized_convolutions_fuses():
     for block in (model[0], SVFBasicBlock.from_block(alone)):
         assert isinstance(block, SVFBasicBlock) and block.unfused_reason() == ""
         torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timms_own():
+    layers = pytest.importorskip("timm").layers
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        layers.StdConv2d(4, 6, 3),
+        layers.ScaledStdConv2d(6, 6, 3, stride=2),
+        layers.StdConv2dSame(6, 6, 3, stride=2),
+        layers.Conv2dSame(6, 6, 3, stride=2),
+    ).requires_grad_(False)
+    x = torch.rand(2, 4, 33, 33)
+    truth = copy.deepcopy(model).double()(x.double())
+    kinds = [type(layer) for layer in model]
+    with pytest.warns(UserWarning, match="1 StdConv2dSame: .*1 Conv2dSame: "):
+        converted = svf_fast.convert(copy.deepcopy(model), None)
+    assert [type(layer) for layer in converted] == [SVFConv2d, SVFConv2d, *kinds[2:]]
+    within = {"factor": 4, "magnitude": 4 * truth, "channel_dim": 1}
+    assert_error_within(converted(x), model(x), truth, **within)
