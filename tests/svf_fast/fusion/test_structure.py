@@ -439,10 +439,7 @@ def with_forward(name: str) -> nn.Module:
         (with_hook(""), "it has a forward hook"),
         (with_forward("bn2"), "'bn2' has a forward of its own"),
         (with_(Basic(), bn1=nn.BatchNorm3d(6)), "'bn1' is of type BatchNorm3d, not"),
-        (
-            with_(Basic(), bn1=nn.InstanceNorm2d(6, track_running_stats=True)),
-            "'bn1' is of type InstanceNorm2d, not",
-        ),
+        (with_(Basic(), bn1=nn.InstanceNorm2d(6, 0, 0.1, True, True)), "'bn1' is of type Instance"),
         (with_(Basic(), bn2=nn.GroupNorm(2, 6), bn3=nn.BatchNorm2d(6)), "'bn2' (GroupNorm) stands"),
         (
             with_(Basic(), bn1=nn.BatchNorm2d(6, track_running_stats=False)),
