@@ -198,7 +198,10 @@ def _note(name: str, notes: dict[str, str], normed: dict[str, str]) -> str:
     if around:
         return f"not fused: {notes[max(around, key=len)]}"
     if name in normed:
-        return f"not fused: {normed[name]} follows, which no module calls that can be fused"
+        return (
+            f"not fused: {normed[name]} follows, but not in an nn.Sequential, a residual block or "
+            "a module that calls such layers alone"
+        )
     return ""
 
 

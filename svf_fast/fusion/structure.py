@@ -417,6 +417,9 @@ def _chains(
     convs = [conv for conv, part in own.items() if is_conv(part) and within(_join(name, conv))]
     if not convs or not any(map(is_norm, own.values())):
         return
+    others = (part for part in own.values() if not is_conv(part))
+    if any(is_conv(inner) for part in others for inner in part.modules()):
+        return  # a network, of which this is the stem
     try:
         graphs = [ForwardGraph(module, training, opens=False) for training in (True, False)]
         convs = [conv for conv in convs if any(graph.precedes_norm(conv) for graph in graphs)]
