@@ -82,7 +82,7 @@ class Adapter:
         Raises ValueError when the model has no SVF layer, or values that are not finite.
         """
         layers = _converted(model)
-        S = {name: layer.S.detach().cpu().clone() for name, layer in layers.items()}
+        S = {name: layer.singular_values() for name, layer in layers.items()}
         return cls(S, _fingerprints(layers), {} if card is None else card)
 
     @classmethod

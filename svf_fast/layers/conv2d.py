@@ -11,7 +11,7 @@ from torch.nn import functional
 from svf_fast.layers.factored import Factored
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
-from svf_fast.svd import Factors, decompose
+from svf_fast.svd import Factors, check_weight, decompose
 
 
 class SVFConv2d(Factored):
@@ -28,7 +28,8 @@ class SVFConv2d(Factored):
 
     Attributes:
         U [Co, R], V [G·R, Ci/G, kh, kw]: buffers. R = min(Co/G, Ci/G·kh·kw) values per group.
-        S [G·R]: the parameter that trains, in descending order at conversion.
+        S [G·R]: the parameter that trains, in descending order at conversion; in float32 (float64)
+            whatever dtype the layer is converted to.
         bias [Co]: a parameter that does not train (set ``requires_grad`` to change that), or None.
 
     Shapes: x [N, Ci, H, W] or [Ci, H, W] -> [N, Co, Ho, Wo] or [Co, Ho, Wo].
@@ -94,6 +95,7 @@ class SVFConv2d(Factored):
         return layer
 
     def _configure(self, conv: nn.Conv2d, factors: Factors | None) -> None:
+        check_weight(conv.weight)
         # of the weight that is there now: it may have been replaced since construction
         self.out_channels, inner, *kernel = conv.weight.shape
         self.in_channels, self.kernel_size = inner * conv.groups, tuple(kernel)
