@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -14,13 +15,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from svf_fast.budget import fit, parse_bytes
 from svf_fast.files import save_atomically
-from svf_fast.fusion.blocks import FusedSequential, SVFBasicBlock, SVFBottleneck
-from svf_fast.fusion.fused import Fused
-from svf_fast.fusion.structure import find
+from svf_fast.fusion.blocks import (
+    FusedChain,
+    FusedSequential,
+    ResidualUnit,
+    SVFBasicBlock,
+    SVFBottleneck,
+)
+from svf_fast.fusion.fused import Fused, restore
+from svf_fast.fusion.norm import StaysFrozen, is_frozen, keep_frozen
+from svf_fast.fusion.plain import plain_layers
+from svf_fast.fusion.structure import Chain, Unit, find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
@@ -45,16 +55,19 @@ def convert(
     input_shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     factors: Mapping[str, Factors] | None = None,
+    keep_norms_frozen: bool = True,
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
     Of a converted layer only S trains; a layer that is not converted stays as it is, so freeze what
     should not train (``model.requires_grad_(False)``) before. The network computes what it computed
-    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
-    whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
-    own way. Hooks are kept. A layer used twice is converted once; two layers that share their
-    weight get an S each. Of a model on the meta device the factors have no values either: load them
-    with ``to_empty`` and ``load_state_dict``.
+    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, and subclasses that compute
+    a convolution with a weight of their parameters, as with weight standardization, which is then
+    part of what is decomposed. A warning counts those that are left: others use their weight in
+    their own way, or a hook computes it (pruning, weight norm). Hooks are kept. A layer used twice
+    is converted once; layers that share their weight get an S each, with a warning.
+    Of a model on the meta device the factors have no values either: load them with ``to_empty`` and
+    ``load_state_dict``.
 
     Args:
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
@@ -73,6 +86,11 @@ def convert(
         dtype: of the activations in it, for a run under autocast.
         factors: U, S and V by the name of their layer, where they are known already, from a state
             dict for one. They are taken in the place of the layer's weight, which is not looked at.
+        keep_norms_frozen: batch norms of the model that are frozen now, in evaluation mode and
+            without a parameter that trains, stay in evaluation mode when ``model.train()`` is
+            called, until one of their parameters trains: their class gets a ``train`` of its own.
+            A warning tells of others in fused blocks, which take these apart. False lets all
+            follow the mode.
 
     Returns the model.
 
@@ -89,27 +107,34 @@ def convert(
     if isinstance(layers, str):
         layers = (layers,)
     check_module(model)
-    if type(model) in (nn.Conv2d, nn.Linear):
+    if isinstance(model, nn.Conv2d | nn.Linear):
         raise ValueError(
             "model: expected a module that contains layers, got a single layer, which cannot be "
             "replaced in place; use SVFConv2d.from_conv or SVFLinear.from_linear"
         )
-    chosen = _select(model, layers)
+    selected = _select(model, layers)
+    plain, left = plain_layers(layer for _, layer in selected)
+    chosen = [(name, layer) for name, layer in selected if layer in plain]
     if not chosen:
         converted = len(svf_layers(model))
         hint = f"{converted} layers are SVF layers already" if converted else "it has none at all"
+        hint = "; ".join(left) or hint
         where = "the model" if layers is None else f"layers={list(layers)}"
         raise ValueError(
             f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
         )
     known = dict(factors or {})
-    _check_factors(known, dict(chosen))
+    _check_factors(known, {name: plain[layer] for name, layer in chosen})
+    if left:
+        warnings.warn(f"svf_fast.convert: left as they are: {'; '.join(left)}", stacklevel=2)
+    _warn_of_ties(model, chosen)
     planned: dict[nn.Conv2d | nn.Linear, tuple[str, Factors | None]] = {}
     for name, layer in chosen:
         # gram keeps its output, which the next module may overwrite
         inplace = strategy == "auto" and _feeds_inplace(model, name)
-        planned.setdefault(layer, ("chain" if inplace else strategy, known.get(name)))
-    replaced = _factored(planned, cache, progress)
+        planned.setdefault(plain[layer], ("chain" if inplace else strategy, known.get(name)))
+    made = _factored(planned, cache, progress)
+    replaced = {layer: made[plain[layer]] for _, layer in chosen}
     for layer, factored in replaced.items():
         _move_hooks(layer, factored)
     for name, layer in chosen:
@@ -118,12 +143,15 @@ def convert(
     for factored in svf_layers(model).values():
         network.join(factored)
     undo = _fuse(model, _within(layers)) if fuse else []
+    if keep_norms_frozen:
+        _warn_of_training_norms(model)
+        undo += keep_frozen(model)
     if budget is not None and input_shape is not None:
         try:
             fit(model, budget, input_shape, dtype)
         except Exception:
-            for unfuse in undo:
-                unfuse()
+            for each in undo:
+                each()
             for name, layer in chosen:
                 _move_hooks(replaced[layer], layer)
                 model.set_submodule(name, layer)
@@ -135,7 +163,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Replace the SVF layers of a model by plain ones with the composed weights, in place.
 
     The inverse of :func:`convert`: the state dict has the original's keys and shapes again, and
-    loads into the original class. Returns the model.
+    loads into the original class. A subclass of ``nn.Conv2d`` comes back as the plain convolution
+    that it computed, and a weight that layers shared as one for each. Returns the model.
 
     For ONNX merge first: a converted model goes through ``torch.export``, but with operators of
     svf_fast in its graph, which ``torch.onnx`` has no translation for.
@@ -152,13 +181,15 @@ def merge(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, Fused):
             module.unfuse()
-    plain: dict[Factored, nn.Module] = {}
+        elif isinstance(module, StaysFrozen):
+            restore(module)
+    merged: dict[Factored, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, Factored):
-            if layer not in plain:
-                plain[layer] = layer.merged()
-                _move_hooks(layer, plain[layer])
-            model.set_submodule(name, plain[layer])
+            if layer not in merged:
+                merged[layer] = layer.merged()
+                _move_hooks(layer, merged[layer])
+            model.set_submodule(name, merged[layer])
     return model
 
 
@@ -178,9 +209,7 @@ def _select(
     return [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Conv2d, nn.Linear)
-        and "weight" in module._parameters  # else a hook computes it
-        and within(name)
+        if isinstance(module, nn.Conv2d | nn.Linear) and within(name)
     ]
 
 
@@ -209,13 +238,52 @@ def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], 
         if not isinstance(module, Fused) and any(map(within, found.convs)):
             kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
             undo.append(kind.adopt(module, found).unfuse)
-    for container, group in groupby(units, lambda unit: unit.container):
+    for chain in (unit for unit in units if isinstance(unit, Chain)):
+        if any(map(within, chain.convs)):
+            undo.append(FusedChain.adopt(model.get_submodule(chain.name), chain).unfuse)
+    sequences = (unit for unit in units if isinstance(unit, Unit))
+    for container, group in groupby(sequences, lambda unit: unit.container):
         module = model.get_submodule(container)
         prefix = f"{container}." if container else ""
         new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
         if new:
             undo.append(FusedSequential.adopt(module, new))
     return undo
+
+
+def _warn_of_ties(model: nn.Module, chosen: list[tuple[str, nn.Conv2d | nn.Linear]]) -> None:
+    """Warn of weights that something else in the model shares with a layer that is converted."""
+    converted = {layer.weight: name for name, layer in chosen}
+    holders: dict[Tensor, dict[nn.Module, str]] = {weight: {} for weight in converted}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in holders:
+                holders[parameter][module] = f"{name}.{key}".lstrip(".")
+    ties = [" and ".join(names.values()) for names in holders.values() if len(names) > 1]
+    if ties:
+        warnings.warn(
+            f"svf_fast.convert: {'; '.join(ties)} are one weight, and will be so no longer: each "
+            "SVF layer trains an S of its own, and svf_fast.merge gives each a weight of its own",
+            stacklevel=3,
+        )
+
+
+def _warn_of_training_norms(model: nn.Module) -> None:
+    norms = {
+        module.get_submodule(stage.bn)
+        for module in model.modules()
+        if isinstance(module, ResidualUnit | FusedChain | FusedSequential)
+        for stage in module.fused_stages()
+    }
+    training = sum(isinstance(norm, _BatchNorm) and not is_frozen(norm) for norm in norms)
+    if training:
+        warnings.warn(
+            f"svf_fast.convert: {training} of the {len(norms)} batch norms in fused blocks are not "
+            "frozen: these blocks run layer by layer and keep more for the backward pass. Call "
+            "model.eval().requires_grad_(False) before the conversion; if batch norms are to "
+            "train, pass keep_norms_frozen=False",
+            stacklevel=3,
+        )
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:

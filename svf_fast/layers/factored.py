@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svf_fast import svd
 from svf_fast.layers.network import Network, assert_guarded
 from svf_fast.layers.values import Made, Plan, Seen, Values, gathered, sharded_as
+from svf_fast.layers.weight import read_only
 from svf_fast.ops import maps
 from svf_fast.ops.compose import Entry, compose
 from svf_fast.ops.convolution import Geometry, directions_first, directions_last
@@ -132,12 +133,15 @@ class Factored(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``U diag(S) V`` in the shape of the original weight, differentiable in S; read only.
+        """``U diag(S) V`` in the shape of the original weight, differentiable in S.
+
+        Read only: writing to it raises RuntimeError, because it would reach nothing.
 
         For a module that uses its layer's weight itself, as torchvision's Swin does. Composed
         whenever it is read, and its gradient costs a dense one: calling the layer is cheaper.
         """
-        return svd.compose(self.U, self.S, self.V, self.geometry.groups).to(self.U.dtype)
+        W = svd.compose(self.U, self.S, self.V, self.geometry.groups).to(self.U.dtype)
+        return read_only(W)
 
     def composed_weight(self) -> Tensor:
         """Compute ``U diag(S) V`` in the original weight's shape and dtype, detached."""

@@ -285,7 +285,7 @@ def hook(module):
 
 
 REASONS = {
-    "bn2 uses the batch's statistics": unfusable(lambda b: b.bn2.train()),
+    "bn2 uses the batch's statistics": unfusable(lambda b: setattr(b.bn2, "training", True)),
     "bn1 trains": unfusable(lambda b: b.bn1.weight.requires_grad_()),
     "conv2 has a hook": unfusable(hook),
     "conv3 computes as 'reference'": unfusable(lambda b: setattr(b.conv3, "strategy", "reference")),
