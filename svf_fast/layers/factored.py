@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import cast
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast import svd
+from svf_fast.layers.fingerprint import fingerprint, of_older_version
 from svf_fast.layers.network import Network, assert_guarded
 from svf_fast.layers.values import Made, Plan, Seen, Values
 from svf_fast.ops import maps
@@ -27,14 +27,6 @@ from svf_fast.svd import (
     guarded_directions,
     guarded_indices,
 )
-
-
-def fingerprint(weight: Tensor) -> Tensor:
-    """Hash a weight's shape and float32 values: the first 16 bytes of a SHA-256, as uint8 [16]."""
-    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    values = weight.detach().cpu().float().contiguous().flatten()
-    digest.update(values.view(torch.uint8).numpy().data)
-    return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
 
 
 def bytes_of(x: Tensor) -> bytes:
@@ -401,8 +393,11 @@ class Factored(nn.Module):
         self.refresh()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        kept = state_dict.get(f"{prefix}fingerprint")
+        if isinstance(kept, Tensor) and kept.shape == (16,):
+            state_dict[f"{prefix}fingerprint"] = of_older_version(kept)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.refresh()
 
     def _replicate_for_data_parallel(self):
