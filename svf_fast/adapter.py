@@ -267,7 +267,7 @@ def save_adapter(
 ) -> None:
     """Write the S of every SVF layer to a safetensors file: one ``<layer>.S`` each.
 
-    For a ResNet-50 that is about 55 KB. The file also names, for each layer, a fingerprint of the
+    For a ResNet-50 that is about 60 KB. The file also names, for each layer, a fingerprint of the
     weight it was decomposed from, and keeps the ``card`` of :class:`Adapter`: data, fold, metric
     and whatever else is worth knowing. Names are without those of wrappers. Written whole or not at
     all.

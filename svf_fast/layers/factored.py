@@ -413,6 +413,8 @@ class Factored(nn.Module):
     def __setstate__(self, state):
         network = state.get("network") or Network()
         super().__setstate__({key: value for key, value in state.items() if key != "network"})
+        if self.fingerprint.shape == (16,):
+            self.fingerprint = of_older_version(self.fingerprint)
         network.join(self)
         self.refresh()
 

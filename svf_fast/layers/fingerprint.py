@@ -79,8 +79,7 @@ def _read_sums(text: str) -> np.ndarray:
 
 def _sums(values: Tensor) -> list[float]:
     bits = np.frombuffer(np.random.RandomState(0).bytes(len(values) // 8 + 1), np.uint8)
-    negative = torch.from_numpy(np.unpackbits(bits)[: len(values)]).bool()
-    signed = torch.where(negative, -values, values).double()
-    padded = torch.nn.functional.pad(signed, (0, -len(signed) % _SUMS))
-    norm = signed.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    signs = 1 - 2 * torch.from_numpy(np.unpackbits(bits)[: len(values)]).float()
+    padded = torch.nn.functional.pad(signs.mul_(values), (0, -len(values) % _SUMS))
+    norm = values.norm().clamp(min=torch.finfo(torch.float32).tiny)
     return (padded.reshape(-1, _SUMS).sum(0) / norm).tolist()

@@ -15,6 +15,7 @@ _INSIDE_WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_fsdp_wrapped_module",
     "_forward_module",
+    "_original_module",
 }
 
 
