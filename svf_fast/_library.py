@@ -55,23 +55,19 @@ def _load() -> ModuleType:
 
 def _check_sources(library: ModuleType) -> None:
     """Refuse a library that was built of other C++ sources than those beside this package."""
-    sources = _HERE.parent / "csrc"
+    sources, file = _HERE.parent / "csrc", Path(library.__file__ or "")
     if not (sources / "digest.py").is_file():  # an installation: built in one piece
         return
-    if (
-        library.build_facts().get("sources")
-        == runpy.run_path(str(sources / "digest.py"))["digest"]()
-    ):
+    digest = runpy.run_path(str(sources / "digest.py"))["digest"]()
+    if library.build_facts().get("sources") == digest:
         return
-    file = Path(library.__file__ or "")
-    if file.parent == _HERE:
-        what, command = "svf_fast._C", f"`pip install -e .` in {_HERE.parent}"
-    else:
-        what = f"the installed {file}"
-        command = (
-            f"`pip install .` in {_HERE.parent}, or leave that folder to use what is installed"
-        )
-    raise ImportError(f"{what} was built from other sources than {sources}: run {command}")
+    command = f"`pip install -e .` in {_HERE.parent}"
+    if file.parent != _HERE:
+        command += ", or leave that folder to use what is installed"
+    raise ImportError(
+        f"the compiled library {file} was built from older or newer sources than {sources}: run "
+        f"{command}"
+    )
 
 
 _C = _load()

@@ -298,7 +298,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, **options: Any) -> n
         ValueError: not an adapter file; layers missing or left over; other shapes; or the frozen
             weights are, beyond rounding, not those the adapter was trained on.
     """
-    return Adapter.load(path).apply(model)
+    return Adapter.load(path).apply(model, **options)
 
 
 def interpolate_adapters(
