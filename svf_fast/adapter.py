@@ -339,7 +339,11 @@ def interpolate_adapters(
         agreed = {key: value for key, value in a.card.items() if b.card.get(key) == value}
         agreed.pop("metric", None)
         card = {**agreed, "interpolated": t}
-    return Adapter(S, dict(a.fingerprints), card, None, also)
+    # one of an older version is without distances
+    fingerprints = {
+        name: max(text, b.fingerprints[name], key=len) for name, text in a.fingerprints.items()
+    }
+    return Adapter(S, fingerprints, card, None, also)
 
 
 def _mixed(a: Tensor, b: Tensor, t: float) -> Tensor:
