@@ -131,8 +131,22 @@ def checkout(root: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", **variables}
+# Other installations of svf_fast in this environment, editable ones too, are as if they were not.
+ALONE = """
+import pathlib, sys
+sys.meta_path[:] = [x for x in sys.meta_path if "__editable__" not in getattr(x, "__module__", "")]
+here = pathlib.Path(__file__).parent
+others = [x for x in sys.path if any(pathlib.Path(x).glob("svf_fast/_C.*"))]
+sys.path[:] = [x for x in sys.path if x not in others or pathlib.Path(x) == here]
+"""
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, with the folder `site` beside it on the path."""
+    site = folder.parent / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(ALONE)
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
@@ -192,23 +206,21 @@ def test_sources_without_a_library_use_that_of_the_installation(
     checkout: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     library_of(tmp_path / "site/svf_fast")
-    done = python(checkout, *command, PYTHONPATH=str(tmp_path / "site"))
+    done = python(checkout, *command)
     assert done.returncode == 0, done.stderr
 
 
 def test_an_installed_library_of_other_sources_is_not_used(checkout: Path, tmp_path: Path) -> None:
     library = library_of(tmp_path / "site/svf_fast")
     (checkout / "csrc/maps.h").write_text("")
-    done = python(checkout, "-m", "svf_fast", PYTHONPATH=str(tmp_path / "site"))
+    done = python(checkout, "-m", "svf_fast")
     message = done.stderr.splitlines()[-1]
     assert f"the compiled library {library} was built from older or newer sources" in message
     assert f"`pip install -e .` in {checkout}, or leave that folder" in message
 
 
 def test_sources_without_any_library_say_what_to_do(checkout: Path) -> None:
-    installed = "pathlib.Path(x or '.').glob('svf_fast/_C.*')"
-    script = f"import pathlib, sys; sys.path = [x for x in sys.path if not any({installed})]; "
-    message = python(checkout, "-c", script + "import svf_fast").stderr.splitlines()[-1]
+    message = python(checkout, "-c", "import svf_fast").stderr.splitlines()[-1]
     assert message.startswith("ImportError: the compiled library svf_fast._C cannot be imported")
     assert "`pip install .`" in message
 
@@ -252,7 +264,9 @@ def test_a_build_in_place_removes_the_cuda_library_of_an_earlier_one(checkout: P
     done = setup(checkout, "build_ext", "--inplace", SVF_FAST_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert not stale.exists() and other.exists()
-    script = f"import runpy, sys; sys.path.insert(0, {str(checkout / 'svf_fast')!r}); import _C; "
+    script = (
+        f"import runpy, sys; sys.path.insert(0, {str(checkout / 'svf_fast')!r}); import torch, _C; "
+    )
     script += "print(_C.sources() == runpy.run_path('csrc/digest.py')['digest'](), _C.decision())"
     assert python(checkout, "-c", script).stdout == "True no, SVF_FAST_CUDA=0\n"
 
@@ -318,7 +332,7 @@ def test_an_isolated_build_finds_torch_in_the_activated_environment(
 def test_a_build_without_isolation_says_what_it_lacks(checkout: Path) -> None:
     script = "import sys, runpy; sys.modules['pybind11'] = None; "
     script += "sys.argv = ['setup.py', '-q', 'build_ext']; runpy.run_path('setup.py')"
-    done = python(checkout, "-c", script, SVF_FAST_CUDA="0")
+    done = python(checkout, "-c", script)
     assert done.stderr.splitlines()[-1].startswith(
         "svf_fast: a build without isolation needs pybind11 in this environment: pip install"
     )
