@@ -25,6 +25,7 @@ from svf_fast.files import save_atomically
 from svf_fast.layers import fingerprint
 from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.layers.names import Place, places, plain_names, within
+from svf_fast.svd import check_weight
 
 _FORMAT = "svf_fast adapter 1"
 _DTYPES = {
@@ -101,7 +102,7 @@ class Adapter:
         layers = _converted(model)
         if not layers:
             raise ValueError("model: expected SVF layers, found none; call svf_fast.convert")
-        S = {name: layer.S.detach().cpu().clone() for name, layer in layers.items()}
+        S = {name: layer.singular_values() for name, layer in layers.items()}
         digits = fingerprint.as_texts([layer.fingerprint for layer in layers.values()])
         fingerprints = dict(zip(S, digits, strict=True))
         return cls(S, fingerprints, {} if card is None else card, None, _chosen(model, also))
@@ -219,7 +220,10 @@ class Adapter:
                 return (
                     f"{name}.S: expected {[count]} singular values, got {list(self.S[name].shape)}"
                 )
-        texts = fingerprint.as_texts([_fingerprint(layer) for layer in own.values()])
+        prints = [_fingerprint(layer) for layer in own.values()]
+        if any(each.is_meta for each in prints):
+            return "expected a model with values, got one on meta: load its weights first"
+        texts = fingerprint.as_texts(prints)
         others = _distant(self.fingerprints, dict(zip(own, texts, strict=True)))
         if others:
             return (
@@ -399,7 +403,9 @@ def _count(layer: nn.Module) -> int:
 def _fingerprint(layer: nn.Module) -> Tensor:
     if isinstance(layer, Factored):
         return layer.fingerprint
-    return fingerprint.fingerprint(layer.get_parameter("weight"))
+    weight = layer.get_parameter("weight")
+    check_weight(weight)
+    return fingerprint.fingerprint(weight)
 
 
 def _read(

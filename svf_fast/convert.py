@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +26,7 @@ from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
-from svf_fast.svd import Factors, compose, decompose
+from svf_fast.svd import Factors, compose, decompose, has_memory
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -53,7 +54,8 @@ def convert(
     before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
     whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
     own way. Hooks are kept. A layer used twice is converted once; two layers that share their
-    weight get an S each.
+    weight get an S each. Of a model on the meta device the factors have no values either: load them
+    with ``to_empty`` and ``load_state_dict``.
 
     Args:
         layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard and
@@ -106,18 +108,15 @@ def convert(
         )
     known = dict(factors or {})
     _check_factors(known, dict(chosen))
-    replaced: dict[nn.Module, Factored] = {}
-    for name, layer in tqdm(chosen, "decomposing", unit="layer", delay=2, disable=not progress):
-        if layer not in replaced:
-            found = known.get(name) or _factors(layer, cache)
-            kind = strategy
-            if strategy == "auto" and _feeds_inplace(model, name):
-                kind = "chain"  # gram keeps its output, which the next module overwrites
-            if isinstance(layer, nn.Conv2d):
-                replaced[layer] = SVFConv2d.from_conv(layer, kind, found)
-            else:
-                replaced[layer] = SVFLinear.from_linear(layer, kind, found)
-            _move_hooks(layer, replaced[layer])
+    planned: dict[nn.Conv2d | nn.Linear, tuple[str, Factors | None]] = {}
+    for name, layer in chosen:
+        # gram keeps its output, which the next module may overwrite
+        inplace = strategy == "auto" and _feeds_inplace(model, name)
+        planned.setdefault(layer, ("chain" if inplace else strategy, known.get(name)))
+    replaced = _factored(planned, cache, progress)
+    for layer, factored in replaced.items():
+        _move_hooks(layer, factored)
+    for name, layer in chosen:
         model.set_submodule(name, replaced[layer])
     network = Network()
     for factored in svf_layers(model).values():
@@ -255,9 +254,43 @@ def _feeds_inplace(model: nn.Module, name: str) -> bool:
     return bool(following) and getattr(children[following[0]], "inplace", False) is True
 
 
+def _factored(
+    planned: Mapping[nn.Conv2d | nn.Linear, tuple[str, Factors | None]],
+    cache: str | os.PathLike | None,
+    progress: bool,
+) -> dict[nn.Conv2d | nn.Linear, Factored]:
+    """Return the SVF layer of each layer, given its strategy and factors if known.
+
+    They are made side by side, a thread each. One decomposition is thousands of short parallel
+    regions, whose threads all wait for one that another process has pushed aside; side by side, no
+    thread waits.
+    """
+
+    def build(layer: nn.Conv2d | nn.Linear) -> Factored:
+        strategy, known = planned[layer]
+        factors = known or _factors(layer, cache)
+        if isinstance(layer, nn.Conv2d):
+            return SVFConv2d.from_conv(layer, strategy, factors)
+        return SVFLinear.from_linear(layer, strategy, factors)
+
+    def built(made: Iterable[Factored]) -> dict[nn.Conv2d | nn.Linear, Factored]:
+        bar = tqdm(made, "decomposing", len(planned), unit="layer", delay=2, disable=not progress)
+        return dict(zip(planned, bar, strict=True))
+
+    if not all(has_memory(layer.weight) and layer.weight.is_cpu for layer in planned):
+        return built(map(build, planned))  # a GPU has its own threads, and fakes are for one thread
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that begin from now on
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return built(pool.map(build, planned))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> Factors:
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    if cache is None:
+    if cache is None or not has_memory(layer.weight):
         return decompose(layer.weight, groups)
     weight = layer.weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} {groups}".encode())
@@ -294,10 +327,11 @@ def _shapes(weight: Tensor, groups: int) -> list[tuple[int, ...]]:
 
 def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     """Return the factors; ValueError unless they are those of the weight, to rounding."""
-    shapes, dtypes = _shapes(weight, groups), {each.dtype for each in factors}
-    if [tuple(each.shape) for each in factors] != shapes or dtypes != {weight.dtype}:
-        raise ValueError("factors of another weight")
+    shapes = _shapes(weight, groups)
     wide = torch.promote_types(weight.dtype, torch.float32)
+    dtypes = [weight.dtype, wide, weight.dtype]
+    if [tuple(f.shape) for f in factors] != shapes or [f.dtype for f in factors] != dtypes:
+        raise ValueError("factors of another weight")
     allowed = 4 * torch.finfo(weight.dtype).eps + 64 * torch.finfo(wide).eps
     error = compose(*factors, groups).sub_(weight).norm()
     if not error <= allowed * weight.to(wide).norm():

@@ -125,12 +125,17 @@ def memory_report(
     what needs one now, and batch norms are in the mode they are in. ``dtype`` names the dtype of a
     run under autocast; without it the model runs in the dtype of its factors.
 
-    Raises ValueError when the model has no SVF layer or none of them is called.
+    Raises ValueError when the model has no SVF layer, none of them is called, or it is sharded.
     """
     layers = svf_layers(model)
     if not layers:
         raise ValueError("model: expected SVF layers to report on, found none; was it converted?")
-    for layer in layers.values():
+    for name, layer in layers.items():
+        if hasattr(layer.S, "full_tensor"):
+            raise ValueError(
+                f"model: expected whole parameters, got {name}.S sharded; ask for the report "
+                "before the model is sharded (fully_shard)"
+            )
         layer.strategy_in_use  # noqa: B018  plans from the present values, which fakes have not
     units = _units(model)
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}

@@ -422,8 +422,9 @@ class TrainConfig:
             validations and at the end of the run.
         log_every: steps between two rows of the logs.
         pictures: test episodes drawn at the end.
-        precision: as Lightning Fabric names it; "mixed" keeps the weights in float32. "16-mixed"
-            scales the loss and skips steps whose gradients overflow; the log counts them.
+        precision: as Lightning Fabric names it; "mixed" keeps the weights in float32, "bf16-true"
+            what the optimizer steps: S, and a float32 copy of what else trains. "16-mixed" scales
+            the loss and skips steps whose gradients overflow; the log counts them.
         tf32: float32 products that a GPU may compute from factors rounded to TF32 (10 bits after
             the point), in training and `fss eval`; datasheets promise up to eight times the rate.
             "convolutions" is torch's default: the few matrix products that give W and the gradient

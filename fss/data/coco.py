@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from fss.config import Folds
 from fss.data.file_source import ListedSource
 from fss.data.lists import Pair, check_files, find_folder, read_list
+from fss.data.masks import open_classes
 from fss.data.prepare.counts import Counts
 
 MASKS = "annotations"
@@ -192,6 +195,9 @@ class CocoSource(ListedSource):
             "the json's ids have gaps and run to 90: write its classes in order as 1 to 80"
         )
         self._check_class_map()
+
+    def _open_mask(self, path: Path) -> Image.Image:
+        return open_classes(path, ignored_alone=True)  # of a photo that shows only a crowd
 
     def _masked(self, split: str) -> list[Pair]:
         images, masks = self.root / split, self.root / MASKS / split

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fss.data.images import check_sizes, open_classes, read_image
+from fss.data.images import check_sizes, read_picture
 from fss.data.lists import Pair
+from fss.data.masks import open_classes
 from fss.data.scan import scan
 from fss.data.source import Mask
 
@@ -47,7 +48,7 @@ class ListedSource:
         Raises:
             ValueError: a file that cannot be decoded, or sizes that differ.
         """
-        image = read_image(self._images[index])
+        image = read_picture(self._images[index])
         mask = np.array(self._open_mask(self._masks[index]))
         check_sizes(self._images[index], image.shape[:2], self._masks[index], mask.shape)
         return image, mask

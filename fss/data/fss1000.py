@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fss.data.file_source import ListedSource
-from fss.data.images import DAMAGED, FORMATS, check_pixels, check_sizes, read_image, unreadable
+from fss.data.images import check_sizes, read_picture
 from fss.data.lists import Pair, check_files
+from fss.data.masks import open_object
 from fss.data.source import IGNORE, Mask
 from fss.files import read_text
 
@@ -24,7 +25,7 @@ class Fss1000Source(ListedSource):
 
         FSS-1000/, or the folder itself
             CLASS/*.jpg     the images
-            CLASS/*.png     their masks, white (above 127) where the class is, black elsewhere
+            CLASS/*.png     their masks, not black where the class is: see `open_object`
 
     Class ids go from 1 on in the order of the names of all folders, without 255, so masks are
     uint16. There is one fold, whose novel classes are those of `test_list`; images of base classes
@@ -84,18 +85,13 @@ class Fss1000Source(ListedSource):
         return {self._ids[index]: area} if area else {}
 
     def load(self, index: int) -> tuple[NDArray[np.uint8], Mask]:
-        image = read_image(self._images[index])
+        image = read_picture(self._images[index])
         mask = np.array(self._open_mask(self._masks[index]), dtype=np.uint16)
         check_sizes(self._images[index], image.shape[:2], self._masks[index], mask.shape)
         return image, mask * np.uint16(self._ids[index])
 
     def _open_mask(self, path: Path) -> Image.Image:
-        try:
-            with Image.open(path, formats=FORMATS) as file:
-                check_pixels(file)
-                return file.convert("L").point([0] * 128 + [1] * 128)
-        except DAMAGED as error:
-            raise unreadable(path, error) from error
+        return open_object(path)
 
 
 def _read_names(path: Path, known: dict[str, int], root: Path) -> list[str]:

@@ -18,11 +18,12 @@ import svf_fast
 from fss.colors import ORANGE
 from fss.config import TrainConfig
 from fss.data import EvalTransform, test_transform
+from fss.data.masks import MaskValue
 from fss.evaluation.evaluate import enlarge
 from fss.models import FewShotModel, Matching, backbone_of
 from fss.processes import lay_out
 from fss.runs.folder import RunFolder
-from fss.segment.pictures import MaskLike, Picture, overlay, read_mask, read_picture
+from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -75,6 +76,7 @@ class FewShotSegmenter:
     Attributes:
         model: the network, in evaluation mode, its weights frozen.
         config: of the run that was loaded; None without a run.
+        conventions: how the mask of each support was read, such as "class id 15, 255 ignored".
 
     Raises:
         FileNotFoundError, ValueError, ImportError, ConnectionError: weights that are missing, not
@@ -138,6 +140,7 @@ class FewShotSegmenter:
         self.config = config
         self.threshold = threshold
         self._transform = transform
+        self.conventions: list[str] = []
         self._resize = config.resize if config else "photo"
         self._own: svf_fast.Adapter | None = None
         self._examples: tuple[Tensor, Tensor] | None = None
@@ -189,13 +192,18 @@ class FewShotSegmenter:
             self._supports = None
 
     def support(
-        self, images: Picture | Sequence[Picture], masks: MaskLike | Sequence[MaskLike]
+        self,
+        images: Picture | Sequence[Picture],
+        masks: MaskLike | Sequence[MaskLike],
+        mask_value: MaskValue | None = None,
     ) -> FewShotSegmenter:
         """Take K supports, replacing earlier ones; return the segmenter.
 
         Args:
             images: K pictures in a list, or one.
             masks: as many masks in a list, or one if one picture is given.
+            mask_value: which value of the masks is the object, where they have several: a class id,
+                a gray or a color (128, 0, 0).
 
         Raises:
             TypeError, ValueError, FileNotFoundError: see `read_picture` and `read_mask`; another
@@ -209,13 +217,16 @@ class FewShotSegmenter:
                 f"masks: expected a list of a mask for each of the {len(images)} images, at least "
                 f"one, got {got}"
             )
-        samples = []
+        samples, conventions = [], []
         everywhere = True
         for number, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
             where = f" {number}" if len(images) > 1 else ""
             pixels = read_picture(image, f"support image{where}")
             height, width = pixels.shape[:2]
-            found = read_mask(mask, (height, width), f"support mask{where}")
+            found, convention = find_object(
+                mask, (height, width), f"support mask{where}", mask_value
+            )
+            conventions.append(convention)
             everywhere &= bool(found.all())
             sample = self._transform(pixels, found.astype(np.uint8))
             samples.append((sample.image, _kept(sample.mask, found)))
@@ -227,6 +238,7 @@ class FewShotSegmenter:
         image, mask = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
         supports = self.model.encode_supports(image, mask)
         self._examples, self._supports = (image, mask), supports
+        self.conventions = conventions
         return self
 
     @overload

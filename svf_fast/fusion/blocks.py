@@ -21,11 +21,12 @@ from svf_fast.fusion.state import is_hooked, watch
 from svf_fast.fusion.structure import ResidualBlock, StageNames, Unit, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
+from svf_fast.ops.node import is_tracing
 
 
 def _read(module: Readable) -> Reading:
     """Return the reading of the module as it is now, kept until something in it changes."""
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return Reading(module, None)
     known = module.__dict__.get("_reading")
     if known is not None and known.holds(module):

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast._library import _C
 from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.ops.node import is_tracing
 
 _HOOKS = (
     "_forward_hooks",
@@ -149,9 +150,10 @@ class Watch:
 def watch(module: nn.Module) -> Watch | None:
     """Collect what the forward pass depends on; None where changes of it could not be seen.
 
-    That is while torch.compile traces, and for tensors without values or version.
+    That is while torch.compile traces, under transforms of torch.func, and for tensors without
+    values or version.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return None
     try:
         return Watch(module)

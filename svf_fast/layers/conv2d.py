@@ -26,7 +26,8 @@ class SVFConv2d(Factored):
 
     Attributes:
         U [Co, R], V [G·R, Ci/G, kh, kw]: buffers. R = min(Co/G, Ci/G·kh·kw) values per group.
-        S [G·R]: the parameter that trains, in descending order at conversion.
+        S [G·R]: the parameter that trains, in descending order at conversion; in float32 (float64)
+            whatever dtype the layer is converted to.
         bias [Co]: a parameter that does not train (set ``requires_grad`` to change that), or None.
 
     Shapes: x [N, Ci, H, W] or [Ci, H, W] -> [N, Co, Ho, Wo] or [Co, Ho, Wo].

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svf_fast.svd import has_memory
+
 ROUNDING = 0.01
 """Largest relative distance of two weights that are one but for rounding.
 
@@ -30,7 +32,10 @@ def fingerprint(weight: Tensor) -> Tensor:
     The hash is the first half of a SHA-256 of the shape and the float32 values, a digit below 16 a
     number. The sums are those of the values with random signs, divided by the weight's norm: their
     distance estimates the relative distance of two weights, whatever their scale, which is in S.
+    Empty for a weight without values (meta).
     """
+    if not has_memory(weight):
+        return weight.new_empty(_DIGITS + _SUMS, dtype=torch.float32)
     values = weight.detach().cpu().float().contiguous().flatten()
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
     digest.update(values.view(torch.uint8).numpy().data)

@@ -31,8 +31,9 @@ from fss.config import TrainConfig
 from fss.data import FolderSource, pascal
 from fss.data.coco import CLASSES, JSON_IDS
 from fss.data.fss1000 import _read_names
-from fss.data.images import open_classes, read_image
+from fss.data.images import read_picture
 from fss.data.lists import read_list
+from fss.data.masks import open_classes
 from fss.data.prepare import datasets as prepare
 from fss.data.prepare.annotations import read_sbd
 from fss.data.prepare.archives import members
@@ -121,7 +122,7 @@ def _pictures(folder: Path) -> list[Reader]:
     _mask().save(folder / "whole.png")
 
     def photo(path: Path) -> None:
-        found = read_image(path)
+        found = read_picture(path)
         assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
         with Image.open(path) as file:
             assert sorted(found.shape[:2]) == sorted(file.size)

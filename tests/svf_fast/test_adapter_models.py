@@ -358,6 +358,15 @@ def test_another_network_is_named():
         adapter.apply(model)
 
 
+def test_a_model_without_values_is_named_and_fits_once_they_are_loaded():
+    adapter = svf_fast.Adapter.of(trained())
+    for model in (plain().to("meta"), converted().to("meta")):
+        with pytest.raises(ValueError, match="adapter: expected a model with values.*on meta"):
+            adapter.apply(model)
+    model.load_state_dict(converted().state_dict(), assign=True)
+    torch.testing.assert_close(adapter.apply(model)(X), trained()(X))
+
+
 def test_pretrained_values_stay_until_the_adapter_is_applied():
     adapter, model = svf_fast.Adapter.of(trained()), plain()
     assert adapter.convert(model) is model

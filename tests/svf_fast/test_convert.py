@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import threading
 
 import pytest
 import torch
@@ -359,3 +361,51 @@ def test_real_resnet50_converts_exactly(shared):
         expected = conv(x)
         got = SVFConv2d.from_conv(conv)(x)
         assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_are_decomposed_side_by_side_each_in_one_thread(net, threads, fails, monkeypatch):
+    module = importlib.import_module("svf_fast.convert")
+    seen, busy = [], threading.Barrier(threads, timeout=60)
+
+    def decompose(weight, groups):
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        if len(seen) <= threads:
+            busy.wait()  # until as many are at work
+        if fails:
+            raise ValueError("weight: not this one")
+        return original(weight, groups)
+
+    original = module.decompose
+    monkeypatch.setattr(module, "decompose", decompose)
+    children = list(net.modules())
+    if fails:
+        with pytest.raises(ValueError, match="not this one"):
+            svf_fast.convert(net, None, progress=False)
+        assert list(net.modules()) == children
+    else:
+        svf_fast.convert(net, None, progress=False)
+        assert len(seen) == 8
+    workers = {worker for worker, _ in seen}
+    assert len(workers) == threads
+    assert threading.get_ident() not in workers
+    assert {count for _, count in seen} == {1}
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was(net, bad):
+    net.head.weight.data[0, 0] = bad
+    children = list(net.modules())
+    with pytest.raises(ValueError, match="weight: expected finite values"):
+        svf_fast.convert(net, None, progress=False)
+    assert list(net.modules()) == children
