@@ -34,6 +34,7 @@ from svf_fast.fusion.structure import Chain, Unit, find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
+from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
 from svf_fast.svd import Factors, compose, decompose, has_memory
 
@@ -70,8 +71,9 @@ def convert(
     ``load_state_dict``.
 
     Args:
-        layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
-            lies in them is converted. None converts the whole model.
+        layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard and
+            without those of wrappers (``_orig_mod``, ``module``); what lies in them is converted.
+            None converts the whole model.
         strategy: see :class:`svf_fast.SVFConv2d`.
         fuse: run residual blocks and conv-BN-ReLU sequences of converted convolutions as one
             autograd node each, wherever their batch norms are frozen (evaluation mode). They are
@@ -94,7 +96,8 @@ def convert(
 
     Returns the model.
 
-    Raises ValueError when a name in ``layers`` fits no module, nothing is there to convert, or no
+    Raises ValueError when a name in ``layers`` fits no module, nothing is there to convert, the
+    model is in a wrapper that has taken its parameters already (DistributedDataParallel), or no
     plan fits the budget, with the smallest that does (:class:`svf_fast.budget.BudgetError`). Then
     the model is as it was.
     """
@@ -112,9 +115,10 @@ def convert(
             "model: expected a module that contains layers, got a single layer, which cannot be "
             "replaced in place; use SVFConv2d.from_conv or SVFLinear.from_linear"
         )
-    selected = _select(model, layers)
+    selected = candidates(model, layers)
     plain, left = plain_layers(layer for _, layer in selected)
     chosen = [(name, layer) for name, layer in selected if layer in plain]
+    _check_wrappers(model, chosen)
     if not chosen:
         converted = len(svf_layers(model))
         hint = f"{converted} layers are SVF layers already" if converted else "it has none at all"
@@ -142,7 +146,7 @@ def convert(
     network = Network()
     for factored in svf_layers(model).values():
         network.join(factored)
-    undo = _fuse(model, _within(layers)) if fuse else []
+    undo = _fuse(model, layers) if fuse else []
     if keep_norms_frozen:
         _warn_of_training_norms(model)
         undo += keep_frozen(model)
@@ -193,59 +197,73 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _select(
+def candidates(
     model: nn.Module, layers: Sequence[str] | None
 ) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    """Return the layers that `convert` replaces if it can, by every name that they have.
+
+    Raises ValueError for a name in `layers` that fits no module.
+    """
+    names = plain_names(model)
+    known = {name for pair in names.items() for name in pair if name}
     for pattern in layers or ():
-        if not any(fnmatchcase(name, pattern) for name in names):
-            top = [name for name, _ in model.named_children()]
+        if not any(fnmatchcase(name, pattern) for name in known):
+            top = dict.fromkeys(name for name in names.values() if name and "." not in name)
             raise ValueError(
                 f"layers: expected names of modules, got {pattern!r}, which fits none of this "
                 f"{type(model).__name__}; at its top are {', '.join(top) or 'no modules'}"
             )
 
-    within = _within(layers)
+    chosen = _chosen(model, layers)
     return [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Conv2d | nn.Linear) and within(name)
+        if isinstance(module, nn.Conv2d | nn.Linear) and chosen(name)
     ]
 
 
-def _within(layers: Sequence[str] | None) -> Callable[[str], bool]:
+def _chosen(model: nn.Module, layers: Sequence[str] | None) -> Callable[[str], bool]:
     """Return a test whether the module of a name lies in one of `layers`."""
-    patterns = ["*"] if layers is None else list(layers)
-
-    def within(name: str) -> bool:
-        parts = name.split(".")
-        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in patterns)
-
-    return within
+    names, lies_within = plain_names(model), within(layers)
+    return lambda name: lies_within(names[name]) or lies_within(name)
 
 
-def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], object]]:
-    """Fuse what lies within, with what was converted before; returns what undoes it."""
+# by name: torch.distributed takes long to import
+_OWNERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
+
+
+def _check_wrappers(model: nn.Module, chosen: list[tuple[str, nn.Conv2d | nn.Linear]]) -> None:
+    for outer, module in model.named_modules():
+        kind, prefix = type(module).__name__, f"{outer}." if outer else ""
+        if kind in _OWNERS and any(name.startswith(prefix) for name, _ in chosen):
+            raise ValueError(
+                f"model: expected one that is not yet in {kind}, which synchronizes the parameters "
+                f"it was built with and would leave S out; convert the model, then wrap it"
+            )
+
+
+def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], object]]:
+    """Fuse what lies in `layers`, with what was converted before; returns what undoes it."""
+    chosen = _chosen(model, layers)
 
     def factored(name: str) -> bool:
-        return within(name) or isinstance(model.get_submodule(name), SVFConv2d)
+        return chosen(name) or isinstance(model.get_submodule(name), SVFConv2d)
 
     undo: list[Callable[[], object]] = []
     blocks, units, _ = find(model, factored)
     for found in blocks:
         module = model.get_submodule(found.name)
-        if not isinstance(module, Fused) and any(map(within, found.convs)):
+        if not isinstance(module, Fused) and any(map(chosen, found.convs)):
             kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
             undo.append(kind.adopt(module, found).unfuse)
     for chain in (unit for unit in units if isinstance(unit, Chain)):
-        if any(map(within, chain.convs)):
+        if any(map(chosen, chain.convs)):
             undo.append(FusedChain.adopt(model.get_submodule(chain.name), chain).unfuse)
     sequences = (unit for unit in units if isinstance(unit, Unit))
     for container, group in groupby(sequences, lambda unit: unit.container):
         module = model.get_submodule(container)
         prefix = f"{container}." if container else ""
-        new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
+        new = tuple(unit for unit in group if chosen(prefix + unit.stage.conv))
         if new:
             undo.append(FusedSequential.adopt(module, new))
     return undo

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import svf_fast
 from fss.colors import ORANGE
@@ -175,12 +175,16 @@ class FewShotSegmenter:
         backbone = self.model.backbone
         if adapter is not None and not isinstance(adapter, svf_fast.Adapter):
             adapter = svf_fast.Adapter.load(adapter)
+        if adapter is not None and adapter.also:
+            raise ValueError(
+                f"{adapter}: expected singular values alone, got also {', '.join(adapter.also)}, "
+                "which a segmenter could not take back"
+            )
         if adapter is None:
             adapter = self._own
         elif self._own is None:
             if not any(True for _ in svf_fast.svf_parameters(backbone)):
-                _check_layers(backbone, adapter)
-                svf_fast.convert(backbone, list(adapter.S), fuse=False)
+                adapter.convert(backbone, fuse=False)
                 lay_out(backbone, self.device).requires_grad_(False)
             self._own = svf_fast.Adapter.of(backbone)
         if adapter is not None:
@@ -297,16 +301,6 @@ def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:
         y, x = np.argwhere(found).mean(0) / found.shape
         result[int(y * height), int(x * width)] = 1
     return result
-
-
-def _check_layers(backbone: nn.Module, adapter: svf_fast.Adapter) -> None:
-    layers = dict(backbone.named_modules())
-    missing = [name for name in adapter.S if not isinstance(layers.get(name), nn.Conv2d)]
-    if missing:
-        raise ValueError(
-            f"{adapter}: expected an adapter of this backbone, which has no convolution "
-            f"{missing[0]!r} ({len(missing)} of {len(adapter.S)} layers are unknown)"
-        )
 
 
 def _device(name: str) -> torch.device:

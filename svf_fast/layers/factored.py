@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import cast
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svf_fast import svd
+from svf_fast.layers.fingerprint import fingerprint, of_older_version
 from svf_fast.layers.network import Network, assert_guarded
 from svf_fast.layers.values import Made, Plan, Seen, Values, gathered, sharded_as
 from svf_fast.layers.weight import read_only
@@ -28,16 +28,6 @@ from svf_fast.svd import (
     guarded_directions,
     guarded_indices,
 )
-
-
-def fingerprint(weight: Tensor) -> Tensor:
-    """Hash a weight's shape and float32 values: the first 16 bytes of a SHA-256, as uint8 [16]."""
-    if not svd.has_memory(weight):
-        return weight.new_empty(16, dtype=torch.uint8)
-    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    values = weight.detach().cpu().float().contiguous().flatten()
-    digest.update(values.view(torch.uint8).numpy().data)
-    return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
 
 
 def bytes_of(x: Tensor) -> bytes:
@@ -427,8 +417,11 @@ class Factored(nn.Module):
         self._arrived()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        kept = state_dict.get(f"{prefix}fingerprint")
+        if isinstance(kept, Tensor) and kept.shape == (16,):
+            state_dict[f"{prefix}fingerprint"] = of_older_version(kept)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._arrived()
 
     def _arrived(self) -> None:
@@ -454,6 +447,8 @@ class Factored(nn.Module):
     def __setstate__(self, state):
         network = state.get("network") or Network()
         super().__setstate__({key: value for key, value in state.items() if key != "network"})
+        if self.fingerprint.shape == (16,):
+            self.fingerprint = of_older_version(self.fingerprint)
         network.join(self)
         self._arrived()
 
