@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 import svf_fast
 from fss.models import build_model, rebuild_model
-from fss.report.components import _responses, default_layers
+from fss.report.components import _responses
 from fss.report.cost import step_memory
 from fss.report.runs import read_runs
-from fss.report.spectrum import Spectrum, change_rows, read_spectra
+from fss.report.spectrum import Spectrum, change_rows, default_layers, read_spectra
 from fss.training.run import train
 
 
