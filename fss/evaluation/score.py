@@ -84,6 +84,7 @@ def evaluate_run(
     resize: Resize | None = None,
     feature_cache: float | None = None,
     accelerator: Accelerator = "auto",
+    out: str | None = None,
 ) -> dict:
     """Score a checkpoint on test episodes and write the result next to it.
 
@@ -117,9 +118,10 @@ def evaluate_run(
         resize: of predictions, see `TrainConfig`; by default as the run was tested.
         feature_cache: GiB of features to keep of recurring photos; does not change the score.
         accelerator: "auto", "cpu" or "cuda".
+        out: JSON file of the result; by default eval.json, or for other data
+            eval_SOURCE_foldN.json, in the run's folder or the `out` of the YAML file's settings.
 
-    Returns what it writes into the run's folder, or the folder `out` of the YAML file's settings:
-    eval.json, or for other data eval_SOURCE_foldN.json.
+    Returns what it writes.
 
     Raises:
         FileNotFoundError: no run, checkpoint or photos there.
@@ -183,8 +185,9 @@ def evaluate_run(
             config.graph,
         )
     if fabric.is_global_zero:
-        trained.folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(trained.folder.score_file(source, config.data.fold), result)
+        path = Path(out) if out else trained.folder.score_file(source, config.data.fold)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
     return result
 
 

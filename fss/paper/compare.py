@@ -36,8 +36,12 @@ def compared_rows(table: Table, runs: list[PlannedRun]) -> Iterator[dict[str, An
             }
 
 
-def _difference(scores: dict[int, float], published: Published) -> dict[str, float | None]:
-    """Subtract the paper's mean from ours, over the folds that ran; None where it gives none."""
+def _difference(scores: dict[int, float], published: Published) -> dict[str, Any]:
+    """Subtract the paper's numbers from ours: by fold, and the means over the folds that ran.
+
+    What the paper does not give is left out, or None.
+    """
+    by_fold = published.folds and {f: score - published.folds[f] for f, score in scores.items()}
     if len(scores) == FOLDS:
         theirs: float | None = published.mean
     elif scores and published.folds is not None:
@@ -46,7 +50,11 @@ def _difference(scores: dict[int, float], published: Published) -> dict[str, flo
         theirs = None
     ours = statistics.fmean(scores.values()) if scores else None
     known = ours is not None and theirs is not None
-    return {"paper_of_these_folds": theirs, "difference": ours - theirs if known else None}
+    return {
+        "folds_difference": by_fold or {},
+        "paper_of_these_folds": theirs,
+        "difference": ours - theirs if known else None,
+    }
 
 
 def markdown(result: dict[str, Any]) -> Iterator[str]:
@@ -63,9 +71,11 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     yield f"| | shots | fold 0 | fold 1 | fold 2 | fold 3 | {metric} | paper | difference |"
     yield "| --- | ---: |" + " ---: |" * 7
     for row in result["rows"]:
-        theirs = row["paper"]["folds"] or [None] * FOLDS
+        theirs, differences = row["paper"]["folds"] or [None] * FOLDS, row["folds_difference"]
         cells = [
-            f"{_number(row['folds'].get(fold))} / {_number(theirs[fold])}" for fold in range(FOLDS)
+            f"{_number(row['folds'].get(fold))} / {_number(theirs[fold])}"
+            + (f" ({differences[fold]:+.2f})" if fold in differences else "")
+            for fold in range(FOLDS)
         ]
         mean = f"**{_number(row['mean'])}**"
         difference = _number(row["difference"], "+")
@@ -74,8 +84,8 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
         yield f"| {row['label']}{mark} | {row['shots']} | {' | '.join(cells)} |"
     yield ""
     yield (
-        "Percent, ours / the paper's; the mean is over the folds that ran, the difference to the "
-        "paper's mean over the same ones."
+        "Percent, ours / the paper's (difference); the mean is over the folds that ran, the last "
+        "column its difference to the paper's mean over the same ones."
     )
     if result["settings"]:
         changed = ", ".join(f"{name} {value}" for name, value in result["settings"].items())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,9 @@ class PlannedRun:
 
     @property
     def state(self) -> str:
-        """Tell how far it is, see `RunFolder.state`; "cannot run" where there is a reason."""
+        """Tell how far it is, see `RunFolder.state`; or that it is "quoted" or "cannot run"."""
+        if self.row.run is None:
+            return "quoted"
         return self.folder.state if self.reason is None else "cannot run"
 
 
@@ -153,7 +154,7 @@ def _plan_run(
     out = folder / str(row.run) / f"{shots}shot-fold{fold}"
     run = PlannedRun(row, shots, fold, RunFolder(out))
     if row.run is None:
-        run.reason = "quoted by the paper from another method"
+        run.reason = f"quoted: {row.quoted}"
         return run
     try:
         values = run_values(table, row, shots, fold, overrides)
@@ -185,34 +186,3 @@ def _plan_base(
     out = folder / f"base-{values['model'].backbone}" / f"fold{fold}"
     config = BaseLearnerConfig(**values, out=str(out))
     return bases.setdefault(out, PlannedBaseLearner(fold, BaseLearnerFolder(out), config))
-
-
-def listing(table: Table, options: Options) -> Iterator[str]:
-    """Yield lines about the runs of a table: what they are, how far they are, why they cannot run.
-
-    Raises:
-        ValueError: see `plan`.
-    """
-    if not options.scale_down:
-        # Listing needs no data: a placeholder passes for their folder.
-        settings = merged({"data": {"root": "photos"}}, options.settings)
-        options = dataclasses.replace(options, settings=settings)
-    runs = plan(table, options)
-    yield f"{table.name}: {table.title}; {table.data.name}: {table.data.needs}"
-    for number, row in enumerate(table.rows, 1):
-        own = [run for run in runs if run.row is row]
-        for shots in dict.fromkeys(run.shots for run in own):
-            folds = [run for run in own if run.shots == shots]
-            reason = next((f" ({run.reason})" for run in folds if run.reason), "")
-            name = row.run or "–"
-            yield f"{number:3d}  {name}, {shots}-shot: {row.label}; folds {_states(folds)}{reason}"
-    bases = list({id(run.base): run.base for run in runs if run.base is not None}.values())
-    for name in dict.fromkeys(base.name for base in bases):
-        folds_of_base = [base for base in bases if base.name == name]
-        yield f"     {name}: base learner of these rows of BAM; folds {_states(folds_of_base)}"
-
-
-def _states(runs: Sequence[PlannedRun | PlannedBaseLearner]) -> str:
-    states = ("finished", "in progress", "not started", "cannot run")
-    folds = {state: [str(run.fold) for run in runs if run.state == state] for state in states}
-    return ", ".join(f"{state}: {' '.join(found)}" for state, found in folds.items() if found)

@@ -13,7 +13,8 @@ from fss.config import TrainConfig, free_settings
 from fss.evaluation.score import evaluate_run
 from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import compared_rows, markdown
-from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, listing, plan
+from fss.paper.listing import listing, overview
+from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, plan
 from fss.paper.tables import Table, default_folder, load_table, table_names
 from fss.runs.checkpoint import check_same_settings
 from fss.settings import flat_settings, merged, read_settings
@@ -39,7 +40,7 @@ def reproduce_table(
     """Make or resume the runs of a table of the paper and compare it with the paper's numbers.
 
     Args:
-        table: T1 to T24; without one, all of them are listed.
+        table: T1 to T24; without one, all rows of all tables are listed with their state.
         list: only list the runs and how far they are.
         rows: names of runs or numbers of rows, as `--list` shows them; by default all.
         folds: of 0 to 3; by default all.
@@ -60,11 +61,11 @@ def reproduce_table(
     folder = Path(tables) if tables else default_folder()
     values = merged(read_settings(Path(settings)) if settings else {}, overrides)
     options = Options(rows, folds, shots, out, values, scale_down)
-    names = [table] if table is not None else table_names(folder)
-    if list or table is None:
-        return "\n".join(
-            line for name in names for line in listing(load_table(name, folder), options)
-        )
+    if table is None:
+        tables_there = [load_table(name, folder) for name in table_names(folder)]
+        return "\n".join(overview(tables_there, options))
+    if list:
+        return "\n".join(listing(load_table(table, folder), options))
     return reproduce(load_table(table, folder), options)["markdown"]
 
 
@@ -150,16 +151,16 @@ def _test_again(
     if scaled_down:
         episodes = episodes * config.test_episodes // TrainConfig.test_episodes
     path = run.folder.test_file(episodes)
-    if not path.is_file():
-        score = evaluate_run(
-            config.out,
-            episodes=episodes,
-            root=config.data.root,
-            checkpoint=config.checkpoint,
-            accelerator=config.accelerator,
-        )
-        write_json(path, score)
-    return parse_json(read_text(path), path)
+    if path.is_file():
+        return parse_json(read_text(path), path)
+    return evaluate_run(
+        config.out,
+        episodes=episodes,
+        root=config.data.root,
+        checkpoint=config.checkpoint,
+        accelerator=config.accelerator,
+        out=str(path),
+    )
 
 
 def _write(table: Table, options: Options, runs: list[PlannedRun]) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """The experiments of the paper's tables: files in fss/configs/paper, and the runs they stand for.
 
 A table is a YAML file `T16.yaml`: a `title`, the `data` file of its data set (pascal, coco), the
-`metric` (miou, the default, or fb_iou) and `rows`. A row has
+`metric` (miou, the default, or fb_iou) and `rows`, all that the paper prints, in its order. Or it
+is `means_of` another table, whose rows the paper prints there without their folds. A row has
 
     label       as the table calls it
-    run         the name of its runs; rows of any table with the same name share them. A row without
-                one quotes a method that is not here.
+    run         the name of its training in runs.yaml; rows of any table with the same name share it
+    quoted      instead of a run: why there is none
+    episodes    test episodes, where others than the run's own
+    note        what a reader of the numbers must know
+    paper       the paper's numbers in percent by shots: those of folds 0 to 3 and their mean, or
+                the mean alone if no table has its folds
+
+A run in runs.yaml has
+
     regime      a file of fss/configs/regimes
     recipe      one of the data file's recipes; by default the paper's own
     settings    what else differs from the defaults of `fss train`
-    episodes    test episodes, where others than the runs' own
-    note        what a reader of the numbers must know
-    paper       the paper's numbers in percent by shots: those of folds 0 to 3 and their mean, or
-                the mean alone
 """
 
 from __future__ import annotations
@@ -56,10 +60,14 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table, see this module; `settings` has its regime and recipe in it."""
+    """A row of a table, see this module; `settings` are those of its run, with regime and recipe.
+
+    Either `run` is None or `quoted`.
+    """
 
     label: str
     run: str | None
+    quoted: str | None
     settings: dict[str, Any]
     episodes: int | None
     note: str | None
@@ -99,7 +107,7 @@ def table_names(folder: Path) -> list[str]:
 
 
 def load_table(name: str, folder: Path) -> Table:
-    """Read and check a table, its data file and its regimes.
+    """Read and check a table, its data file, its runs and their regimes.
 
     Raises:
         ValueError: no table of that name; a key that is not known, a number that cannot be.
@@ -109,13 +117,33 @@ def load_table(name: str, folder: Path) -> Table:
     if not found:
         raise ValueError(f"table: expected one of {', '.join(known)}; got {name!r}")
     path = folder / f"{found[0]}.yaml"
-    values = _read(path, {"title", "data", "rows"}, {"metric"})
+    values = _read(path)
+    if "means_of" in values:
+        return _means(found[0], values, path)
+    _check_keys(values, {"title", "data", "rows"}, {"metric"}, str(path))
     metric = values.get("metric", "miou")
     if metric not in ("miou", "fb_iou"):
         raise ValueError(f"{path}: metric: expected miou or fb_iou, got {metric!r}")
     data = _data_set(folder / f"{values['data']}.yaml")
-    rows = tuple(_row(row, data, path) for row in values["rows"])
+    if not isinstance(values["rows"], list) or not values["rows"]:
+        raise ValueError(f"{path}: rows: expected a list of rows, got {values['rows']!r}")
+    runs = _read(folder / "runs.yaml")
+    rows = tuple(_row(row, runs, data, path) for row in values["rows"])
     return Table(found[0], values["title"], metric, data, rows, folder)
+
+
+def _means(name: str, values: dict[str, Any], path: Path) -> Table:
+    """Return a table of which another one has the folds, as that other one under its name."""
+    _check_keys(values, {"means_of"}, set(), str(path))
+    other = values["means_of"]
+    known = table_names(path.parent)
+    if other not in known or "means_of" in _read(path.with_name(f"{other}.yaml")):
+        raise ValueError(
+            f"{path}: means_of: expected one of {', '.join(known)} with rows of its own; "
+            f"got {other!r}"
+        )
+    table = load_table(other, path.parent)
+    return dataclasses.replace(table, name=name, title=f"{table.title} (means of {table.name})")
 
 
 def run_values(
@@ -189,17 +217,19 @@ def _with_base_learner(model: dict[str, Any], data: DataSet, fold: int) -> dict[
     return model | {"base_weights": path}
 
 
-def _read(path: Path, required: set[str], optional: set[str]) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent.name}: expected a file {path}, found none")
     values = read_yaml(path)
-    _check_keys(values, required, optional, str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected values by name, got {values!r:.200}")
     return values
 
 
 def _data_set(path: Path) -> DataSet:
     keys = {field.name for field in dataclasses.fields(DataSet)}
-    values = _read(path, keys, set())
+    values = _read(path)
+    _check_keys(values, keys, set(), str(path))
     for kind, images in values["images"].items():
         if kind not in ("filtered", "unfiltered") or len(images) != FOLDS or min(images) < 1:
             raise ValueError(
@@ -211,36 +241,54 @@ def _data_set(path: Path) -> DataSet:
     return DataSet(**values)
 
 
-def _row(values: Any, data: DataSet, path: Path) -> Row:
+def _row(values: Any, runs: dict[str, Any], data: DataSet, path: Path) -> Row:
     where = f"{path}: {values.get('label', values) if isinstance(values, dict) else values}"
-    quoted = isinstance(values, dict) and "run" not in values
-    required = {"label", "paper"} | (set() if quoted else {"run", "regime"})
-    optional = {"note"} | (set() if quoted else {"recipe", "settings", "episodes"})
-    _check_keys(values, required, optional, where)
-    settings: dict[str, Any] = {}
-    if not quoted:
-        recipe = values.get("recipe")
-        if recipe is not None and recipe not in data.recipes:
-            known = ", ".join(data.recipes)
-            raise ValueError(f"{where}: recipe: expected one of {known}, got {recipe!r}")
-        regime = path.parent.parent / "regimes" / f"{values['regime']}.yaml"
-        settings = merged(data.recipes.get(recipe, {}), read_settings(regime))
-        own = values.get("settings", {})
-        check_names(own, TrainConfig, where)
-        settings = merged(settings, own)
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(values["run"])):
-            raise ValueError(f"{where}: run: expected the name of a folder, got {values['run']!r}")
+    quoted = isinstance(values, dict) and "quoted" in values
+    optional = {"note"} if quoted else {"note", "episodes"}
+    _check_keys(values, {"label", "paper", "quoted" if quoted else "run"}, optional, where)
+    settings = {} if quoted else _run_settings(values["run"], runs, data, path)
     episodes = values.get("episodes")
     if episodes is not None and (not isinstance(episodes, int) or episodes < 1):
         raise ValueError(f"{where}: episodes: expected a number from 1 on, got {episodes!r}")
+    if quoted and not (isinstance(values["quoted"], str) and values["quoted"].strip()):
+        raise ValueError(f"{where}: quoted: expected a reason, got {values['quoted']!r}")
     if not isinstance(values["paper"], dict) or not values["paper"]:
         raise ValueError(f"{where}: paper: expected numbers by shots, got {values['paper']!r}")
     paper = {
         _shots(shots, where): _published(numbers, where)
         for shots, numbers in values["paper"].items()
     }
-    label, run, note = values["label"], values.get("run"), values.get("note")
-    return Row(label, run, settings, episodes, note, paper)
+    return Row(
+        values["label"],
+        values.get("run"),
+        values.get("quoted"),
+        settings,
+        episodes,
+        values.get("note"),
+        paper,
+    )
+
+
+def _run_settings(run: Any, runs: dict[str, Any], data: DataSet, path: Path) -> dict[str, Any]:
+    """Return the settings of a run of runs.yaml: its recipe's, its regime's and its own."""
+    where = f"{path.with_name('runs.yaml')}: {run}"
+    if not isinstance(run, str) or run not in runs:
+        raise ValueError(
+            f"{path}: run: expected one of runs.yaml beside it, which has the regime, recipe and "
+            f"settings of each; got {run!r}"
+        )
+    values = runs[run]
+    _check_keys(values, {"regime"}, {"recipe", "settings"}, where)
+    recipe = values.get("recipe")
+    if recipe is not None and recipe not in data.recipes:
+        known = ", ".join(data.recipes)
+        raise ValueError(f"{where}: recipe: expected one of {known}, got {recipe!r}")
+    regime = read_settings(path.parent.parent / "regimes" / f"{values['regime']}.yaml")
+    own = values.get("settings", {})
+    check_names(own, TrainConfig, where)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(run)):
+        raise ValueError(f"{where}: expected the name of a folder, got {run!r}")
+    return merged(merged(data.recipes.get(recipe, {}), regime), own)
 
 
 def _shots(shots: Any, where: str) -> int:

@@ -200,6 +200,9 @@ class RunFolder(BaseFolder):
     def clear(self) -> None:
         """Make the folder, without the files of an earlier run; its logs begin in `open_log`."""
         super().clear()
+        for scores in ("eval_*_fold*.json", "test-*.json"):
+            for file in self.path.glob(scores):
+                file.unlink()
         shutil.rmtree(self.events, ignore_errors=True)
 
     def open_log(self, class_names: dict[int, str], step: int = 0) -> RunLog:

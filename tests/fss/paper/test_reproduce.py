@@ -72,7 +72,7 @@ def test_two_rows_from_nothing_to_the_comparison(command, trained, tmp_path, cap
     assert (tmp_path / "out" / "scaled-down" / "T16.md").read_text().strip() == printed.strip()
     assert "**Scaled down: resnet18 of width 4, shapes, 33 px, 3 steps of 2" in printed
     assert "Set in every run, whatever the table says: batch_size 2, data.min_area 0.01" in printed
-    assert "| BN weight and bias (scaled down) | 1 |" in printed and "/ 61.93 |" in printed
+    assert "| BN weight and bias (scaled down) | 1 |" in printed and "/ 61.93 (-" in printed
 
     norms, svf = kept["rows"]
     assert (norms["run"], svf["label"]) == ("r50-baseline-batch-norm", "S (SVF)")
@@ -83,6 +83,8 @@ def test_two_rows_from_nothing_to_the_comparison(command, trained, tmp_path, cap
         assert row["mean"] == pytest.approx(ours)
         assert row["difference"] == pytest.approx(ours - theirs)
         for fold in (0, 1):
+            by_fold = row["folds"][str(fold)] - row["paper"]["folds"][fold]
+            assert row["folds_difference"][str(fold)] == pytest.approx(by_fold)
             path = tmp_path / "out" / "scaled-down" / "pascal-5i" / row["run"] / f"1shot-fold{fold}"
             test = json.loads((path / "result.json").read_text())
             assert row["folds"][str(fold)] == pytest.approx(100 * test["test"]["miou"]["mean"])
@@ -115,13 +117,13 @@ def test_an_interrupted_table_goes_on(command, trained, tmp_path, capsys, monkey
         return original(self, batch)
 
     monkeypatch.setattr(Trainer, "_loss", loss)
-    arguments = ("T19", "--rows", "2", "5", "--folds", "3")
+    arguments = ("T19", "--rows", "1", "5", "--folds", "3")
     assert command(*arguments) == 130
     assert "T19.md, the same command goes on" in capsys.readouterr().err
     assert [row["not_run"] for row in result(tmp_path, "T19")["rows"]] == [{"3": "not run yet"}] * 2
     assert main(["reproduce", "T19", "--list", "--scale-down", "--out", str(tmp_path / "out")]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert "folds in progress: 3, not started: 0 1 2" in listed[2]
+    assert "folds in progress: 3, not started: 0 1 2" in listed[1]
     assert command(*arguments) == 0
     assert trained == [f"r50-baseline-factors-{name}" for name in ("U False", "U True", "SV False")]
     assert all(not row["not_run"] for row in result(tmp_path, "T19")["rows"])
@@ -150,7 +152,7 @@ def test_rows_that_cannot_run_say_why(command, trained, tmp_path, capsys):
     assert command("T12", "--rows", "2", "--folds", "0", precision="64-false") == 0
     assert trained == []
     printed = capsys.readouterr().out
-    assert "- CyCTR 1-shot fold 0: quoted by the paper from another method" in printed
+    assert "- CyCTR 1-shot fold 0: quoted: CyCTR is not implemented here; the" in printed
     assert "- baseline† 1-shot fold 0: precision: expected one of 32-true" in printed
 
 
@@ -179,6 +181,7 @@ def test_more_test_episodes_need_no_other_training(command, trained, tmp_path):
     assert trained == ["r50-baseline-svf False"]
     folder = tmp_path / "out" / "scaled-down" / "coco-20i" / "r50-baseline-svf" / "1shot-fold1"
     assert json.loads((folder / "test-16.json").read_text())["episodes_per_seed"] == 16
+    assert not (folder / "eval.json").exists()  # which is the run's own, of fss eval
     assert [list(row["folds"]) for row in result(tmp_path, "T14")["rows"]] == [["1"]] * 3
 
 
@@ -263,14 +266,48 @@ def test_metric_of_table_3(command, tmp_path):
     test = json.loads((run / "result.json").read_text())["test"]
     assert row["folds"]["0"] == pytest.approx(100 * test["fb_iou"]["mean"])
     # the paper gives no fold of it
-    assert row["difference"] is None
+    assert row["difference"] is None and row["folds_difference"] == {}
 
 
-def test_all_tables_are_listed(capsys):
-    assert main(["reproduce"]) == 0
-    printed = capsys.readouterr().out
-    assert "T1: Pascal-5i, mIoU; Pascal-5i: what `fss data prepare pascal` makes" in printed
-    assert "r50-baseline-svf, 1-shot: S (SVF); folds not started: 0 1 2 3" in printed
+@pytest.mark.parametrize("arguments", [[], ["--list"]])
+def test_all_rows_are_listed_with_their_state(arguments, tmp_path, capsys):
+    out = tmp_path / "runs"
+    finished = out / "pascal-5i" / "r50-baseline-svf" / "1shot-fold2" / "result.json"
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
+    assert main(["reproduce", *arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 24 + 152 + 2
+    assert printed[0].startswith("T1: Pascal-5i, mIoU; Pascal-5i: what `fss data prepare pascal`")
+    assert "  5  CyCTR: quoted: CyCTR is not implemented here; the numbers of its paper" in printed
+    # Tables 1 and 3 have 5 shots too
+    lines = [line for line in printed if line.endswith("holds; r50-baseline-svf: 1 of 8 finished")]
+    assert len(lines) == 2
+    lines = [line for line in printed if line.endswith("holds; r50-baseline-svf: 1 of 4 finished")]
+    assert len(lines) == 17
+    assert printed[-2] == "152 rows: 142 hold, 10 are quoted."
+    assert printed[-1].startswith("Trainings that they share: 1 of 36")
+
+
+def test_rows_that_cannot_run_are_counted(tmp_path, capsys):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("precision: 64-false")
+    assert main(["reproduce", "--list", "--settings", str(path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    reason = "cannot run: r50-baseline-rotated-scale: precision: expected one of 32-true"
+    assert printed[-3].startswith(f"  4  R S' Rᵀ W: {reason}")
+    assert printed[-2] == "152 rows: 0 hold, 10 are quoted, 142 cannot run."
+
+
+def test_one_table_is_listed_by_shots_and_folds(capsys):
+    assert main(["reproduce", "T16", "--list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "  4  r50-baseline-svf, 1-shot: S (SVF); folds not started: 0 1 2 3" in printed
+    assert main(["reproduce", "T12", "--list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "  6  –, 1-shot: CyCTR†; quoted: CyCTR is not implemented here" in printed
+    assert main(["reproduce", "T7", "--list"]) == 0
+    assert "T7: Pascal-5i, the factors of U S Vᵀ (means of T19)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -290,7 +327,7 @@ def test_settings_that_are_the_tables(command, capsys, settings, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["T4"], "table: expected one of T1, T2, T3"),
+        (["T25"], "table: expected one of T1, T2, T3"),
         (["T16"], "data.root: expected the folder of Pascal-5i, got nothing; give --data.root"),
         (["T16", "--rows", "9", "--scale-down"], "rows: expected names or numbers of 1 r50"),
         (["T16", "--folds", "4", "--scale-down"], "folds: expected numbers of 0, 1, 2, 3; got 4"),
