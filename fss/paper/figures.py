@@ -138,6 +138,8 @@ def draw_figure(figure: Figure, runs: Sequence[PlannedRun], options: Options) ->
                 state += f", step {reported.step:,} of {reported.config.steps:,}"
         lines.append(f"{number:3d}  {run.row.run}: {run.row.label}; {state}")
     picture = None
+    if not there:
+        lines.append("Not drawn: none of its runs is there.")
     try:
         picture = _picture(figure, runs, there)
     except FileNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,16 +111,17 @@ def plot_panels(panels: Sequence[Panel]) -> Figure:
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for place, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
-            running = panel.run is not None and panel.run.result is None
             letter = chr(ord("a") + place)
-            title = f"({letter}) {panel.label}" + (" (in progress)" if running else "")
-            axes.set_title(title, fontsize=9)
-            axes.set(xlabel="step" if panel.run and panel.steps_per_epoch is None else "epoch")
-            axes.grid(True)
+            axes.set_title(f"({letter}) {panel.label}", fontsize=9)
             if panel.run is None:
                 axes.set_xticks([])
-                axes.text(0.5, 0.5, panel.missing, transform=axes.transAxes, ha="center")
+                words = textwrap.fill(textwrap.shorten(panel.missing, 120), 24)
+                axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center")
                 continue
+            if panel.run.result is None:
+                axes.set_title(f"({letter}) {panel.label} (in progress)", fontsize=9)
+            axes.set_xlabel("step" if panel.steps_per_epoch is None else "epoch")
+            axes.grid(True)
             length = panel.steps_per_epoch or 1
             _draw_percent(axes, panel.run, "train_miou", training, length, label="training")
             _draw_percent(axes, panel.run, "miou", validation, length, label="validation")
