@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import io
 import os
 import re
 import sys
@@ -304,6 +305,9 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM; these two let a training run finish and save its step, the second signal ends it at
     once.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack ± and …
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or os.environ.get("FSS_DEBUG", "") not in ("", "0")
     command = None

@@ -10,12 +10,21 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
 from torch import distributed, nn
 
 from fss.config import RegimeConfig
 
 Network = TypeVar("Network", bound=nn.Module)
+
+# Who started how many processes, by the variable that holds their number; the first one counts.
+_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",  # within a batch script, without srun, there is no step
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "JSM_NAMESPACE_SIZE": "jsrun",
+    "PMI_SIZE": "mpiexec",
+}
 
 
 class Launched(Protocol):
@@ -48,19 +57,24 @@ def build_fabric(config: Launched) -> Fabric:
 def launch(accelerator: str, devices: int | str, nodes: int, precision: Any) -> Fabric:
     """Launch the processes.
 
+    Fabric is told who started them, torchrun or it: by itself it also takes variables of Slurm and
+    MPI for a launcher, which a job leaves in the environment of every program.
+
     Raises:
-        ValueError: devices that this machine lacks.
+        ValueError: devices that this machine lacks; processes that another launcher started.
     """
+    _refuse_other_launchers()
     gpus = torch.cuda.device_count()
     if accelerator == "cuda" and not gpus:
         raise ValueError("accelerator: expected a GPU for cuda, found none; set accelerator to cpu")
     on_gpu = accelerator != "cpu" and gpus > 0
     if on_gpu and isinstance(devices, int) and devices > gpus:
         raise ValueError(f"devices: expected at most {gpus}, the GPUs here; got {devices}")
-    options: dict[str, Any] = {"precision": precision}
+    starter = LightningEnvironment if torchrun_layout() is None else TorchElasticEnvironment
+    options: dict[str, Any] = {"plugins": [starter()], "precision": precision}
     if precision == "16-mixed" and not on_gpu:
         # Fabric would take bfloat16 instead.
-        options = {"plugins": MixedPrecision("16-mixed", "cpu")}
+        options = {"plugins": [starter(), MixedPrecision("16-mixed", "cpu")]}
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
@@ -73,6 +87,22 @@ def launch(accelerator: str, devices: int | str, nodes: int, precision: Any) -> 
         _connect_anew("nccl" if on_gpu else "gloo")
     fabric.launch()
     return fabric
+
+
+def _refuse_other_launchers() -> None:
+    """Refuse processes that know nothing of each other: each would train alone, in one folder."""
+    if torchrun_layout() is not None:
+        return
+    started = {each: os.environ.get(each, "1") for each in _LAUNCHERS}
+    if "RANK" in os.environ:  # Kubernetes, DeepSpeed; Fabric sets WORLD_SIZE alone
+        started["WORLD_SIZE"] = os.environ.get("WORLD_SIZE", "1")
+    for variable, count in started.items():
+        if count.isdecimal() and int(count) > 1:
+            raise ValueError(
+                f"{_LAUNCHERS.get(variable, 'another launcher')} started {count} processes "
+                f"({variable}={count}), and only torchrun's know of each other; start one process "
+                f"a machine, `torchrun --nproc-per-node GPUS -m fss.cli …`, or unset {variable}"
+            )
 
 
 def torchrun_layout() -> tuple[int, int] | None:

@@ -8,10 +8,11 @@ from svf_fast.fusion import SVFBasicBlock, SVFBottleneck, SVFConvBNAct
 from svf_fast.layers import SVFConv2d, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
 from svf_fast.report import memory_report
-from svf_fast.svd import compose, decompose
+from svf_fast.svd import Factors, compose, decompose
 
 __all__ = [
     "Adapter",
+    "Factors",
     "SVFBasicBlock",
     "SVFBottleneck",
     "SVFConv2d",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -43,6 +43,7 @@ def convert(
     memory_budget: str | int | None = None,
     input_shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    factors: Mapping[str, Factors] | None = None,
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
@@ -68,6 +69,8 @@ def convert(
             their second convolution twice where that is needed.
         input_shape: of the forward pass that the budget is for.
         dtype: of the activations in it, for a run under autocast.
+        factors: U, S and V by the name of their layer, where they are known already, from a state
+            dict for one. They are taken in the place of the layer's weight, which is not looked at.
 
     Returns the model.
 
@@ -97,17 +100,19 @@ def convert(
         raise ValueError(
             f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
         )
+    known = dict(factors or {})
+    _check_factors(known, dict(chosen))
     replaced: dict[nn.Module, Factored] = {}
     for name, layer in tqdm(chosen, "decomposing", unit="layer", delay=2, disable=not progress):
         if layer not in replaced:
-            factors = _factors(layer, cache)
+            found = known.get(name) or _factors(layer, cache)
             kind = strategy
             if strategy == "auto" and _feeds_inplace(model, name):
                 kind = "chain"  # gram keeps its output, which the next module overwrites
             if isinstance(layer, nn.Conv2d):
-                replaced[layer] = SVFConv2d.from_conv(layer, kind, factors)
+                replaced[layer] = SVFConv2d.from_conv(layer, kind, found)
             else:
-                replaced[layer] = SVFLinear.from_linear(layer, kind, factors)
+                replaced[layer] = SVFLinear.from_linear(layer, kind, found)
             _move_hooks(layer, replaced[layer])
         model.set_submodule(name, replaced[layer])
     network = Network()
@@ -249,12 +254,30 @@ def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> F
         return factors
 
 
+def _check_factors(factors: dict[str, Factors], layers: dict[str, nn.Conv2d | nn.Linear]) -> None:
+    """Check that factors have the names and the shapes of layers to convert."""
+    for name, known in factors.items():
+        if name not in layers:
+            raise ValueError(f"factors: expected names of layers to convert, got {name!r}")
+        layer = layers[name]
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        expected, got = _shapes(layer.weight, groups), [tuple(each.shape) for each in known]
+        if got != expected:
+            raise ValueError(
+                f"factors: expected U, S, V of shapes {expected} for {name!r}, got {got}"
+            )
+
+
+def _shapes(weight: Tensor, groups: int) -> list[tuple[int, ...]]:
+    """List the shapes of the U, S and V of a weight."""
+    rank = min(weight.shape[0] // groups, weight[0].numel())
+    return [(weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:])]
+
+
 def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     """Return the factors; ValueError unless they are those of the weight, to rounding."""
-    folded = weight.reshape(groups, weight.shape[0] // groups, -1)
-    rank = min(folded.shape[1:])
-    shapes = [(weight.shape[0], rank), (groups * rank,), (groups * rank, *weight.shape[1:])]
-    if [tuple(f.shape) for f in factors] != shapes or {f.dtype for f in factors} != {weight.dtype}:
+    shapes, dtypes = _shapes(weight, groups), {each.dtype for each in factors}
+    if [tuple(each.shape) for each in factors] != shapes or dtypes != {weight.dtype}:
         raise ValueError("factors of another weight")
     wide = torch.promote_types(weight.dtype, torch.float32)
     allowed = 4 * torch.finfo(weight.dtype).eps + 64 * torch.finfo(wide).eps

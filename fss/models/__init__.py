@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +18,10 @@ from fss.models.matching import Matching
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
-from fss.models.regimes import apply_regime
-from fss.models.weights import backbone_of, load_backbone, read_state
+from fss.models.regimes import FACTORS, apply_regime, trains_singular_values
+from fss.models.state_dict import read_state_dict
+from fss.models.weights import backbone_of, load_backbone
+from svf_fast import Factors
 
 __all__ = [
     "BAM",
@@ -78,7 +79,7 @@ def build_model(
                 f"base_classes: expected the names of base classes for {config.name}, got None"
             )
         file = Path(config.official).expanduser()
-        count = kind.count_base_classes(read_state("model.official", file))
+        count = kind.count_base_classes(read_state_dict(file, "model.official").values)
     backbone = _backbone(config)
     if not (config.official or learned):
         load_backbone(backbone, config.weights)
@@ -98,8 +99,7 @@ def rebuild_model(
     Args:
         config: of the run, with the K that it was trained for.
         state: the network's state dict.
-        as_trained: with the strategy and the fused blocks of training, which decomposes the
-            backbone once more. Else SVF layers are made of the state's U, S and V, unfused.
+        as_trained: with the strategy and the fused blocks of training. Else unfused.
 
     Raises:
         LookupError, TypeError, RuntimeError: a state dict of another network.
@@ -107,15 +107,15 @@ def rebuild_model(
     kind = MODELS[config.model.name]
     count = kind.count_base_classes(state)
     model = kind.from_config(_backbone(config.model), config.model, count, config.data.shots)
-    converted = [name.removesuffix(".fingerprint") for name in state if "fingerprint" in name]
-    if as_trained or not converted:
-        apply_regime(model, config.regime)
+    factors = {
+        name: Factors(*(state[f"backbone.{name}.{part}"] for part in FACTORS))
+        for name, _ in model.backbone.named_modules()
+        if all(f"backbone.{name}.{part}" in state for part in FACTORS)
+    }
+    if as_trained or not trains_singular_values(config.regime):
+        apply_regime(model, config.regime, factors)
     else:
-        for name in converted:
-            convolution: Any = model.get_submodule(name)
-            factors: Any = tuple(state[f"{name}.{part}"] for part in "USV")
-            layer = svf_fast.SVFConv2d.from_conv(convolution, "auto", factors)
-            model.set_submodule(name, layer)
+        svf_fast.convert(model.backbone, list(factors), fuse=False, factors=factors)
     model.load_state_dict(state)
     return model
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fss.models.vgg import VGG
+from svf_fast import Factors
 
 
 class Architecture(NamedTuple):
@@ -117,6 +118,7 @@ class ResNet(nn.Module):
     Attributes:
         channels: output channels of layers 1 to 4.
         stride_on: "conv1" or "conv2" for bottlenecks, None for basic blocks.
+        factors: U, S and V by convolution, where the weights were loaded from SVF layers.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class ResNet(nn.Module):
             )
             in_channels = width * 2**n * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
+        self.factors: dict[str, Factors] = {}
         self.channels = tuple(width * 2**n * block.expansion for n in range(4))
         self.stride_on = stride_on if block is Bottleneck else None
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fss.models.bam import BAM
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
+from fss.models.state_dict import StateDict, differences, read_state_dict, read_torch
 from fss.models.vgg import CUTS, VGG
-from fss.models.weights import differences, read_state, read_torch
 
 # Beginnings of our names and of theirs; the first that fits counts.
 _STEM = {
@@ -59,6 +59,9 @@ _BASE_LEARNER_OF_BAM = {"pool.": "learner_base.0.", "classifier.": "learner_base
 def load_official(model: nn.Module, path: str) -> None:
     """Load the authors' checkpoint of PFENet, BAM or BAM's PSPNet, all of it or nothing.
 
+    Their SVF layers are composed: the network computes what theirs does. Of those with full rank
+    `backbone.factors` keeps U, S and V, from which `apply_regime` goes on.
+
     Args:
         model: a `PFENet`, `BAM` or `PSPNet` of the same backbone (the authors' ResNets have a deep
             stem), fold and, for BAM, number of shots.
@@ -71,8 +74,8 @@ def load_official(model: nn.Module, path: str) -> None:
     """
     if not isinstance(model, (PFENet, BAM, PSPNet)):
         raise TypeError(f"model: expected PFENet, BAM or PSPNet, got {type(model).__name__}")
-    state = read_state("model.official", Path(path).expanduser())
-    _load(model, _without_encoder(state, path), path)
+    read = read_state_dict(Path(path).expanduser(), "model.official")
+    _load(model, read, path)
 
 
 def load_base_learner(
@@ -94,7 +97,8 @@ def load_base_learner(
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / "base.pt"
-    state = read_state("model.base_weights", file)
+    read = read_state_dict(file, "model.base_weights")
+    state = read.values
     pspnet = nn.Module()
     pspnet.backbone, pspnet.base_learner = model.backbone, model.base_learner
     if any(key.startswith("base_learner.") for key in state):
@@ -103,7 +107,7 @@ def load_base_learner(
         _raise(differences(_counted(own), _counted(state)), path)
         pspnet.load_state_dict(state, strict=False)
     else:
-        _load(pspnet, _without_encoder(state, path), path)
+        _load(pspnet, read, path)
 
 
 def official_keys(model: nn.Module) -> dict[str, str]:
@@ -111,8 +115,8 @@ def official_keys(model: nn.Module) -> dict[str, str]:
     return {key: _official(key, model) for key in model.state_dict()}
 
 
-def _load(model: nn.Module, state: dict[str, Any], path: str) -> None:
-    own = model.state_dict()
+def _load(model: nn.Module, read: StateDict, path: str) -> None:
+    state, own = _without_encoder(read.values, path), model.state_dict()
     names = official_keys(model)
     expected = {names[key]: _as_theirs(key, value) for key, value in own.items()}
     _raise(differences(_counted(expected), _counted(state)), path)
@@ -120,6 +124,13 @@ def _load(model: nn.Module, state: dict[str, Any], path: str) -> None:
         key: state[name].reshape(own[key].shape) for key, name in names.items() if name in state
     }
     model.load_state_dict(loaded, strict=False)
+    backbone = model.get_submodule("backbone")
+    layers = {key.removesuffix(".weight"): names[key].removesuffix(".weight") for key in own}
+    backbone.factors = {
+        ours.removeprefix("backbone."): read.factors[theirs]
+        for ours, theirs in layers.items()
+        if theirs in read.factors
+    }
 
 
 def _check_classes(

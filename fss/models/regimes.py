@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,21 +10,36 @@ from torch import nn
 import svf_fast
 from fss.config import RegimeConfig
 from fss.models.regime_layers import Adapter, FactoredConv2d, ScaledConv2d, random_rotation
+from svf_fast import Factors
+
+FACTORS = ("U", "S", "V")
 
 
-def apply_regime(model: nn.Module, regime: RegimeConfig) -> None:
+def apply_regime(
+    model: nn.Module, regime: RegimeConfig, factors: Mapping[str, Factors] | None = None
+) -> None:
     """Freeze `model.backbone` but for what the regime trains, in place; the head is left alone.
 
     See `RegimeConfig` for what each regime makes of the backbone. All but "rotated_svf" leave it
     computing what it computed before, up to rounding.
+
+    Args:
+        model: with a `backbone`.
+        regime: what trains.
+        factors: U, S and V by the name of their convolution in the backbone, where the state dict
+            of a trained network has them: with it nothing is decomposed or rotated. By default
+            those of the file that the weights are from, see `load_backbone`.
 
     Raises:
         ValueError: a layer that the backbone does not have, or one without what the regime trains.
     """
     backbone = model.get_submodule("backbone")
     backbone.requires_grad_(False)
+    loaded, backbone.factors = getattr(backbone, "factors", {}), {}
+    if factors is None and regime.name in ("svf", "svf_scale"):
+        factors = loaded
     if regime.name in _COMPOSED or regime.name in ("full", "svf", "rotated_svf"):
-        _train_convolutions(backbone, regime)
+        _train_convolutions(backbone, regime, factors)
     elif regime.name == "adapter":
         for layer in _layers(backbone, regime):
             _append_adapter(backbone, layer, regime.adapter_reduction)
@@ -37,40 +52,59 @@ def apply_regime(model: nn.Module, regime: RegimeConfig) -> None:
         _train_statistics(model, backbone, regime)
 
 
-def _train_convolutions(backbone: nn.Module, regime: RegimeConfig) -> None:
+def trains_singular_values(regime: RegimeConfig) -> bool:
+    """Return whether the regime makes SVF layers, of which S alone trains."""
+    return regime.name in ("svf", "rotated_svf") and set(regime.trained_factors) == {"S"}
+
+
+def _train_convolutions(
+    backbone: nn.Module, regime: RegimeConfig, factors: Mapping[str, Factors] | None
+) -> None:
     convolutions = _convolutions(backbone, regime)
     if regime.name == "full":
         for convolution in convolutions.values():
             convolution.requires_grad_(True)
         return
-    if regime.name == "rotated_svf":
+    if regime.name == "rotated_svf" and factors is None:
         for convolution in convolutions.values():
             _rotate(convolution)
-    if regime.name in ("svf", "rotated_svf") and set(regime.trained_factors) <= {"S"}:
-        if regime.trained_factors:
-            svf_fast.convert(backbone, list(convolutions), regime.strategy)
-        return
-    compose = _COMPOSED[regime.name]
-    for name, convolution in convolutions.items():
-        backbone.set_submodule(name, compose(convolution, regime.trained_factors))
+    known = {
+        name: Factors(*(factor.to(convolutions[name].weight) for factor in found))
+        for name, found in (factors or {}).items()
+        if name in convolutions
+    }
+    if trains_singular_values(regime):
+        svf_fast.convert(backbone, list(convolutions), regime.strategy, factors=known)
+    elif regime.name in _COMPOSED:
+        compose = _COMPOSED[regime.name]
+        for name, convolution in convolutions.items():
+            layer = compose(convolution, regime.trained_factors, known.get(name))
+            backbone.set_submodule(name, layer)
 
 
-def _factored(convolution: nn.Conv2d, trained: tuple[str, ...]) -> FactoredConv2d:
-    return FactoredConv2d(convolution, *svf_fast.decompose(convolution.weight), trained)
+def _factored(
+    convolution: nn.Conv2d, trained: tuple[str, ...], known: Factors | None
+) -> FactoredConv2d:
+    factors = svf_fast.decompose(convolution.weight) if known is None else known
+    return FactoredConv2d(convolution, *factors, trained)
 
 
-def _rotated(convolution: nn.Conv2d, trained: tuple[str, ...]) -> FactoredConv2d:
+def _rotated(
+    convolution: nn.Conv2d, trained: tuple[str, ...], known: Factors | None
+) -> FactoredConv2d:
+    if known is not None:
+        return FactoredConv2d(convolution, *known, ("S'",))
     weight = convolution.weight.detach()
     R = random_rotation(len(weight)).to(weight.device)
     turned = (R.mT @ weight.double().flatten(1)).view_as(weight)
     return FactoredConv2d(convolution, R, torch.ones(len(weight)), turned, ("S'",))
 
 
-_COMPOSED: dict[str, Callable[[nn.Conv2d, tuple[str, ...]], nn.Module]] = {
+_COMPOSED: dict[str, Callable[[nn.Conv2d, tuple[str, ...], Factors | None], nn.Module]] = {
     "svf": _factored,
     "svf_scale": _factored,
-    "scale_output": lambda convolution, _: ScaledConv2d(convolution, "output"),
-    "scale_input": lambda convolution, _: ScaledConv2d(convolution, "input"),
+    "scale_output": lambda convolution, *_: ScaledConv2d(convolution, "output"),
+    "scale_input": lambda convolution, *_: ScaledConv2d(convolution, "input"),
     "rotated_scale": _rotated,
 }
 """By regime, the layer that replaces a convolution, given the factors that train."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from fss.models.pooling import resize
+from svf_fast import Factors
 
 # Where layers 0 to 4 begin and end among the children of torchvision's `vgg16_bn().features`; each
 # of layers 0 to 3 ends with a max-pool, the last of the network is dropped.
@@ -34,6 +35,7 @@ class VGG(nn.Module):
     Attributes:
         channels: output channels of layers 1 to 4.
         stride_on: None, no convolution has a stride.
+        factors: U, S and V by convolution, where the weights were loaded from SVF layers.
     """
 
     stride_on = None
@@ -41,6 +43,7 @@ class VGG(nn.Module):
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         widths = tuple(width * factor for factor in (1, 2, 4, 8, 8))
+        self.factors: dict[str, Factors] = {}
         self.channels = widths[1:]
         in_channels = 3
         for n, (out_channels, depth) in enumerate(zip(widths, _DEPTHS, strict=True)):

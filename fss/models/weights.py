@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fss.models.backbone import ARCHITECTURES, BACKBONES, Backbone, BasicBlock, build_backbone
+from fss.models.state_dict import StateDict, backbone_part, differences, read_state_dict
 from fss.models.vgg import VGG, own_keys
 
 _SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
+# Of ImageNet's classes, and SwAV's.
+_HEADS = ("fc.", "classifier.", "projection_head.", "prototypes.")
 
 
 class _Description(NamedTuple):
@@ -27,15 +27,17 @@ class _Description(NamedTuple):
 def load_backbone(backbone: Backbone, weights: str) -> None:
     """Load pretrained weights into a backbone, all of them or none.
 
-    float16 tensors are cast to the backbone's dtype. `fc.*`, a VGG's `classifier.*` and
-    `num_batches_tracked` are ignored, a `module.` prefix is removed.
+    float16 tensors are cast to the backbone's dtype. Heads (`fc.*`, a VGG's `classifier.*`) and
+    `num_batches_tracked` are ignored. Of a larger network its backbone is taken: of Lightning's
+    modules, torchvision's segmentation networks, MoCo, DINO. Where the file has the authors' SVF
+    layers, `backbone.factors` keeps those of full rank for `apply_regime`.
 
     Args:
         backbone: from `build_backbone`.
         weights: "none" (stay random); "shapes" (embedded, for the shapes data); "torchvision"
             (ImageNet weights, downloaded by torchvision); or the path of a `.safetensors`, `.pth`
-            or `.pt` file with a state dict of torchvision or semseg, at the top or under
-            `state_dict`.
+            or `.pt` file with a state dict of torchvision or semseg, at the top or in an entry
+            like `state_dict`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -48,20 +50,21 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
     if weights == "none":
         return
     if weights == "torchvision":
-        state, stride_on = _download(backbone), "conv2"
+        read = StateDict(_download(backbone), "conv2")
     else:
-        state, stride_on = _read(_path(weights))
-    state = {key: value for key, value in _bare(state).items() if not _ignored(key)}
-    if isinstance(backbone, VGG):
-        state = own_keys(state)
+        read = read_state_dict(_path(weights))
+    read = backbone_part(read, weights)
+    rename = own_keys if isinstance(backbone, VGG) else dict
+    state = rename({key: value for key, value in read.values.items() if not _ignored(key)})
     _check(backbone, state, weights)
-    if stride_on and backbone.stride_on and stride_on != backbone.stride_on:
+    if read.stride_on and backbone.stride_on and read.stride_on != backbone.stride_on:
         raise ValueError(
-            f"weights: {weights} has its strides on {stride_on}, the backbone on "
-            f"{backbone.stride_on}: set stride_on={stride_on}"
+            f"weights: {weights} has its strides on {read.stride_on}, the backbone on "
+            f"{backbone.stride_on}: set stride_on={read.stride_on}"
         )
     # What is missing now are the counters num_batches_tracked.
     backbone.load_state_dict(state, strict=False)
+    backbone.factors = rename({k: v for k, v in read.factors.items() if not _ignored(f"{k}.")})
 
 
 def backbone_of(weights: str, name: str | None = None, stride_on: str | None = None) -> Backbone:
@@ -85,8 +88,8 @@ def backbone_of(weights: str, name: str | None = None, stride_on: str | None = N
         backbone = build_backbone(name, stride_on=stride_on or "conv2")
     else:
         path = _path(weights)
-        state, told = _read(path)
-        found = _describe(_bare(state))
+        read = backbone_part(read_state_dict(path), weights)
+        found = _describe(read.values)
         if found is None or found.backbone not in BACKBONES or name not in (None, found.backbone):
             what = "of no ResNet or VGG" if found is None else f"of {found.backbone}"
             raise ValueError(
@@ -94,39 +97,10 @@ def backbone_of(weights: str, name: str | None = None, stride_on: str | None = N
                 f"{what}"
             )
         backbone = build_backbone(
-            found.backbone, found.stem, stride_on or told or "conv2", found.width
+            found.backbone, found.stem, stride_on or read.stride_on or "conv2", found.width
         )
     load_backbone(backbone, weights)
     return backbone
-
-
-def read_state(argument: str, path: Path) -> dict[str, Any]:
-    """Read the state dict in a file, at the top or under `state_dict`, without `module.` prefixes.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or one that cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{argument}: expected the path of an existing file, got {str(path)!r}; looked for "
-            f"{path.absolute()}"
-        )
-    return _bare(_read(path)[0])
-
-
-def differences(expected: dict[str, Tensor], state: dict[str, Any]) -> str:
-    """List what is missing, unexpected or of another shape in a state dict; "" if nothing."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [
-        key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
-    ]
-    reshaped = [
-        f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
-        for key, value in expected.items()
-        if isinstance(state.get(key), Tensor) and state[key].shape != value.shape
-    ]
-    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    return "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
 
 
 def _path(weights: str) -> Path:
@@ -139,12 +113,8 @@ def _path(weights: str) -> Path:
     return path
 
 
-def _bare(state: dict[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
 def _ignored(key: str) -> bool:
-    return key.startswith(("fc.", "classifier.")) or key.endswith("num_batches_tracked")
+    return key.startswith(_HEADS) or key.endswith("num_batches_tracked")
 
 
 def _download(backbone: Backbone) -> dict[str, Tensor]:
@@ -167,60 +137,6 @@ def _download(backbone: Backbone) -> dict[str, Tensor]:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Read a file's state dict, and which convolution has the stride if the file tells."""
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pth", ".pt"):
-        return _read_torch(path), None
-    raise ValueError(f"weights: expected a .safetensors, .pth or .pt file, got {path}")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            stride = (file.metadata() or {}).get("stride", "")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"weights: {path} is no complete safetensors file ({error}); fetch it again"
-        ) from error
-    word = stride.partition(" ")[0]
-    return state, word if word in ("conv1", "conv2") else None
-
-
-def read_torch(path: Path) -> Any:
-    """Read what `torch.save` wrote into a file, if it is tensors and plain values only.
-
-    Raises:
-        ValueError: a file that cannot be read, or would run code.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights: {path} holds more than tensors, or is damaged, and is not loaded, because "
-            "pickled objects can run code. If you trust it, load it with torch yourself and save "
-            f"its state dict alone.\n{error}"
-        ) from error
-    except Exception as error:  # of damaged files torch.load raises whatever its readers do
-        raise ValueError(
-            f"weights: {path} is no complete torch file ({error}); fetch it again"
-        ) from error
-
-
-def _read_torch(path: Path) -> dict[str, Any]:
-    state = read_torch(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"weights: expected a state dict in {path}, got an object of type "
-            f"{type(state).__name__}"
-        )
-    return {str(key): value for key, value in state.items()}
-
-
 def _check(backbone: Backbone, state: dict[str, Any], weights: str) -> None:
     expected = {key: value for key, value in backbone.state_dict().items() if not _ignored(key)}
     report = differences(expected, state)
@@ -228,11 +144,6 @@ def _check(backbone: Backbone, state: dict[str, Any], weights: str) -> None:
         return
     guess = _guess(_describe(expected), _describe(state))
     raise ValueError(f"weights: {weights} does not fit the backbone.{report}\n  {guess}")
-
-
-def _first(keys: list[str], count: int = 10) -> str:
-    more = f", … ({len(keys) - count} more)" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more
 
 
 def _guess(expected: _Description, got: _Description | None) -> str:

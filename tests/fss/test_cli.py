@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +190,26 @@ def test_version_and_help(capsys):
             main(arguments)
         assert stop.value.code == 0
         assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["reproduce"], ["train", "--step"]])
+def test_a_terminal_without_utf_8(encoding, arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "fss.cli", *arguments],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == (2 if "--step" in arguments else 0)
+    assert b"Traceback" not in done.stderr and b"codec" not in done.stderr
+
+
+def test_a_finished_run_ends_well_in_a_terminal_without_utf_8(config_file, monkeypatch):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    assert main(["train", "--config", config_file, "--test_seeds", "[1,2]"]) == 0
+    sys.stdout.flush()
+    assert "?" in screen.getvalue().decode("ascii")  # in the place of ±
 
 
 def test_run_folder_is_where_out_says(config_file, tmp_path):

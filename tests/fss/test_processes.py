@@ -190,3 +190,43 @@ def test_the_layout_of_torchrun(monkeypatch):
 def test_a_gpu_that_is_not_there(tiny):
     with pytest.raises(ValueError, match="accelerator: expected a GPU for cuda, found none"):
         train(tiny(accelerator="cuda"))
+
+
+SBATCH = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        SBATCH,
+        SBATCH | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS_PER_NODE": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
+        {"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "gone", "JSM_NAMESPACE_SIZE": "1"}
+        | {"JSM_NAMESPACE_LOCAL_RANK": "0"},
+        {"MASTER_ADDR": "host", "WORLD_SIZE": "1", "RANK": "0"},
+    ],
+)
+def test_variables_of_a_job_start_no_processes(tiny, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fabric = build_fabric(tiny())
+    assert fabric.world_size == 1 and fabric.is_global_zero
+
+
+@pytest.mark.parametrize(
+    ("environment", "starter"),
+    [
+        (
+            SBATCH | {"SLURM_STEP_NUM_TASKS": "4"},
+            "srun started 4 processes",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes"),
+        ({"PMI_SIZE": "2"}, "mpiexec started 2 processes"),
+        ({"RANK": "1", "WORLD_SIZE": "8"}, "another launcher started 8 processes"),
+    ],
+)
+def test_processes_of_another_launcher_are_refused(tiny, monkeypatch, environment, starter):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=starter + ".*torchrun --nproc-per-node"):
+        build_fabric(tiny())

@@ -17,7 +17,8 @@ from fss.config import TrainConfig
 from fss.models import build_model
 from fss.models.backbone import build_backbone
 from fss.models.official import load_base_learner, load_official
-from fss.models.weights import load_backbone, read_state, read_torch
+from fss.models.state_dict import read_state_dict, read_torch
+from fss.models.weights import load_backbone
 from fss.runs.checkpoint import load_checkpoint
 from fss.training.run import train
 
@@ -70,7 +71,7 @@ def resume(path: Path) -> None:
 LOADERS = {
     "checkpoint": load_checkpoint,
     "backbone": lambda path: load_backbone(build_backbone("resnet18", width=4), str(path)),
-    "state": lambda path: read_state("model.official", path),
+    "state": lambda path: read_state_dict(path, "model.official"),
     "torch": read_torch,
     "official": lambda path: load_official(bam(), str(path)),
     "base learner": lambda path: load_base_learner(bam(), str(path)),

@@ -10,6 +10,8 @@ from torch.nn.utils import prune
 import svf_fast
 from svf_fast import SVFBasicBlock, SVFConv2d, SVFLinear
 from svf_fast.fusion.fused import Fused
+from svf_fast.layers.factored import svf_layers
+from svf_fast.svd import Factors
 
 
 class Residual(nn.Module):
@@ -129,6 +131,30 @@ def test_auto_heeds_an_activation_in_place():
 def test_mode_is_kept(net):
     svf_fast.convert(net, ("layer2",))
     assert not net.layer2[0].conv1.training
+
+
+def test_known_factors_are_taken_in_the_place_of_the_weight(net):
+    whole = svf_fast.convert(copy.deepcopy(net), ("layer2", "head")).eval()
+    with torch.no_grad():
+        for S in svf_fast.svf_parameters(whole):
+            S.mul_(1.5)
+    known = {name: Factors(m.U, m.S, m.V) for name, m in svf_layers(whole).items()}
+    for module in net.layer2.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.weight)
+    svf_fast.convert(net, ("layer2", "head"), factors=known).eval()
+    assert all(torch.equal(m.S, known[name].S) for name, m in svf_layers(net).items())
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(net(x), whole(x))
+
+
+def test_factors_must_fit(net):
+    with pytest.raises(ValueError, match="factors: expected names of layers to convert, got 'hed'"):
+        svf_fast.convert(net, ("head",), factors={"hed": None})
+    factors = svf_fast.decompose(torch.randn(3, 5))
+    with pytest.raises(ValueError, match="factors: expected U, S, V of shapes .* for 'head', got"):
+        svf_fast.convert(net, ("layer2", "head"), factors={"head": factors})
+    assert not svf_layers(net)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What holds for every model: seams, regimes, memory, precisions."""
 
 import functools
+import sys
 from typing import get_args, get_type_hints
 
 import pytest
@@ -256,6 +257,45 @@ def test_a_saved_network_is_rebuilt_from_its_state_dict(name, as_trained, regime
     short = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
     with pytest.raises(RuntimeError, match="Missing key"):
         rebuild_model(config, short, as_trained)
+
+
+@pytest.mark.parametrize("as_trained", [True, False])
+@pytest.mark.parametrize(
+    "regime",
+    [
+        {"name": "svf"},
+        {"name": "svf", "factors": ("U", "S", "V")},
+        {"name": "svf_scale"},
+        {"name": "rotated_svf"},
+        {"name": "rotated_svf", "factors": ()},
+        {"name": "rotated_scale"},
+        {"name": "scale_input"},
+    ],
+)
+def test_a_rebuilt_network_is_not_decomposed(monkeypatch, regime, as_trained):
+    config = TrainConfig(
+        data=DataConfig(source="shapes"),
+        model=ModelConfig(weights="gone", backbone="resnet18", width=4, channels=16),
+        regime=RegimeConfig(**regime),
+    )
+    model = _model("baseline")
+    apply_regime(model, config.regime)
+    _grow(model)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("decomposed again")
+
+    for owner in (
+        svf_fast,
+        sys.modules["svf_fast.convert"],
+        sys.modules["svf_fast.layers.factored"],
+    ):
+        monkeypatch.setattr(owner, "decompose", refuse)
+    rebuilt = rebuild_model(config, model.state_dict(), as_trained)
+    batch = _batch()
+    with torch.no_grad():
+        expected, got = (_predict(each.eval(), batch).logits for each in (model, rebuilt))
+    torch.testing.assert_close(got, expected)
 
 
 def test_build_model_wants_what_bam_needs():

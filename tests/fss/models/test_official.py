@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fss.config import ModelConfig
-from fss.models import BAM, PFENet, PSPNet, build_backbone, build_model
+from fss.config import ModelConfig, RegimeConfig
+from fss.models import BAM, PFENet, PSPNet, build_backbone, build_model, load_backbone
 from fss.models.official import load_base_learner, load_official, official_keys
+from fss.models.regimes import apply_regime
+from svf_fast.layers.factored import svf_layers
 
 VGG_LAYERS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 
@@ -375,6 +377,127 @@ def test_pspnet_and_bam_from_it(tmp_path, vgg):
         pairs = zip(getattr(bam, name).parameters(), getattr(pspnet, name).parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
     assert not any(p.requires_grad for p in bam.base_learner.parameters())
+
+
+def _with_svf_layers(state, listed=False):
+    """The authors' SVF layers in place of the convolutions of layers 0-4, with S as trained.
+
+    From facts about their code: names, shapes, ranks rounded down to a multiple of 4.
+    """
+    factored, ranks = {}, {}
+    generator = torch.Generator().manual_seed(3)
+    for key, value in state.items():
+        layer = key.removesuffix(".weight")
+        if key.startswith("layer") and value.ndim == 4:
+            U, S, V = torch.linalg.svd(value.double().flatten(1), full_matrices=False)
+            full = len(S)
+            rank = max(full // 4 * 4, 1)
+            scale = 1 + 0.2 * torch.randn(rank, generator=generator, dtype=torch.float64)
+            factored[f"{layer}.conv_V.weight"] = V[:rank].reshape(rank, *value.shape[1:]).float()
+            name = f"{layer}.vector_S.0" if listed else f"{layer}.vector_S"
+            factored[name] = (S[:rank] * scale).reshape(1, rank, 1, 1)[0 if listed else ...].float()
+            factored[f"{layer}.conv_U.weight"] = U[:, :rank].reshape(-1, rank, 1, 1).float()
+            if f"{layer}.bias" in state:
+                factored[f"{layer}.conv_U.bias"] = state[f"{layer}.bias"]
+            if rank < full:
+                ranks[layer] = (rank, full)
+        elif not (key.startswith("layer") and f"{layer.removesuffix('.bias')}.weight" in state) or (
+            state[f"{layer.removesuffix('.bias')}.weight"].ndim != 4
+        ):
+            factored[key] = value
+    return factored, ranks
+
+
+def _composed(factored):
+    """The weights that the SVF layers stand for, in float64."""
+    state = {}
+    for key, value in factored.items():
+        layer, part, _ = key.partition(".conv_V.weight")
+        if part:
+            S = factored.get(f"{layer}.vector_S", factored.get(f"{layer}.vector_S.0"))
+            U = factored[f"{layer}.conv_U.weight"].double().flatten(1) * S.double().flatten()
+            state[f"{layer}.weight"] = (U @ value.double().flatten(1)).reshape(-1, *value.shape[1:])
+            if f"{layer}.conv_U.bias" in factored:
+                state[f"{layer}.bias"] = factored[f"{layer}.conv_U.bias"]
+        elif ".conv_U." not in key and ".vector_S" not in key:
+            state[key] = value
+    return state
+
+
+@pytest.mark.parametrize(("vgg", "listed"), [(False, False), (True, True)])
+@torch.no_grad()
+def test_a_checkpoint_of_svf_layers(tmp_path, vgg, listed):
+    factored, cut = _with_svf_layers(_state(_pfenet_shapes(vgg)), listed)
+    assert list(cut.values()) == [(24, 27)]  # the first convolution, of three channels
+    config = ModelConfig(
+        name="pfenet",
+        backbone="vgg16_bn" if vgg else "resnet50",
+        stem="plain" if vgg else "deep",
+        official=_save(tmp_path, factored),
+    )
+    with pytest.warns(UserWarning, match=rf"{next(iter(cut))} \(24 of 27\)\. The authors' code"):
+        model = build_model(config)
+    query, supports, masks = _episodes(1)
+    theirs = Theirs(_composed(factored), vgg)
+    expected = theirs.pfenet(query.double(), supports.double(), masks)[0]
+    assert _relative_error(model.eval()(query, supports, masks).logits, expected) < 1e-4
+    apply_regime(model, RegimeConfig())
+    layers = svf_layers(model.backbone)
+    assert len(layers) == (9 if vgg else 42) and not model.backbone.factors
+    names = official_keys(PFENet(_backbone(vgg)))
+    for name, layer in layers.items():
+        their = names[f"backbone.{name}.weight"].removesuffix(".weight")
+        S = factored.get(f"{their}.vector_S", factored.get(f"{their}.vector_S.0"))
+        assert torch.equal(layer.S, S.flatten())
+        assert torch.equal(layer.U, factored[f"{their}.conv_U.weight"].flatten(1))
+        assert torch.equal(layer.V, factored[f"{their}.conv_V.weight"])
+    assert _relative_error(model.eval()(query, supports, masks).logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("regime", ["freeze", "full", "svf_scale"])
+@torch.no_grad()
+def test_svf_layers_under_other_regimes(tmp_path, regime):
+    factored, _ = _with_svf_layers(_small_state())
+    torch.save(factored, tmp_path / "w.pth")
+    config = ModelConfig(backbone="resnet18", width=4, weights=str(tmp_path / "w.pth"), channels=8)
+    model = build_model(config)
+    apply_regime(model, RegimeConfig(name=regime))
+    composed = _composed(factored)
+    for name, module in model.backbone.named_modules():
+        weight = getattr(module, "composed_weight", lambda module=module: module.weight)
+        if f"{name}.weight" in composed and composed[f"{name}.weight"].ndim == 4:
+            expected = composed[f"{name}.weight"].double()
+            torch.testing.assert_close(weight().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def _small_state():
+    return build_backbone("resnet18", width=4).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("vector_S", "lacks conv_U.weight or vector_S of the SVF layer layer2.0.conv1"),
+        ("conv_U.weight", "lacks conv_U.weight or vector_S of the SVF layer layer2.0.conv1"),
+        ("conv_V.weight", "lacks layer2.0.conv1.conv_V.weight, the V of an SVF layer"),
+    ],
+)
+def test_svf_layers_that_lack_a_part(tmp_path, lost, message):
+    factored, _ = _with_svf_layers(_small_state())
+    del factored[f"layer2.0.conv1.{lost}"]
+    torch.save(factored, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        load_backbone(build_backbone("resnet18", width=4), str(tmp_path / "w.pth"))
+
+
+def test_svf_layers_whose_ranks_disagree(tmp_path):
+    factored, _ = _with_svf_layers(_small_state())
+    factored["layer2.0.conv1.vector_S"] = torch.ones(1, 5, 1, 1)
+    torch.save(factored, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match=r"U \[Co, R\], S \[R\], V .*layer2.0.conv1, got \[8, 8\], \[5\]"
+    ):
+        load_backbone(build_backbone("resnet18", width=4), str(tmp_path / "w.pth"))
 
 
 def test_names_are_the_published_ones(vgg):

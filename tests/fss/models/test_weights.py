@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from fss.models import build_backbone, load_backbone
+from fss.models import backbone_of, build_backbone, load_backbone
 
 SHARED = Path(os.environ.get("SVF_SHARED", Path(__file__).parents[4] / "shared"))
 
@@ -51,6 +51,60 @@ def test_every_form_of_file(tmp_path, stem, form):
         torch.save(state if form == "module" else {"epoch": 3, "state_dict": state}, path)
     load_backbone(target, str(path))
     assert _same(source, target)
+
+
+HEADS = {"classifier.0.weight": torch.zeros(2, 4), "aux_classifier.4.bias": torch.zeros(2)}
+
+
+def _moco(state):
+    other = {f"module.encoder_k.{key}": torch.zeros_like(value) for key, value in state.items()}
+    own = {f"module.encoder_q.{key}": value for key, value in state.items()}
+    queue = {"module.queue": torch.zeros(3), "module.encoder_q.fc.2.weight": torch.zeros(3, 3)}
+    return {"epoch": 1, "arch": "resnet50", "state_dict": other | own | queue}
+
+
+def _dino(state):
+    teacher = {f"backbone.{key}": value for key, value in state.items()}
+    student = {f"module.backbone.{key}": torch.zeros_like(value) for key, value in state.items()}
+    head = {"head.mlp.0.weight": torch.zeros(3, 3)}
+    return {"student": student, "teacher": teacher | head, "epoch": 3}
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg16_bn"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        _moco,
+        _dino,
+        lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "global_step": 3},
+        lambda s: {"state_dict": {f"model.net.{k}": v for k, v in s.items()} | HEADS},
+        lambda s: {f"backbone.{k}": v for k, v in s.items()} | HEADS,
+        lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+        lambda s: (
+            {"module.base_encoder." + k: v for k, v in s.items()}
+            | {"module.momentum_encoder." + k: v * 0 for k, v in s.items()}
+        ),
+    ],
+    ids=["moco", "dino", "lightning", "nested", "torchvision", "compiled", "moco3"],
+)
+def test_the_backbone_of_a_larger_file(tmp_path, name, wrap):
+    source, target = _backbone(name), _backbone(name)
+    state = _state(source)
+    if name == "vgg16_bn":
+        state = {"features." + key.partition(".")[2]: value for key, value in state.items()}
+    for ending in ("pth", "ckpt", "pth.tar"):
+        torch.save(wrap(state), tmp_path / f"w.{ending}")
+        load_backbone(target, str(tmp_path / f"w.{ending}"))
+        assert _same(source, target)
+        assert _same(source, backbone_of(str(tmp_path / f"w.{ending}")))
+
+
+def test_two_backbones_in_a_file_are_named(tmp_path):
+    state = _state(_backbone())
+    both = {f"{name}.{key}": value for name in ("first", "second") for key, value in state.items()}
+    torch.save(both, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"expected one backbone .* found 2: first.\*, second.\*"):
+        load_backbone(_backbone(), str(tmp_path / "w.pth"))
 
 
 def test_the_embedded_weights_fit():
