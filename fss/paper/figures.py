@@ -132,7 +132,7 @@ def draw_figure(figure: Figure, runs: Sequence[PlannedRun], options: Options) ->
     for number, run in enumerate(runs, 1):
         state = run.state if run.reason is None else run.reason
         if run.folder.state != "not started":
-            there[run.row.label] = reported = _read(run)
+            there[run.row.label] = reported = _read(run, options)
             state = run.folder.state
             if reported.result is None:
                 state += f", step {reported.step:,} of {reported.config.steps:,}"
@@ -152,9 +152,14 @@ def draw_figure(figure: Figure, runs: Sequence[PlannedRun], options: Options) ->
     return "\n".join(lines)
 
 
-def _read(run: PlannedRun) -> ReportedRun:
-    finished = run.folder.state == "finished"
-    return read_run(run.folder, run.row.label, run.folder.result() if finished else None)
+def _read(planned: PlannedRun, options: Options) -> ReportedRun:
+    """Read a run; its photos are where `options` say, if they do."""
+    folder = planned.folder
+    result = folder.result() if folder.state == "finished" else None
+    run = read_run(folder, planned.row.label, result)
+    root = options.settings.get("data", {}).get("root", run.config.data.root)
+    data = dataclasses.replace(run.config.data, root=root)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
 
 
 def _missing(figure: Figure, runs: Sequence[PlannedRun], options: Options) -> Iterator[str]:
