@@ -25,7 +25,8 @@ from jsonargparse import (
 )
 
 import fss
-from fss.config import TrainConfig, misfit
+from fss.config import TrainConfig
+from fss.config.checks import misfit
 from fss.files import read_yaml
 from fss.settings import config_file, config_names
 

@@ -24,7 +24,7 @@ class Factors(NamedTuple):
 
 
 def decompose(weight: Tensor, groups: int = 1) -> Factors:
-    """Decompose a weight into its singular values at full rank, per group (SVF paper, eq. 4).
+    """Decompose a weight into its singular values at full rank, per group (SVF paper, eq. 1).
 
     ``weight [Co, Ci/G, *kernel]`` is folded to G matrices ``[Co/G, Ci/G·K]``; each becomes
     ``U diag(S) V`` with orthonormal columns of U and rows of V, and rank

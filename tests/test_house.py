@@ -162,7 +162,7 @@ def test_imports_point_down(package: str) -> None:
 
 ROOMS = {
     "svf_fast": "reference ops triton layers fusion",
-    "fss": "data models runs evaluation segment report training paper",
+    "fss": "config data models runs evaluation segment report training paper",
     "benchmarks": "race gpu few_shot",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fss.data.coco import CocoSource
-from fss.data.episodes import Episode, EpisodeDataset, Split, collate_episodes
+from fss.data.episodes import Draw, Episode, EpisodeDataset, Split, collate_episodes
 from fss.data.folder import FolderSource
 from fss.data.fss1000 import Fss1000Source
 from fss.data.pascal import PascalSource
@@ -84,6 +84,12 @@ def test_transform(config: DataConfig) -> Transform:
     )
 
 
+def _draw_by(config: DataConfig) -> Draw:
+    if config.protocol == "pfenet":
+        return "image"
+    return "class" if config.source == "coco" else "pair"
+
+
 def build_episodes(
     config: DataConfig, split: Split, episodes: int, seed: int, source: Source | None = None
 ) -> EpisodeDataset:
@@ -99,6 +105,7 @@ def build_episodes(
         min_area=config.min_area,
         exclude_novel=config.exclude_novel,
         shuffle=split == "train" or config.shuffle_test,
+        draw_by=_draw_by(config),
         repeat_supports=config.protocol == "hsnet",
         drop_small_classes=config.drop_small_classes,
         skip_unreadable=config.skip_unreadable,

@@ -60,3 +60,27 @@ class BaseImages(Dataset[dict[str, Tensor]]):
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+def base_images(source: Source, fold: int, exclude_novel: bool = False) -> list[int]:
+    """List the training images of a base learner, as numbers of the source: all, as BAM does.
+
+    Args:
+        source: images and folds.
+        fold: which classes are novel.
+        exclude_novel: leave out images that show a novel class, however small.
+
+    Raises:
+        ValueError: no image is left.
+    """
+    images, novel = source.indices("train"), set(source.folds[fold])
+    if exclude_novel:
+        images = [i for i in images if not novel.intersection(source.class_areas(i))]
+    if not images:
+        raise ValueError(
+            f"data.exclude_novel: no training image without a novel class in fold {fold}; set it "
+            "to false"
+            if exclude_novel
+            else "data: the source has no training image"
+        )
+    return images

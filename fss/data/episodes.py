@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from fss.config import check_at_least, check_positive, misfit
+from fss.config.checks import check_at_least, check_positive, misfit
 from fss.data.source import IGNORE, Mask, Source
 from fss.data.transforms import Sample, Transform
 
 Split = Literal["train", "validation", "test"]
+Draw = Literal["image", "pair", "class"]
 
 # Streams of random numbers of one seed: the order of the queries, and all else of an episode.
 _ORDER, _EPISODE = 0, 1
@@ -44,8 +45,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
 
     An image is listed when one of the split's classes covers at least `min_area` of it. Queries run
     through the listed images in a new random order each pass. The class is sampled from the split's
-    classes that the query shows at any size, the supports from the images listed under the class,
-    without the query. The class becomes 1, ignored pixels stay 255, all else becomes 0.
+    classes that the query shows at any size (see `draw_by`), the supports from the images listed
+    under the class, without the query. The class becomes 1, ignored pixels stay 255, all else
+    becomes 0.
 
     An item is a dict of `query_image` float32 [3, S, S], `query_mask` uint8 [S, S],
     `support_images` float32 [K, 3, S, S], `support_masks` uint8 [K, S, S], `class_id`, `index` (i),
@@ -70,6 +72,11 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         exclude_novel: train only on images without any novel class, however small (the † filter).
         shuffle: visit the queries in a new random order each pass; otherwise in the list's order,
             as the published BAM tests, whose 1000 episodes use the first 1000 images only.
+        draw_by: what queries run through: "image", as above (PFENet, BAM); "pair", each pair of an
+            image and a class that it is listed under, which is then the episode's (HSNet on Pascal
+            and FSS-1000); "class" samples a class, then a query among its images, whatever the
+            order (HSNet on COCO). For the last two, lists that name the class of each image, as
+            HSNet's do, hold as they are, whatever `min_area`.
         repeat_supports: sample each support independently from the images other than the query, so
             that one may appear twice (HSNet); otherwise they are K different images.
         drop_small_classes: omit classes of the split with no more than K images and warn; otherwise
@@ -101,6 +108,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         min_area: float = 2048,
         exclude_novel: bool = False,
         shuffle: bool = True,
+        draw_by: Draw = "image",
         repeat_supports: bool = False,
         drop_small_classes: bool = False,
         skip_unreadable: bool = False,
@@ -121,12 +129,14 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             )
         if split not in ("train", "validation", "test"):
             raise ValueError(f"split: expected train, validation or test; got {split!r}")
+        if draw_by not in ("image", "pair", "class"):
+            raise ValueError(f"draw_by: expected image, pair or class; got {draw_by!r}")
         check_positive("min_area", min_area)
         self.source, self.fold, self.split = source, fold, split
         self.shots, self.transform = shots, transform
         self.episodes, self.seed = episodes, seed
         self.min_area, self.exclude_novel = min_area, exclude_novel
-        self.shuffle, self.repeat_supports = shuffle, repeat_supports
+        self.shuffle, self.draw_by, self.repeat_supports = shuffle, draw_by, repeat_supports
         self.drop_small_classes, self.skip_unreadable = drop_small_classes, skip_unreadable
         novel = source.folds[fold]
         self.base_classes = tuple(sorted(c for c in source.class_names if c not in novel))
@@ -138,6 +148,7 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             index: sorted(set(source.class_areas(index)).intersection(self.classes))
             for index in self.queries
         }
+        self._pairs = self._list_pairs() if draw_by == "pair" else []
         self._order: tuple[int, NDArray[np.int64]] | None = None
         self._unreadable = 0
 
@@ -207,18 +218,15 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         """
         if not 0 <= index < self.episodes:
             raise IndexError(f"episode: expected 0 to {self.episodes - 1}, got {index}")
-        round_, position = divmod(index, len(self.queries))
+        round_, position = divmod(index, self.epoch)
         if self._order is None or self._order[0] != round_:
-            order = np.arange(len(self.queries))
+            order = np.arange(self.epoch)
             if self.shuffle:
                 order = self._rng(_ORDER, round_).permutation(order)
             self._order = (round_, order)
-        query = self.queries[self._order[1][position]]
         rng = self._rng(_EPISODE, index, 0, *([attempt] if attempt else []))
-        if attempt:
-            query = self.queries[rng.integers(len(self.queries))]
-        shown = self._shown[query]
-        class_id = shown[rng.integers(len(shown))]
+        place = rng.integers(self.epoch) if attempt else self._order[1][position]
+        query, class_id = self._choose(int(place), rng)
         images = self.class_images[class_id]
         if self.repeat_supports:
             others = [i for i in images if i != query]
@@ -228,6 +236,36 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             drawn = rng.choice(images, self.shots + 1, replace=False)
             supports = [int(i) for i in drawn if i != query][: self.shots]
         return Episode(query, class_id, tuple(supports))
+
+    @property
+    def epoch(self) -> int:
+        """Return the number of queries until all were asked for once."""
+        return len(self._pairs or self.queries)
+
+    def _choose(self, place: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Return the query and the class of a place in the order of the queries."""
+        if self.draw_by == "pair":
+            return self._pairs[place]
+        if self.draw_by == "class":
+            class_id = self.classes[rng.integers(len(self.classes))]
+            images = self.class_images[class_id]
+            return images[rng.integers(len(images))], class_id
+        query = self.queries[place]
+        shown = self._shown[query]
+        return query, shown[rng.integers(len(shown))]
+
+    def _list_pairs(self) -> list[tuple[int, int]]:
+        """List each image with each class that it is listed under, in the order of the list."""
+        members = {c: set(images) for c, images in self.class_images.items()}
+        listed = self._listed_classes() or [(i, c) for i in self.queries for c in self._shown[i]]
+        return [(i, c) for i, c in listed if i in members.get(c, ())]
+
+    def _listed_classes(self) -> list[tuple[int, int]]:
+        """Return the pairs of image and class in the source's lists, if these have classes."""
+        listed = getattr(self.source, "listed_classes", None)
+        if self.draw_by == "image" or listed is None:
+            return []
+        return list(listed("train" if self.split == "train" else "test"))
 
     def _list_images(self, novel: set[int]) -> tuple[list[int], dict[int, list[int]]]:
         source, kind = self.source, "novel" if self.split == "test" else "base"
@@ -245,8 +283,15 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
                 )
         class_images: dict[int, list[int]] = {class_id: [] for class_id in self.classes}
         listed = []
+        named: dict[int, list[int]] = {}
+        for i, class_id in self._listed_classes():
+            named.setdefault(i, []).append(class_id)
         for i in kept:
-            counting = counting_classes(source, i, self.classes, self.min_area)
+            counting = (
+                [c for c in self.classes if c in named.get(i, ())]
+                if named
+                else counting_classes(source, i, self.classes, self.min_area)
+            )
             if counting:
                 listed.append(i)
             for class_id in counting:

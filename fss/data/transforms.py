@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fss.config import check_rotation, check_scale, check_side
+from fss.config.checks import check_rotation, check_scale, check_side
 from fss.data.source import IGNORE, Mask
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)

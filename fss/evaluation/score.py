@@ -45,7 +45,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     },
     "hsnet": {
         "protocol": "hsnet",
-        "shuffle_test": True,
+        "shuffle_test": False,
         "resize": "network",
         "test_seeds": (0,),
         "test_episodes": 1000,
@@ -110,8 +110,9 @@ def evaluate_run(
         drop_small_classes: omit classes that have no more than K photos.
         classes: "novel", those of the fold; "base", those that training saw.
         protocol: seeds, episodes, order of queries, transform and resize of the published tests
-            of "bam", "pfenet" or "hsnet"; options given as well take precedence. The side
-            stays that of training; HSNet's 400 is no multiple of 8 plus 1.
+            of "bam", "pfenet" or "hsnet"; options given as well take precedence. HSNet's needs its
+            lists (train_list, val_list), and the side stays that of training: its 400 is no
+            multiple of 8 plus 1.
         checkpoint: of the folder, "best" or "last".
         batch_size: episodes at a time; does not change the score.
         workers: processes that load episodes.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 import svf_fast
-from fss.config import ModelConfig, TrainConfig
+from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
@@ -70,6 +71,8 @@ def build_model(
     """
     if config.name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {config.name!r}")
+    if config.name == "pfenet" and config.official:
+        _check_bins(config.official, config.bins)
     kind = MODELS[config.name]
     learned = kind.needs_base_learner and config.base_weights != "none"
     count = len(base_classes or ())
@@ -89,6 +92,28 @@ def build_model(
     elif learned:
         load_base_learner(model, str(config.base_weights), base_classes)
     return model
+
+
+def _check_bins(official: str, bins: tuple[float, ...] | None) -> None:
+    """Check that the scales of the authors' PFENet file are known, which its tensors do not tell.
+
+    Raises:
+        ValueError: no scales.
+    """
+    scales = f"{list(PASCAL_BINS)} for Pascal, {list(COCO_BINS)} for COCO"
+    if bins is None:
+        raise ValueError(
+            f"model.bins: expected the scales of {official} ({scales}), got nothing. Its tensors "
+            "are the same for both, and with the wrong scales it predicts wrongly: give "
+            'model.bins, or the data that it was trained on, data.source "pascal" or "coco"'
+        )
+    named, shares = "coco" in official.lower(), all(side <= 1 for side in bins)
+    if named and not shares:
+        warnings.warn(
+            f"model.bins: {official} is named after COCO, and is used with {list(bins)}; published "
+            f"are {scales}. With the wrong ones it predicts wrongly, and its tensors do not tell",
+            stacklevel=3,
+        )
 
 
 def rebuild_model(

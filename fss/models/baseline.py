@@ -17,7 +17,8 @@ class ASPP(nn.Module):
     the 1×1 convolution of the image's mean (DeepLabv3, section 3.3), each followed by ReLU.
 
     [B, C, h, w] -> [B, 5·C, h, w]. As in BAM's meta learner there is no batch norm, so a batch of
-    one and a map of one pixel work.
+    one and a map of one pixel work, and its weights start from He's normal distribution, with
+    standard deviation √(2 / inputs of a weight); biases start as torch's.
     """
 
     dilations = (6, 12, 18)
@@ -30,6 +31,8 @@ class ASPP(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
             for dilation in self.dilations
         )
+        for conv in (self.pooled, self.pointwise, *self.atrous):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pooled(x.mean(dim=(2, 3), keepdim=True))

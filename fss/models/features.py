@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fss.config import ModelConfig
 from fss.models.backbone import Backbone
@@ -62,8 +63,8 @@ class FewShotModel(nn.Module, ABC):
     `features` runs the backbone, `head` reads what it found, and `forward` is one after the other.
 
     The backbone stays in evaluation mode whatever the mode of the model: its batch norms use their
-    stored statistics, also while its parameters train. It runs without autograd if nothing in
-    it needs a gradient.
+    stored statistics, also while its parameters train, unless a regime says otherwise. It runs
+    without autograd if nothing in it needs a gradient.
 
     Args:
         backbone: a backbone of output stride 8, or a VGG.
@@ -147,6 +148,9 @@ class FewShotModel(nn.Module, ABC):
     ) -> Features:
         """Compute maps and priors in one run of the backbone over all images and a masked layer 4.
 
+        Where batch norms use statistics of the batch, queries and each of the K shots are batches
+        of their own, as in the published code.
+
         Args:
             query_image: normalized images [B, 3, H, W], H-1 and W-1 multiples of 8.
             support_images: K supports per query [B, K, 3, H, W].
@@ -156,6 +160,8 @@ class FewShotModel(nn.Module, ABC):
             TypeError, ValueError: inputs of another type, shape, size or device.
         """
         self.check(query_image, support_images, support_masks)
+        if any(isinstance(m, _BatchNorm) and m.training for m in self.backbone.modules()):
+            return self._features_by_batch(query_image, support_images, support_masks)
         batch, shots = support_masks.shape[:2]
         images = torch.cat([query_image, support_images.flatten(0, 1)])
         with self._recorded(images):
@@ -166,6 +172,26 @@ class FewShotModel(nn.Module, ABC):
         supports = supports.map(lambda each: each.unflatten(0, (batch, shots)))
         with self._recorded(images):
             return Features.of(low[:batch], middle[:batch], high, supports)
+
+    def _features_by_batch(
+        self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
+    ) -> Features:
+        """Compute `features` with one run of the backbone for the queries and one for each shot."""
+        with self._recorded(query_image):
+            low, middle = self.backbone.features(query_image)
+            high = self.backbone.layer4(middle)
+        shots = []
+        for images, masks in zip(support_images.unbind(1), support_masks.unbind(1), strict=True):
+            with self._recorded(images):
+                maps = self.backbone.features(images)
+            shots.append(self.support_features(*maps, masks))
+        mask, support_high, summaries = zip(*shots, strict=True)
+        stacked = (torch.stack(each, dim=1) for each in zip(*summaries, strict=True))
+        supports = Supports(
+            torch.stack(mask, dim=1), torch.stack(support_high, dim=1), tuple(stacked)
+        )
+        with self._recorded(query_image):
+            return Features.of(low, middle, high, supports)
 
     def support_features(self, low: Tensor, middle: Tensor, masks: Tensor) -> Supports:
         """Compute what the model reads of N supports, whatever the query.

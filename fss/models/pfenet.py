@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fss.config import ModelConfig
+from fss.config import PASCAL_BINS, ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_target
 from fss.models.features import (
@@ -64,7 +64,7 @@ class FeatureEnrichment(nn.Module):
         enriched: list[Tensor] = []
         logits: list[Tensor] = []
         for n, bins in enumerate(self.bins):
-            side = int(bins * query.shape[2]) if bins <= 1 else int(bins)
+            side = max(1, int(bins * query.shape[2])) if bins <= 1 else int(bins)
             size = (side, side)
             x = pointwise_cat(
                 self.merge[n], average_bins(query, size), prototype, resize(prior, size)
@@ -99,7 +99,7 @@ class PFENet(FewShotModel):
         backbone: Backbone,
         channels: int = 256,
         dropout: float = 0.5,
-        bins: Sequence[float] = (60, 30, 15, 8),
+        bins: Sequence[float] = PASCAL_BINS,
     ) -> None:
         super().__init__(backbone, channels, dropout)
         if not bins or any(not (0 < b <= 1 or b == int(b) > 1) for b in bins):
@@ -115,7 +115,7 @@ class PFENet(FewShotModel):
     def from_config(
         cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
     ) -> PFENet:
-        return cls(backbone, config.channels, config.dropout, config.bins)
+        return cls(backbone, config.channels, config.dropout, config.bins or PASCAL_BINS)
 
     def head(self, features: Features, size: Sequence[int]) -> Prediction:
         """Segment the queries, enriched at several scales.

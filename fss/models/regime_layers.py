@@ -54,7 +54,8 @@ class FactoredConv2d(ComposedConv2d):
     The names of the factors are those of `svf_fast.SVFConv2d`, which computes the same where S
     alone trains. Without S' there is no s'.
 
-    Sources: SVF (Sun et al. 2022), Tables 19, 23 and 24.
+    Sources: SVF (Sun et al. 2022), Tables 19, 23 and 24. The paper has exp in Table 23 (appendix
+    D.2); that S' of Table 24 is exp(s') too is our reading of "initialized with an identity".
 
     Args:
         conv: the pretrained convolution.
@@ -94,7 +95,8 @@ class FactoredConv2d(ComposedConv2d):
 class ScaledConv2d(ComposedConv2d):
     """``S' W`` or ``W S'`` with a frozen W, folded to [Co, Ci·kh·kw], and S' = diag(exp(s')).
 
-    Source: SVF (Sun et al. 2022), Table 22.
+    Source: SVF (Sun et al. 2022), Table 22, whose S' starts as the identity; that it is exp(s') is
+    our reading, after Table 23. Without exp weight decay would pull it to 0, with it to 1.
 
     Args:
         conv: the pretrained convolution.

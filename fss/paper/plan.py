@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fss.config import TrainConfig
-from fss.paper.tables import FOLDS, Row, Table, base_values, needs_base_learner, run_values
+from fss.config import DataConfig, TrainConfig
+from fss.data import Source, build_episodes, build_source
+from fss.paper.tables import (
+    FOLDS,
+    Count,
+    Row,
+    Table,
+    base_values,
+    needs_base_learner,
+    run_values,
+)
 from fss.runs.folder import BaseLearnerFolder, RunFolder
 from fss.settings import merged, read_settings
 from fss.training.base_learner import BaseLearnerConfig
@@ -91,10 +102,17 @@ class PlannedRun:
         return self.folder.state if self.reason is None else "cannot run"
 
 
-def plan(table: Table, options: Options) -> list[PlannedRun]:
+def plan(table: Table, options: Options, count: Count | None = None) -> list[PlannedRun]:
     """Return the runs of a table in its order, those that cannot be made with their reason.
 
+    Args:
+        table: of the paper.
+        options: which runs, and where.
+        count: counts the images of an epoch where no published number fits; by default in the
+            user's own data.
+
     Raises:
+        FileNotFoundError: data to count in are missing.
         ValueError: a row, fold or number of shots that the table does not have; no data.root given.
     """
     rows = _chosen_rows(table, options.rows)
@@ -109,13 +127,49 @@ def plan(table: Table, options: Options) -> list[PlannedRun]:
         overrides = merged(overrides, {"data": {"source": source}})
     folder = options.folder / table.data.name.lower()
     bases: dict[Path, PlannedBaseLearner] = {}
+    count = count or EpochCounter(table.data.name)
     return [
-        _plan_run(table, row, shots, fold, overrides, folder, bases)
+        _plan_run(table, row, shots, fold, overrides, folder, bases, count)
         for row in rows
         for shots in row.paper
         if not options.shots or shots in options.shots
         for fold in options.folds or range(FOLDS)
     ]
+
+
+class EpochCounter:
+    """Counts the listed training images in the user's own data, and says so, once for each fold.
+
+    Args:
+        name: of the data set.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._counts: dict[str, int] = {}
+        self._sources: dict[str, Source] = {}
+
+    def __call__(self, settings: dict[str, Any]) -> int:
+        """Return the number of images with the settings of `DataConfig`.
+
+        Raises:
+            FileNotFoundError, ValueError: see `build_source` and `EpisodeDataset`.
+        """
+        config = DataConfig(**settings)
+        found = f"{dataclasses.replace(config, fold=0, shots=1, exclude_novel=False)}"
+        listed = f"{dataclasses.replace(config, shots=1)}"
+        if listed not in self._counts:
+            source = self._sources.get(found) or build_source(config)
+            self._sources = {found: source}
+            self._counts[listed] = build_episodes(config, "train", 1, 0, source).epoch
+            kind = "with" if config.exclude_novel else "without"
+            print(
+                f"{self.name}, fold {config.fold}, {kind} the † filter: an epoch has "
+                f"{self._counts[listed]} training photos, counted in your data; no published "
+                "number fits these settings",
+                file=sys.stderr,
+            )
+        return self._counts[listed]
 
 
 def _chosen_rows(table: Table, names: Sequence[str]) -> list[Row]:
@@ -150,6 +204,7 @@ def _plan_run(
     overrides: dict[str, Any],
     folder: Path,
     bases: dict[Path, PlannedBaseLearner],
+    count: Count,
 ) -> PlannedRun:
     out = folder / str(row.run) / f"{shots}shot-fold{fold}"
     run = PlannedRun(row, shots, fold, RunFolder(out))
@@ -157,7 +212,7 @@ def _plan_run(
         run.reason = f"quoted: {row.quoted}"
         return run
     try:
-        values = run_values(table, row, shots, fold, overrides)
+        values = run_values(table, row, shots, fold, overrides, count)
         model = values["model"]
         brought = model.get("base_weights") or model.get("official")
         if needs_base_learner(model) and not brought:

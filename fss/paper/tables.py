@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +33,13 @@ from fss.config import DataConfig, ModelConfig, TrainConfig
 from fss.files import read_yaml
 from fss.models import MODELS
 from fss.settings import FOLDER, check_names, merged, read_settings
-from fss.training.base_learner import BaseLearnerConfig
+from fss.training.base_learner import BaseLearnerConfig, BaseLearnerData
 
 FOLDS = 4
 # The settings of a model that are those of its base learner too.
 _BACKBONE = ("backbone", "stem", "stride_on", "width", "weights")
+# The settings of the data, besides the † filter, on which the number of listed images depends.
+_LISTING = ("source", "train_list", "folds", "min_area")
 
 
 class Published(NamedTuple):
@@ -53,8 +56,8 @@ class DataSet:
     name: str
     needs: str
     epochs: int
-    base_epochs: int
     images: dict[str, list[int]]
+    base_learner: dict[str, Any]
     settings: dict[str, Any]
     recipes: dict[str, dict[str, Any]]
 
@@ -147,14 +150,28 @@ def _means(name: str, values: dict[str, Any], path: Path) -> Table:
     return dataclasses.replace(table, name=name, title=f"{table.title} (means of {table.name})")
 
 
+Count = Callable[[dict[str, Any]], int]
+"""Counts the training images that are listed with the settings of `DataConfig`."""
+
+
 def run_values(
-    table: Table, row: Row, shots: int, fold: int, overrides: dict[str, Any]
+    table: Table,
+    row: Row,
+    shots: int,
+    fold: int,
+    overrides: dict[str, Any],
+    count: Count | None = None,
 ) -> dict[str, Any]:
     """Return the configuration of one run, as the values of `TrainConfig.from_dict`.
 
     The number of steps is the paper's number of epochs, unless `overrides` gives one. A setting
     model.base_weights concerns BAM alone, and `{data}`, `{backbone}` and `{fold}` in it are filled
     in.
+
+    Args:
+        table, row, shots, fold: which run.
+        overrides: settings over those of the row.
+        count: counts the images of an epoch where no published number fits.
 
     Raises:
         ValueError: an epoch whose length is not known.
@@ -163,17 +180,37 @@ def run_values(
     values = merged(values, {"data": {"fold": fold, "shots": shots}, "model": {}})
     values["model"] = _with_base_learner(values["model"], table.data, fold)
     if "steps" not in values:
-        filtered = values["data"].get("exclude_novel", True)
-        kind = "filtered" if filtered else "unfiltered"
-        images = table.data.images.get(kind)
-        if images is None:
+        images = published_images(table.data, values["data"])
+        if images is None and count is None:
+            filtered = values["data"].get("exclude_novel", True)
             raise ValueError(
-                f"steps: {table.data.name} has no number of {kind} training images in its file, so "
-                "the length of an epoch is not known; give steps in --settings"
+                f"steps: {table.data.name} has no number of {'' if filtered else 'un'}filtered "
+                "training images in its file that fits these settings, so the length of an epoch "
+                "is not known; give steps in --settings"
             )
+        images = count(values["data"]) if images is None else images
         batch = values.get("batch_size", TrainConfig.batch_size)
-        values["steps"] = table.data.epochs * (images[fold] // batch)
+        values["steps"] = table.data.epochs * (images // batch)
     return values
+
+
+def published_images(data: DataSet, settings: dict[str, Any]) -> int | None:
+    """Return how many training images the published lists have; None where that is not known.
+
+    Other lists, folds or areas than the published ones have numbers of their own.
+
+    Args:
+        data: the data set.
+        settings: of `DataConfig`, with the fold.
+    """
+    own = {field.name: field.default for field in dataclasses.fields(DataConfig)} | {
+        "source": data.settings["data"]["source"]
+    }
+    if any(settings.get(name, own[name]) != own[name] for name in _LISTING):
+        return None
+    filtered = settings.get("exclude_novel", own["exclude_novel"])
+    images = data.images.get("filtered" if filtered else "unfiltered")
+    return images[settings["fold"]] if images else None
 
 
 def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +218,7 @@ def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) ->
 
     All rows with a backbone share it: it depends on the table's data set and the backbone alone,
     and on those `overrides` that `fss train-base` has a setting for. The number of steps is BAM's
-    number of epochs, unless `overrides` gives one.
+    number of epochs of all photos of the published list, unless `overrides` gives one.
     """
     names = {field.name for field in dataclasses.fields(BaseLearnerConfig)} - {"data", "model"}
     values = {name: value for name, value in overrides.items() if name in names}
@@ -190,9 +227,10 @@ def base_values(table: Table, row: Row, fold: int, overrides: dict[str, Any]) ->
     model = merged(row.settings, overrides).get("model", {})
     model = {name: model[name] for name in _BACKBONE if name in model}
     batch = values.get("batch_size", BaseLearnerConfig.batch_size)
-    steps = table.data.base_epochs * (table.data.images["filtered"][fold] // batch)
-    parts = {"data": DataConfig(**data), "model": ModelConfig(**model)}
-    return {"steps": steps, **values, **parts}
+    bams = table.data.base_learner
+    steps = bams["epochs"] * (bams["images"] // batch)
+    parts = {"data": BaseLearnerData(**data), "model": ModelConfig(**model)}
+    return {"steps": steps, **bams["settings"], **values, **parts}
 
 
 def needs_base_learner(model: dict[str, Any]) -> bool:
@@ -237,6 +275,8 @@ def _data_set(path: Path) -> DataSet:
                 f"{path}: images: expected filtered or unfiltered with {FOLDS} numbers, got "
                 f"{kind}: {images}"
             )
+    _check_keys(values["base_learner"], {"epochs", "images", "settings"}, set(), str(path))
+    check_names(values["base_learner"]["settings"], BaseLearnerConfig, str(path))
     for settings in (values["settings"], *values["recipes"].values()):
         check_names(settings, TrainConfig, str(path))
     return DataSet(**values)

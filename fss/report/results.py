@@ -51,7 +51,7 @@ def _machine(run: ReportedRun) -> str | None:
 def regime_in_words(run: ReportedRun) -> str:
     """Say what trains in the backbone."""
     regime = run.config.regime
-    if regime.name == "freeze" and regime.batch_norm == "none":
+    if not regime.reads_layers:
         return regime.name
     parts = [regime.name, "/".join(regime.layers)]
     if regime.kernel != "all":
@@ -60,6 +60,8 @@ def regime_in_words(run: ReportedRun) -> str:
         parts.append("factors " + ("".join(regime.factors) or "none"))
     if regime.batch_norm != "none":
         parts.append(f"batch norm {regime.batch_norm}")
+    if regime.batch_norm_statistics == "batch":
+        parts.append("batch norm statistics of the batch")
     return ", ".join(parts)
 
 

@@ -16,21 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
 
-from fss.config import (
-    TF32,
-    Accelerator,
-    DataConfig,
-    ModelConfig,
-    Precision,
+from fss.config import TF32, Accelerator, DataConfig, ModelConfig, Precision, free, plain
+from fss.config.checks import (
     check_at_least,
     check_positive,
     check_settings,
-    free,
-    plain,
+    check_steps,
+    count_steps,
 )
-from fss.data import IGNORE, TrainTransform, build_episodes
+from fss.data import IGNORE, TrainTransform
 from fss.data import test_transform as validation_transform
-from fss.data.base_images import BaseImages
+from fss.data.base_images import BaseImages, base_images
 from fss.data.loader import episode_loader
 from fss.evaluation.evaluate import episode_classes
 from fss.files import atomic_write, write_json
@@ -41,25 +37,42 @@ from fss.training.loop import Loop, start
 
 
 @dataclass
-class BaseLearnerConfig:
-    """A run of `fss train-base`; the defaults are BAM's for Pascal-5i.
+class BaseLearnerData(DataConfig):
+    """The photos of a base learner: all training photos of the lists, whatever they show.
+
+    Novel classes are background in their masks. `shots`, `min_area` and `scale` are ignored, and
+    the settings that differ from those of `DataConfig` have BAM's values.
 
     Args:
-        data: photos and fold. In a photo's mask novel classes are background; `shots` and `scale`
-            are ignored.
+        size: side of the square crop, pixels.
+        exclude_novel: train only on photos without any novel class, which BAM does not.
+    """
+
+    size: int = 417
+    exclude_novel: bool = False
+
+
+@dataclass
+class BaseLearnerConfig:
+    """A run of `fss train-base`; the defaults are those of BAM's published code for Pascal-5i.
+
+    Args:
+        data: photos and fold, see `BaseLearnerData`.
         model: the backbone and its weights; the head's settings are ignored.
         scale: range of the random scale of training photos.
-        steps: optimizer steps; BAM's 100 epochs of Pascal fold 0 are about 35 000.
+        steps: optimizer steps; BAM's 100 epochs of Pascal's 5953 photos are 49 600.
         batch_size: photos per step, over all processes; two at least in each, for the batch norms.
-        lr: learning rate at the first step, of all parameters.
+        lr: learning rate of the backbone at the first step.
+        head_lr_factor: multiplies it for pyramid pooling and classifier. BAM has 10 on Pascal; on
+            COCO it multiplies all rates by 10, which is lr 0.0025 and a factor of 1.
         power: the learning rate of step n is lr·(1 - n/steps)^power.
         momentum: of SGD.
         weight_decay: of all parameters.
         foreground_weight: weight of each base class in the cross-entropy, background has 1; above 1
             where objects are small and steps are few.
-        validation_every: steps between two validations on base classes of the test photos; 0
-            validates only at the last step.
-        validation_images: test photos of one validation, 0 for all.
+        validation_every: steps, or a text like "2 epochs", between two validations on base classes
+            of the test photos; 0 validates only at the last step.
+        validation_images: test photos of one validation, 0 for all, as BAM.
         save_every: steps between two writes of the last checkpoint.
         log_every: steps between two rows of the log.
         precision: as Lightning Fabric names it; "mixed" keeps the weights in float32.
@@ -70,17 +83,18 @@ class BaseLearnerConfig:
         seed: of the head's weights, of dropout and of the order of the photos.
     """
 
-    data: DataConfig
+    data: BaseLearnerData
     model: ModelConfig = field(default_factory=ModelConfig)
     scale: tuple[float, float] = (0.5, 2.0)
-    steps: int = 35_000
+    steps: int = 49_600
     batch_size: int = 12
     lr: float = 2.5e-4
+    head_lr_factor: float = 10.0
     power: float = 0.9
     momentum: float = 0.9
     weight_decay: float = 1e-4
     foreground_weight: float = 1.0
-    validation_every: int = 1000
+    validation_every: int | str = "1 epoch"
     validation_images: int = 0
     save_every: int = free(500, "resume", "finished")
     log_every: int = free(10, "resume", "finished")
@@ -94,13 +108,16 @@ class BaseLearnerConfig:
     accumulate: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        if type(self.data) is DataConfig:
+            self.data = BaseLearnerData(**vars(self.data))
         check_settings(self)
         self.scale = tuple(self.scale)
         lowest = {"steps": 1, "batch_size": 2, "log_every": 1, "save_every": 1}
-        lowest |= {"validation_every": 0, "validation_images": 0, "seed": 0, "weight_decay": 0}
+        lowest |= {"validation_images": 0, "seed": 0, "weight_decay": 0}
         for name, least in lowest.items():
             check_at_least(name, getattr(self, name), least)
-        for name in ("lr", "foreground_weight"):
+        check_steps("validation_every", self.validation_every)
+        for name in ("lr", "head_lr_factor", "foreground_weight"):
             check_positive(name, getattr(self, name))
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected 0 up to below 1, got {self.momentum}")
@@ -114,7 +131,7 @@ class BaseLearnerConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BaseLearnerConfig:
         """Invert `to_dict`; a setting that is newer than the values has its default."""
-        data, model = DataConfig(**values["data"]), ModelConfig(**values["model"])
+        data, model = BaseLearnerData(**values["data"]), ModelConfig(**values["model"])
         return cls(**values | {"data": data, "model": model})
 
 
@@ -131,9 +148,10 @@ class BaseTrainer(Loop):
                 f"processes, whose batch norms need them; got {config.batch_size}"
             )
         self.classes = episode_classes(self.source, config.data.fold, novel=False)
-        data = dataclasses.replace(config.data, shots=1)
-        train = build_episodes(data, "train", 1, 0, self.source).queries
-        held_out = build_episodes(data, "validation", 1, 0, self.source).queries
+        data = config.data
+        train = base_images(self.source, data.fold, data.exclude_novel)
+        held_out = self.source.indices("test")
+        self.validation_every = count_steps(config.validation_every, len(train), config.batch_size)
         ids = list(self.classes)
         self.dataset = BaseImages(
             self.source,
@@ -156,9 +174,7 @@ class BaseTrainer(Loop):
         network: nn.Module = PSPNet(backbone, len(self.classes))
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        optimizer = torch.optim.SGD(
-            network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-        )
+        optimizer = torch.optim.SGD(parameter_groups(network, config), momentum=config.momentum)
         scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.steps, config.power)
         self._set_up(network, optimizer, scheduler)
         weight = torch.full((1 + len(self.classes),), config.foreground_weight)
@@ -252,9 +268,29 @@ class BaseTrainer(Loop):
         """Continue from the content of last.pt, see `start`."""
         check_types(state, {"history": list})
         self.network.load_state_dict(state["state_dict"])
+        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"checkpoint: {self.folder.last} is of a base learner with one learning rate for "
+                "all parameters, as earlier versions trained it; it cannot go on with two. Finish "
+                "it there, or begin anew with --overwrite"
+            )
         super().restore(state)
         self.history = state["history"]
         self.losses = list(self.fabric.to_device(state["losses"]))
+
+
+def parameter_groups(network: nn.Module, config: BaseLearnerConfig) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: backbone and head, each with its rate."""
+    parts = {"backbone": config.lr, "base_learner": config.lr * config.head_lr_factor}
+    return [
+        {
+            "name": name,
+            "params": list(network.get_submodule(name).parameters()),
+            "lr": lr,
+            "weight_decay": config.weight_decay,
+        }
+        for name, lr in parts.items()
+    ]
 
 
 def train_base(

@@ -52,6 +52,7 @@ class Loop:
         FOLDER: class of `folder`.
         config, fabric, folder, source: of the run; its processes, files and photos.
         dataset: steps · batch_size items, in the order of training.
+        validation_every: steps between two validations.
         part: items of a process in a forward pass.
         network, model: to train, as built and as Fabric wraps it.
         step: steps done.
@@ -61,6 +62,7 @@ class Loop:
     """
 
     FOLDER: ClassVar[type[BaseFolder]]
+    validation_every: int
 
     def __init__(self, config: Any, fabric: Fabric) -> None:
         self.config, self.fabric, self.folder = config, fabric, self.FOLDER(config.out)
@@ -118,7 +120,7 @@ class Loop:
                 if ends or self._due(config.log_every):
                     bar.set_postfix(self._log_steps(*window), refresh=False)
                     window = self.step, time.perf_counter()
-                if ends or self._due(config.validation_every):
+                if ends or self._due(self.validation_every):
                     self._validate()
                     self._save(self.folder.last)
                     window = self.step, time.perf_counter()

@@ -12,9 +12,9 @@ from fss.config import OptimizerConfig
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the optimizer groups: the head and, unless it is frozen, the backbone.
 
-    The backbone's learning rate is `backbone_lr`, by default a tenth of the head's, as the
-    published SVF code has it for S; its weight decay is `backbone_weight_decay`, by default the
-    head's. The paper names no other settings for any regime, so all regimes share these.
+    The backbone's learning rate is `backbone_lr`, by default a tenth of the head's; its weight
+    decay is `backbone_weight_decay`, by default the head's. The paper names one rate and no decay
+    for all regimes, so all share these; a tenth is our reading, see `OptimizerConfig`.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if not name.startswith("backbone.")]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fss.captured import captured
 from fss.config import TrainConfig
+from fss.config.checks import count_steps
 from fss.data import build_episodes
 from fss.evaluation.evaluate import episode_classes, evaluate
 from fss.evaluation.metrics import EpisodeIoU, episode_counts
@@ -60,6 +61,9 @@ class Trainer(Loop):
         self.base_classes = episode_classes(self.source, config.data.fold, novel=False)
         self.dataset = build_episodes(
             config.data, "train", config.steps * config.batch_size, config.data.seed, self.source
+        )
+        self.validation_every = count_steps(
+            config.validation_every, self.dataset.epoch, config.batch_size
         )
         novel = config.validation_classes == "novel"
         self.validated = self.classes if novel else self.base_classes

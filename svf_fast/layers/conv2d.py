@@ -13,7 +13,7 @@ from svf_fast.svd import Factors
 
 
 class SVFConv2d(Factored):
-    """``y = U (S ⊙ (Vᵀ * x)) + bias`` where U and V are frozen and S trains (SVF paper, eq. 4-5).
+    """``y = U (S ⊙ (Vᵀ * x)) + bias`` where U and V are frozen and S trains (SVF paper, sec. 3.2).
 
     The arguments are those of ``torch.nn.Conv2d``; its random weight is decomposed. To
     convert a trained layer use :meth:`from_conv`, for a model :func:`svf_fast.convert`.

@@ -62,8 +62,24 @@ def test_dict_round_trip(tiny):
             r"""regime.factors: expected \["S'"\] or \['S', "S'"\] for "svf_scale", got""",
         ),
         (
-            lambda: RegimeConfig(name="freeze", batch_norm_statistics="batch"),
-            'regime.batch_norm_statistics: "freeze" trains nothing',
+            lambda: RegimeConfig(name="freeze", layers=(), batch_norm_statistics="batch"),
+            'at least one layer for "batch_norm_statistics batch", got none',
+        ),
+        (
+            lambda: TrainConfig(DataConfig(root="x"), validation_every="2 weeks"),
+            "validation_every: expected a number of steps, or of epochs like .2 epochs.; got .2 w",
+        ),
+        (
+            lambda: TrainConfig(DataConfig(root="x"), validation_every="0 epochs"),
+            "validation_every: .*got '0 epochs'",
+        ),
+        (
+            lambda: TrainConfig(DataConfig(root="x"), validation_every="-1 epoch"),
+            "validation_every: .*got '-1 epoch'",
+        ),
+        (
+            lambda: TrainConfig(DataConfig(root="x"), validation_every=-1),
+            "validation_every: expected a number from 0 on, got -1",
         ),
         (
             lambda: RegimeConfig(name="adapter", adapter_reduction=0),

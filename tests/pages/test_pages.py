@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from fss.cli import build_parser
+from fss.config import ModelConfig, RegimeConfig
 from fss.data import coco
 from fss.data.pascal import PascalSource
-from fss.paper.tables import FOLDS, default_folder, load_table, table_names
+from fss.models import build_model
+from fss.models.regimes import apply_regime
+from fss.paper.tables import FOLDS, default_folder, load_table, run_values, table_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,15 +28,61 @@ def rows(path: Path) -> Iterator[list[str]]:
 
 
 def test_the_tables_of_the_paper_are_those_that_are_listed() -> None:
-    listed = {
-        row[0]: row[1:] for row in rows(ROOT / "docs/reproduce.md") if re.match(r"T\d", row[0])
-    }
-    folder = default_folder()
-    for name in table_names(folder):
-        table = load_table(name, folder)
-        runs = {(row.run, shots) for row in table.rows if row.run for shots in row.paper}
-        assert listed.pop(name) == [table.title, str(len(table.rows)), str(FOLDS * len(runs))]
+    page = ROOT / "docs/reproduce.md"
+    listed = {row[0]: row[1:] for row in rows(page) if row[0].startswith("`fss reproduce T")}
+    tables = [load_table(name, default_folder()) for name in table_names(default_folder())]
+    trainings, learners = set(), set()
+    for table in tables:
+        own = {
+            (table.data.name, row.run, shots)
+            for row in table.rows
+            if row.run
+            for shots in row.paper
+        }
+        models = [row.settings.get("model", {}) for row in table.rows]
+        bams = {
+            (table.data.name, model.get("backbone", "resnet50"))
+            for model in models
+            if model.get("name") == "bam"
+        }
+        counts = (len(table.rows), FOLDS * len(own), FOLDS * len(bams))
+        assert listed.pop(f"`fss reproduce {table.name}`") == [table.title, *map(str, counts)]
+        trainings |= own
+        learners |= bams
     assert not listed
+    text = " ".join(page.read_text().split())
+    together = f"{FOLDS * len(trainings)} trainings and {FOLDS * len(learners)} base learners"
+    assert f"All tables together need {together}." in text
+    quoted = [table.name for table in tables for row in table.rows if row.quoted]
+    total = sum(len(table.rows) for table in tables)
+    assert f"The paper has {total} rows. {total - len(quoted)} hold" in text
+    assert f"{len(quoted)} are quoted, {quoted.count('T15')} of Table 15 and 2 of Table 12" in text
+    assert set(quoted) == {"T12", "T15"} and quoted.count("T12") == 2
+    # what the page says of the first fold's validations
+    svf = run_values(tables[15], tables[15].rows[-1], 1, 0, {})
+    assert (svf["validation_every"], svf["validation_episodes"]) == ("1 epoch", 1000)
+    assert (
+        f"200 000 validation episodes beside {round(svf['steps'] * 8, -3):,}".replace(",", " ")
+        in text
+    )
+
+
+def test_the_share_of_singular_values_is_the_one_that_is_explained() -> None:
+    model = build_model(ModelConfig(weights="none"))
+    apply_regime(model, RegimeConfig("svf", batch_norm="both"))
+    backbone = model.get_submodule("backbone")
+    trained = {name: p.numel() for name, p in backbone.named_parameters() if p.requires_grad}
+    S = sum(count for name, count in trained.items() if name.endswith(".S"))
+    plain = build_model(ModelConfig(weights="none")).get_submodule("backbone")
+    own = sum(p.numel() for p in plain.parameters())
+    classifier = 2048 * 1000 + 1000
+    text = " ".join((ROOT / "docs/reproduce.md").read_text().split())
+    assert f"have {S:,} singular values; that is {100 * S / own:.3f} %".replace(",", " ") in text
+    assert f"{100 * S / (own + classifier):.3f} % with the classifier" in text
+    together = sum(trained.values())
+    assert f"{100 * together / (own + classifier):.2f} % fits S together with the" in text
+    assert f"{together:,} parameters of 25.6 M".replace(",", " ") in text
+    assert round((own + classifier) / 1e6, 1) == 25.6 and round(own / 1e6, 1) == 23.5
 
 
 def test_the_published_numbers_are_those_that_are_verified() -> None:

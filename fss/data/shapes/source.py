@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fss.config import check_at_least
+from fss.config.checks import check_at_least
 from fss.data.shapes import silhouettes, textures
 from fss.data.shapes.silhouettes import Parts, Silhouette
 from fss.data.shapes.textures import TEXTURES, Texture

@@ -448,3 +448,89 @@ def test_clothing(shared, tmp_path, monkeypatch):
     assert max(item["query_mask_original"].shape) == 336
     with pytest.raises(ValueError, match=r"'hat' \(7\) has 5 train images .*5 shots need 6"):
         episodes(source, exclude_novel=True, min_area=0.01, shots=5)
+
+
+class ListedByClass(Listed):
+    """Lists as HSNet's: a pair of an image and a class a line."""
+
+    def __init__(self, areas, train: list, test: list) -> None:
+        super().__init__(areas, *(sorted({i for i, _ in pairs}) for pairs in (train, test)))
+        self.listed = {"train": train, "test": test}
+
+    def listed_classes(self, split: str) -> list[tuple[int, int]]:
+        return self.listed[split]
+
+
+# In the order of the lists, without the class 2 that image 6 shows: novel of fold 0 are 1 and 2.
+TEST_PAIRS = [(7, 1), (2, 2), (0, 1), (9, 2), (8, 1)]
+TRAIN_PAIRS = [(3, 4), (4, 3), (0, 3), (5, 4), (3, 3), (10, 3), (0, 1), (12, 4)]
+
+
+def by_class() -> ListedByClass:
+    areas = [dict(each) for each in MIXED]
+    areas[9] = {2: 300}
+    return ListedByClass(areas, TRAIN_PAIRS, TEST_PAIRS)
+
+
+def test_pairs_of_a_list_are_asked_for_in_its_order():
+    """Whatever they cover; again from the first after the last, as HSNet's test."""
+    data = episodes(by_class(), split="test", draw_by="pair", shuffle=False, episodes=13)
+    drawn = [data.draw(i) for i in range(13)]
+    assert data.epoch == 5
+    assert [(e.query, e.class_id) for e in drawn] == (TEST_PAIRS * 3)[:13]
+    members = {1: {0, 7, 8}, 2: {2, 9}}
+    assert {c: set(images) for c, images in data.class_images.items()} == members
+    assert all(set(e.supports) <= members[e.class_id] - {e.query} for e in drawn)
+
+
+def test_pairs_of_the_training_list_in_a_new_order_each_pass():
+    data = episodes(by_class(), split="train", draw_by="pair", episodes=14)
+    base = [pair for pair in TRAIN_PAIRS if pair[1] in (3, 4)]
+    assert data.epoch == len(base) == 7
+    passes = [[data.draw(i)[:2] for i in range(n, n + 7)] for n in (0, 7)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(base)
+    assert passes[0] != passes[1]
+
+
+def test_without_such_a_list_pairs_are_images_and_the_classes_they_are_listed_under():
+    data = episodes(Listed(MIXED), split="train", draw_by="pair", shuffle=False, min_area=100)
+    drawn = [data.draw(i) for i in range(data.epoch)]
+    pairs = [(i, c) for i, each in enumerate(MIXED) for c in (3, 4) if each.get(c, 0) >= 100]
+    assert [(e.query, e.class_id) for e in drawn] == pairs
+    assert (3, 4) not in pairs and (3, 3) in pairs
+
+
+def test_a_class_first_is_uniform_whatever_its_images():
+    """HSNet's episodes of COCO: 12 images of one class, 2 of the other."""
+    areas = [{1: 300}] * 12 + [{2: 300}] * 2
+    data = episodes(Listed(areas), split="test", draw_by="class", episodes=2000)
+    drawn = [data.draw(i) for i in range(2000)]
+    counts = Counter(e.class_id for e in drawn)
+    assert abs(counts[1] - 1000) < 4 * 22.4  # four standard deviations
+    queries = Counter(e.query for e in drawn if e.class_id == 1)
+    assert len(queries) == 12 and max(queries.values()) < 2 * min(queries.values())
+    assert all(e.query in data.class_images[e.class_id] for e in drawn)
+    by_image = episodes(Listed(areas), split="test", episodes=2000)
+    assert Counter(by_image.draw(i).class_id for i in range(1400))[2] == 200
+
+
+@pytest.mark.parametrize(
+    ("source", "protocol", "draw_by"),
+    [
+        ("pascal", "hsnet", "pair"),
+        ("fss1000", "hsnet", "pair"),
+        ("coco", "hsnet", "class"),
+        ("coco", "pfenet", "image"),
+        ("pascal", "pfenet", "image"),
+    ],
+)
+def test_a_protocol_draws_as_its_code(source, protocol, draw_by):
+    lists = {"train_list": "a", "val_list": "b"} if source == "fss1000" else {}
+    config = DataConfig(source=source, root="x", size=65, protocol=protocol, min_area=10, **lists)
+    data = build_episodes(config, "test", 4, 1, Listed(MIXED))
+    assert data.draw_by == draw_by and data.repeat_supports == (protocol == "hsnet")
+
+
+def test_an_unknown_draw():
+    with pytest.raises(ValueError, match="draw_by: expected image, pair or class; got 'photo'"):
+        episodes(Listed(MIXED), draw_by="photo")

@@ -171,7 +171,7 @@ def test_a_protocol_sets_what_the_published_test_chooses(tiny, protocol, monkeyp
     assert evaluate_run(str(run), protocol=protocol)["protocol"] == protocol
     assert given["resize"] == ("network" if protocol == "hsnet" else "canvas")
     assert given["data"].protocol == ("hsnet" if protocol == "hsnet" else "pfenet")
-    assert given["data"].shuffle_test == (protocol == "hsnet")
+    assert not given["data"].shuffle_test
     wanted = {"bam": (5, 1000), "pfenet": (1, 5000), "hsnet": (1, 1000)}[protocol]
     assert (len(given["seeds"]), given["episodes"]) == wanted
     evaluate_run(str(run), protocol=protocol, episodes=7, resize="photo")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fss.config import ModelConfig, RegimeConfig
+from fss.config import DataConfig, ModelConfig, RegimeConfig, TrainConfig
 from fss.models import BAM, PFENet, PSPNet, build_backbone, build_model, load_backbone
 from fss.models.official import load_base_learner, load_official, official_keys
 from fss.models.regimes import apply_regime
@@ -434,6 +434,7 @@ def test_a_checkpoint_of_svf_layers(tmp_path, vgg, listed):
         backbone="vgg16_bn" if vgg else "resnet50",
         stem="plain" if vgg else "deep",
         official=_save(tmp_path, factored),
+        bins=(60, 30, 15, 8),
     )
     with pytest.warns(UserWarning, match=rf"{next(iter(cut))} \(24 of 27\)\. The authors' code"):
         model = build_model(config)
@@ -545,3 +546,38 @@ def test_other_models_and_files(tmp_path):
         load_base_learner(bam, str(tmp_path))
     with pytest.raises(TypeError, match="expected PFENet, BAM or PSPNet, got Linear"):
         load_official(torch.nn.Linear(1, 1), "x.pth")
+
+
+PASCAL, COCO = (60, 30, 15, 8), (1.0, 0.5, 0.25, 0.125)
+
+
+@pytest.mark.parametrize(
+    ("source", "bins", "expected"),
+    [
+        ("coco", None, COCO),
+        ("pascal", None, PASCAL),
+        ("folder", COCO, COCO),
+        ("folder", None, None),
+        ("coco", PASCAL, PASCAL),
+    ],
+)
+def test_the_scales_of_pfenet_follow_the_data_or_are_asked_for(tmp_path, source, bins, expected):
+    """The tensors of a Pascal and a COCO file are alike; only settings tell them apart."""
+    file = _save(tmp_path, _state(_pfenet_shapes(vgg=False)), "coco_split0.pth")
+    model = ModelConfig("pfenet", stem="deep", official=file, bins=bins)
+    config = TrainConfig(DataConfig(source=source, root="x"), model)
+    assert config.model.bins == expected
+    if expected is None:
+        with pytest.raises(ValueError, match="model.bins: expected the scales of .*give model.bin"):
+            build_model(config.model)
+    elif expected == PASCAL:
+        with pytest.warns(UserWarning, match="is named after COCO, and is used with .60, 30, 15"):
+            assert build_model(config.model).enrich.bins == PASCAL
+    else:
+        assert build_model(config.model).enrich.bins == expected
+
+
+@pytest.mark.parametrize("name", ["baseline", "bam"])
+def test_other_models_have_no_scales_to_ask_for(name):
+    model = ModelConfig(name, base_weights="none" if name == "bam" else None)
+    assert TrainConfig(DataConfig(source="coco", root="x"), model).model.bins == PASCAL

@@ -15,6 +15,7 @@ from fss.models import build_model
 from fss.models.regime_layers import ComposedConv2d, ScaledConv2d, random_rotation
 from fss.models.regimes import apply_regime
 from fss.runs.checkpoint import load_checkpoint, save_checkpoint
+from fss.settings import config_file, read_settings
 from fss.training.run import train
 from fss.training.trainer import Trainer
 
@@ -177,6 +178,30 @@ def test_parameter_counts(key, layers, count):
     model = build()
     apply_regime(model, RegimeConfig(**REGIMES[key] | {"layers": layers}))
     assert sum(p.numel() for p in trained(model).values()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("full", 23_508_032),  # 23 454 912 weights, 53 120 of batch norms
+        ("full_layers2-4", 23_232_512),
+        ("bias", 26_560),  # half of the batch norms', with the stem's and layer 1's
+        ("batch_norm_bias", 25_088),
+        ("svf", 12_544),
+    ],
+)
+def test_parameter_counts_of_the_files_on_a_real_resnet50(name, count):
+    stated = read_settings(config_file(f"regimes/{name}"))["regime"]
+    model = build_model(ModelConfig(weights="none", channels=4))
+    everything = set(dict(model.get_submodule("backbone").named_parameters()))
+    apply_regime(model, RegimeConfig(**stated))
+    assert sum(p.numel() for p in trained(model).values()) == count
+    if name == "full":
+        assert set(trained(model)) == everything
+    if name == "bias":
+        norms = {n.removesuffix(".bias") for n in everything if n.endswith(".bias")}
+        assert set(trained(model)) == {f"{n}.bias" for n in norms}
+        assert len(norms) == 53 and "bn1" in norms
 
 
 def test_the_papers_share_of_the_backbone():

@@ -121,7 +121,8 @@ def test_the_experiment_of_a_row(printed, name, number):
     stated = what_is_stated(DETAILED.get(name, name), cells)
     for shots in row.paper:
         for fold in range(4):
-            config = TrainConfig.from_dict(run_values(table, row, shots, fold, USERS))
+            values = run_values(table, row, shots, fold, USERS, lambda listed: 44_000)
+            config = TrainConfig.from_dict(values)
             assert (config.data.shots, config.data.fold) == (shots, fold)
             check(config, row, stated)
 
@@ -132,9 +133,12 @@ def check(config: TrainConfig, row: Row, stated: Stated) -> None:
     assert (row.episodes or config.test_episodes) == (stated.episodes or 1000)
     backbone = config.model.backbone
     made, meant = what_trains(backbone, config.regime), what_trains(backbone, stated.regime)
-    assert made == meant, (config.regime, stated.regime)
+    assert made[:2] == meant[:2], (config.regime, stated.regime)
     frozen = not made[0]
     published = frozen and not stated.recipe_of_svf
+    # as in PFENet's code; of the rest the paper says nothing but that SVF trains no batch norm
+    moving = published and stated.model != "bam"
+    assert config.regime.batch_norm_statistics == ("batch" if moving else "frozen")
     assert config.optimizer.schedule == ("poly" if published else "cosine")
     if not published:
         assert (config.optimizer.lr, config.batch_size) == (0.015, 8)

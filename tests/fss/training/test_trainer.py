@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fss.data import EpisodeDataset
 from fss.evaluation.metrics import EpisodeIoU, Score
 from fss.processes import build_fabric
 from fss.runs.log import read_log
@@ -45,7 +46,7 @@ def test_the_miou_in_training_is_of_what_was_trained_on(tiny, monkeypatch):
         return result
 
     monkeypatch.setattr(Trainer, "_loss", loss)
-    config = tiny(steps=4, validation_every=2)
+    config = tiny(steps=4, validation_every=2, foreground_weight=50.0, optimizer={"lr": 0.1})
     train(config)
     expected = []
     for steps in (seen[:2], seen[2:]):
@@ -229,3 +230,23 @@ def test_validation_on_base_classes_shows_none_of_the_novel(tiny):
 def test_batch_norms_that_cannot_be_synchronized(tiny, regime, message):
     with pytest.raises(ValueError, match=message):
         train(tiny(sync_batch_norm=True, regime=regime))
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(3, [3, 6, 9]), ("1 epoch", None), ("0.5 epochs", None), ("99 epochs", [9]), (0, [9])],
+)
+def test_validations_by_steps_and_by_epochs(tiny, every, expected):
+    """Of 17 photos, which make four whole batches."""
+    config = tiny(steps=9, batch_size=4, validation_every=every, validation_episodes=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EpisodeDataset, "epoch", property(lambda self: 17))
+        train(config)
+    steps = {"1 epoch": [4, 8, 9], "0.5 epochs": [2, 4, 6, 8, 9]}.get(every, expected)
+    assert log(config, "validation.csv")["step"] == steps
+
+
+def test_the_epoch_is_that_of_the_listed_photos(tiny):
+    config = tiny(validation_every="2 epochs", batch_size=4)
+    trainer = Trainer(config, build_fabric(config))
+    assert trainer.validation_every == 2 * (len(trainer.dataset.queries) // 4) > 8

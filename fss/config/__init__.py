@@ -8,13 +8,19 @@ differs.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import numbers
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from fss.config.checks import (
+    check_at_least,
+    check_positive,
+    check_rotation,
+    check_scale,
+    check_settings,
+    check_side,
+    check_steps,
+    hints,
+)
 
 SourceName = Literal["folder", "pascal", "coco", "fss1000", "shapes"]
 Folds = Literal["fwb", "panet"]
@@ -45,7 +51,7 @@ def free_settings(config: type, between: str, prefix: str = "") -> set[str]:
     """
     names = set()
     for one in dataclasses.fields(config):
-        part = _hints(config)[one.name]
+        part = hints(config)[one.name]
         if dataclasses.is_dataclass(part):
             names |= free_settings(part, between, f"{prefix}{one.name}.")
         elif between in one.metadata.get("free", ()):
@@ -79,7 +85,8 @@ class DataConfig:
         rotate: largest rotation of training photos, degrees, applied to half of them.
         protocol: "pfenet" (PFENet, BAM and the paper) augments training photos, scales test photos
             by their longer side and samples K different supports; "hsnet" resizes every photo to a
-            square without augmentation and samples each support independently of the others.
+            square without augmentation, asks for each class that a photo is listed under (on COCO
+            it samples the class first), and samples each support independently of the others.
         shuffle_test: visit the test queries in a new random order each pass; false keeps the
             list's order, as the published BAM test, whose 1000 episodes use the first 1000 photos
             only.
@@ -161,8 +168,8 @@ class ModelConfig:
         channels: channels of the head.
         dropout: probability that the head drops a channel while training.
         bins: for "pfenet", the side of the feature map at each scale: cells if above 1, a share of
-            the full side up to 1. Published: (60, 30, 15, 8) for Pascal, (1, 0.5, 0.25, 0.125) for
-            COCO.
+            the full side up to 1. By default those published for the data: (1, 0.5, 0.25, 0.125)
+            with "coco", else Pascal's (60, 30, 15, 8). An `official` file does not tell which.
     """
 
     name: Literal["baseline", "pfenet", "bam"] = "baseline"
@@ -175,11 +182,12 @@ class ModelConfig:
     official: str | None = free(None, "resume", "finished")
     channels: int = 256
     dropout: float = 0.5
-    bins: tuple[float, ...] = (60, 30, 15, 8)
+    bins: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
-        self.bins = tuple(self.bins)
+        if self.bins is not None:
+            self.bins = tuple(self.bins)
         check_at_least("model.width", self.width, 1)
         check_at_least("model.channels", self.channels, 1)
         if not self.weights:
@@ -203,16 +211,26 @@ class ModelConfig:
             raise ValueError(f"model.dropout: expected 0 up to below 1, got {self.dropout}")
 
 
+PASCAL_BINS = (60, 30, 15, 8)
+"""PFENet's `bins` as published for Pascal-5i."""
+COCO_BINS = (1.0, 0.5, 0.25, 0.125)
+"""PFENet's `bins` as published for COCO-20i, of a ResNet and a VGG alike."""
+
+
 @dataclass
 class RegimeConfig:
     """What trains in the backbone; the head always trains.
 
     W is the weight of a convolution in `layers`, as a matrix of Co rows and Ci·kh·kw columns, and
     U S Vᵀ its singular value decomposition. S' is exp(s') and s' starts at 0, so every regime but
-    "rotated_svf" starts from the pretrained network. W becomes:
+    "rotated_svf" starts from the pretrained network. The paper has exp in Table 23 alone; for
+    Tables 22 and 24 it says that S' starts as the identity, and exp is our reading: what differs
+    is where weight decay pulls S', here to 1. W becomes:
 
     - "freeze": W, frozen (Table 16's baseline; with `batch_norm`, Tables 16 and 21);
-    - "full": W, trained together with the bias, if any (Tables 17 and 18);
+    - "full": W, trained together with the bias, if any: the paper's *part fine-tune* (Tables 17
+      and 18). In "all" layers and with `batch_norm` "both" every parameter of the backbone trains:
+      its *fully fine-tune*, see regimes/full.yaml;
     - "svf": U S Vᵀ, the paper's method; `factors` train, by default S (Tables 19, 20);
     - "svf_scale": U S S' Vᵀ; `factors` are S' (the default), or S and S' (Table 23);
     - "scale_output": S' W, a trained factor per row, that is, output channel (Table 22);
@@ -222,8 +240,8 @@ class RegimeConfig:
       its basis turns; `factors` are S (the default), or none, which freezes it (Table 9);
     - "adapter": W, frozen; after each of `layers` a bottleneck x + up(relu(down(x))) trains, whose
       up starts at 0 (Table 10);
-    - "bias": W, frozen; the biases of convolutions and batch norms in `layers` train (Table 13). In
-      a ResNet only batch norms have one.
+    - "bias": W, frozen; the biases of convolutions and batch norms in `layers` train (Table 13,
+      there of all layers). In a ResNet only batch norms have one.
 
     Args:
         name: one of those above.
@@ -232,8 +250,10 @@ class RegimeConfig:
         factors: the factors that train: any of U, S, V for "svf"; see above for other names.
         batch_norm: parameters of the batch norms in `layers` that train too: "none", "weight",
             "bias" or "both"; alone with "freeze", together with S with "svf" (Tables 16 and 21).
-        batch_norm_statistics: "frozen" uses the stored statistics, as in the paper; "batch" uses
-            those of the batch while training and updates the stored ones.
+        batch_norm_statistics: of the batch norms in `layers`, also with "freeze". "frozen" uses the
+            stored statistics: as BAM's code, and what we take for every regime of the paper, which
+            does not say. "batch" uses those of the batch while training and updates the stored
+            ones: as PFENet's code does in "all" layers of its frozen backbone.
         adapter_reduction: a stage's channels divided by the channels inside its adapter.
         strategy: how SVF layers compute: "auto", "reference", "fold", "chain" or "gram", all exact.
     """
@@ -253,9 +273,11 @@ class RegimeConfig:
         if self.factors is not None:
             self.factors = tuple(self.factors)
         check_at_least("regime.adapter_reduction", self.adapter_reduction, 1)
-        acts = self.name != "freeze" or self.batch_norm != "none"
-        if acts and not self.layers:
-            what = self.name if self.name != "freeze" else f"batch_norm {self.batch_norm}"
+        if self.reads_layers and not self.layers:
+            what = self.name
+            if self.name == "freeze":
+                norms = self.batch_norm != "none"
+                what = f"batch_norm {self.batch_norm}" if norms else "batch_norm_statistics batch"
             raise ValueError(f'regime.layers: expected at least one layer for "{what}", got none')
         if len(set(self.layers)) != len(self.layers) or ("all" in self.layers[1:]):
             raise ValueError(
@@ -265,11 +287,6 @@ class RegimeConfig:
             raise ValueError(
                 f'regime.kernel: "{self.name}" changes no convolution, so none can be chosen by '
                 f'its size; omit kernel, got "{self.kernel}"'
-            )
-        if self.batch_norm_statistics == "batch" and not acts:
-            raise ValueError(
-                'regime.batch_norm_statistics: "freeze" trains nothing in the backbone; set '
-                "batch_norm or another regime.name for statistics of the batch"
             )
         self._check_factors()
 
@@ -295,6 +312,12 @@ class RegimeConfig:
             return self.factors
         return {"svf": ("S",), "rotated_svf": ("S",), "svf_scale": ("S'",)}.get(self.name, ())
 
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the regime does anything to its layers: a plain "freeze" does not."""
+        still = self.batch_norm == "none" and self.batch_norm_statistics == "frozen"
+        return self.name != "freeze" or not still
+
     def signature(self) -> dict[str, Any]:
         """Return, as plain values, what determines which weights exist and which of them train."""
         values = dataclasses.asdict(self)
@@ -303,7 +326,7 @@ class RegimeConfig:
         values["layers"] = list(self.layers)
         if self.name != "adapter":
             del values["adapter_reduction"]
-        if self.name == "freeze" and self.batch_norm == "none":
+        if not self.reads_layers:
             values["layers"] = None
         return values
 
@@ -325,14 +348,17 @@ class OptimizerConfig:
         lr: learning rate of the head at the first step.
         momentum: momentum of SGD.
         weight_decay: weight decay of the head; coupled in SGD, decoupled in AdamW.
-        lr_factor: multiplies the learning rate of every group. The published PFENet code trains
-            with 10 times the rate it states (0.0025 on Pascal, 0.005 on COCO): 10 does the same.
-        schedule: "cosine" decays both learning rates to 0 at the last step, "poly" as
-            lr·(1 - n/steps)^0.9 (PFENet, BAM), "constant" keeps them (the published SVF code states
-            a cosine, yet rebuilds its scheduler every step). None of the papers uses warm-up.
-        backbone_lr: learning rate of the backbone's group; by default lr / 10, as published for S.
-        backbone_weight_decay: weight decay of the backbone's group; by default `weight_decay`, as
-            published.
+        lr_factor: multiplies the learning rate of every group. The published codes of PFENet and
+            BAM train with 10 times the rate they state (PFENet 0.0025 on Pascal and 0.005 on COCO,
+            BAM 0.005 on both): 10 does the same.
+        schedule: "cosine" decays both learning rates to 0 at the last step (SVF), "poly" as
+            lr·(1 - n/steps)^0.9 (PFENet, BAM), "constant" keeps them. None of the papers uses
+            warm-up.
+        backbone_lr: learning rate of the backbone's group; by default lr / 10. The paper gives one
+            rate, 0.015 "when fine-tuning backbone", and its authors published no training code; a
+            tenth for S is our reading, after a file of unnamed authors (BAM's code with SVF).
+        backbone_weight_decay: weight decay of the backbone's group; by default `weight_decay`. Of
+            this too the paper says nothing.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -372,7 +398,10 @@ class TrainConfig:
             only batch_size / accumulate episodes need memory at a time.
         foreground_weight: weight of the foreground class in the cross-entropy; above 1 if objects
             cover little of the photo.
-        validation_every: steps between two validations; 0 validates only after the last step.
+        validation_every: steps between two validations, or a text like "2 epochs", where an epoch
+            is as many whole batches as the training photos make; 0 validates only after the last
+            step. Published: BAM every epoch of Pascal and half epoch of COCO with 1000 episodes,
+            PFENet every second epoch of Pascal with 5000 and every epoch of COCO with 20000.
         validation_episodes: episodes of one validation.
         validation_classes: "novel", as all published numbers were selected, or "base", which keeps
             the novel classes out of every choice.
@@ -384,8 +413,9 @@ class TrainConfig:
         checkpoint: the checkpoint that is tested: "best" has the highest validation mIoU, see
             `validation_classes`; "last" selects nothing.
         resize: how a prediction is resized to its photo: "photo" crops it to the part that the
-            photo covers first; "canvas" does not, as the published code, which is off by about
-            1 %; "network" keeps the network's size and scores on a mask of that size (HSNet).
+            photo covers first; "canvas" does not, as the published code and so the recipes of the
+            paper's tables, which is off by about 1 %; "network" keeps the network's size and scores
+            on a mask of that size (HSNet).
         feature_cache: GiB of backbone features that an evaluation keeps for photos that appear
             again in later episodes; 0 recomputes them. The score does not depend on it.
         save_every: steps between two writes of the last checkpoint; 0 writes it only at
@@ -422,7 +452,7 @@ class TrainConfig:
     batch_size: int = 8
     accumulate: int = 1
     foreground_weight: float = 1.0
-    validation_every: int = 500
+    validation_every: int | str = 500
     validation_episodes: int = 200
     validation_classes: Literal["novel", "base"] = "novel"
     validation_seed: int = 0
@@ -449,11 +479,17 @@ class TrainConfig:
         if self.graph is False:  # what YAML 1.1 reads of a bare off
             self.graph = "off"
         check_settings(self)
+        authors = self.model.name == "pfenet" and self.model.official
+        if self.model.bins is None and (not authors or self.data.source in ("pascal", "coco")):
+            coco = self.model.name == "pfenet" and self.data.source == "coco"
+            bins = COCO_BINS if coco else PASCAL_BINS
+            self.model = dataclasses.replace(self.model, bins=bins)
         self.test_seeds = tuple(self.test_seeds)
         counts = ("steps", "batch_size", "accumulate", "validation_episodes", "test_episodes")
         for name in (*counts, "log_every"):
             check_at_least(name, getattr(self, name), 1)
-        counts = ("validation_every", "validation_seed", "early_stop", "save_every", "pictures")
+        check_steps("validation_every", self.validation_every)
+        counts = ("validation_seed", "early_stop", "save_every", "pictures")
         for name in (*counts, "feature_cache", "seed"):
             check_at_least(name, getattr(self, name), 0)
         if self.batch_size % self.accumulate:
@@ -483,7 +519,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """Build a configuration from the values of `to_dict`."""
-        kinds = _hints(cls)
+        kinds = hints(cls)
         parts = {name for name in values if dataclasses.is_dataclass(kinds.get(name))}
         return cls(**values | {name: kinds[name](**values[name]) for name in parts})
 
@@ -493,95 +529,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def check_settings(config: Any, prefix: str = "") -> None:
-    """Check that the fields of a dataclass have the types that it declares.
-
-    Raises:
-        ValueError: a value that is none of a fixed list.
-        TypeError: a value of another type.
-    """
-    for name, hint in _hints(type(config)).items():
-        value = getattr(config, name)
-        if not _is(value, hint):
-            error = ValueError if _choices(hint) else TypeError
-            raise error(misfit(prefix + name, hint, f"{value!r:.200}"))
-
-
-def misfit(name: str, hint: Any, got: str) -> str:
-    """Return the message of a setting whose value is not of its type `hint`."""
-    expected = _in_words(hint)
-    return f"{name}: expected {expected}{';' if ',' in expected else ','} got {got}"
-
-
-_hints = functools.cache(typing.get_type_hints)
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
-_WORDS |= {type(None): "null"}
-_PLURALS = {int: "integers", float: "numbers", str: "texts"}
-
-
-def _in_words(hint: Any) -> str:
-    arguments = typing.get_args(hint)
-    if choices := _choices(hint):
-        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
-    if typing.get_origin(hint) is tuple:
-        count = "a list of" if arguments[-1] is ... else str(len(arguments))
-        return f"{count} {_PLURALS[arguments[0]]}"
-    if arguments:
-        return " or ".join(map(_in_words, arguments))
-    return _WORDS.get(hint) or hint.__name__
-
-
-def _choices(hint: Any) -> list[str]:
-    """Return the texts of a Literal, [] for another type."""
-    literal = typing.get_origin(hint) is Literal
-    return [value for value in typing.get_args(hint) if literal and isinstance(value, str)]
-
-
-def _is(value: object, hint: Any) -> bool:
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, (list, tuple)) and all(_is(item, arguments[0]) for item in value)
-    if typing.get_origin(hint) is Literal:
-        return value in arguments
-    if arguments:
-        return any(_is(value, argument) for argument in arguments)
-    if hint in (int, float):
-        kind = numbers.Integral if hint is int else numbers.Real
-        return isinstance(value, kind) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def check_at_least(name: str, value: float, lowest: int) -> None:
-    if not (value >= lowest and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a number from {lowest} on, got {value}")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a number above 0, got {value}")
-
-
-def check_side(name: str, size: int) -> None:
-    """Check the side of a network's square input."""
-    if size < 9 or (size - 1) % 8:
-        lower = max(9, (size - 1) // 8 * 8 + 1)
-        raise ValueError(
-            f"{name}: expected a multiple of 8 plus 1 pixels, so that maps at output stride 8 "
-            f"align with the image; got {size}, the nearest are {lower} and {lower + 8}"
-        )
-
-
-def check_scale(name: str, scale: Sequence[float]) -> None:
-    """Check the range of a random scale."""
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-        raise ValueError(
-            f"{name}: expected two factors, smallest first, above 0; got {list(scale)}"
-        )
-
-
-def check_rotation(name: str, degrees: float) -> None:
-    """Check the largest angle of a random rotation."""
-    if not 0 <= degrees <= 180:
-        raise ValueError(f"{name}: expected 0 to 180 degrees, got {degrees}")
