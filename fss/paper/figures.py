@@ -24,6 +24,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Picture
 
+from fss.config.checks import count_steps
 from fss.files import read_yaml
 from fss.models import rebuild_model
 from fss.paper.plan import Options, PlannedRun
@@ -224,7 +225,7 @@ def _panel(figure: Figure, planned: PlannedRun, run: ReportedRun | None) -> Pane
     length: float | None = run.steps_per_epoch
     if length is None:
         images = figure.table.data.images["filtered"][planned.fold]
-        per_epoch = images // run.config.batch_size
+        per_epoch = count_steps("1 epoch", images, run.config.batch_size)
         if run.config.steps == figure.table.data.epochs * per_epoch:
             length = per_epoch
     return Panel(planned.row.label, run, length)

@@ -133,7 +133,7 @@ def draw_components(
         )
     inputs = _inputs(network.backbone, photo.image, layers)
     with figure_style():
-        height = 2.05 * _height_of([photo]) + 0.42
+        height = 2.05 * _height_of(photo) + 0.42
         figure = new_figure(10.4, len(layers) * (2 * height + 0.3), {photo.name: "photo"})
         parts = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
         for part, layer in zip(parts, layers, strict=True):
@@ -165,7 +165,8 @@ def plot_cues(network: FewShotModel, spectrum: Spectrum, photos: Sequence[Photo]
     rose, fell = changed_most(spectrum, _CUES)
     module = network.backbone.get_submodule(spectrum.layer)
     with figure_style():
-        height = len(photos) * (1.4 * _height_of(photos) + 0.1) + 0.9
+        ratios = [_height_of(photo) for photo in photos]
+        height = 1.42 * sum(ratios) + 0.1 * len(photos) + 0.9
         instead = {photo.name: f"photo {number}" for number, photo in enumerate(photos, 1)}
         figure = new_figure(10.4, height, instead)
         figure.suptitle(_layer_title(spectrum), fontsize=10, fontweight="bold")
@@ -175,7 +176,9 @@ def plot_cues(network: FewShotModel, spectrum: Spectrum, photos: Sequence[Photo]
             part.patch.set_alpha(0)
             part.suptitle(title, fontsize=9)
         grids = [
-            part.subplots(len(photos), columns, squeeze=False)
+            part.subplots(
+                len(photos), columns, squeeze=False, gridspec_kw={"height_ratios": ratios}
+            )
             for part, columns in zip(parts, (1, _CUES, _CUES), strict=True)
         ]
         for axes in (axes for grid in grids for axes in grid.flat):
@@ -211,11 +214,9 @@ def _layer_title(spectrum: Spectrum) -> str:
     return f"{spectrum.layer}, {'×'.join(map(str, spectrum.kernel))}"
 
 
-def _height_of(photos: Sequence[Photo]) -> float:
-    """Return the height over the width of the highest photo, within bounds."""
-    return max(
-        min(max(photo.pixels.shape[0] / photo.pixels.shape[1], 0.6), 1.4) for photo in photos
-    )
+def _height_of(photo: Photo) -> float:
+    """Return the height of a photo over its width, within bounds."""
+    return min(max(photo.pixels.shape[0] / photo.pixels.shape[1], 0.6), 1.4)
 
 
 def _show_components(

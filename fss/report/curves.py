@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fss.report.plot import (
     INK,
@@ -140,6 +141,7 @@ def _add_epochs(axes: Axes, length: int) -> None:
     above = axes.secondary_xaxis(
         "top", functions=(lambda step: step / length, lambda epoch: epoch * length)
     )
+    above.xaxis.set_major_locator(MaxNLocator(5))
     above.set_xlabel("epoch", fontsize=8)
     above.tick_params(labelsize=8)
     above.spines["top"].set_visible(True)

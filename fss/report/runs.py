@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from fss.config import TrainConfig
+from fss.config.checks import count_steps
 from fss.runs.folder import RunFolder
 
 
@@ -55,8 +56,8 @@ class ReportedRun:
     @property
     def steps_per_epoch(self) -> int | None:
         """Return how many whole batches the training images make; None of runs that do not say."""
-        images = (self.result or {}).get("train_images")
-        return None if images is None else max(1, images // self.config.batch_size)
+        images = (self.result or {}).get("epoch_images")
+        return None if images is None else count_steps("1 epoch", images, self.config.batch_size)
 
     def checkpoint(self) -> dict[str, Any] | None:
         """Read the tested checkpoint, or the last so far; None before the first.

@@ -177,7 +177,7 @@ def test_curves(command, trained, drawn, tmp_path, capsys):
         folder = folder_of(tmp_path, run)
         rows = list(csv.DictReader((folder / "validation.csv").open()))
         assert len(rows) == 2
-        images = json.loads((folder / "result.json").read_text())["train_images"]
+        images = json.loads((folder / "result.json").read_text())["epoch_images"]
         lines = {line.get_label(): line for line in picture.axes[place].get_lines()}
         assert set(lines) == {"training", "validation"}
         for label, column in (("training", "train_miou"), ("validation", "miou")):

@@ -47,7 +47,7 @@ def shown(tiny, tmp_path: Path, *epochs: int | None) -> Figure:
     """The curves of runs whose epochs have these numbers of steps, two validations each."""
     runs = []
     for number, length in enumerate(epochs):
-        result = {"train_images": 2 * length + 1} if length else {}
+        result = {"epoch_images": 2 * length + 1} if length else {}
         test = {"step": 30, "miou": {"mean": 0.25, "std": 0.05}}
         columns = {"step": [10.0, 30.0], "miou": [0.1, 0.2], "train_miou": [0.3, 0.4]}
         train = {"step": [10.0, 20.0, 30.0], "loss": [3.0, 2.0, 1.0]}
@@ -86,10 +86,10 @@ def test_steps_where_a_run_does_not_know_its_epochs(tiny, tmp_path):
     assert list(figure.axes[1].get_lines()[0].get_xdata()) == [10, 30]
 
 
-def test_a_run_counts_its_training_images(tiny):
+def test_a_run_counts_the_images_of_an_epoch(tiny):
     config = tiny()
     result = train(config)
-    images = build_episodes(config.data, "train", 1, 0).queries
-    assert result["train_images"] == len(images)
+    images = len(build_episodes(config.data, "train", 1, 0).queries)
+    assert result["epoch_images"] == images
     (run,) = read_runs([config.out])
-    assert run.steps_per_epoch == len(images) // 2
+    assert run.steps_per_epoch == images // 2
