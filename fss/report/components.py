@@ -197,8 +197,8 @@ def changed_most(spectrum: Spectrum, count: int) -> tuple[Tensor, Tensor]:
     By the difference, most first.
     """
     change = spectrum.difference
-    order = change.argsort(descending=True, stable=True)
-    rose, fell = order[:count], order.flip(0)[:count]
+    rose = change.argsort(descending=True, stable=True)[:count]
+    fell = change.argsort(stable=True)[:count]
     return rose[change[rose] > 0], fell[change[fell] < 0]
 
 

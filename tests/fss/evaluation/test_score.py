@@ -192,3 +192,19 @@ def test_bam_of_two_shots_with_one(tiny):
     """Its weights of the shots are those of training."""
     run = untrained(tiny(model={"name": "bam", "base_weights": "none"}, data={"shots": 2}))
     assert evaluate_run(str(run), shots=1, **FEW)["shots"] == 1
+
+
+def test_a_score_in_a_file_of_its_own(tiny, tmp_path):
+    """What a run was scored by stays: another number of episodes, protocol, data."""
+    run = untrained(tiny())
+    own = evaluate_run(str(run), **FEW)
+    few = FEW | {"episodes": 2, "seeds": (1, 2)}
+    for name, options in (
+        ("test", {}),
+        ("a/bam", {"protocol": "bam"}),
+        ("base", {"classes": "base"}),
+    ):
+        out = tmp_path / "scores" / f"{name}.json"
+        result = evaluate_run(str(run), **few, **options, out=str(out))
+        assert json.loads(out.read_text()) == result != own
+    assert json.loads((run / "eval.json").read_text()) == own

@@ -20,7 +20,8 @@ def test_a_new_run_replaces_an_earlier_one_if_it_is_told_to(tmp_path, kind):
     folder = kind(tmp_path)
     with pytest.raises(FileNotFoundError, match="--resume: expected a checkpoint at .*last.pt"):
         folder.check(resume=True, overwrite=False)
-    for file in (*folder.files, tmp_path / "notes.txt"):
+    scores = [tmp_path / name for name in ("test-4000.json", "eval_coco_fold1.json")]
+    for file in (*folder.files, *(scores if kind is RunFolder else ()), tmp_path / "notes.txt"):
         file.touch()
     with pytest.raises(ValueError, match=r"already holds a run \(last.pt, result.json"):
         folder.check(resume=False, overwrite=False)
