@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,14 @@ from typing import ClassVar, NamedTuple
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-# pip builds in an isolated environment; the torch to build against is in the surrounding one.
+# An isolated build is against the torch of the surrounding environment: with pip that of this
+# Python, with `python -m build` the one that is activated.
 sys.path.append(sysconfig.get_path("platlib"))
+if activated := os.environ.get("VIRTUAL_ENV"):
+    root = {"base": activated, "platbase": activated}
+    sys.path.append(sysconfig.get_path("platlib", "posix_prefix", root))
 
 TORCH_MINIMUM = (2, 10)
 # Only symbols that torch keeps stable from this version on: one binary serves later versions too.
@@ -135,6 +141,7 @@ def write_build_facts(path: Path, decision: Decision) -> None:
         "SVF_FAST_TORCH": torch.__version__,
         "SVF_FAST_CUDA_DECISION": decision.text,
         "SVF_FAST_CUDA_ARCH_LIST": os.environ["TORCH_CUDA_ARCH_LIST"] if decision.toolkit else "",
+        "SVF_FAST_SOURCES": runpy.run_path("csrc/digest.py")["digest"](),
     }
     lines = ["#pragma once"]
     for name, value in facts.items():
@@ -148,8 +155,13 @@ def write_build_facts(path: Path, decision: Decision) -> None:
 
 
 def extensions(toolkit: Toolkit | None) -> list[Extension]:
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit(
+            "svf_fast: a build without isolation needs pybind11 in this environment: pip install "
+            "'setuptools>=77' ninja 'pybind11>=2.13'"
+        ) from None
     cpu = Extension(
         "svf_fast._C",
         sources=[*sources("csrc/*.cpp"), *sources("csrc/cpu/*.cpp")],
@@ -182,6 +194,16 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path) for path in Path().glob(pattern))
 
 
+class BuildPackages(build_py):
+    """Copies the packages; what an earlier build left beside them would be installed with them."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            for name in {package.partition(".")[0] for package in self.packages}:
+                shutil.rmtree(Path(self.build_lib) / name, ignore_errors=True)
+        super().run()
+
+
 class Build(cpp_extension.BuildExtension if torch else build_ext):
     """torch's BuildExtension for the extensions that this environment can build."""
 
@@ -204,6 +226,8 @@ class Build(cpp_extension.BuildExtension if torch else build_ext):
         if self.decision.toolkit:
             cpp_extension.CUDA_HOME = str(self.decision.toolkit.root)
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCH_LIST)
+        else:  # one of an earlier build
+            Path(self.get_ext_fullpath("svf_fast._C_cuda")).unlink(missing_ok=True)
         facts = Path(self.build_temp).resolve() / "facts"
         write_build_facts(facts / "build_facts.h", self.decision)
         for extension in self.extensions:
@@ -270,10 +294,23 @@ class CudaCheck(Command):
         return shown if len(shown) == len(names) else names
 
 
+def torch_to_fetch() -> list[str]:
+    """What an isolated build fetches where no torch is found: for pip, which then installs it."""
+    if torch:
+        return []
+    minimum = f"torch>={'.'.join(map(str, TORCH_MINIMUM))}"
+    if "UV" in os.environ:
+        raise SystemExit(
+            f"svf_fast is built against the torch of its environment, but {no_torch_reason}: uv's "
+            f"isolated builds do not see it. First uv pip install '{minimum}' 'setuptools>=77' "
+            "ninja 'pybind11>=2.13', then the same command again with --no-build-isolation"
+        )
+    return [minimum]
+
+
 setup(
     # the real list is made when building, once torch and CUDA are decided on
     ext_modules=[Extension("svf_fast._C", sources=[])],
-    cmdclass={"build_ext": Build, "cuda_check": CudaCheck},
-    # pip asks for this before it builds: torch is named only where none can be imported
-    setup_requires=[] if torch else ["torch>=" + ".".join(map(str, TORCH_MINIMUM))],
+    cmdclass={"build_py": BuildPackages, "build_ext": Build, "cuda_check": CudaCheck},
+    setup_requires=torch_to_fetch(),
 )

@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, module) {
         facts["cuda_built"] = static_cast<bool>(SVF_FAST_CUDA_BUILT);
         facts["cuda_decision"] = SVF_FAST_CUDA_DECISION;
         facts["cuda_arch_list"] = SVF_FAST_CUDA_ARCH_LIST;
+        facts["sources"] = SVF_FAST_SOURCES;
         return facts;
       },
       "Facts fixed when the package was built, and the instruction set chosen on this machine.");

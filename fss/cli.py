@@ -160,7 +160,9 @@ COMMANDS = {
         spelled={"run": ["run"]},
     ),
     "data": Command(
-        "", "make or verify a data set", "fss data prepare|verify pascal|coco ROOT [options]"
+        "",
+        "make, verify or import a data set",
+        "fss data prepare|verify pascal|coco ROOT [options], or fss data import IMAGES MASKS OUT",
     ),
     "data prepare": Command(
         "fss.data.prepare.datasets:prepare",
@@ -172,6 +174,12 @@ COMMANDS = {
         "fss.data.prepare.datasets:verify_data",
         "compare a data set with the published numbers",
         "fss data verify pascal|coco ROOT [options]",
+        _data_text,
+    ),
+    "data import": Command(
+        "fss.data.imports.folder:import_folder",
+        "write your own photos and masks as a data set",
+        "fss data import IMAGES MASKS OUT [--classes NAME...] [--values ids|colors|binary]",
         _data_text,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _VALUES = 100_000  # of a YAML file: aliases make many of few bytes, or one that holds itself
 
 
@@ -46,13 +48,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8.
+    """Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: bytes that are not UTF-8.
+        ValueError: bytes that are not UTF-8, or text in UTF-16.
     """
+    content = path.read_bytes()
+    if content.startswith(_UTF_16) or b"\0" in content:
+        raise ValueError(
+            f"{path}: expected text in UTF-8, got UTF-16 or no text at all; save it as UTF-8"
+        )
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: expected text in UTF-8, got the byte {error.object[error.start]:#x} at "

@@ -1,6 +1,6 @@
 """Singular Value Fine-tuning of pretrained networks at the memory and cost of a frozen backbone."""
 
-from svf_fast._library import build_info
+from svf_fast._library import __version__, build_info
 from svf_fast.adapter import Adapter, interpolate_adapters, load_adapter, save_adapter
 from svf_fast.capture import composed, follow
 from svf_fast.convert import convert, merge, svf_parameters
@@ -18,6 +18,7 @@ __all__ = [
     "SVFConv2d",
     "SVFConvBNAct",
     "SVFLinear",
+    "__version__",
     "build_info",
     "compose",
     "composed",

@@ -8,36 +8,84 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import platform
+import runpy
+import sys
+import sysconfig
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-try:
-    from svf_fast import _C
-except ImportError as error:
+__version__ = "0.1.0"
+_HERE = Path(__file__).resolve().parent
+
+
+def _find_installed() -> Path | None:
+    """Find the library of an installation elsewhere on the path, for sources that have none."""
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if (_HERE / name).exists():
+        return None
+    folders = (Path(entry).resolve() / "svf_fast" for entry in sys.path)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _load() -> ModuleType:
+    try:
+        return importlib.import_module("svf_fast._C")
+    except ImportError as error:
+        installed = _find_installed()
+        spec = installed and importlib.util.spec_from_file_location("svf_fast._C", installed)
+        if spec and spec.loader:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            sys.modules["svf_fast._C"] = sys.modules["svf_fast"]._C = module  # type: ignore
+            return module
+        raise ImportError(
+            f"the compiled library svf_fast._C cannot be imported: {error}. It is built when the "
+            "package is installed, against the torch of that environment: run `pip install .` in "
+            f"the repository with the Python and the torch ({torch.__version__}) you use here, and "
+            "not only a copy of the sources."
+        ) from error
+
+
+def _check_sources(library: ModuleType) -> None:
+    """Refuse a library that was built of other C++ sources than those beside this package."""
+    sources, file = _HERE.parent / "csrc", Path(library.__file__ or "")
+    if not (sources / "digest.py").is_file():  # an installation: built in one piece
+        return
+    digest = runpy.run_path(str(sources / "digest.py"))["digest"]()
+    if library.build_facts().get("sources") == digest:
+        return
+    command = f"`pip install -e .` in {_HERE.parent}"
+    if file.parent != _HERE:
+        command += ", or leave that folder to use what is installed"
     raise ImportError(
-        f"the compiled library svf_fast._C cannot be imported: {error}. It is built when the "
-        "package is installed, against the torch of that environment: run `pip install .` in the "
-        f"repository with the Python and the torch ({torch.__version__}) you use here, and not "
-        "only a copy of the sources."
-    ) from error
+        f"the compiled library {file} was built from older or newer sources than {sources}: run "
+        f"{command}"
+    )
+
+
+_C = _load()
+_check_sources(_C)
 
 
 def _load_cuda() -> str:
     """Load the CUDA ops; returns why there are none, empty when they are loaded."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
-    files = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
-    if not files:
-        return f"svf_fast was built without them ({_C.build_facts()['cuda_decision']})"
+    facts, own = _C.build_facts(), Path(_C.__file__ or "")
+    if not facts["cuda_built"]:
+        return f"svf_fast was built without them ({facts['cuda_decision']})"
+    file = own.with_name(own.name.replace("_C.", "_C_cuda.", 1))
     try:
-        torch.ops.load_library(files[0])
+        torch.ops.load_library(file)
     except OSError as error:
-        return f"{files[0].name} cannot be loaded ({error})"
+        return f"{file.name} cannot be loaded ({error})"
     return ""
 
 
@@ -111,7 +159,7 @@ def build_info() -> dict[str, str | bool | int]:
     else:
         cuda_ops = f"no, {cuda_missing}"
     return {
-        "svf_fast": _version("svf-fast"),
+        "svf_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

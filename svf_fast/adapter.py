@@ -1,4 +1,7 @@
-"""Adapters: the singular values of a model alone, with the fingerprint of what they belong to."""
+"""Adapters: the singular values of a model alone, with the fingerprint of what they belong to.
+
+Names are without wrappers (torch.compile, DistributedDataParallel): see :func:`plain_names`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from svf_fast.convert import candidates, convert
 from svf_fast.files import save_atomically
+from svf_fast.fusion.plain import plain_layers
+from svf_fast.layers import fingerprint
 from svf_fast.layers.factored import Factored, svf_layers
+from svf_fast.layers.names import Place, places, plain_names, within
+from svf_fast.svd import check_weight
 
 _FORMAT = "svf_fast adapter 1"
 _DTYPES = {
@@ -40,15 +49,16 @@ class Adapter:
 
     Args:
         S: the singular values by layer, each [G·R], of a floating dtype.
-        fingerprints: by layer, of the weight it was decomposed from: the first 16 bytes of a
-            SHA-256, in hexadecimal digits.
+        fingerprints: by layer, of the weight it was decomposed from, in hexadecimal digits: a hash,
+            and what tells how far another weight is from it.
         card: what there is to say about it, as plain JSON of at most 16 KiB. The keys are free;
             these are the ones that `fss` writes: ``backbone``, ``weights``, ``layers``, ``data``,
             ``fold``, ``shots``, ``model``, ``steps`` and ``metric`` (values by name).
         path: the file it was read from, for messages.
+        also: parameters and buffers that go with it, of a trained head for example, by name.
 
     Raises:
-        TypeError: S or the card of another type.
+        TypeError: S, ``also`` or the card of another type.
         ValueError: no layer; values that are not finite, or of another dtype or shape; layers
             without a fingerprint; a card that is too large or no plain JSON.
     """
@@ -57,6 +67,7 @@ class Adapter:
     fingerprints: Mapping[str, str]
     card: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    also: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.S:
@@ -69,21 +80,33 @@ class Adapter:
                 f"{_listed(self.S.keys() ^ self.fingerprints.keys())}"
             )
         for name, digits in self.fingerprints.items():
-            if not isinstance(digits, str) or not re.fullmatch("[0-9a-f]{32}", digits):
+            if not isinstance(digits, str) or not re.fullmatch(fingerprint.PATTERN, digits):
                 raise ValueError(
-                    f"fingerprint of {name!r}: expected 32 hexadecimal digits, got {digits!r:.50}"
+                    f"fingerprint of {name!r}: expected 32 hexadecimal digits, got "
+                    f"{digits!r:.50} (100 with distances)"
                 )
+        for name, values in self.also.items():
+            _check_finite(name, values)
         object.__setattr__(self, "card", _plain_card(self.card))
 
     @classmethod
-    def of(cls, model: nn.Module, card: Mapping[str, Any] | None = None) -> Adapter:
+    def of(
+        cls, model: nn.Module, card: Mapping[str, Any] | None = None, also: Sequence[str] = ()
+    ) -> Adapter:
         """Take the present values of a converted model; before it trains, the pretrained ones.
 
-        Raises ValueError when the model has no SVF layer, or values that are not finite.
+        ``also``: names of modules, parameters or buffers that go with S, as in ``convert``.
+
+        Raises ValueError when the model has no SVF layer, values that are not finite, or nothing of
+        a name in ``also``.
         """
         layers = _converted(model)
-        S = {name: layer.S.detach().cpu().clone() for name, layer in layers.items()}
-        return cls(S, _fingerprints(layers), {} if card is None else card)
+        if not layers:
+            raise ValueError("model: expected SVF layers, found none; call svf_fast.convert")
+        S = {name: layer.singular_values() for name, layer in layers.items()}
+        digits = fingerprint.as_texts([layer.fingerprint for layer in layers.values()])
+        fingerprints = dict(zip(S, digits, strict=True))
+        return cls(S, fingerprints, {} if card is None else card, None, _chosen(model, also))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Adapter:
@@ -97,7 +120,9 @@ class Adapter:
         if not path.is_file():
             raise FileNotFoundError(f"adapter: no such file: {path}")
         try:
-            return cls(*_read(path), path)
+            _check_size(path)
+            S, fingerprints, card, also = _read(path)
+            return cls(S, fingerprints, card, path, also)
         except SafetensorError as error:
             text = f"adapter {path}: not a readable safetensors file ({error})"
             raise ValueError(text) from error
@@ -105,98 +130,182 @@ class Adapter:
             raise ValueError(f"adapter {path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, whole or not at all: one ``<layer>.S`` each, and the card."""
+        """Write a safetensors file, whole or not at all: ``<layer>.S``, ``also`` and the card."""
         metadata = {
             "format": _FORMAT,
             "fingerprints": json.dumps(dict(self.fingerprints), sort_keys=True),
             "card": json.dumps(dict(self.card), ensure_ascii=False),
         }
         tensors = {f"{name}.S": values.contiguous() for name, values in self.S.items()}
+        if self.also:
+            metadata["also"] = json.dumps(sorted(self.also))
+            tensors |= {name: values.contiguous() for name, values in self.also.items()}
         save_atomically(tensors, Path(path), metadata)
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Set the S of every SVF layer of a converted model; returns the model.
+    def convert(self, model: nn.Module, **options: Any) -> nn.Module:
+        """Convert the layers of a plain model that this adapter has values for; returns the model.
 
-        Nothing is changed unless all of it fits. Each weight is composed anew once, when the layer
-        next runs.
+        S stays as pretrained. A model that is converted already stays as it is, if the adapter fits
+        it. ``options``: those of :func:`svf_fast.convert` except ``layers``.
+
+        Raises ValueError as :meth:`apply` does, before anything is converted.
+        """
+        self._prepare(model, options)
+        return model
+
+    def apply(self, model: nn.Module, **options: Any) -> nn.Module:
+        """Set the S of every SVF layer of a model, and what goes ``also``; returns the model.
+
+        A plain model is converted first, see :meth:`convert`. The model, or the one that the
+        adapter was taken of, may be in wrappers, or part of a larger one. Nothing is changed unless
+        all of it fits. Each weight is composed anew once, when the layer next runs.
 
         Raises ValueError when layers are missing or left over, shapes differ, or the frozen weights
-        are not those of the adapter: another backbone, or other weights.
+        are not those of the adapter, to rounding: another backbone, or other weights.
         """
+        place = self._prepare(model, options)
         layers = _converted(model)
-        self._check_names(set(layers))
-        for name, layer in layers.items():
-            if self.S[name].shape != layer.S.shape:
-                raise ValueError(
-                    f"{self._name}: {name}.S: expected {list(layer.S.shape)} singular values, got "
-                    f"{list(self.S[name].shape)}"
-                )
-        other = _differing(self.fingerprints, _fingerprints(layers))
-        if other:
-            raise ValueError(
-                f"{self._name}: trained on another backbone: the frozen weights of "
-                f"{_listed(other)} of {len(layers)} layers differ in their fingerprint; load the "
-                "weights the adapter was trained with, then convert"
-            )
-        for name, layer in layers.items():
-            layer.assign(self.S[name])
+        for name, values in self.S.items():
+            layers[place(name)].assign(values)
+        tensors = _tensors(model) if self.also else {}
+        with torch.no_grad():
+            for name, values in self.also.items():
+                tensors[place(name)].copy_(values)
         return model
 
     @property
     def backbone(self) -> str:
         """Fingerprint of all weights together: adapters of the same one fit the same models."""
-        text = json.dumps(dict(self.fingerprints), sort_keys=True)
+        hashes = {name: fingerprint.hash_of(text) for name, text in self.fingerprints.items()}
+        text = json.dumps(hashes, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __repr__(self) -> str:
         count = sum(values.numel() for values in self.S.values())
-        return f"Adapter({len(self.S)} layers, {count} values, backbone {self.backbone[:8]})"
+        also = f", also {len(self.also)} tensors" if self.also else ""
+        return f"Adapter({len(self.S)} layers, {count} values, backbone {self.backbone[:8]}{also})"
 
     @property
     def _name(self) -> str:
         return "adapter" if self.path is None else f"adapter {self.path}"
 
-    def _check_names(self, layers: set[str]) -> None:
-        missing, unexpected = sorted(layers - self.S.keys()), sorted(self.S.keys() - layers)
-        if not missing and not unexpected:
-            return
-        lines = [
-            f"{self._name}: expected the {len(layers)} SVF layers of the model, got {len(self.S)}"
-        ]
+    def _prepare(self, model: nn.Module, options: dict[str, Any]) -> Place:
+        """Convert a model if it is not; returns where in it the layers of the adapter are."""
+        layers = _converted(model)
+        if layers:
+            return self._place(model, layers, exact=True)
+        names = plain_names(model)
+        found = candidates(model, None)
+        computed, _ = plain_layers(layer for _, layer in found)
+        plain = {names[name]: computed[layer] for name, layer in found if layer in computed}
+        place = self._place(model, plain, exact=False)
+        chosen = {id(plain[place(name)]) for name in self.S}
+        wanted = [name for name, layer in plain.items() if id(layer) in chosen]  # all its names
+        convert(model, [escape(name) for name in wanted], **options)
+        return place
+
+    def _place(self, model: nn.Module, layers: Mapping[str, nn.Module], exact: bool) -> Place:
+        """Find the layers of the adapter among those of a model: all of them if ``exact``."""
+        problems = []
+        for place in places(list(self.S), list(layers), exact):
+            problem = self._problem(model, layers, place)
+            if not problem:
+                return place
+            if not (place.remove and place.add):
+                problems.append(problem)
+        raise ValueError(f"{self._name}: {(problems or [self._other_names(layers, exact)])[0]}")
+
+    def _problem(self, model: nn.Module, layers: Mapping[str, nn.Module], place: Place) -> str:
+        """Tell why the adapter does not fit layers of its names; empty if it does."""
+        own = {name: layers[place(name)] for name in self.S}
+        for name, layer in own.items():
+            if len(self.S[name]) != (count := _count(layer)):
+                return (
+                    f"{name}.S: expected {[count]} singular values, got {list(self.S[name].shape)}"
+                )
+        prints = [_fingerprint(layer) for layer in own.values()]
+        if any(each.is_meta for each in prints):
+            return "expected a model with values, got one on meta: load its weights first"
+        texts = fingerprint.as_texts(prints)
+        others = _distant(self.fingerprints, dict(zip(own, texts, strict=True)))
+        if others:
+            return (
+                f"trained on another backbone: the frozen weights of {_listed(others)} of "
+                f"{len(own)} layers differ {_how_far(others.values())}; load the weights the "
+                "adapter was trained with, then convert"
+            )
+        tensors = _tensors(model) if self.also else {}
+        for name, values in self.also.items():
+            there = tensors.get(place(name))
+            if there is None:
+                return f"{name}: expected in the model, which has no parameter or buffer called so"
+            if there.shape != values.shape:
+                return (
+                    f"{name}: expected {list(there.shape)} as in the model, got "
+                    f"{list(values.shape)}; build the model with the layer that was trained"
+                )
+        return ""
+
+    def _other_names(self, layers: Mapping[str, nn.Module], exact: bool) -> str:
+        missing = sorted(layers.keys() - self.S.keys())
+        unexpected = sorted(self.S.keys() - layers.keys())
+        if not exact:
+            return (
+                f"expected the network that it was trained on, got one that has no convolution "
+                f"{unexpected[0]!r}, and no linear layer ({len(unexpected)} of {len(self.S)} "
+                "layers are unknown)"
+            )
+        lines = [f"expected the {len(layers)} SVF layers of the model, got {len(self.S)}"]
         if missing:
             lines.append(f"not in the file: {_listed(f'{name}.S' for name in missing)}")
         if unexpected:
             lines.append(f"not in the model: {_listed(f'{name}.S' for name in unexpected)}")
-        raise ValueError("; ".join(lines) + ". Convert the model with the same `layers`.")
+        return (
+            "; ".join(lines) + ". Convert the model with the same `layers`, or pass the plain "
+            "model: the adapter converts it."
+        )
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike, card: Mapping[str, Any] | None = None
+    model: nn.Module,
+    path: str | os.PathLike,
+    card: Mapping[str, Any] | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Write the S of every SVF layer to a safetensors file: one ``<layer>.S`` each.
 
-    For a ResNet-50 that is about 55 KB. The file also names, for each layer, a fingerprint of the
+    For a ResNet-50 that is about 60 KB. The file also names, for each layer, a fingerprint of the
     weight it was decomposed from, and keeps the ``card`` of :class:`Adapter`: data, fold, metric
-    and whatever else is worth knowing. Written whole or not at all.
+    and whatever else is worth knowing. Names are without those of wrappers. Written whole or not at
+    all.
 
-    Raises ValueError when the model has no SVF layer or values that are not finite, ValueError or
-    TypeError when the card is too large or no plain JSON.
+    Args:
+        also: names of modules, parameters or buffers that go with it, as in ``convert``: a trained
+            head, for example ``("fc",)``.
+
+    Raises ValueError when the model has no SVF layer, values that are not finite or nothing of a
+    name in ``also``, ValueError or TypeError when the card is too large or no plain JSON.
     """
-    Adapter.of(model, card).save(path)
+    Adapter.of(model, card, also).save(path)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Set the S of every SVF layer from a file of :func:`save_adapter`; returns the model.
+def load_adapter(model: nn.Module, path: str | os.PathLike, **options: Any) -> nn.Module:
+    """Set the S of every SVF layer, and what goes with it, from a file; returns the model.
 
+    A plain model is converted first, just the layers that the file of :func:`save_adapter` has
+    values for. The model, or the one that was saved, may be in wrappers, or part of a larger one.
     Nothing is changed unless all of it fits. To switch between several, or to look into one, keep
     what :meth:`Adapter.load` returns.
+
+    Args:
+        options: of :func:`svf_fast.convert`, except ``layers``, for a model that is not converted.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an adapter file; layers missing or left over; other shapes; or the frozen
-            weights are not those the adapter was trained on (another backbone, or other weights).
+            weights are, beyond rounding, not those the adapter was trained on.
     """
-    return Adapter.load(path).apply(model)
+    return Adapter.load(path).apply(model, **options)
 
 
 def interpolate_adapters(
@@ -219,37 +328,93 @@ def interpolate_adapters(
         raise TypeError(f"t: expected a number, got {t!r}")
     if not math.isfinite(t):
         raise ValueError(f"t: expected a finite number, got {t}")
-    other = _differing(a.fingerprints, b.fingerprints)
+    other = a.S.keys() ^ b.S.keys() or _distant(a.fingerprints, b.fingerprints)
     if other:
         raise ValueError(
             f"b: expected an adapter of the same backbone and layers as a, got one that differs in "
-            f"{_listed(other)}"
+            f"{_listed(sorted(other))}"
         )
-    S = {}
-    for name, values in a.S.items():
-        dtype = torch.promote_types(values.dtype, b.S[name].dtype)
-        S[name] = torch.lerp(values.double(), b.S[name].double(), float(t)).to(dtype)
+    shapes = [{name: values.shape for name, values in x.also.items()} for x in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"b: expected one with the same tensors besides S as a, got "
+            f"{_listed(shapes[1]) or 'none'} for {_listed(shapes[0]) or 'none'}"
+        )
+    S = {name: _mixed(values, b.S[name], float(t)) for name, values in a.S.items()}
+    also = {name: _mixed(values, b.also[name], float(t)) for name, values in a.also.items()}
     if card is None:
         agreed = {key: value for key, value in a.card.items() if b.card.get(key) == value}
         agreed.pop("metric", None)
         card = {**agreed, "interpolated": t}
-    return Adapter(S, dict(a.fingerprints), card)
+    # one of an older version is without distances
+    fingerprints = {
+        name: max(text, b.fingerprints[name], key=len) for name, text in a.fingerprints.items()
+    }
+    return Adapter(S, fingerprints, card, None, also)
+
+
+def _mixed(a: Tensor, b: Tensor, t: float) -> Tensor:
+    if not a.is_floating_point():
+        return a
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return torch.lerp(a.double(), b.double(), t).to(dtype)
 
 
 def _converted(model: nn.Module) -> dict[str, Factored]:
-    layers = svf_layers(model)
-    if not layers:
-        raise ValueError("model: expected SVF layers, found none; call svf_fast.convert")
-    return layers
+    """Return the SVF layers of a model by their plain names."""
+    layers, names = svf_layers(model), plain_names(model)
+    return {names[name]: layer for name, layer in layers.items()}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    size = path.stat().st_size
-    if size > _FILE_BYTES:
-        raise ValueError(
-            f"expected at most {_FILE_BYTES} bytes, got {size}: no adapter is so large"
-        )
-    S = {}
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and kept buffers by their plain names, without those of SVF layers."""
+    names = plain_names(model)
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Factored):
+            continue
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        own = {**module._parameters, **{key: module._buffers[key] for key in kept}}
+        prefix = f"{names[name]}.".lstrip(".")
+        found |= {prefix + key: tensor for key, tensor in own.items() if tensor is not None}
+    return found
+
+
+def _chosen(model: nn.Module, also: Sequence[str]) -> dict[str, Tensor]:
+    """Copy what lies in the names of ``also``."""
+    also = (also,) if isinstance(also, str) else tuple(also)
+    tensors = _tensors(model) if also else {}
+    for pattern in also:
+        chosen = within((pattern,))
+        if not any(map(chosen, tensors)):
+            raise ValueError(
+                f"also: expected names of modules or parameters besides SVF layers, got "
+                f"{pattern!r}, which has none in this {type(model).__name__}"
+            )
+    chosen = within(also)
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if chosen(name)}
+
+
+def _count(layer: nn.Module) -> int:
+    """Return how many singular values a layer has, or will have when it is converted."""
+    if isinstance(layer, Factored):
+        return layer.S.numel()
+    weight, groups = layer.get_parameter("weight"), getattr(layer, "groups", 1)
+    return groups * min(len(weight) // groups, weight[0].numel())
+
+
+def _fingerprint(layer: nn.Module) -> Tensor:
+    if isinstance(layer, Factored):
+        return layer.fingerprint
+    weight = layer.get_parameter("weight")
+    check_weight(weight)
+    return fingerprint.fingerprint(weight)
+
+
+def _read(
+    path: Path,
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any], dict[str, Tensor]]:
+    S, also = {}, {}
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
@@ -257,27 +422,50 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]
                 f"expected format {_FORMAT!r}, got {metadata.get('format')!r:.50}; "
                 "adapters are written by svf_fast.save_adapter"
             )
+        extra = _json(metadata, "also", list, "[]")
         for key in file.keys():  # noqa: SIM118
             part = file.get_slice(key)
-            if not key.endswith(".S") or not key.isprintable():
+            if not key.isprintable() or not (key in extra or key.endswith(".S")):
                 raise ValueError(f"expected names of layers and '.S', got {key!r:.50}")
+            if key in extra:
+                also[key] = file.get_tensor(key).clone()
+                continue
             if part.get_dtype() not in _DTYPES or len(part.get_shape()) != 1:
                 raise ValueError(
                     f"{key}: expected [R] in one of {', '.join(_DTYPES)}, got "
                     f"{part.get_shape()} in {part.get_dtype()}"
                 )
             S[key.removesuffix(".S")] = file.get_tensor(key).clone()  # the file may change
-    return S, _object(metadata, "fingerprints"), _object(metadata, "card", "{}")
+    if len(also) != len(extra):
+        raise ValueError(f"also: expected the {len(extra)} tensors it names, got {len(also)}")
+    return S, _json(metadata, "fingerprints", dict), _json(metadata, "card", dict, "{}"), also
 
 
-def _object(metadata: dict[str, str], key: str, default: str = "") -> dict[str, Any]:
-    """Return a JSON object in the metadata."""
+def _check_size(path: Path) -> None:
+    """Refuse a file that is too large, before it is read, unless it says to hold more than S."""
+    size = path.stat().st_size
+    if size <= _FILE_BYTES:
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError:
+        metadata = {}
+    if "also" not in metadata:
+        raise ValueError(
+            f"expected at most {_FILE_BYTES} bytes, got {size}: no adapter is so large"
+        )
+
+
+def _json(metadata: dict[str, str], key: str, kind: type, default: str = "") -> Any:
+    """Return a JSON object or list in the metadata."""
     try:
         found = json.loads(metadata.get(key, default))
     except ValueError as error:
         raise ValueError(f"{key}: expected JSON in the metadata, got other ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{key}: expected a JSON object, got {type(found).__name__}")
+    if not isinstance(found, kind):
+        expected = "object" if kind is dict else "list"
+        raise ValueError(f"{key}: expected a JSON {expected}, got {type(found).__name__}")
     return found
 
 
@@ -289,8 +477,14 @@ def _check_values(name: str, values: Tensor) -> None:
             f"{name}.S: expected [R] in one of {', '.join(_DTYPES)}, got {list(values.shape)} in "
             f"{values.dtype}"
         )
+    _check_finite(f"{name}.S", values)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(values).__name__}")
     if not values.isfinite().all():
-        raise ValueError(f"{name}.S: expected finite values, got NaN or Inf: training diverged")
+        raise ValueError(f"{name}: expected finite values, got NaN or Inf: training diverged")
 
 
 def _plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,13 +502,20 @@ def _plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _fingerprints(layers: dict[str, Factored]) -> dict[str, str]:
-    stacked = torch.stack([layer.fingerprint for layer in layers.values()])  # one copy from a GPU
-    return {name: bytes(row).hex() for name, row in zip(layers, stacked.tolist(), strict=True)}
+def _distant(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, float]:
+    """Return how far the weights of the same layers are apart, where that is beyond rounding."""
+    apart = {name: fingerprint.distance(a[name], b[name]) for name in a}
+    return {name: far for name, far in apart.items() if not far <= fingerprint.ROUNDING}
 
 
-def _differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    return [name for name in {**a, **b} if a.get(name) != b.get(name)]
+def _how_far(distances: Iterable[float]) -> str:
+    far = max(distances)
+    if math.isfinite(far):
+        return f"by up to {far:.0%} (rounding: less than {fingerprint.ROUNDING:.0%})"
+    return (
+        "in their fingerprint, which an older version wrote, without how far; if they are the same "
+        "but in another dtype, convert and load in the dtype of the training, then model.to(dtype)"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

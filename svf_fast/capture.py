@@ -26,7 +26,7 @@ def follow(model: nn.Module) -> Hashable:
     for module in model.modules():
         if isinstance(module, Factored):
             plan, S = module.current_plan(), module.S
-            found += (plan, S.data_ptr(), S.requires_grad)
+            found += (plan, S.data_ptr(), S.requires_grad, module.geometry)
             if not S.requires_grad:  # then W is a constant of the graph
                 found.append(module.values.seen)
             networks.add(module.network)

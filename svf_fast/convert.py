@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -13,18 +15,28 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from svf_fast.budget import fit, parse_bytes
 from svf_fast.files import save_atomically
-from svf_fast.fusion.blocks import FusedSequential, SVFBasicBlock, SVFBottleneck
-from svf_fast.fusion.fused import Fused
-from svf_fast.fusion.structure import find
+from svf_fast.fusion.blocks import (
+    FusedChain,
+    FusedSequential,
+    ResidualUnit,
+    SVFBasicBlock,
+    SVFBottleneck,
+)
+from svf_fast.fusion.fused import Fused, restore
+from svf_fast.fusion.norm import StaysFrozen, is_frozen, keep_frozen
+from svf_fast.fusion.plain import plain_layers
+from svf_fast.fusion.structure import Chain, Unit, find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
+from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
-from svf_fast.svd import Factors, compose, decompose
+from svf_fast.svd import Factors, compose, decompose, has_memory
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -44,19 +56,24 @@ def convert(
     input_shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     factors: Mapping[str, Factors] | None = None,
+    keep_norms_frozen: bool = True,
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
     Of a converted layer only S trains; a layer that is not converted stays as it is, so freeze what
     should not train (``model.requires_grad_(False)``) before. The network computes what it computed
-    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, their subclasses and those
-    whose weight a hook computes (pruning, weight norm) are not: these may use their weight in their
-    own way. Hooks are kept. A layer used twice is converted once; two layers that share their
-    weight get an S each.
+    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, and subclasses that compute
+    a convolution with a weight of their parameters, as with weight standardization, which is then
+    part of what is decomposed. A warning counts those that are left: others use their weight in
+    their own way, or a hook computes it (pruning, weight norm). Hooks are kept. A layer used twice
+    is converted once; layers that share their weight get an S each, with a warning.
+    Of a model on the meta device the factors have no values either: load them with ``to_empty`` and
+    ``load_state_dict``.
 
     Args:
-        layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard; what
-            lies in them is converted. None converts the whole model.
+        layers: names of modules as ``named_modules`` gives them, with ``*`` as a wildcard and
+            without those of wrappers (``_orig_mod``, ``module``); what lies in them is converted.
+            None converts the whole model.
         strategy: see :class:`svf_fast.SVFConv2d`.
         fuse: run residual blocks and conv-BN-ReLU sequences of converted convolutions as one
             autograd node each, wherever their batch norms are frozen (evaluation mode). They are
@@ -71,10 +88,16 @@ def convert(
         dtype: of the activations in it, for a run under autocast.
         factors: U, S and V by the name of their layer, where they are known already, from a state
             dict for one. They are taken in the place of the layer's weight, which is not looked at.
+        keep_norms_frozen: batch norms of the model that are frozen now, in evaluation mode and
+            without a parameter that trains, stay in evaluation mode when ``model.train()`` is
+            called, until one of their parameters trains: their class gets a ``train`` of its own.
+            A warning tells of others in fused blocks, which take these apart. False lets all
+            follow the mode.
 
     Returns the model.
 
-    Raises ValueError when a name in ``layers`` fits no module, nothing is there to convert, or no
+    Raises ValueError when a name in ``layers`` fits no module, nothing is there to convert, the
+    model is in a wrapper that has taken its parameters already (DistributedDataParallel), or no
     plan fits the budget, with the smallest that does (:class:`svf_fast.budget.BudgetError`). Then
     the model is as it was.
     """
@@ -87,44 +110,52 @@ def convert(
     if isinstance(layers, str):
         layers = (layers,)
     check_module(model)
-    if type(model) in (nn.Conv2d, nn.Linear):
+    if isinstance(model, nn.Conv2d | nn.Linear):
         raise ValueError(
             "model: expected a module that contains layers, got a single layer, which cannot be "
             "replaced in place; use SVFConv2d.from_conv or SVFLinear.from_linear"
         )
-    chosen = _select(model, layers)
+    selected = candidates(model, layers)
+    plain, left = plain_layers(layer for _, layer in selected)
+    chosen = [(name, layer) for name, layer in selected if layer in plain]
+    _check_wrappers(model, chosen)
     if not chosen:
         converted = len(svf_layers(model))
         hint = f"{converted} layers are SVF layers already" if converted else "it has none at all"
+        hint = "; ".join(left) or hint
         where = "the model" if layers is None else f"layers={list(layers)}"
         raise ValueError(
             f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
         )
     known = dict(factors or {})
-    _check_factors(known, dict(chosen))
-    replaced: dict[nn.Module, Factored] = {}
-    for name, layer in tqdm(chosen, "decomposing", unit="layer", delay=2, disable=not progress):
-        if layer not in replaced:
-            found = known.get(name) or _factors(layer, cache)
-            kind = strategy
-            if strategy == "auto" and _feeds_inplace(model, name):
-                kind = "chain"  # gram keeps its output, which the next module overwrites
-            if isinstance(layer, nn.Conv2d):
-                replaced[layer] = SVFConv2d.from_conv(layer, kind, found)
-            else:
-                replaced[layer] = SVFLinear.from_linear(layer, kind, found)
-            _move_hooks(layer, replaced[layer])
+    _check_factors(known, {name: plain[layer] for name, layer in chosen})
+    if left:
+        warnings.warn(f"svf_fast.convert: left as they are: {'; '.join(left)}", stacklevel=2)
+    _warn_of_ties(model, chosen)
+    planned: dict[nn.Conv2d | nn.Linear, tuple[str, Factors | None]] = {}
+    for name, layer in chosen:
+        # gram keeps its output, which the next module may overwrite
+        inplace = strategy == "auto" and _feeds_inplace(model, name)
+        planned.setdefault(plain[layer], ("chain" if inplace else strategy, known.get(name)))
+    made = _factored(planned, cache, progress)
+    replaced = {layer: made[plain[layer]] for _, layer in chosen}
+    for layer, factored in replaced.items():
+        _move_hooks(layer, factored)
+    for name, layer in chosen:
         model.set_submodule(name, replaced[layer])
     network = Network()
     for factored in svf_layers(model).values():
         network.join(factored)
-    undo = _fuse(model, _within(layers)) if fuse else []
+    undo = _fuse(model, layers) if fuse else []
+    if keep_norms_frozen:
+        _warn_of_training_norms(model)
+        undo += keep_frozen(model)
     if budget is not None and input_shape is not None:
         try:
             fit(model, budget, input_shape, dtype)
         except Exception:
-            for unfuse in undo:
-                unfuse()
+            for each in undo:
+                each()
             for name, layer in chosen:
                 _move_hooks(replaced[layer], layer)
                 model.set_submodule(name, layer)
@@ -136,7 +167,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Replace the SVF layers of a model by plain ones with the composed weights, in place.
 
     The inverse of :func:`convert`: the state dict has the original's keys and shapes again, and
-    loads into the original class. Returns the model.
+    loads into the original class. A subclass of ``nn.Conv2d`` comes back as the plain convolution
+    that it computed, and a weight that layers shared as one for each. Returns the model.
 
     For ONNX merge first: a converted model goes through ``torch.export``, but with operators of
     svf_fast in its graph, which ``torch.onnx`` has no translation for.
@@ -153,70 +185,123 @@ def merge(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, Fused):
             module.unfuse()
-    plain: dict[Factored, nn.Module] = {}
+        elif isinstance(module, StaysFrozen):
+            restore(module)
+    merged: dict[Factored, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, Factored):
-            if layer not in plain:
-                plain[layer] = layer.merged()
-                _move_hooks(layer, plain[layer])
-            model.set_submodule(name, plain[layer])
+            if layer not in merged:
+                merged[layer] = layer.merged()
+                _move_hooks(layer, merged[layer])
+            model.set_submodule(name, merged[layer])
     return model
 
 
-def _select(
+def candidates(
     model: nn.Module, layers: Sequence[str] | None
 ) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    """Return the layers that `convert` replaces if it can, by every name that they have.
+
+    Raises ValueError for a name in `layers` that fits no module.
+    """
+    names = plain_names(model)
+    known = {name for pair in names.items() for name in pair if name}
     for pattern in layers or ():
-        if not any(fnmatchcase(name, pattern) for name in names):
-            top = [name for name, _ in model.named_children()]
+        if not any(fnmatchcase(name, pattern) for name in known):
+            top = dict.fromkeys(name for name in names.values() if name and "." not in name)
             raise ValueError(
                 f"layers: expected names of modules, got {pattern!r}, which fits none of this "
                 f"{type(model).__name__}; at its top are {', '.join(top) or 'no modules'}"
             )
 
-    within = _within(layers)
+    chosen = _chosen(model, layers)
     return [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Conv2d, nn.Linear)
-        and "weight" in module._parameters  # else a hook computes it
-        and within(name)
+        if isinstance(module, nn.Conv2d | nn.Linear) and chosen(name)
     ]
 
 
-def _within(layers: Sequence[str] | None) -> Callable[[str], bool]:
+def _chosen(model: nn.Module, layers: Sequence[str] | None) -> Callable[[str], bool]:
     """Return a test whether the module of a name lies in one of `layers`."""
-    patterns = ["*"] if layers is None else list(layers)
-
-    def within(name: str) -> bool:
-        parts = name.split(".")
-        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in patterns)
-
-    return within
+    names, lies_within = plain_names(model), within(layers)
+    return lambda name: lies_within(names[name]) or lies_within(name)
 
 
-def _fuse(model: nn.Module, within: Callable[[str], bool]) -> list[Callable[[], object]]:
-    """Fuse what lies within, with what was converted before; returns what undoes it."""
+# by name: torch.distributed takes long to import
+_OWNERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
+
+
+def _check_wrappers(model: nn.Module, chosen: list[tuple[str, nn.Conv2d | nn.Linear]]) -> None:
+    for outer, module in model.named_modules():
+        kind, prefix = type(module).__name__, f"{outer}." if outer else ""
+        if kind in _OWNERS and any(name.startswith(prefix) for name, _ in chosen):
+            raise ValueError(
+                f"model: expected one that is not yet in {kind}, which synchronizes the parameters "
+                f"it was built with and would leave S out; convert the model, then wrap it"
+            )
+
+
+def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], object]]:
+    """Fuse what lies in `layers`, with what was converted before; returns what undoes it."""
+    chosen = _chosen(model, layers)
 
     def factored(name: str) -> bool:
-        return within(name) or isinstance(model.get_submodule(name), SVFConv2d)
+        return chosen(name) or isinstance(model.get_submodule(name), SVFConv2d)
 
     undo: list[Callable[[], object]] = []
     blocks, units, _ = find(model, factored)
     for found in blocks:
         module = model.get_submodule(found.name)
-        if not isinstance(module, Fused) and any(map(within, found.convs)):
+        if not isinstance(module, Fused) and any(map(chosen, found.convs)):
             kind = SVFBottleneck if len(found.stages) == 3 else SVFBasicBlock
             undo.append(kind.adopt(module, found).unfuse)
-    for container, group in groupby(units, lambda unit: unit.container):
+    for chain in (unit for unit in units if isinstance(unit, Chain)):
+        if any(map(chosen, chain.convs)):
+            undo.append(FusedChain.adopt(model.get_submodule(chain.name), chain).unfuse)
+    sequences = (unit for unit in units if isinstance(unit, Unit))
+    for container, group in groupby(sequences, lambda unit: unit.container):
         module = model.get_submodule(container)
         prefix = f"{container}." if container else ""
-        new = tuple(unit for unit in group if within(prefix + unit.stage.conv))
+        new = tuple(unit for unit in group if chosen(prefix + unit.stage.conv))
         if new:
             undo.append(FusedSequential.adopt(module, new))
     return undo
+
+
+def _warn_of_ties(model: nn.Module, chosen: list[tuple[str, nn.Conv2d | nn.Linear]]) -> None:
+    """Warn of weights that something else in the model shares with a layer that is converted."""
+    converted = {layer.weight: name for name, layer in chosen}
+    holders: dict[Tensor, dict[nn.Module, str]] = {weight: {} for weight in converted}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in holders:
+                holders[parameter][module] = f"{name}.{key}".lstrip(".")
+    ties = [" and ".join(names.values()) for names in holders.values() if len(names) > 1]
+    if ties:
+        warnings.warn(
+            f"svf_fast.convert: {'; '.join(ties)} are one weight, and will be so no longer: each "
+            "SVF layer trains an S of its own, and svf_fast.merge gives each a weight of its own",
+            stacklevel=3,
+        )
+
+
+def _warn_of_training_norms(model: nn.Module) -> None:
+    norms = {
+        module.get_submodule(stage.bn)
+        for module in model.modules()
+        if isinstance(module, ResidualUnit | FusedChain | FusedSequential)
+        for stage in module.fused_stages()
+    }
+    training = sum(isinstance(norm, _BatchNorm) and not is_frozen(norm) for norm in norms)
+    if training:
+        warnings.warn(
+            f"svf_fast.convert: {training} of the {len(norms)} batch norms in fused blocks are not "
+            "frozen: these blocks run layer by layer and keep more for the backward pass. Call "
+            "model.eval().requires_grad_(False) before the conversion; if batch norms are to "
+            "train, pass keep_norms_frozen=False",
+            stacklevel=3,
+        )
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -237,9 +322,43 @@ def _feeds_inplace(model: nn.Module, name: str) -> bool:
     return bool(following) and getattr(children[following[0]], "inplace", False) is True
 
 
+def _factored(
+    planned: Mapping[nn.Conv2d | nn.Linear, tuple[str, Factors | None]],
+    cache: str | os.PathLike | None,
+    progress: bool,
+) -> dict[nn.Conv2d | nn.Linear, Factored]:
+    """Return the SVF layer of each layer, given its strategy and factors if known.
+
+    They are made side by side, a thread each. One decomposition is thousands of short parallel
+    regions, whose threads all wait for one that another process has pushed aside; side by side, no
+    thread waits.
+    """
+
+    def build(layer: nn.Conv2d | nn.Linear) -> Factored:
+        strategy, known = planned[layer]
+        factors = known or _factors(layer, cache)
+        if isinstance(layer, nn.Conv2d):
+            return SVFConv2d.from_conv(layer, strategy, factors)
+        return SVFLinear.from_linear(layer, strategy, factors)
+
+    def built(made: Iterable[Factored]) -> dict[nn.Conv2d | nn.Linear, Factored]:
+        bar = tqdm(made, "decomposing", len(planned), unit="layer", delay=2, disable=not progress)
+        return dict(zip(planned, bar, strict=True))
+
+    if not all(has_memory(layer.weight) and layer.weight.is_cpu for layer in planned):
+        return built(map(build, planned))  # a GPU has its own threads, and fakes are for one thread
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that begin from now on
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return built(pool.map(build, planned))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> Factors:
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    if cache is None:
+    if cache is None or not has_memory(layer.weight):
         return decompose(layer.weight, groups)
     weight = layer.weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} {groups}".encode())
@@ -276,10 +395,11 @@ def _shapes(weight: Tensor, groups: int) -> list[tuple[int, ...]]:
 
 def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     """Return the factors; ValueError unless they are those of the weight, to rounding."""
-    shapes, dtypes = _shapes(weight, groups), {each.dtype for each in factors}
-    if [tuple(each.shape) for each in factors] != shapes or dtypes != {weight.dtype}:
-        raise ValueError("factors of another weight")
+    shapes = _shapes(weight, groups)
     wide = torch.promote_types(weight.dtype, torch.float32)
+    dtypes = [weight.dtype, wide, weight.dtype]
+    if [tuple(f.shape) for f in factors] != shapes or [f.dtype for f in factors] != dtypes:
+        raise ValueError("factors of another weight")
     allowed = 4 * torch.finfo(weight.dtype).eps + 64 * torch.finfo(wide).eps
     error = compose(*factors, groups).sub_(weight).norm()
     if not error <= allowed * weight.to(wide).norm():

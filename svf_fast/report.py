@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from svf_fast.fusion.blocks import FusedSequential, ResidualUnit
+from svf_fast.fusion.blocks import ResidualUnit
 from svf_fast.fusion.fused import Fused
+from svf_fast.fusion.norm import is_norm
+from svf_fast.fusion.plain import plain_layers
 from svf_fast.fusion.structure import find
 from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.ops.factors import reads_input
@@ -60,11 +62,13 @@ class MemoryReport:
         factor_bytes: U, S, V and what is made of them, the composed weights first: resident,
             whatever the input.
         shapes: input and output shape of every call of each SVF layer.
+        left: convolutions and linear layers that cannot be converted, by reason with their number.
     """
 
     units: tuple[UnitReport, ...]
     factor_bytes: int
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]]
+    left: tuple[str, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -103,6 +107,7 @@ class MemoryReport:
         rule = "-" * max(map(len, lines))
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         lines.append(f"resident factors and composed weights: {self.factor_bytes / _MIB:.1f} MiB")
+        lines += [f"not converted: {text}" for text in self.left]
         return "\n".join(lines)
 
 
@@ -125,12 +130,17 @@ def memory_report(
     what needs one now, and batch norms are in the mode they are in. ``dtype`` names the dtype of a
     run under autocast; without it the model runs in the dtype of its factors.
 
-    Raises ValueError when the model has no SVF layer or none of them is called.
+    Raises ValueError when the model has no SVF layer, none of them is called, or it is sharded.
     """
     layers = svf_layers(model)
     if not layers:
         raise ValueError("model: expected SVF layers to report on, found none; was it converted?")
-    for layer in layers.values():
+    for name, layer in layers.items():
+        if hasattr(layer.S, "full_tensor"):
+            raise ValueError(
+                f"model: expected whole parameters, got {name}.S sharded; ask for the report "
+                "before the model is sharded (fully_shard)"
+            )
         layer.strategy_in_use  # noqa: B018  plans from the present values, which fakes have not
     units = _units(model)
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
@@ -138,7 +148,8 @@ def memory_report(
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.as_reference())
-        reference, _ = _run(model, input_shape, dtype, units, shapes)
+        normed: dict[str, str] = {}
+        reference, _ = _run(model, input_shape, dtype, units, shapes, normed)
     if not shapes:
         raise ValueError("model: expected a forward pass through its SVF layers, none was called")
     reports = [
@@ -154,19 +165,21 @@ def memory_report(
                 report,
                 saved_bytes=saved.get(report.name, 0),
                 reference_bytes=reference.get(report.name, 0),
-                note=report.note or _note(report.name, notes),
+                note=report.note or _note(report.name, notes, normed),
             )
             for report in reports
         ),
         sum(_resident(layer, layer in folding) for layer in layers.values()),
         shapes,
+        tuple(plain_layers(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))[1]),
     )
 
 
 def _units(model: nn.Module) -> dict[str, nn.Module]:
     """Return the fused modules, and the SVF layers outside of these, by name.
 
-    A fused sequence runs its units alone; blocks and layers beside them are listed by themselves.
+    A fused sequence or chain runs its units alone; blocks and layers beside them are listed by
+    themselves.
     """
     units: dict[str, nn.Module] = {}
     inside: set[str] = set()
@@ -178,17 +191,22 @@ def _units(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _run_by(unit: nn.Module) -> set[str]:
-    """Name the modules in a unit that it runs; of a fused sequence only what is fused."""
-    if isinstance(unit, FusedSequential):
+    """Name the modules in a unit that it runs; of a fused sequence or chain only what is fused."""
+    if isinstance(unit, Fused) and not unit.is_whole:
         return set(unit.fused_convs())
     return {name for name, _ in unit.named_modules() if name}
 
 
-def _note(name: str, notes: dict[str, str]) -> str:
-    """Tell why the block that a layer lies in could not be fused."""
-    for block, reason in notes.items():
-        if name == block or name.startswith(f"{block}." if block else ""):
-            return f"not fused: {reason}"
+def _note(name: str, notes: dict[str, str], normed: dict[str, str]) -> str:
+    """Tell why a layer, or the block that it lies in, could not be fused with its batch norm."""
+    around = [key for key in notes if not key or f"{name}.".startswith(f"{key}.")]
+    if around:
+        return f"not fused: {notes[max(around, key=len)]}"
+    if name in normed:
+        return (
+            f"not fused: {normed[name]} follows, but not in an nn.Sequential, a residual block or "
+            "a module that calls such layers alone"
+        )
     return ""
 
 
@@ -215,8 +233,12 @@ def _run(
     dtype: torch.dtype | None,
     units: dict[str, nn.Module],
     shapes: dict[str, list[tuple[torch.Size, torch.Size]]] | None = None,
+    normed: dict[str, str] | None = None,
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """Return kept bytes and output shape per unit; fills `shapes`, for which none may run fused."""
+    """Return kept bytes and output shape per unit.
+
+    Fills `shapes`, and `normed` with the norm that gets a layer's output; then none may run fused.
+    """
     layers = svf_layers(model)
     device, own = next((layer.U.device, layer.U.dtype) for layer in layers.values())
     handles = []
@@ -243,9 +265,18 @@ def _run(
 
             return hook
 
+        returned: list[tuple[Tensor, str]] = []
+
         def record(shapes, name):
             def hook(_, inputs, output):
                 shapes.setdefault(name, []).append((inputs[0].shape, output.shape))
+                returned.append((output, name))
+
+            return hook
+
+        def receive(normed, norm):
+            def hook(_, inputs):
+                normed.update((name, norm) for output, name in returned if output is inputs[0])
 
             return hook
 
@@ -255,6 +286,9 @@ def _run(
         if shapes is not None:
             for name, layer in layers.items():
                 handles.append(layer.register_forward_hook(record(shapes, name)))
+            for name, module in model.named_modules():
+                if is_norm(module):
+                    handles.append(module.register_forward_pre_hook(receive(normed, name)))
         try:
             x = torch.empty(tuple(input_shape), device=device, dtype=own)
             autocast = torch.autocast(device.type, dtype or own, enabled=dtype not in (None, own))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast._library import _C
 from svf_fast.reference.compose import compose as reference_compose
@@ -13,6 +14,9 @@ from svf_fast.reference.compose import compose as reference_compose
 # S_rms / |S_r| may reach this root mean square over the directions whose gradient is read off the
 # layer's output; the rest is guarded. At 2 the error stays within twice that of the paper's layers.
 GUARD_LIMIT = 2.0
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Factors(NamedTuple):
@@ -23,21 +27,48 @@ class Factors(NamedTuple):
     V: Tensor
 
 
+def has_memory(x: Tensor) -> bool:
+    """Tell whether a tensor is an ordinary one: neither meta nor fake, sharded or quantized."""
+    return not x.is_meta and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_weight(weight: Tensor) -> None:
+    """Check that a weight is a tensor that can be decomposed, or has the shape of one.
+
+    Raises TypeError for another dtype, and for what only holds a weight: a DTensor, a quantized
+    tensor.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a floating point tensor, got {type(weight).__name__}")
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            f"weight: expected a whole tensor, got a sharded {type(weight).__name__}; convert the "
+            "model first, and shard it after (fully_shard)"
+        )
+    is_shape = weight.is_meta or isinstance(weight, FakeTensor)
+    if weight.dtype not in _DTYPES or not (is_shape or has_memory(weight)):
+        kind = type(weight).__name__ if weight.dtype in _DTYPES else f"{weight.dtype}"
+        raise TypeError(
+            "weight: expected a floating point tensor (float64, float32, bfloat16 or float16), got "
+            f"{kind}; convert the model before it is quantized, or dequantize its weights"
+        )
+
+
 def decompose(weight: Tensor, groups: int = 1) -> Factors:
     """Decompose a weight into its singular values at full rank, per group (SVF paper, eq. 1).
 
     ``weight [Co, Ci/G, *kernel]`` is folded to G matrices ``[Co/G, Ci/G·K]``; each becomes
     ``U diag(S) V`` with orthonormal columns of U and rows of V, and rank
-    ``R = min(Co/G, Ci/G·K)``. The decomposition runs in float64; the factors come back in the
-    dtype and on the device of the weight.
+    ``R = min(Co/G, Ci/G·K)``. The decomposition runs in float64; the factors come back on the
+    device of the weight, U and V in its dtype, S in float32 at least: it is to train, and a step of
+    an optimizer is less than a 16-bit value can take up. Of a weight without values (on the meta
+    device) the factors have none either.
 
     Raises:
-        TypeError: the weight is not a floating point tensor.
+        TypeError: the weight is not a floating point tensor, or is sharded or quantized.
         ValueError: fewer than two dimensions, channels not divisible by ``groups``, or NaN / Inf.
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight: expected a floating point tensor, got {got}")
+    check_weight(weight)
     if weight.dim() < 2 or weight.numel() == 0:
         raise ValueError(
             f"weight: expected [out, in/groups, *kernel] without empty dimensions, "
@@ -45,7 +76,17 @@ def decompose(weight: Tensor, groups: int = 1) -> Factors:
         )
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of {weight.shape[0]} channels, got {groups}")
-    matrix = weight.detach().reshape(groups, weight.shape[0] // groups, -1).double()
+    weight = weight.detach()
+    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if not has_memory(weight):
+        rank = min(matrix.shape[1:])
+        return Factors(
+            weight.new_empty(weight.shape[0], rank),
+            weight.new_empty(groups * rank, dtype=wide),
+            weight.new_empty(groups * rank, *weight.shape[1:]),
+        )
+    matrix = matrix.double()
     if not torch.isfinite(matrix).all():
         raise ValueError(
             "weight: expected finite values, got NaN or Inf; was the checkpoint saved after a "
@@ -61,7 +102,7 @@ def decompose(weight: Tensor, groups: int = 1) -> Factors:
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
     return Factors(
         U.reshape(weight.shape[0], -1).to(weight.dtype).contiguous(),
-        S.reshape(-1).to(weight.dtype),
+        S.reshape(-1).to(wide),
         V.reshape(-1, *weight.shape[1:]).to(weight.dtype).contiguous(),
     )
 
@@ -105,6 +146,8 @@ def dual(U: Tensor, groups: int = 1) -> Tensor | None:
 
     Returns None where they are, to float32 rounding (float64: its own): then U serves itself.
     Factors kept in a 16-bit dtype, or that have been through one, are not: they are off by 1e-3.
+
+    Raises ValueError where columns depend on each other, as those of memory that nobody filled.
     """
     dtype = torch.promote_types(U.dtype, torch.float32)
     columns = U.detach().double().reshape(groups, -1, U.shape[1])
@@ -112,4 +155,9 @@ def dual(U: Tensor, groups: int = 1) -> Tensor | None:
     identity = torch.eye(U.shape[1], dtype=product.dtype, device=U.device)
     if (product - identity).abs().max() <= 16 * torch.finfo(dtype).eps:
         return None
-    return torch.linalg.solve(product, columns, left=False).reshape(U.shape).to(dtype)
+    try:
+        return torch.linalg.solve(product, columns, left=False).reshape(U.shape).to(dtype)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            "U, V: expected independent directions, got others; load weights first (after to_empty)"
+        ) from error

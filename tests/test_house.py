@@ -114,9 +114,10 @@ STOREYS = {
         "ops",
         "triton layers",
         "fusion",
-        "report adapter capture",
+        "report capture",
         "budget",
         "convert",
+        "adapter",
         "__init__ __main__",
     ),
     "fss": (

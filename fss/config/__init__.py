@@ -71,8 +71,8 @@ class DataConfig:
             HSNet, "fss1000" a folder per class; "shapes" needs none.
         train_list: file of the training photos, given together with `val_list`. For "pascal" and
             "coco" each line is `image mask`, and a leading path that does not exist here is
-            ignored; by default the published lists. For "fss1000" the names of the base classes,
-            one per line.
+            ignored, or it is a list of HSNet, or a folder of lists; by default the published
+            lists. For "fss1000" the names of the base classes, one per line.
         val_list: as `train_list`, for the test photos; for "fss1000" the novel classes.
         folds: of "coco": "fwb" (novel classes k + 1, k + 5, …) or "panet" (20k + 1 to 20k + 20).
         fold: which classes are novel, from 0.
@@ -92,8 +92,8 @@ class DataConfig:
             only.
         drop_small_classes: omit classes with no more than K photos in a split and warn; by default
             they are an error.
-        skip_unreadable: replace an episode that has an unreadable photo and warn; by default such
-            a photo ends the run.
+        skip_unreadable: leave out photos that cannot be used, replace an episode that has one, and
+            warn; by default such a photo ends the run.
         workers: processes that load episodes; 0 loads them in the training process.
         seed: seed of the training episodes and, with "shapes", of the photos.
     """
@@ -422,8 +422,9 @@ class TrainConfig:
             validations and at the end of the run.
         log_every: steps between two rows of the logs.
         pictures: test episodes drawn at the end.
-        precision: as Lightning Fabric names it; "mixed" keeps the weights in float32. "16-mixed"
-            scales the loss and skips steps whose gradients overflow; the log counts them.
+        precision: as Lightning Fabric names it; "mixed" keeps the weights in float32, "bf16-true"
+            what the optimizer steps: S, and a float32 copy of what else trains. "16-mixed" scales
+            the loss and skips steps whose gradients overflow; the log counts them.
         tf32: float32 products that a GPU may compute from factors rounded to TF32 (10 bits after
             the point), in training and `fss eval`; datasheets promise up to eight times the rate.
             "convolutions" is torch's default: the few matrix products that give W and the gradient

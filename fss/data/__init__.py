@@ -59,14 +59,15 @@ def build_source(config: DataConfig) -> Source:
     if config.source == "shapes":
         return ShapesSource(size=config.size, seed=config.seed)
     root, train, val = str(config.root), config.train_list, config.val_list
+    skip = config.skip_unreadable
     if config.source == "folder":
-        return FolderSource(root)
+        return FolderSource(root, skip_unreadable=skip)
     if config.source == "pascal":
-        return PascalSource(root, train, val)
+        return PascalSource(root, train, val, skip)
     if config.source == "coco":
-        return CocoSource(root, config.folds, train, val)
+        return CocoSource(root, config.folds, train, val, skip)
     if config.source == "fss1000":
-        return Fss1000Source(root, str(train), str(val))
+        return Fss1000Source(root, str(train), str(val), skip)
     raise ValueError(f"data.source: {config.source!r} has no source in build_source")
 
 

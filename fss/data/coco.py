@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from fss.config import Folds
 from fss.data.file_source import ListedSource
-from fss.data.lists import Pair, check_files, find_folder, read_list
+from fss.data.lists import Listing, Pair, check_files, find_folder, read_list
+from fss.data.masks import open_classes
 from fss.data.prepare.counts import Counts
 
 MASKS = "annotations"
@@ -152,7 +155,9 @@ class CocoSource(ListedSource):
         root: the folder.
         folds: novel classes of fold k: "fwb" k + 1, k + 5, … (FWB, PFENet, BAM, HSNet), "panet"
             20k + 1 to 20k + 20.
-        train_list, val_list: files with `image mask` per line; both or none.
+        train_list, val_list: files with `image mask` per line, or HSNet's lists, or folders of
+            such files; both or none.
+        skip_unreadable: leave out images that cannot be used, and warn; by default an error.
 
     Raises:
         FileNotFoundError: no such folder, or files are missing.
@@ -166,7 +171,9 @@ class CocoSource(ListedSource):
         folds: Folds = "fwb",
         train_list: str | os.PathLike[str] | None = None,
         val_list: str | os.PathLike[str] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
+        self.skip_unreadable = skip_unreadable
         if folds not in ("fwb", "panet"):
             raise ValueError(f"folds: expected fwb or panet, got {folds!r}")
         needed = (SPLITS[1], *(f"{MASKS}/{split}" for split in SPLITS))
@@ -184,7 +191,7 @@ class CocoSource(ListedSource):
         train, val = (
             read_list(Path(path), self.root, split, f"{MASKS}/{split}")
             if path
-            else self._masked(split)
+            else Listing(self._masked(split), [])
             for split, path in zip(SPLITS, (train_list, val_list), strict=True)
         )
         self._take_splits(train, val)
@@ -192,6 +199,9 @@ class CocoSource(ListedSource):
             "the json's ids have gaps and run to 90: write its classes in order as 1 to 80"
         )
         self._check_class_map()
+
+    def _open_mask(self, path: Path) -> Image.Image:
+        return open_classes(path, ignored_alone=True)  # of a photo that shows only a crowd
 
     def _masked(self, split: str) -> list[Pair]:
         images, masks = self.root / split, self.root / MASKS / split

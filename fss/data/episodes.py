@@ -141,6 +141,12 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         novel = source.folds[fold]
         self.base_classes = tuple(sorted(c for c in source.class_names if c not in novel))
         self.classes = novel if split == "test" else self.base_classes
+        if not self.classes:
+            kind = "novel" if split == "test" else "base"
+            raise ValueError(
+                f"fold {fold} has no {kind} class: of {len(source.class_names)} classes, "
+                f"{len(novel)} are novel; change the folds, or add photos of other classes"
+            )
         labels = {class_id: label for label, class_id in enumerate(self.base_classes, start=1)}
         self._base_table = _table(labels) if 0 < len(labels) < IGNORE else None
         self.queries, self.class_images = self._list_images(set(novel))

@@ -1,21 +1,73 @@
-"""Images and masks in files: read, with limits, and damaged ones named."""
+"""Images in files: the formats that can be read, and the one reader of pixels."""
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import (
     Image,
     ImageOps,
-    TiffImagePlugin,  # noqa: F401 (registers its format, as the next one does)
+    Jpeg2KImagePlugin,  # noqa: F401 (registers its format, as the next ones do)
+    PpmImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
+    features,
 )
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""Accepted, whatever a name ends with: decoders of other formats may run programs."""
+with suppress(ImportError):  # Pillow before 11.3
+    from PIL import AvifImagePlugin  # noqa: F401
+with suppress(ImportError):  # not a requirement
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+Picture = str | os.PathLike[str] | Image.Image | NDArray[Any]
+"""A file, a PIL image, or an array: [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4] RGBA."""
+
+Result = TypeVar("Result")
+
+# Decoders of other formats may run programs.
+_ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
+}
+_FEATURES = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
+
+FORMATS = tuple(
+    name
+    for name in _ENDINGS
+    if (name in Image.OPEN or name in ("JPEG", "PNG", "BMP", "GIF"))
+    and (name not in _FEATURES or features.check(_FEATURES[name]))
+)
+"""Accepted, whatever a name ends with: what the installed libraries can read."""
+
+ENDINGS = tuple(ending for name in FORMATS for ending in _ENDINGS[name])
+"""Endings of files that can be read, in lower case."""
+
+_RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
+
+OTHER_ENDINGS = (
+    *(ending for name in _ENDINGS if name not in FORMATS for ending in _ENDINGS[name]),
+    *_RAW,
+    *(".eps", ".exr", ".hdr", ".ico", ".jxl", ".pcx", ".psd", ".svg", ".tga", ".xcf"),
+)
+"""Endings of pictures that cannot be read here: to be named, not passed over."""
 
 MAX_PIXELS = 80_000_000
 """Of an image: a larger one is refused before it is decoded."""
@@ -24,40 +76,127 @@ MAX_PIXELS = 80_000_000
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
 DAMAGED += (NotImplementedError, MemoryError, struct.error, Image.DecompressionBombError)
 
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read an RGB image [H, W, 3], turned as its EXIF orientation says.
-
-    Raises:
-        ValueError: a file that cannot be decoded.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            check_pixels(file)
-            ImageOps.exif_transpose(file, in_place=True)  # without, it copies
-            return np.array(file if file.mode == "RGB" else file.convert("RGB"))
-    except DAMAGED as error:
-        raise unreadable(path, error) from error
+_SIXTEEN_BIT = 257  # 65535 / 255
 
 
-def open_classes(path: Path) -> Image.Image:
-    """Open and decode a mask of class ids.
+def read_picture(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
+    """Read a picture as RGB uint8 [H, W, 3].
+
+    Files and PIL images are turned upright as their EXIF orientation says. Transparent pixels are
+    laid on white, gray ones become RGB, 16 bits become 8 (values / 257), of several frames the
+    first is taken. Arrays are uint8, uint16 (0 to 65535), bool, or floating from 0 to 1.
+
+    Args:
+        picture: see `Picture`.
+        name: what to call it in an error; a file is called by its path.
 
     Raises:
-        ValueError: a file that cannot be decoded, or one with colors instead of ids.
+        FileNotFoundError: no such file.
+        TypeError: no picture, or an array of another dtype.
+        ValueError: a file that cannot be decoded, more than 80 million pixels, an array of another
+            shape or with values out of range.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            check_pixels(file)
-            file.load()
-    except DAMAGED as error:
-        raise unreadable(path, error) from error
-    if file.mode not in ("P", "L"):
-        raise ValueError(
-            f"{path}: expected class ids in one 8-bit channel (mode P or L), got mode "
-            f"{file.mode}; save the mask with class ids, not colors"
+    if isinstance(picture, (str, os.PathLike, Image.Image)):
+        values = decode(picture, name, _pixels_of)
+        if not isinstance(picture, Image.Image):
+            name = str(picture)
+    elif isinstance(picture, np.ndarray):
+        values = picture
+    else:
+        raise TypeError(
+            f"{name}: expected a path, a PIL image or a numpy array, got {type(picture).__name__}"
         )
-    return file
+    pixels = to_bytes(values, name)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[2] == 4:
+        pixels = _on_white(pixels)
+    if pixels.shape[2] == 1:
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return np.ascontiguousarray(pixels)
+
+
+def decode(
+    picture: str | os.PathLike[str] | Image.Image, name: str, read: Callable[[Image.Image], Result]
+) -> Result:
+    """Decode the first frame of a file or of a PIL image, upright, and return what `read` finds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: what cannot be decoded, or has more than `MAX_PIXELS`.
+    """
+    if isinstance(picture, Image.Image):
+        try:
+            check_pixels(picture)
+            return read(ImageOps.exif_transpose(picture))
+        except DAMAGED as error:
+            raise unreadable(name, error) from error
+    path = Path(picture).expanduser()
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            check_pixels(file)
+            if path.suffix.lower() in _RAW:  # a TIFF with a small preview in front
+                raise ValueError("a raw photo")
+            ImageOps.exif_transpose(file, in_place=True)  # without, it copies
+            return read(file)
+    except DAMAGED as error:
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: expected a file at {path}, found none") from error
+        raise unreadable(path, error) from error
+
+
+def to_bytes(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """Convert pixels [H, W] or [H, W, 1, 3 or 4] of any accepted dtype to uint8.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape, or floating values outside of 0 to 1.
+    """
+    channels = values.shape[2:] or (1,)
+    if values.ndim not in (2, 3) or channels[0] not in (1, 3, 4) or 0 in values.shape:
+        raise ValueError(
+            f"{name}: expected [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA), got "
+            f"{list(values.shape)}"
+        )
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint16:
+        return np.rint(values / _SIXTEEN_BIT).astype(np.uint8)
+    if np.issubdtype(values.dtype, np.floating):
+        check_fractions(values, name)
+        return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
+    raise TypeError(
+        f"{name}: expected uint8, uint16, bool, or floating from 0 to 1, got {values.dtype}"
+    )
+
+
+def pixel_values(image: Image.Image) -> NDArray[Any]:
+    """Return an image's values: uint8 [H, W], [H, W, 3] or [H, W, 4], uint16 or floating [H, W]."""
+    if image.mode.startswith("I"):
+        values = np.array(image)
+        return values.astype(np.uint16) if values.min() >= 0 and values.max() < 2**16 else values
+    if image.mode == "F":
+        return np.array(image)
+    if is_transparent(image):
+        return np.array(image.convert("RGBA"))
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Tell whether an image has a channel, a palette or a color of transparency."""
+    return image.mode.lower().endswith("a") or "transparency" in image.info
+
+
+def check_fractions(values: NDArray[Any], name: str) -> None:
+    """Raise ValueError for floating values that are not from 0 to 1."""
+    if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+        raise ValueError(
+            f"{name}: expected floating values from 0 to 1, got {values.min():.4g} to "
+            f"{values.max():.4g}; divide 8-bit values by 255"
+        )
 
 
 def check_pixels(image: Image.Image) -> None:
@@ -80,9 +219,32 @@ def check_sizes(
         )
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def unreadable(name: str | Path, error: Exception) -> ValueError:
     """Return the error of a file that cannot be decoded."""
-    return ValueError(
-        f"{path} cannot be decoded ({error}); replace the file, or remove it together with its "
-        "image or mask"
-    )
+    ending = Path(name).suffix.lower()
+    if isinstance(error, UnidentifiedImageError) or ending in _RAW:
+        error = ValueError(f"expected {', '.join(FORMATS)}")
+    hint = "replace the file, or leave it out together with its image or mask"
+    if ending in _ENDINGS["HEIF"] and "HEIF" not in FORMATS:
+        hint = "HEIC needs pip install pillow-heif; or convert the file to JPEG"
+    elif ending in OTHER_ENDINGS:
+        hint = "convert the file to JPEG or PNG"
+    return ValueError(f"{name} cannot be decoded ({error}); {hint}")
+
+
+def _pixels_of(image: Image.Image) -> NDArray[Any]:
+    values = pixel_values(image)
+    if values.dtype == np.int32:
+        raise ValueError(
+            f"expected 8 or 16 bits or floating values from 0 to 1, got {values.min()} to "
+            f"{values.max()}"
+        )
+    return values
+
+
+def _on_white(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    colors, alpha = pixels[..., :3], pixels[..., 3:]
+    if alpha.min() == 255:
+        return colors
+    share = alpha.astype(np.float32) / 255
+    return np.rint(colors * share + 255 * (1 - share)).astype(np.uint8)

@@ -9,9 +9,8 @@ import os
 from pathlib import Path
 
 from fss.data.file_source import ListedSource
-from fss.data.lists import Pair, check_files, find_folder, read_list
+from fss.data.lists import Listing, Pair, check_files, find_folder, read_lines, read_list
 from fss.data.prepare.counts import Counts
-from fss.files import read_text
 
 IMAGES = "JPEGImages"
 MASKS = "SegmentationClassAug"
@@ -54,7 +53,9 @@ class PascalSource(ListedSource):
 
     Args:
         root: the folder.
-        train_list, val_list: files with `image mask` per line; both or none.
+        train_list, val_list: files with `image mask` per line, or HSNet's lists, or folders of
+            such files; both or none.
+        skip_unreadable: leave out images that cannot be used, and warn; by default an error.
 
     Raises:
         FileNotFoundError: no such folder, or files are missing.
@@ -74,7 +75,9 @@ class PascalSource(ListedSource):
         root: str | os.PathLike[str],
         train_list: str | os.PathLike[str] | None = None,
         val_list: str | os.PathLike[str] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
+        self.skip_unreadable = skip_unreadable
         places = ("VOCdevkit2012/VOC2012", "VOCdevkit/VOC2012", "VOC2012")
         self.root = find_folder(Path(root).expanduser(), places, IMAGES, (MASKS,))
         self.class_names = dict(enumerate(CLASSES, start=1))
@@ -86,7 +89,7 @@ class PascalSource(ListedSource):
         self,
         train_list: str | os.PathLike[str] | None,
         val_list: str | os.PathLike[str] | None,
-    ) -> tuple[list[Pair], list[Pair]]:
+    ) -> tuple[Listing, Listing]:
         paths = [self.root / LISTS / f"{name}.txt" for name in ("train", "val")]
         if train_list or val_list:
             if not (train_list and val_list):
@@ -104,7 +107,7 @@ class PascalSource(ListedSource):
             ]
             for split in pairs:
                 check_files(split, f"the lists of VOC in {self.root}")
-            return pairs[0], pairs[1]
+            return Listing(pairs[0], []), Listing(pairs[1], [])
         train, val = (read_list(path, self.root, IMAGES, MASKS) for path in paths)
         return train, val
 
@@ -127,7 +130,7 @@ def build_lists(folder: Path, masks: set[str]) -> tuple[list[str], list[str]]:
                 f"{path} does not exist, so the training images cannot be listed; copy VOC's "
                 "ImageSets/, or give data.train_list and data.val_list"
             )
-        names.append([line.split()[0] for line in read_text(path).splitlines() if line.strip()])
+        names.append([line.split()[0] for line in read_lines(path, "an image name").values()])
     detection, train, val = names
     held_out = set(val)
     merged = [name for name in sorted(detection) if name in masks and name not in held_out]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fss.models.backbone import Backbone
@@ -120,7 +119,6 @@ class _FrozenConvolution(torch.autograd.Function):
         return functional.conv2d(x, weight, padding=padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         # under autocast the convolution ran in the dtype of its output

@@ -84,7 +84,10 @@ class FactoredConv2d(ComposedConv2d):
 
     def composed_weight(self) -> Tensor:
         """Compute ``U diag(S ⊙ exp(s')) V`` as [Co, Ci, kh, kw]."""
-        S = self.S if self.log_scale is None else self.S * self.log_scale.exp()
+        dtype = torch.promote_types(self.S.dtype, torch.float32)
+        S = self.S.to(dtype)
+        if self.log_scale is not None:
+            S = S * self.log_scale.to(dtype).exp()
         return svf_fast.compose(self.U, S, self.V)
 
     def extra_repr(self) -> str:

@@ -74,7 +74,13 @@ def _train_convolutions(
         if name in convolutions
     }
     if trains_singular_values(regime):
-        svf_fast.convert(backbone, list(convolutions), regime.strategy, factors=known)
+        svf_fast.convert(
+            backbone,
+            list(convolutions),
+            regime.strategy,
+            factors=known,
+            keep_norms_frozen=regime.batch_norm_statistics == "frozen",
+        )
     elif regime.name in _COMPOSED:
         compose = _COMPOSED[regime.name]
         for name, convolution in convolutions.items():

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fss.colors import SKY
 from fss.data import build_episodes, build_source, test_transform
-from fss.data.images import read_image
+from fss.data.images import read_picture
 from fss.models import FewShotModel
 from fss.report.episodes import outline, photo_pixels, spread_over_classes
 from fss.report.plot import Plot, figure_style, new_figure, save_plot
@@ -58,9 +58,7 @@ def example_photo(run: ReportedRun, path: str | None) -> Photo:
     """
     if path is None:
         return test_photos(run, 1)[0]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--photo: expected a picture at {path}, found none")
-    pixels = read_image(Path(path))
+    pixels = read_picture(path, "--photo")
     nothing = np.zeros(pixels.shape[:2], dtype=np.uint8)
     transform = test_transform(run.config.data)
     image, _, region = transform(pixels, nothing, np.random.default_rng(0))

@@ -16,7 +16,7 @@ from PIL import Image, ImageColor
 from fss.colors import ORANGE
 from fss.data import ShapesSource
 from fss.runs.folder import RunFolder
-from fss.segment.pictures import overlay, read_mask, read_picture
+from fss.segment.pictures import find_object, overlay, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter
 
 MAX_BYTES = 20 * 2**20
@@ -143,12 +143,13 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
         supports: list[Support],
         editor: Any,
         mask: str | None,
+        value: str,
         queries: Any,
         choice: str,
         limit: float,
     ) -> list[tuple[Image.Image, str]]:
         if not supports:
-            supports = [_support(editor, mask)]
+            supports = [_support(editor, mask, value, gradio)]
         paths = [item[0] for item in queries or []]
         if not paths:
             raise ValueError("Queries: drop in at least one picture.")
@@ -171,10 +172,10 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             ]
         return shown
 
-    def add(supports: list[Support], editor: Any, mask: str | None) -> tuple[Any, ...]:
+    def add(supports: list[Support], editor: Any, mask: str | None, value: str) -> tuple[Any, ...]:
         if len(supports) == MAX_PICTURES:
             raise ValueError(f"Supports: at most {MAX_PICTURES}.")
-        supports = [*supports, _support(editor, mask)]
+        supports = [*supports, _support(editor, mask, value, gradio)]
         return supports, _shown(supports, gradio), None, None
 
     def example() -> tuple[Any, ...]:
@@ -212,10 +213,15 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
                     add_button = gradio.Button("Add this support", elem_id="add")
                     clear_button = gradio.Button("Clear supports", elem_id="clear")
                 mask = gradio.File(
-                    label="or a mask file of the picture above (white is the object)",
+                    label="or a mask file of the picture above",
                     file_types=["image"],
                     height=120,
                     elem_id="mask",
+                )
+                value = gradio.Textbox(
+                    label="If the mask file has several objects: a class id, or red,green,blue",
+                    max_lines=1,
+                    elem_id="value",
                 )
                 added = gradio.Gallery(
                     label="Supports",
@@ -261,11 +267,11 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             interactive=False,
             elem_id="results",
         )
-        inputs = [supports, editor, mask, queries, choice, limit]
+        inputs = [supports, editor, mask, value, queries, choice, limit]
         run = _told(segment, gradio)
         gradio.on([button.click, choice.input, limit.release], run, inputs, results)
         add_button.click(
-            _told(add, gradio), [supports, editor, mask], [supports, added, editor, mask]
+            _told(add, gradio), [supports, editor, mask, value], [supports, added, editor, mask]
         )
         clear_button.click(
             lambda: ([], _shown([], gradio), None, None), None, [supports, added, editor, mask]
@@ -276,7 +282,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
     return page
 
 
-def _support(editor: Any, mask: str | None) -> Support:
+def _support(editor: Any, mask: str | None, value: str, gradio: Any) -> Support:
     """Return the editor's picture with the painted mask, or with that of a file."""
     picture = None if editor is None else editor["background"]
     if picture is None or not picture[..., 3:].any():
@@ -284,7 +290,9 @@ def _support(editor: Any, mask: str | None) -> Support:
     picture = read_picture(picture, "support")
     size = (picture.shape[0], picture.shape[1])
     if mask is not None:
-        return picture, read_mask(mask, size)
+        found = find_object(mask, size, "mask", value.strip() or None)
+        gradio.Info(f"Mask read as: {found.convention}")
+        return picture, found.pixels
     painted = np.zeros(size, bool)
     for layer in editor["layers"]:
         painted |= layer[..., 3] > 0

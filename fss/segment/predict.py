@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from fss.data.images import ENDINGS, OTHER_ENDINGS
 from fss.files import atomic_write
 from fss.segment.pictures import MaskLike, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter, Segmentation
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Of the files that count as pictures in a folder."""
 
 KINDS = ("mask", "probability", "overlay")
 """What is written of each query."""
@@ -34,6 +32,7 @@ def predict_files(
     size: int | None = None,
     checkpoint: Literal["best", "last"] = "best",
     adapter: str | None = None,
+    mask_value: str | None = None,
     threshold: float = 0.5,
     batch_size: int = 8,
     overwrite: bool = False,
@@ -59,12 +58,14 @@ def predict_files(
         size: without a run: longer side of the network's input, pixels.
         checkpoint: of the run, "best" or "last".
         adapter: file of singular values of the backbone, as runs leave it.
+        mask_value: which value of the masks is the object, where they have several: a class id or
+            gray as in 15, or a color (red,green,blue) as in 128,0,0.
         threshold: probability above which a pixel belongs to the object.
         batch_size: pictures at a time.
         overwrite: replace earlier results.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
 
-    Returns a line about what was done.
+    Returns two lines: what was done, and in which conventions the masks were read.
 
     Raises:
         FileNotFoundError: no such query, support or run.
@@ -85,19 +86,25 @@ def predict_files(
             raise ValueError("backbone, weights, size: a run brings its own, omit them")
         segmenter = FewShotSegmenter.load(run, checkpoint, adapter, threshold, device)
     images, masks = zip(*supports, strict=True)
-    segmenter.support(list(images), [parse_mask(mask) for mask in masks])
+    segmenter.support(list(images), [parse_mask(mask) for mask in masks], mask_value)
     errors = _predict(segmenter, results, batch_size)
     if errors:
         raise ValueError(
-            f"{len(errors)} of {len(paths)} pictures cannot be read, results of the others are in "
-            f"{out}:\n  " + "\n  ".join(errors)
+            f"{len(errors)} of {len(paths)} pictures cannot be read and are left out, results of "
+            f"the others are in {out}:\n  " + "\n  ".join(errors)
         )
     count = f"{len(paths)} pictures" if len(paths) > 1 else "1 picture"
-    return f"{count} segmented: {out} has of each .mask.png, .probability.png and .overlay.png"
+    read = "; ".join(dict.fromkeys(segmenter.conventions))
+    return (
+        f"{count} segmented: {out} has of each .mask.png, .probability.png and .overlay.png\n"
+        f"support masks read as: {read}"
+    )
 
 
 def find_pictures(queries: Sequence[str], out: Path) -> list[Path]:
     """List the pictures that files and folders stand for, each once, without those in `out`.
+
+    Pictures of formats that cannot be read here are among them: reading names them.
 
     Raises:
         FileNotFoundError: no such file or folder, or a folder without a picture.
@@ -110,7 +117,7 @@ def find_pictures(queries: Sequence[str], out: Path) -> list[Path]:
             files = [each for each in sorted(path.rglob("*")) if _is_picture(each, path, out)]
             if not files:
                 raise FileNotFoundError(
-                    f"query: expected pictures ({', '.join(SUFFIXES)}) in {path}, found none"
+                    f"query: expected pictures ({', '.join(ENDINGS)}) in {path}, found none"
                 )
         elif not path.is_file():
             raise FileNotFoundError(f"query: expected a file or a folder at {path}, found none")
@@ -147,7 +154,7 @@ def _is_picture(path: Path, folder: Path, out: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     result = out.resolve() in path.resolve().parents and out.resolve() != folder.resolve()
     written = path.name.endswith(tuple(f".{kind}.png" for kind in KINDS))
-    picture = path.suffix.lower() in SUFFIXES and path.is_file()
+    picture = path.suffix.lower() in (*ENDINGS, *OTHER_ENDINGS) and path.is_file()
     return picture and not hidden and not result and not written
 
 

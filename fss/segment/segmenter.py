@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import svf_fast
 from fss.colors import ORANGE
 from fss.config import TrainConfig
 from fss.data import EvalTransform, test_transform
+from fss.data.masks import MaskValue
 from fss.evaluation.evaluate import enlarge
 from fss.models import FewShotModel, Matching, backbone_of
 from fss.processes import lay_out
 from fss.runs.folder import RunFolder
-from fss.segment.pictures import MaskLike, Picture, overlay, read_mask, read_picture
+from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -75,6 +76,7 @@ class FewShotSegmenter:
     Attributes:
         model: the network, in evaluation mode, its weights frozen.
         config: of the run that was loaded; None without a run.
+        conventions: how the mask of each support was read, such as "class id 15, 255 ignored".
 
     Raises:
         FileNotFoundError, ValueError, ImportError, ConnectionError: weights that are missing, not
@@ -138,6 +140,7 @@ class FewShotSegmenter:
         self.config = config
         self.threshold = threshold
         self._transform = transform
+        self.conventions: list[str] = []
         self._resize = config.resize if config else "photo"
         self._own: svf_fast.Adapter | None = None
         self._examples: tuple[Tensor, Tensor] | None = None
@@ -172,12 +175,16 @@ class FewShotSegmenter:
         backbone = self.model.backbone
         if adapter is not None and not isinstance(adapter, svf_fast.Adapter):
             adapter = svf_fast.Adapter.load(adapter)
+        if adapter is not None and adapter.also:
+            raise ValueError(
+                f"{adapter}: expected singular values alone, got also {', '.join(adapter.also)}, "
+                "which a segmenter could not take back"
+            )
         if adapter is None:
             adapter = self._own
         elif self._own is None:
             if not any(True for _ in svf_fast.svf_parameters(backbone)):
-                _check_layers(backbone, adapter)
-                svf_fast.convert(backbone, list(adapter.S), fuse=False)
+                adapter.convert(backbone, fuse=False)
                 lay_out(backbone, self.device).requires_grad_(False)
             self._own = svf_fast.Adapter.of(backbone)
         if adapter is not None:
@@ -185,13 +192,18 @@ class FewShotSegmenter:
             self._supports = None
 
     def support(
-        self, images: Picture | Sequence[Picture], masks: MaskLike | Sequence[MaskLike]
+        self,
+        images: Picture | Sequence[Picture],
+        masks: MaskLike | Sequence[MaskLike],
+        mask_value: MaskValue | None = None,
     ) -> FewShotSegmenter:
         """Take K supports, replacing earlier ones; return the segmenter.
 
         Args:
             images: K pictures in a list, or one.
             masks: as many masks in a list, or one if one picture is given.
+            mask_value: which value of the masks is the object, where they have several: a class id,
+                a gray or a color (128, 0, 0).
 
         Raises:
             TypeError, ValueError, FileNotFoundError: see `read_picture` and `read_mask`; another
@@ -205,13 +217,16 @@ class FewShotSegmenter:
                 f"masks: expected a list of a mask for each of the {len(images)} images, at least "
                 f"one, got {got}"
             )
-        samples = []
+        samples, conventions = [], []
         everywhere = True
         for number, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
             where = f" {number}" if len(images) > 1 else ""
             pixels = read_picture(image, f"support image{where}")
             height, width = pixels.shape[:2]
-            found = read_mask(mask, (height, width), f"support mask{where}")
+            found, convention = find_object(
+                mask, (height, width), f"support mask{where}", mask_value
+            )
+            conventions.append(convention)
             everywhere &= bool(found.all())
             sample = self._transform(pixels, found.astype(np.uint8))
             samples.append((sample.image, _kept(sample.mask, found)))
@@ -223,6 +238,7 @@ class FewShotSegmenter:
         image, mask = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
         supports = self.model.encode_supports(image, mask)
         self._examples, self._supports = (image, mask), supports
+        self.conventions = conventions
         return self
 
     @overload
@@ -285,16 +301,6 @@ def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:
         y, x = np.argwhere(found).mean(0) / found.shape
         result[int(y * height), int(x * width)] = 1
     return result
-
-
-def _check_layers(backbone: nn.Module, adapter: svf_fast.Adapter) -> None:
-    layers = dict(backbone.named_modules())
-    missing = [name for name in adapter.S if not isinstance(layers.get(name), nn.Conv2d)]
-    if missing:
-        raise ValueError(
-            f"{adapter}: expected an adapter of this backbone, which has no convolution "
-            f"{missing[0]!r} ({len(missing)} of {len(adapter.S)} layers are unknown)"
-        )
 
 
 def _device(name: str) -> torch.device:

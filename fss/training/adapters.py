@@ -80,7 +80,8 @@ def adapter_files(
     if len(adapters) > 1:
         return "\n".join(" ".join([line, *card]) for line, card in zip(lines, cards, strict=True))
     layers = [f"{name}: {len(values)} values" for name, values in adapters[0].S.items()]
-    return "\n  ".join([*lines, *cards[0], *layers])
+    also = [f"{name}: {list(values.shape)}" for name, values in adapters[0].also.items()]
+    return "\n  ".join([*lines, *cards[0], *layers, *also])
 
 
 def _is_adapter(regime: RegimeConfig) -> bool:

@@ -27,6 +27,7 @@ from fss.runs.checkpoint import (
     restore_random_state,
 )
 from fss.runs.folder import BaseFolder
+from fss.training.optimizer import hold_masters
 
 T = TypeVar("T")
 Trained = TypeVar("Trained", bound="Loop")
@@ -80,6 +81,7 @@ class Loop:
 
     def _set_up(self, network: nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Place a network on the device; its random weights follow `__init__`, which seeds them."""
+        hold_masters(optimizer)
         self.network, self.scheduler = lay_out(network, self.fabric.device), scheduler
         self.model, self.optimizer = self.fabric.setup(self.network, optimizer)
         self.fabric.seed_everything(self.config.seed + self.fabric.global_rank, verbose=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 from fss.config import OptimizerConfig
 
@@ -60,3 +62,52 @@ def build_scheduler(
     if config.schedule == "poly":
         return optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
     return optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+
+
+def hold_masters(optimizer: optim.Optimizer) -> None:
+    """Let an optimizer step float32 masters of 16-bit parameters, which get the rounded values.
+
+    The step itself is often less than half a unit of a parameter's last place, and would be rounded
+    away each time. The masters are entries of the optimizer's state; wider parameters have none.
+    """
+    held: list[tuple[Tensor, Tensor, Tensor | None]] = []  # parameter, its values and gradient
+
+    def narrow() -> Iterator[Tensor]:
+        for group in optimizer.param_groups:
+            yield from (p for p in group["params"] if p.is_floating_point() and p.itemsize < 4)
+
+    def hold(parameter: Tensor, values: Tensor) -> None:
+        gradient = parameter.grad
+        held.append((parameter, parameter.data, gradient))
+        parameter.grad, parameter.data = None, values
+        parameter.grad = None if gradient is None else gradient.float()
+
+    def release() -> None:
+        for parameter, values, gradient in held:
+            parameter.grad, parameter.data = None, values
+            parameter.grad = gradient
+        held.clear()
+
+    def before_step(*_: Any) -> None:
+        for parameter in narrow():
+            if parameter.grad is not None:
+                # not in the state while it steps: AdamW takes an empty one as its beginning
+                master = optimizer.state[parameter].pop("master", None)
+                hold(parameter, parameter.detach().float() if master is None else master)
+
+    @torch.no_grad()
+    def after_step(*_: Any) -> None:
+        masters = [(parameter, parameter.data) for parameter, *_ in held]
+        release()
+        for parameter, master in masters:
+            parameter.copy_(master)
+            optimizer.state[parameter]["master"] = master
+
+    def before_load(*_: Any) -> None:
+        for parameter in narrow():  # a state takes the dtype of its parameter
+            hold(parameter, parameter.data.float())
+
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
+    optimizer.register_load_state_dict_pre_hook(before_load)
+    optimizer.register_load_state_dict_post_hook(lambda _: release())

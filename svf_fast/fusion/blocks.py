@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from svf_fast.fusion.fused import Fused, fuse, unfused_class
+from svf_fast.fusion.fused import Fused, original_class, recast
+from svf_fast.fusion.graph import is_conv
+from svf_fast.fusion.norm import Norm, is_norm
+from svf_fast.fusion.plain import plain_conv
 from svf_fast.fusion.reading import Readable, Reading, conv_of
-from svf_fast.fusion.state import is_hooked, watch
-from svf_fast.fusion.structure import ResidualBlock, StageNames, Unit, examine
+from svf_fast.fusion.state import is_hooked, plain_attributes, watch
+from svf_fast.fusion.structure import Chain, ResidualBlock, StageNames, Unit, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
+from svf_fast.ops.node import is_tracing
 
 
 def _read(module: Readable) -> Reading:
     """Return the reading of the module as it is now, kept until something in it changes."""
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return Reading(module, None)
     known = module.__dict__.get("_reading")
     if known is not None and known.holds(module):
@@ -47,7 +51,9 @@ class ResidualUnit(Fused):
     stage_count: int  # beside the shortcut
     recompute: bool
     _names: ResidualBlock
-    _kinds: dict[str, str]  # of the inner modules, as they were when the forward was read
+    # of the inner modules, and their attributes, as they were when the forward was read
+    _kinds: dict[str, str]
+    _attributes: dict[str, dict[str, Any]] = {}  # noqa: RUF012  of a pickle that has none
 
     @classmethod
     def from_block(cls, module: nn.Module, strategy: str = "auto") -> nn.Module:
@@ -76,15 +82,15 @@ class ResidualUnit(Fused):
         for name in found.convs:
             conv = module.get_submodule(name)
             if isinstance(conv, nn.Conv2d):
-                module.set_submodule(name, SVFConv2d.from_conv(conv, strategy))
+                module.set_submodule(name, SVFConv2d.from_conv(plain_conv(conv), strategy))
         return cls.adopt(module, found)
 
     @classmethod
     def adopt(cls, module: nn.Module, found: ResidualBlock) -> Fused:
         """Fuse a block that was found, in place."""
-        fused = fuse(module, cls)
+        fused = recast(module, cls)
         fused._names, fused.recompute = found, False
-        fused._kinds = {name: _kind(inner) for name, inner in _inner(fused)}
+        fused._kinds, fused._attributes = _remember(fused, found.pre)
         return fused
 
     def fused_convs(self) -> dict[str, bool]:
@@ -97,10 +103,17 @@ class ResidualUnit(Fused):
         """Name of the convolution that ``recompute`` runs again."""
         return self._names.stages[1].conv
 
+    def fused_stages(self) -> list[StageNames]:
+        """Name the stages that run as one, that of the shortcut last."""
+        return [*self._names.stages, *filter(None, [self._names.shortcut])]
+
     def unfused_reasons(self) -> list[str]:
-        names = self._names
-        stages = [*names.stages, *([] if names.shortcut is None else [names.shortcut])]
-        return [_replaced(self, self._kinds) or _reason(self, stages) or _hooked(self, names.pre)]
+        return [
+            _replaced(self, self._kinds)
+            or _changed(self, self._attributes)
+            or _reason(self, self.fused_stages())
+            or _hooked(self, self._names.pre)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         names, reading = self._names, _read(self)
@@ -154,6 +167,7 @@ def _children(unit: Unit) -> tuple[str, ...]:
 class FusedSequential(Fused):
     """An ``nn.Sequential`` that runs each conv, batch norm and ReLU in it as one autograd node."""
 
+    is_whole = False
     _names: tuple[Unit, ...]
 
     @classmethod
@@ -163,7 +177,7 @@ class FusedSequential(Fused):
             before = module._names
             module._rename(before + tuple(unit for unit in units if unit not in before))
             return partial(module._rename, before)
-        fused = fuse(module, cls)
+        fused = recast(module, cls)
         fused._names = units
         return fused.unfuse
 
@@ -173,6 +187,10 @@ class FusedSequential(Fused):
 
     def fused_convs(self) -> dict[str, bool]:
         return {unit.stage.conv: not unit.stage.relu for unit in self._names}
+
+    def fused_stages(self) -> list[StageNames]:
+        """Name the stages that run as one each."""
+        return [unit.stage for unit in self._names]
 
     def unfused_reasons(self) -> list[str]:
         return [self._unit_reason(unit) for unit in self._names]
@@ -215,6 +233,58 @@ class FusedSequential(Fused):
         return x
 
 
+class FusedChain(Fused):
+    """A module that calls its parts in turn, each conv, batch norm and ReLU as one autograd node.
+
+    Its parts are called as its own forward did when it was read; that runs where one does not fit.
+    """
+
+    is_whole = False
+    _names: Chain
+    _kinds: dict[str, str]
+    _attributes: dict[str, dict[str, Any]]
+
+    @classmethod
+    def adopt(cls, module: nn.Module, found: Chain) -> Fused:
+        """Fuse a chain that was found, in place."""
+        fused = recast(module, cls)
+        fused._names = found
+        fused._kinds, fused._attributes = _remember(fused, fused._called())
+        return fused
+
+    def _called(self) -> tuple[str, ...]:
+        return tuple(step for step in self._names.steps if isinstance(step, str))
+
+    def fused_convs(self) -> dict[str, bool]:
+        return {stage.conv: not stage.relu for stage in self._names.stages}
+
+    def fused_stages(self) -> list[StageNames]:
+        """Name the stages that run as one each."""
+        return list(self._names.stages)
+
+    def unfused_reasons(self) -> list[str]:
+        called = self._called()
+        return [
+            _replaced(self, self._kinds, called)
+            or _changed(self, self._attributes)
+            or _reason(self, self.fused_stages())
+            or _hooked(self, called)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        reading = _read(self)
+        if reading.reasons(self)[0]:
+            return super().forward(x)
+        for step in self._names.steps:
+            if isinstance(step, str):
+                x = self.get_submodule(step)(x)
+                continue
+            dtype = _compute_dtype(x, conv_of(self, step), type(self).__name__)
+            stages, programs = reading.stages(self, [step], dtype, not step.relu)
+            x = block(x.to(dtype), stages, relu=step.relu, programs=programs)
+        return x
+
+
 class SVFConvBNAct(nn.Module):
     """``relu(bn(conv(x)) + residual)`` with a frozen batch norm, as one autograd node.
 
@@ -240,7 +310,8 @@ class SVFConvBNAct(nn.Module):
         super().__init__()
         if not isinstance(conv, nn.Conv2d | SVFConv2d):
             raise TypeError(f"conv: expected an nn.Conv2d or SVFConv2d, got {type(conv).__name__}")
-        if getattr(type(bn), "forward", None) is not nn.BatchNorm2d.forward:
+        own = getattr(type(bn), "forward", None)
+        if own not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
             raise TypeError(
                 f"bn: expected an nn.BatchNorm2d with its own forward, got {type(bn).__name__}"
             )
@@ -301,9 +372,10 @@ def _reason(module: nn.Module, stages: list[StageNames]) -> str:
             return f"{stage.conv} pads x in a pass of its own"
         if conv.strategy_in_use == "reference":
             return f"{stage.conv} computes as 'reference'"
-        if not isinstance(bn, _BatchNorm):
+        norm = Norm.of(bn)
+        if norm is None:
             return f"{stage.bn} is a {type(bn).__name__}, not a batch norm"
-        if bn.training or bn.running_mean is None:
+        if norm.mean is None or (bn.training and isinstance(bn, _BatchNorm)):
             return f"{stage.bn} uses the batch's statistics: call eval() on it"
         if not torch.is_grad_enabled():
             continue
@@ -320,12 +392,25 @@ def _kind(module: nn.Module) -> str:
         return "convolution"
     if isinstance(module, nn.SyncBatchNorm):
         return nn.BatchNorm2d.__name__  # the same with stored statistics
-    return unfused_class(module).__name__
+    return original_class(module).__name__
 
 
-def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
+def _remember(
+    module: nn.Module, called: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return what a forward pass that was read depends on, but for the parts that it calls."""
+    inner = [("", module), *_inner(module, called)]
+    attributes = {
+        name: plain_attributes(part)
+        for name, part in inner
+        if not (is_conv(part) or is_norm(part) or name in called)
+    }
+    return {name: _kind(part) for name, part in inner if name}, attributes
+
+
+def _replaced(module: nn.Module, kinds: dict[str, str], called: tuple[str, ...] = ()) -> str:
     """Name the first inner module that was replaced, added or removed."""
-    now = {name: _kind(inner) for name, inner in _inner(module)}
+    now = {name: _kind(inner) for name, inner in _inner(module, called)}
     if now == kinds:
         return ""
     name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
@@ -333,16 +418,30 @@ def _replaced(module: nn.Module, kinds: dict[str, str]) -> str:
     return f"{name} was {was} at conversion and is {is_now} now"
 
 
+def _changed(module: nn.Module, attributes: dict[str, dict[str, Any]]) -> str:
+    """Name the first attribute that is not as it was when the forward was read."""
+    for name, before in attributes.items():
+        now = module.get_submodule(name).__dict__
+        for key, value in before.items():
+            if now.get(key) != value:
+                what = f"{name}.{key}".lstrip(".")
+                return f"{what} was {value!r} at conversion and is {now.get(key)!r} now"
+    return ""
+
+
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:
     """Name the first inner module that the fused pass would skip although a hook listens to it."""
-    for name, inner in _inner(module):
+    for name, inner in _inner(module, besides):
         if name not in besides and (reason := _hooked_module(name, inner)):
             return reason
     return ""
 
 
-def _inner(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, inner) for name, inner in module.named_modules() if name)
+def _inner(module: nn.Module, called: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules inside of a module by name, but those inside of the parts it calls."""
+    beyond = tuple(f"{name}." for name in called)
+    found = module.named_modules()
+    return ((name, inner) for name, inner in found if name and not name.startswith(beyond))
 
 
 def _hooked_module(name: str, module: nn.Module) -> str:

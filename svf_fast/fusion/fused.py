@@ -1,6 +1,7 @@
 """The class of a fused module: what runs it as one, mixed into the class that it had.
 
-A fused module keeps its children and their names, its attributes, hooks and place in the model.
+A module of another class keeps its children and their names, its attributes, hooks and place in the
+model.
 """
 
 from __future__ import annotations
@@ -12,11 +13,21 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 
-class Fused(nn.Module):
-    """Base of what runs several modules as one; its forward falls back to that of `original`."""
+class Recast(nn.Module):
+    """Base of what is mixed into the class of a module, which is :attr:`original`."""
 
     original: type[nn.Module]
-    _mixin: type[Fused]
+    _mixin: type[Recast]
+
+    def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_empty, (self._mixin, self.original), *reduced[2:])
+
+
+class Fused(Recast):
+    """Base of what runs several modules as one; its forward falls back to that of `original`."""
+
+    is_whole = True  # whether it runs all that is in it
     _reading: object  # what the last forward pass read of the module
 
     def unfused_reason(self) -> str:
@@ -45,8 +56,7 @@ class Fused(nn.Module):
         """Give the module its original class back, in place; returns it."""
         for name in _names_of_fused():
             self.__dict__.pop(name, None)
-        self.__class__ = self.original  # type: ignore[assignment]
-        return self
+        return restore(self)
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
@@ -56,21 +66,27 @@ class Fused(nn.Module):
     def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
         own = {name: value for name, value in reduced[2].items() if name != "_reading"}
-        return (_empty, (self._mixin, self.original), own, *reduced[3:])
+        return (*reduced[:2], own, *reduced[3:])
 
 
-_F = TypeVar("_F", bound=Fused)
+_R = TypeVar("_R", bound=Recast)
 
 
-def fuse(module: nn.Module, mixin: type[_F]) -> _F:
+def recast(module: nn.Module, mixin: type[_R]) -> _R:
     """Make the module one of `mixin`, in place."""
     module.__class__ = _subclass((mixin, type(module)))
-    return cast(_F, module)
+    return cast(_R, module)
 
 
-def unfused_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or the one that it had before it was fused."""
-    return module.original if isinstance(module, Fused) else type(module)
+def restore(module: Recast) -> nn.Module:
+    """Give the module its original class back, in place; returns it."""
+    module.__class__ = module.original  # type: ignore[assignment]
+    return module
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, or the one that it had before it got another here."""
+    return module.original if isinstance(module, Recast) else type(module)
 
 
 def hidden_name(module: nn.Module) -> str:
@@ -87,17 +103,19 @@ def _names_of_fused() -> frozenset[str]:
     mixins: list[type[nn.Module]] = [Fused]
     for cls in mixins:
         mixins += [each for each in cls.__subclasses__() if "_mixin" not in vars(each)]
+    mixins.append(Recast)
     names = {name for cls in mixins for name in (*vars(cls), *inspect.get_annotations(cls))}
     return frozenset(name for name in names - {*dir(nn.Module)} if not name.startswith("__"))
 
 
 @functools.cache
-def _subclass(bases: tuple[type[Fused], type[nn.Module]]) -> type[Fused]:
+def _subclass(bases: tuple[type[Recast], type[nn.Module]]) -> type[Recast]:
     mixin, original = bases
     members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
+    members["__module__"] = original.__module__  # by which tracers know what they look into
     return type(f"SVF{original.__name__}", bases, members)
 
 
-def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
+def _empty(mixin: type[Recast], original: type[nn.Module]) -> Recast:
     cls = _subclass((mixin, original))
     return cls.__new__(cls)

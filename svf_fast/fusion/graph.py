@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from svf_fast.fusion.fused import Fused, unfused_class
+from svf_fast.fusion.fused import Fused, original_class
+from svf_fast.fusion.norm import is_norm
 from svf_fast.layers.conv2d import SVFConv2d
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -26,13 +28,9 @@ def is_conv(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Conv2d, SVFConv2d))
 
 
-def is_norm(module: nn.Module | None) -> bool:
-    return hasattr(module, "running_var")
-
-
 def is_sequential(module: nn.Module) -> bool:
     """Tell whether a module calls its children in turn, or computes what that would."""
-    own = getattr(unfused_class(module), "forward", None)
+    own = getattr(original_class(module), "forward", None)
     return own is nn.Sequential.forward and "forward" not in vars(module)
 
 
@@ -55,17 +53,17 @@ def hook_kind(module: nn.Module) -> str | None:
 class ForwardGraph:
     """The forward pass of a module in training or evaluation; the module is left as it was.
 
-    Modules are its leaves, but those that ``is_open`` holds for. A node that ``operands`` or
-    ``value`` went through counts as ``seen``.
+    Modules are its leaves, but with ``opens`` those that ``is_open`` holds for. A node that
+    ``operands`` or ``value`` went through counts as ``seen``.
 
     Raises Misfit when the forward pass cannot be traced or keeps something on the module.
     """
 
-    def __init__(self, module: nn.Module, training: bool):
+    def __init__(self, module: nn.Module, training: bool, opens: bool = True):
         self.modules = dict(module.named_modules())
         with _restored(module, training):
             try:
-                self.nodes = list(_Tracer().trace(module).nodes)
+                self.nodes = list(_Tracer(opens).trace(module).nodes)
             except Exception as error:  # whatever a forward raises when it meets a proxy
                 text = str(error) or type(error).__name__
                 raise Misfit(f"its forward cannot be traced ({text.splitlines()[0]})") from error
@@ -97,6 +95,19 @@ class ForwardGraph:
         """Return the module that a node calls, None where it calls a function or a method."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
+    def conv_before(self, node: fx.Node) -> str:
+        """Name the convolution of which a node normalizes the output, "" if it does not."""
+        if not is_norm(self.module(node)) or len(node.all_input_nodes) != 1:
+            return ""
+        node = node.all_input_nodes[0]
+        while (module := self.module(node)) is not None and _does_nothing(module):
+            node = node.all_input_nodes[0]
+        return str(node.target) if is_conv(self.module(node)) else ""
+
+    def precedes_norm(self, conv: str) -> bool:
+        """Tell whether a norm gets what a convolution returns."""
+        return any(self.conv_before(node) == conv for node in self.nodes)
+
     def calls(self, node: fx.Node, targets: set) -> bool:
         """Tell whether a node calls one of these functions, or methods by name."""
         return node.op in ("call_function", "call_method") and node.target in targets
@@ -124,7 +135,9 @@ class ForwardGraph:
     def label(self, node: fx.Node) -> str:
         """Describe a node in plain words."""
         if node.op == "call_module":
-            return f"{node.target!r} ({type(self.module(node)).__name__})"
+            module = self.module(node)
+            assert module is not None
+            return f"{node.target!r} ({original_class(module).__name__})"
         if node in self.inputs:
             return "its input"
         if node.op == "get_attr":
@@ -133,8 +146,14 @@ class ForwardGraph:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else a forward that writes to a buffer writes to it here
+
+    def __init__(self, opens: bool) -> None:
+        super().__init__()
+        self._opens = opens
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return not is_open(module) or hook_kind(module) is not None
+        return not (self._opens and is_open(module)) or hook_kind(module) is not None
 
     def call_module(self, m: nn.Module, forward, args, kwargs):
         if isinstance(m, Fused):
@@ -157,6 +176,12 @@ def _restored(module: nn.Module, training: bool) -> Iterator[None]:
     """Run the body in the given mode; put back every attribute that it may have set."""
     traced = [inner for inner in module.modules() if inner is module or is_open(inner)]
     before = [dict(vars(inner)) for inner in traced]
+    held = [
+        (key, value, copy.copy(value))
+        for attributes in before
+        for key, value in attributes.items()
+        if isinstance(value, (list, dict, set))
+    ]
     stored = []
     try:
         for inner in traced:
@@ -169,8 +194,18 @@ def _restored(module: nn.Module, training: bool) -> Iterator[None]:
         for inner, attributes in zip(traced, before, strict=True):
             vars(inner).clear()
             vars(inner).update(attributes)
+        for key, value, content in held:
+            held_now, held_then = _elements(value), _elements(content)
+            if len(held_now) != len(held_then) or any(map(operator.is_not, held_now, held_then)):
+                stored.append(key)
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
     if stored:
         raise Misfit(f"its forward stores {stored[0]!r} on the module")
+
+
+def _elements(of: list | dict | set) -> list:
+    return list(of.values()) if isinstance(of, dict) else list(of)
 
 
 def _does_nothing(module: nn.Module) -> bool:
@@ -188,4 +223,5 @@ def _does_nothing(module: nn.Module) -> bool:
         graph = ForwardGraph(module, training=True)
     except Misfit:
         return False
-    return [graph.output.args[0]] == graph.inputs
+    idle = all(node.op in ("placeholder", "get_attr", "output") for node in graph.nodes)
+    return idle and [graph.output.args[0]] == graph.inputs

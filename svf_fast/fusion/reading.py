@@ -7,8 +7,8 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from svf_fast.fusion.norm import Norm
 from svf_fast.fusion.state import Watch
 from svf_fast.fusion.structure import StageNames
 from svf_fast.layers.conv2d import SVFConv2d
@@ -153,13 +153,13 @@ def conv_of(module: Readable, names: StageNames) -> SVFConv2d:
 
 def _affine(module: Readable, names: StageNames, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Express batch norm with stored statistics as ``y·scale + shift``, a conv's bias included."""
-    bias, bn = conv_of(module, names).bias, cast(_BatchNorm, module.get_submodule(names.bn))
-    assert bn.running_mean is not None and bn.running_var is not None
+    bias, norm = conv_of(module, names).bias, Norm.of(module.get_submodule(names.bn))
+    assert norm is not None and norm.mean is not None and norm.var is not None
     dtype = torch.promote_types(dtype, torch.float32)
     with torch.no_grad():
-        scale = (bn.running_var.to(dtype) + bn.eps).sqrt().reciprocal()
-        if bn.weight is not None:
-            scale = scale * bn.weight.to(dtype)
-        mean = bn.running_mean.to(dtype)
+        scale = (norm.var.to(dtype) + norm.eps).sqrt().reciprocal()
+        if norm.weight is not None:
+            scale = scale * norm.weight.to(dtype)
+        mean = norm.mean.to(dtype)
         shift = -(mean if bias is None else mean - bias.to(dtype)) * scale
-        return scale, shift if bn.bias is None else shift + bn.bias.to(dtype)
+        return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast._library import _C
+from svf_fast.fusion.norm import is_norm
 from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.ops.node import is_tracing
 
 _HOOKS = (
     "_forward_hooks",
@@ -23,13 +24,33 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OF_CONV = ("stride", "padding_mode", "dilation", "explicit_padding")
+_OF_ALL = {"training", "recompute", "call_super_init", "dump_patches"}
+_OF_CONV = (
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether a hook listens to the module's calls."""
     own = module.__dict__
     return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the numbers, words and flags on a module, on which its forward may depend."""
+    if isinstance(module, nn.ReLU):
+        return {}
+    own = module.__dict__.items()
+    return {
+        name: value
+        for name, value in own
+        if isinstance(value, (bool, int, float, str)) and name not in _OF_ALL and name[0] != "_"
+    }
 
 
 class _Unseen(Exception):
@@ -40,6 +61,7 @@ class Watch:
     """All modules inside a module and their tensors, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
+        own = module.__dict__
         self._children: list[tuple] = []
         self._counts: list[tuple[dict, int]] = []
         self._values: list[tuple[dict[str, Any], str, Any]] = []
@@ -50,6 +72,7 @@ class Watch:
         self._bytes: list[tuple[int, int, int]] = []
         self._copies: list[Tensor] = []
         self._apart: list[tuple[Tensor, Tensor]] = []  # whose elements do not lie side by side
+        self._values += [(own, *item) for item in plain_attributes(module).items()]
         self._look(module)
 
     def _look(self, module: nn.Module) -> None:
@@ -63,16 +86,19 @@ class Watch:
             if isinstance(child, SVFConv2d):
                 if not child.has_values:
                     raise _Unseen
-                self._values += [(own, attribute, own[attribute]) for attribute in _OF_CONV]
+                for attribute in _OF_CONV:
+                    value = own[attribute]  # a list may be written to
+                    kept = tuple(value) if isinstance(value, list) else value
+                    self._values.append((own, attribute, kept))
                 self._convs.append((child, child.strategy_in_use, child.S.requires_grad))
                 self._tensor(own["_parameters"], "bias", copied=True)
-            elif isinstance(child, _BatchNorm):
-                self._values.append((own, "eps", own["eps"]))
-                for at in ("_parameters", "weight"), ("_parameters", "bias"):
-                    self._tensor(own[at[0]], at[1], copied=True)
-                for name_ in ("running_mean", "running_var"):
-                    self._tensor(own["_buffers"], name_, copied=True)
+            elif is_norm(child):
+                self._values.append((own, "eps", own.get("eps")))
+                for name_ in ("weight", "bias", "running_mean", "running_var"):
+                    parameters, buffers = own["_parameters"], own["_buffers"]
+                    self._tensor(parameters if name_ in parameters else buffers, name_, copied=True)
             else:
+                self._values += [(own, *item) for item in plain_attributes(child).items()]
                 self._look(child)
 
     def _tensor(self, of: dict[str, Tensor | None], name: str, copied: bool = False) -> None:
@@ -149,9 +175,10 @@ class Watch:
 def watch(module: nn.Module) -> Watch | None:
     """Collect what the forward pass depends on; None where changes of it could not be seen.
 
-    That is while torch.compile traces, and for tensors without values or version.
+    That is while torch.compile traces, under transforms of torch.func, and for tensors without
+    values or version.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return None
     try:
         return Watch(module)

@@ -16,20 +16,24 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from svf_fast.fusion.fused import Fused, hidden_name
+from svf_fast.fusion.fused import Fused, hidden_name, original_class
 from svf_fast.fusion.graph import (
     ForwardGraph,
     Misfit,
     hook_kind,
     is_conv,
-    is_norm,
     is_open,
     is_sequential,
 )
-from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.fusion.norm import Norm, is_norm
+from svf_fast.fusion.plain import plain_conv
+from svf_fast.layers.conv2d import SVFConv2d, explicit_padding
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
+_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+_OTHER_NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 _MOST_CONVS = 8  # a module with more of its own is no residual block
 
 
@@ -81,20 +85,42 @@ class Unit:
     relu: str | None
 
 
+@dataclass(frozen=True)
+class Chain:
+    """A module of any class whose forward calls its parts one after the other.
+
+    Attributes:
+        name: in the model.
+        steps: convolutions with the batch norm and perhaps ReLU after them, and names of modules.
+    """
+
+    name: str
+    steps: tuple[StageNames | str, ...]
+
+    @property
+    def stages(self) -> tuple[StageNames, ...]:
+        return tuple(step for step in self.steps if isinstance(step, StageNames))
+
+    @property
+    def convs(self) -> tuple[str, ...]:
+        """Names in the model of the convolutions of its stages."""
+        return tuple(_join(self.name, stage.conv) for stage in self.stages)
+
+
 def find(
     model: nn.Module, within: Callable[[str], bool]
-) -> tuple[list[ResidualBlock], list[Unit], dict[str, str]]:
+) -> tuple[list[ResidualBlock], list[Unit | Chain], dict[str, str]]:
     """Find a model's residual blocks, its conv-BN-ReLU units outside of these, and near misses.
 
-    A block or unit counts when ``within`` holds for the names of all its convolutions. What is
-    used twice in the model is listed twice. A unit's children must be called by its
+    A block, chain or unit counts when ``within`` holds for the names of all its convolutions. What
+    is used twice in the model is listed twice. A unit's children must be called by its
     ``nn.Sequential`` alone, which cannot be seen here. The model is not changed.
 
-    Returns blocks and units in the order of ``named_modules``, and for what looks like one but does
-    not fit its name (a block's, or a unit's convolution) with the reason.
+    Returns blocks, and units and chains, in the order of ``named_modules``, and for what looks like
+    one but does not fit its name (a block's, or a unit's or chain's convolution) with the reason.
     """
     blocks: list[ResidualBlock] = []
-    units: list[Unit] = []
+    units: list[Unit | Chain] = []
     reasons: dict[str, str] = {}
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     examined: dict[nn.Module, ResidualBlock | str | None] = {}
@@ -104,7 +130,8 @@ def find(
             if inside is not None and name.startswith(inside):
                 continue
             if isinstance(module, Fused) and not is_sequential(module):
-                inside = _join(name, "")
+                if module.is_whole:
+                    inside = _join(name, "")
                 continue
             verdict = None
             if _is_candidate(module) and any(within(conv) for conv in _convs(name, module)):
@@ -121,6 +148,8 @@ def find(
                 reasons[name] = verdict
             if is_sequential(module):
                 units += _units(name, module, within, places, reasons)
+            elif verdict is None:
+                units += _chains(name, module, within, places, reasons)
     return blocks, units, reasons
 
 
@@ -210,13 +239,8 @@ def _match(graph: ForwardGraph) -> ResidualBlock:
     (shortcut, pre), (stages, pools) = sorted(branches, key=lambda branch: len(branch[0]))
     _check_stages(stages, pools)
     _check_shortcut(shortcut, pre)
-    for node in graph.nodes:
-        if node not in graph.seen:
-            raise Misfit(f"it also uses {graph.label(node)}")
-    calls = Counter(name for stage in stages + shortcut for name in (stage.conv, stage.bn))
-    for name, count in calls.items():
-        if count > 1:
-            raise Misfit(f"it calls {name!r} {count} times")
+    _check_all_is_used(graph)
+    _check_called_once([name for stage in stages + shortcut for name in (stage.conv, stage.bn)])
     return ResidualBlock("", stages, pre, shortcut[0] if shortcut else None)
 
 
@@ -299,31 +323,40 @@ def _check_call(
 
 
 def _check_conv(name: str, module: nn.Module) -> None:
-    if type(module) not in (nn.Conv2d, SVFConv2d):
-        raise Misfit(f"{name!r} is of type {type(module).__name__}, not an nn.Conv2d")
+    if not isinstance(module, SVFConv2d):
+        try:
+            module = plain_conv(module)
+        except Misfit as reason:
+            kind = type(module).__name__
+            raise Misfit(f"{name!r} is of type {kind}, not an nn.Conv2d: {reason}") from None
     if module.padding_mode != "zeros":
         raise Misfit(f"{name!r} pads with {module.padding_mode!r} instead of zeros")
-    spans = zip(module.kernel_size, module.dilation, strict=True)  # type: ignore[arg-type]
-    if module.padding == "same" and any((kernel - 1) * dilation % 2 for kernel, dilation in spans):
+    left, right, top, bottom = explicit_padding(module)
+    if left != right or top != bottom:
         raise Misfit(f"{name!r} pads one side more than the other")
 
 
 def _check_norm(name: str, module: nn.Module) -> bool:
     """Tell whether the batch norm has a ReLU of its own; raises if it is no plain batch norm."""
-    if not isinstance(module, nn.BatchNorm2d):
-        raise Misfit(f"{name!r} is of type {type(module).__name__}, not an nn.BatchNorm2d")
-    if module.running_mean is None or module.running_var is None:
+    norm = Norm.of(module)
+    if norm is None or isinstance(module, _OTHER_NORMS):
+        raise Misfit(
+            f"{name!r} is of type {original_class(module).__name__}, not a batch norm of maps"
+        )
+    if norm.mean is None or norm.var is None:
         raise Misfit(f"{name!r} keeps no running statistics")
-    if type(module).forward is nn.BatchNorm2d.forward and not list(module.children()):
+    if not isinstance(module, _BatchNorm):
+        return False  # of constants
+    if type(module).forward in _FORWARDS and not list(module.children()):
         return False
     try:
         return _ends_in_relu(module)
     except Misfit as reason:
-        kind = type(module).__name__
+        kind = original_class(module).__name__
         raise Misfit(f"{name!r} ({kind}) is more than a batch norm: {reason}") from None
 
 
-def _ends_in_relu(norm: nn.BatchNorm2d) -> bool:
+def _ends_in_relu(norm: _BatchNorm) -> bool:
     """Tell whether a subclass is batch norm and ReLU; raises if it is not batch norm at all."""
     graph = ForwardGraph(norm, training=False)
     node = graph.value(graph.output)
@@ -370,3 +403,88 @@ def _units(
                 yield Unit(container, StageNames(conv, bn, own), None)
         except Misfit as reason:
             reasons[name] = str(reason)
+
+
+def _chains(
+    name: str,
+    module: nn.Module,
+    within: Callable[[str], bool],
+    places: Counter[nn.Module],
+    reasons: dict[str, str],
+) -> Iterator[Chain]:
+    """Yield the module if it is a chain with convolutions before batch norms; else note why not."""
+    own = dict(_called_by(module))
+    convs = [conv for conv, part in own.items() if is_conv(part) and within(_join(name, conv))]
+    if not convs or not any(map(is_norm, own.values())):
+        return
+    others = (part for part in own.values() if not is_conv(part))
+    if any(is_conv(inner) for part in others for inner in part.modules()):
+        return  # a network, of which this is the stem
+    try:
+        graphs = [ForwardGraph(module, training, opens=False) for training in (True, False)]
+        convs = [conv for conv in convs if any(graph.precedes_norm(conv) for graph in graphs)]
+        if not convs:
+            return
+        if isinstance(module, fx.GraphModule):
+            raise Misfit("convert the network before it is traced")
+        _check_names(module)
+        if kind := hook_kind(module):
+            raise Misfit(f"it has a {kind}")
+        training, evaluation = map(_match_chain, graphs)
+        if training != evaluation:
+            raise Misfit("it differs between training and evaluation")
+        for part in (part for stage in training.stages for part in (stage.conv, stage.bn)):
+            _check_call(part, module.get_submodule(part), module, places)
+        if len(convs) < len(training.stages):
+            raise Misfit(f"only {len(convs)} of its {len(training.stages)} stages are chosen")
+        yield replace(training, name=name)
+    except Misfit as reason:
+        where = f"{original_class(module).__name__}.forward calls it"
+        reasons.update({_join(name, conv): f"{where}: {reason}" for conv in convs})
+
+
+def _called_by(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that a forward pass calls itself, by name: its children, and in lists."""
+    if is_conv(module) or is_norm(module):
+        return
+    if not prefix and original_class(module).forward is nn.Module.forward:
+        return
+    for name, child in module.named_children():
+        if getattr(type(child), "forward", nn.Module.forward) is nn.Module.forward:
+            yield from _called_by(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _match_chain(graph: ForwardGraph) -> Chain:
+    if len(graph.inputs) != 1 or not isinstance(graph.output.args[0], fx.Node):
+        raise Misfit("it does not map one tensor to one")
+    steps: list[StageNames | str] = []
+    node = graph.value(graph.output)
+    while node not in graph.inputs:
+        before = graph.value(node) if graph.is_relu(node) else node
+        if graph.conv_before(before):
+            stage, node = _stage(graph, node, "a batch norm")
+            steps.insert(0, stage)
+        elif graph.module(node) is not None:
+            steps.insert(0, str(node.target))
+            node = graph.value(node)
+        else:
+            raise graph.misfit_at(node, "a module")
+    _check_all_is_used(graph)
+    chain = Chain("", tuple(steps))
+    called = [step for step in steps if isinstance(step, str)]
+    _check_called_once([*called, *(n for stage in chain.stages for n in (stage.conv, stage.bn))])
+    return chain
+
+
+def _check_all_is_used(graph: ForwardGraph) -> None:
+    for node in graph.nodes:
+        if node not in graph.seen and node.op != "get_attr":  # reading alone changes nothing
+            raise Misfit(f"it also uses {graph.label(node)}")
+
+
+def _check_called_once(names: list[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise Misfit(f"it calls {name!r} {count} times")

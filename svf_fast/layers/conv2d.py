@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,7 +11,7 @@ from torch.nn import functional
 from svf_fast.layers.factored import Factored
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
-from svf_fast.svd import Factors
+from svf_fast.svd import Factors, check_weight, decompose
 
 
 class SVFConv2d(Factored):
@@ -26,7 +28,8 @@ class SVFConv2d(Factored):
 
     Attributes:
         U [Co, R], V [G·R, Ci/G, kh, kw]: buffers. R = min(Co/G, Ci/G·kh·kw) values per group.
-        S [G·R]: the parameter that trains, in descending order at conversion.
+        S [G·R]: the parameter that trains, in descending order at conversion; in float32 (float64)
+            whatever dtype the layer is converted to.
         bias [Co]: a parameter that does not train (set ``requires_grad`` to change that), or None.
 
     Shapes: x [N, Ci, H, W] or [Ci, H, W] -> [N, Co, Ho, Wo] or [Co, Ho, Wo].
@@ -74,10 +77,17 @@ class SVFConv2d(Factored):
 
         ``factors``: the decomposition of ``conv.weight``, where it is known already.
 
-        Raises TypeError when ``conv`` is not an ``nn.Conv2d``.
+        Raises TypeError when ``conv`` is not an ``nn.Conv2d``, or one with a forward of its own,
+        which may use its weight in its own way; :func:`svf_fast.convert` looks into these.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        for name in ("forward", "_conv_forward"):
+            if name in vars(conv) or getattr(type(conv), name) is not getattr(nn.Conv2d, name):
+                raise TypeError(
+                    f"conv: expected the {name} of nn.Conv2d, got a {type(conv).__name__} with its "
+                    "own; svf_fast.convert converts those that compute a convolution"
+                )
         layer = cls.__new__(cls)
         Factored.__init__(layer, strategy)
         layer._configure(conv, factors)
@@ -85,25 +95,46 @@ class SVFConv2d(Factored):
         return layer
 
     def _configure(self, conv: nn.Conv2d, factors: Factors | None) -> None:
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.kernel_size, self.stride = conv.kernel_size, conv.stride
-        self.padding, self.dilation = conv.padding, conv.dilation
+        check_weight(conv.weight)
+        # of the weight that is there now: it may have been replaced since construction
+        self.out_channels, inner, *kernel = conv.weight.shape
+        self.in_channels, self.kernel_size = inner * conv.groups, tuple(kernel)
+        self.stride, self.dilation = as_pair(conv.stride), as_pair(conv.dilation)
+        self.padding = conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding)
         self.groups, self.padding_mode = conv.groups, conv.padding_mode
-        # what nn.Conv2d derives from 'same': left, right, top, bottom
-        self.explicit_padding = tuple(conv._reversed_padding_repeated_twice)
-        self._adopt(conv.weight, conv.bias, factors)
+        self._reversed_padding_repeated_twice = tuple(conv._reversed_padding_repeated_twice)
+        self._adopt(conv.weight, conv.bias, factors or decompose(conv.weight, conv.groups))
+
+    @property
+    def explicit_padding(self) -> tuple[int, ...]:
+        """How far x is padded: left, right, top, bottom."""
+        return explicit_padding(self)
 
     @property
     def pads_outside(self) -> bool:
         """Whether x is padded in a pass of its own: unevenly, or not with zeros."""
-        left, right, top, bottom = self.explicit_padding
+        left, right, top, bottom = explicit_padding(self)
         return self.padding_mode != "zeros" or left != right or top != bottom
 
     @property
     def geometry(self) -> Geometry:
-        left, _, top, _ = self.explicit_padding
-        padding = (0, 0) if self.pads_outside else (top, left)
-        return Geometry(self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        """Stride, padding inside the convolution, dilation and groups, as they are set now."""
+        left, right, top, bottom = explicit_padding(self)
+        padding, zeros, stride = (top, left), self.padding_mode == "zeros", as_pair(self.stride)
+        if not zeros or left != right or top != bottom:
+            padding = (0, 0)
+        if zeros and self.padding == "same" and stride != (1, 1):
+            raise ValueError(
+                f"SVFConv2d: padding 'same' expects a stride of 1, as nn.Conv2d does, got {stride}"
+            )
+        U, V = self._buffers["U"], self._buffers["V"]
+        assert U is not None and V is not None
+        if self.groups * U.shape[1] != V.shape[0]:
+            raise ValueError(
+                f"SVFConv2d: groups: expected {V.shape[0] // U.shape[1]}, by which the weight was "
+                f"decomposed, got {self.groups}; set it before the conversion"
+            )
+        return Geometry(stride, padding, as_pair(self.dilation), self.groups)
 
     @property
     def kernel(self) -> Tensor:
@@ -121,7 +152,7 @@ class SVFConv2d(Factored):
         x = x.to(dtype)
         if self.pads_outside:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = functional.pad(x, self.explicit_padding, mode=mode)
+            x = functional.pad(x, explicit_padding(self), mode=mode)
         conv = self.convolution(dtype)
         if conv is not None:
             return svf_conv2d(x, conv, self.bias)
@@ -133,14 +164,13 @@ class SVFConv2d(Factored):
             self.in_channels,
             self.out_channels,
             self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
+            groups=self.groups,
+            bias=self.bias is not None,
             device="meta",
         )
+        conv.stride, conv.padding, conv.dilation = self.stride, self.padding, self.dilation
+        conv.padding_mode = self.padding_mode
+        conv._reversed_padding_repeated_twice = list(self._reversed_padding_repeated_twice)
         conv.weight = nn.Parameter(self.composed_weight(), self.weight_trained)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), self.weight_trained)
@@ -154,3 +184,37 @@ class SVFConv2d(Factored):
         if self.groups != 1:
             text += f", groups={self.groups}"
         return f"{text}, rank={self.rank}, strategy={self.strategy!r}"
+
+    def __setstate__(self, state):
+        if "explicit_padding" in state:  # pickled before it followed the padding
+            state = {**state, "_reversed_padding_repeated_twice": state["explicit_padding"]}
+            del state["explicit_padding"]
+        super().__setstate__(state)
+
+
+def explicit_padding(conv: nn.Conv2d | SVFConv2d) -> tuple[int, ...]:
+    """Return how far a convolution pads its input as it is set now: left, right, top, bottom.
+
+    As ``nn.Conv2d`` does: zeros by its ``padding`` of this moment, in the other modes as it derived
+    from the padding at construction.
+    """
+    if conv.padding_mode != "zeros":
+        return tuple(conv._reversed_padding_repeated_twice)
+    if conv.padding == "valid":
+        return (0, 0, 0, 0)
+    if conv.padding == "same":
+        weight = conv.V if isinstance(conv, SVFConv2d) else conv.weight
+        height, width = (
+            dilation * (size - 1)
+            for dilation, size in zip(as_pair(conv.dilation), weight.shape[2:], strict=True)
+        )
+        return (width // 2, width - width // 2, height // 2, height - height // 2)
+    top, left = as_pair(conv.padding)  # type: ignore[arg-type]
+    return (left, left, top, top)
+
+
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of what torch takes as either: a number, or one or two of them."""
+    if isinstance(value, int):
+        return (value, value)
+    return tuple(value) if len(value) == 2 else (value[0], value[0])  # type: ignore[return-value]

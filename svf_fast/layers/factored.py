@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast import svd
+from svf_fast.layers.fingerprint import fingerprint, of_older_version
 from svf_fast.layers.network import Network, assert_guarded
-from svf_fast.layers.values import Made, Plan, Seen, Values
+from svf_fast.layers.values import Made, Plan, Seen, Values, gathered, sharded_as
+from svf_fast.layers.weight import read_only
 from svf_fast.ops import maps
 from svf_fast.ops.compose import Entry, compose
 from svf_fast.ops.convolution import Geometry, directions_first, directions_last
 from svf_fast.ops.factors import STRATEGIES, Constants, Kind, SVFConvolution, reads_input, weights
+from svf_fast.ops.node import AS_REFERENCE, is_transforming, refuse_transforms
 from svf_fast.svd import (
     Factors,
     decompose,
@@ -27,14 +28,6 @@ from svf_fast.svd import (
     guarded_directions,
     guarded_indices,
 )
-
-
-def fingerprint(weight: Tensor) -> Tensor:
-    """Hash a weight's shape and float32 values: the first 16 bytes of a SHA-256, as uint8 [16]."""
-    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    values = weight.detach().cpu().float().contiguous().flatten()
-    digest.update(values.view(torch.uint8).numpy().data)
-    return torch.tensor(list(digest.digest()[:16]), dtype=torch.uint8, device=weight.device)
 
 
 def bytes_of(x: Tensor) -> bytes:
@@ -59,7 +52,11 @@ def svf_layers(model: nn.Module) -> dict[str, Factored]:
 
 
 class Factored(nn.Module):
-    """Base of the SVF layers: buffers U, V, ``fingerprint``, trained S, frozen bias."""
+    """Base of the SVF layers: buffers U, V, ``fingerprint``, trained S, frozen bias.
+
+    S stays in float32 (float64) whatever dtype the layer is converted to: in 16 bits the steps of
+    an optimizer would be rounded away.
+    """
 
     U: Tensor
     S: Tensor
@@ -82,12 +79,13 @@ class Factored(nn.Module):
         self._register_load_state_dict_pre_hook(_explain_weight_key, with_module=True)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, factors: Factors | None) -> None:
+        svd.check_weight(weight)
         U, S, V = decompose(weight, self.geometry.groups) if factors is None else factors
         self.weight_trained = weight.requires_grad  # what `merge` gives back
         self.register_buffer("U", U)
         self.register_buffer("V", V)
         self.register_buffer("fingerprint", fingerprint(weight))
-        self.S = nn.Parameter(S)
+        self.S = nn.Parameter(_widened(S))
         frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", frozen)
         self.refresh()
@@ -125,16 +123,24 @@ class Factored(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``U diag(S) V`` in the shape of the original weight, differentiable in S; read only.
+        """``U diag(S) V`` in the shape of the original weight, differentiable in S.
+
+        Read only: writing to it raises RuntimeError, because it would reach nothing.
 
         For a module that uses its layer's weight itself, as torchvision's Swin does. Composed
         whenever it is read, and its gradient costs a dense one: calling the layer is cheaper.
         """
-        return svd.compose(self.U, self.S, self.V, self.geometry.groups).to(self.S.dtype)
+        W = svd.compose(self.U, self.S, self.V, self.geometry.groups).to(self.U.dtype)
+        return read_only(W)
 
     def composed_weight(self) -> Tensor:
-        """Compute ``U diag(S) V`` in the original weight's shape and the dtype of S, detached."""
-        return compose(self.U, self.S, self.V, self.geometry.groups, self.S.dtype)[0]
+        """Compute ``U diag(S) V`` in the original weight's shape and dtype, detached."""
+        S = gathered(self.S)
+        return compose(self.U, S, self.V, self.geometry.groups, self.U.dtype)[0]
+
+    def singular_values(self) -> Tensor:
+        """Copy the values of S to the host; where S is sharded, all processes must take part."""
+        return gathered(self.S).detach().cpu().clone()
 
     def refresh(self) -> None:
         """Plan anew from the values of U, S and V: strategy, guarded directions, composed weight.
@@ -186,7 +192,7 @@ class Factored(nn.Module):
         What follows from U and V alone is kept, W is composed when next needed; does not
         synchronize. Values far from the present ones are as good as near ones.
         """
-        self.S.copy_(S)
+        self.S.copy_(sharded_as(self.S, S))
         if not self.has_values:
             return
         if self._outdated(self.U, self.V):
@@ -202,10 +208,8 @@ class Factored(nn.Module):
 
     @property
     def has_values(self) -> bool:
-        """Whether U, S and V are more than shapes (meta or fake tensors)."""
-        U = self._buffers["U"]
-        assert U is not None
-        return not (U.is_meta or isinstance(U, FakeTensor))
+        """Whether U, S and V are more than shapes (meta or fake tensors), or shards of values."""
+        return svd.has_memory(self.U) and svd.has_memory(self.S)
 
     @property
     def is_captured(self) -> bool:
@@ -266,6 +270,8 @@ class Factored(nn.Module):
 
     def current_plan(self) -> Plan | None:
         """Return the plan for the present values of U, S and V; drops what was made of others."""
+        if is_transforming():
+            return None if self.strategy == "reference" else self.plan
         if not self.has_values:  # shapes alone: the plan of the last values, or none
             return self.plan
         U, V, S = cast(Tensor, self._buffers["U"]), cast(Tensor, self._buffers["V"]), self.S
@@ -297,6 +303,7 @@ class Factored(nn.Module):
         plan = self.plan if in_graph else self.current_plan()
         if plan is None or plan.strategy == "reference":
             return None
+        refuse_transforms(f"strategy {plan.strategy!r}", AS_REFERENCE)
         if in_graph and plan.strategy == "gram":
             layers = self.S.new_zeros((2, 2), dtype=torch.int64)
             layers[0, 1].fill_(self.geometry.groups)  # by kernels: nothing is sent in a capture
@@ -397,13 +404,35 @@ class Factored(nn.Module):
         return x.dtype
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.refresh()
+        S = self.S
+        S_and_gradient = S, S.grad
+
+        def keeping_S_wide(x: Tensor) -> Tensor:
+            moved = fn(x)
+            if any(x is one for one in S_and_gradient) and _is_narrow(moved):
+                return x.to(moved.device, torch.float32)
+            return moved
+
+        super()._apply(keeping_S_wide, recurse)
+        self._arrived()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self.refresh()
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        kept = state_dict.get(f"{prefix}fingerprint")
+        if isinstance(kept, Tensor) and kept.shape == (16,):
+            state_dict[f"{prefix}fingerprint"] = of_older_version(kept)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._arrived()
+
+    def _arrived(self) -> None:
+        """Plan for values that came from outside; for those not planned for yet, when they run.
+
+        Not planned for are those of ``to_empty`` before others are loaded: anything, not of rank R.
+        """
+        if _is_narrow(self.S):  # of an older file, assigned
+            self.S = nn.Parameter(_widened(self.S.detach()), self.S.requires_grad)
+        with contextlib.suppress(ValueError):
+            self.refresh()
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
@@ -418,8 +447,18 @@ class Factored(nn.Module):
     def __setstate__(self, state):
         network = state.get("network") or Network()
         super().__setstate__({key: value for key, value in state.items() if key != "network"})
+        if self.fingerprint.shape == (16,):
+            self.fingerprint = of_older_version(self.fingerprint)
         network.join(self)
-        self.refresh()
+        self._arrived()
+
+
+def _is_narrow(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype.itemsize < 4
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if _is_narrow(x) else x
 
 
 def _explain_weight_key(module, state_dict, prefix, *_):

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from svf_fast.ops.factors import Constants, Kind
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Return a tensor of which each process holds a part as a whole, a collective; others as is."""
+    whole = getattr(x, "full_tensor", None)
+    return x if whole is None else whole()
+
+
+def sharded_as(like: Tensor, x: Tensor) -> Tensor:
+    """Return x, sharded over the processes as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    sharded = cast(DTensor, like)
+    local = x.to(like.device, like.dtype)
+    return distribute_tensor(local, sharded.device_mesh, sharded.placements)
 
 
 class Seen:

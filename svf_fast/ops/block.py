@@ -13,13 +13,18 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from svf_fast.ops import maps
 from svf_fast.ops.activation_gradients import activation_gradients
 from svf_fast.ops.convolution import convolution, memory_format
 from svf_fast.ops.factors import Activation, Flow, Gradient, Kept, Kind, SVFConvolution
-from svf_fast.ops.node import keeps_graph, no_autocast, unpack_saved
+from svf_fast.ops.node import (
+    AS_REFERENCE,
+    differentiable_once,
+    keeps_graph,
+    no_autocast,
+    unpack_saved,
+)
 from svf_fast.ops.pointwise import Extras, fuses, pointwise
 from svf_fast.ops.program import Programs, runs_programs
 from svf_fast.reference.pointwise import Epilogue, Prologue
@@ -173,7 +178,7 @@ class _Block(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("fused block", AS_REFERENCE)
     def backward(ctx, grad):
         past, stages, programs = ctx.past, ctx.stages, ctx.programs
         tensors = unpack_saved(ctx, "fused block")

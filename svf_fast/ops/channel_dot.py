@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from svf_fast import _library
 from svf_fast.ops.maps import check_maps
@@ -17,7 +16,7 @@ def channel_dot(a: Tensor, b: Tensor) -> Tensor:
     a, b [N, C, *spatial] of one dtype -> [C], in float32 (float64 for float64). One read of each;
     contiguous and channels_last maps are read as they lie, other strides are copied first, and
     `b` is brought to the layout of `a`. The result does not depend on the number of threads.
-    Equivalent to ``(a.float() * b.float()).sum(dim=all but 1)``. Differentiable once.
+    Equivalent to ``(a.float() * b.float()).sum(dim=all but 1)``. Differentiable.
     """
     check_maps("channel_dot", a=a, b=b)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
@@ -68,7 +67,6 @@ class _ChannelDot(Function):
         return torch.ops.svf_fast.channel_dot(a, b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         grad_out = grad_out.reshape(-1, *[1] * (a.dim() - 2))

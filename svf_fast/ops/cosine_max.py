@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.autograd import Function, forward_ad
 
 from svf_fast import _library
 from svf_fast.ops.maps import DTYPES
+from svf_fast.ops.node import differentiable_once, refuse_transforms
 
 EPSILON = 1e-7
+_DEFINITION = "use svf_fast.reference.cosine_max.cosine_max, which is ordinary torch operations"
 _TILE = 1024  # query positions compared at once where there is no kernel
 
 
@@ -39,10 +40,13 @@ def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
     Raises:
         TypeError: an argument that is no tensor, or has another dtype than the above.
         ValueError: another shape or device, no support position, or a mask that requires gradient.
+        RuntimeError: a second derivative, or a gradient or jvp of torch.func, is asked for.
     """
     _check(query, support, mask)
     mask = mask.to(_result_dtype(query))
-    if torch.is_grad_enabled() and (query.requires_grad or support.requires_grad):
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or support.requires_grad)
+    if needs_grad or forward_ad._current_level >= 0:  # whose tangents an op would drop silently
+        refuse_transforms("cosine_max", _DEFINITION)
         return _CosineMax.apply(query, support, mask)
     return torch.ops.svf_fast.cosine_max(query, support, mask)[0]
 
@@ -55,7 +59,7 @@ class _CosineMax(Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cosine_max", _DEFINITION)
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gradients = torch.ops.svf_fast.cosine_max_backward(grad, *ctx.saved_tensors)
         query, support = (

@@ -310,7 +310,7 @@ class SVFConvolution(NamedTuple):
             return flow
         left, grad = self.constants.left, flow.grad_y.tensor()
         assert v is not None and left is not None
-        factor = self.S.detach().to(torch.promote_types(grad.dtype, torch.float32))
+        factor = self.S.to(torch.promote_types(grad.dtype, torch.float32))
         geometry = self.kind.geometry.pointwise()
         if fuses(grad, left, geometry, Extras(scale=True, dot=True)):
             grad, grad_S = pointwise_dot(grad, left.flatten(1), v, factor)

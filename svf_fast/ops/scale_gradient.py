@@ -26,7 +26,7 @@ def scale_gradient(
     in the dtype that maps are accumulated in, not finite where S is 0. Not differentiable.
     Definition: :func:`svf_fast.reference.scale_gradient.scale_gradient`.
     """
-    return torch.ops.svf_fast.scale_gradient.default(a, b, scale, shift, left, right, S.detach())
+    return torch.ops.svf_fast.scale_gradient.default(a, b, scale, shift, left, right, S)
 
 
 def scale_gradient_by_gram(

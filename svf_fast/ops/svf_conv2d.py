@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from svf_fast.ops.convolution import Geometry, memory_format
 from svf_fast.ops.factors import Activation, Flow, Gradient, Kept, SVFConvolution
-from svf_fast.ops.node import keeps_graph, no_autocast, unpack_saved
+from svf_fast.ops.node import (
+    AS_REFERENCE,
+    differentiable_once,
+    keeps_graph,
+    no_autocast,
+    unpack_saved,
+)
 from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 
 
@@ -49,7 +54,7 @@ class _SVFConv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("SVF layer", AS_REFERENCE)
     def backward(ctx, grad_y):
         # in the memory format of x, so that dx comes out in it too
         grad_y = grad_y.contiguous(memory_format=ctx.format)

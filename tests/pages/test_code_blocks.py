@@ -103,7 +103,7 @@ def check(words: list[str], run: bool = False) -> None:
         known = re.findall(r"^(\w+) = \[", text.split("[project.optional-dependencies]")[1], re.M)
         assert all(name in known for extra in extras for name in extra.split(",")), words
     else:
-        assert program in ("git", "cd", "ls", "cat", "pre-commit"), words
+        assert program in ("git", "cd", "ls", "cat", "pre-commit", "uv"), words
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import math
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ from fss.config import TrainConfig
 from fss.data import FolderSource, pascal
 from fss.data.coco import CLASSES, JSON_IDS
 from fss.data.fss1000 import _read_names
-from fss.data.images import open_classes, read_image
+from fss.data.images import read_picture
+from fss.data.imports.outlines import draw, read_outlines
 from fss.data.lists import read_list
+from fss.data.masks import open_classes
 from fss.data.prepare import datasets as prepare
 from fss.data.prepare.annotations import read_sbd
 from fss.data.prepare.archives import members
@@ -121,7 +124,7 @@ def _pictures(folder: Path) -> list[Reader]:
     _mask().save(folder / "whole.png")
 
     def photo(path: Path) -> None:
-        found = read_image(path)
+        found = read_picture(path)
         assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
         with Image.open(path) as file:
             assert sorted(found.shape[:2]) == sorted(file.size)
@@ -165,9 +168,9 @@ def _lists(folder: Path) -> list[Reader]:
 
     def pairs(path: Path) -> None:
         found = read_list(path, root, "JPEGImages", "SegmentationClass")
-        assert all(path.exists() for pair in found for path in pair)
+        assert all(path.exists() for pair in found.pairs for path in pair)
         lines = [line for line in path.read_text().splitlines() if line.strip()]
-        assert len(found) == len(lines) and len({pair.image for pair in found}) == len(found)
+        assert len(found.pairs) == len({pair.image for pair in found.pairs}) == len(lines)
 
     def source() -> FolderSource:
         found = FolderSource(root)
@@ -207,10 +210,42 @@ def _lists(folder: Path) -> list[Reader]:
             for name in ("train", "val"):
                 (root / f"ImageSets/Segmentation/{name}.txt").unlink()
 
+    def pickled(path: Path) -> None:
+        found = read_list(path, root, "JPEGImages", "SegmentationClass")
+        assert {pair for pair, _ in found.classes} == set(found.pairs)
+        assert all(path.exists() for pair in found.pairs for path in pair)
+        assert all(type(class_id) is int and class_id > 0 for _, class_id in found.classes)
+
+    def outlines(path: Path) -> None:
+        found = read_outlines(root / "JPEGImages", path)
+        labels = {name: k for k, name in enumerate(found.classes, start=1)}
+        assert found.photos and all(photo.path.stem in stems for photo in found.photos)
+        for photo in found.photos:
+            mask = draw(photo, labels, (20, 30))
+            assert mask.shape == (photo.size or (20, 30)) and mask.max() <= len(labels)
+
+    named = {0: ["JPEGImages/p1.jpg", "p2"], 3: ["p1.jpg"], 4: []}
+    pickles = [Seed(pickle.dumps(named, protocol)) for protocol in (2, 3, 5)]
+    square = [2.0, 3.0, 9.5, 3.0, 9.5, 8.0, 2.0, 8.0]
+    coco = {
+        "images": [{"id": 7, "file_name": "p1.jpg", "height": 20, "width": 30}],
+        "categories": [{"id": 0, "name": "cat"}, {"id": 4, "name": "dog"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 4, "segmentation": [square]},
+            {"image_id": 7, "category_id": 0, "segmentation": {"size": [20, 30], "counts": [600]}},
+        ],
+    }
+    polygon = {"label": "cat", "points": [[1, 1], [9, 1], [5, 8.5]], "shape_type": "polygon"}
+    circle = {"label": "dog", "points": [[12, 10], [15, 10]], "shape_type": "circle"}
+    labelme = {"imagePath": "p2.jpg", "imageHeight": 20, "imageWidth": 30}
+    labelme |= {"shapes": [polygon, circle]}
+
     whole = "".join(f"JPEGImages/{s}.jpg SegmentationClass/{s}.png\n" for s in stems)
     moved = "".join(f"/x/y/JPEGImages/{s}.jpg\tSegmentationClass/{s}.png\n" for s in stems)
     return [
         Reader("list", ".txt", 8, [text(whole), text(moved), text("\n".join(stems))], pairs),
+        Reader("list of HSNet", ".pkl", 3, pickles, pickled),
+        Reader("annotations to import", ".json", 4, [text(coco), text(labelme)], outlines),
         Reader("class list", ".json", 4, [text(classes), text({"classes": ["a"] * 4})], class_list),
         Reader("list of VOC", ".txt", 3, [text("\n".join(stems))], stems_of),
         Reader("list of FSS-1000", ".txt", 2, [text("abacus\nab wheel\nübung\n")], folders),

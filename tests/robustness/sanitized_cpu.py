@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import sys
 import sysconfig
 from pathlib import Path
@@ -33,7 +34,14 @@ def build_library() -> Path:
     sources = sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")])
     units = {f"{path.parent.name}_{path.stem}": [path] for path in sources}
     python = sysconfig.get_path("include")
-    flags = [*FLAGS, f"-I{pybind11.get_include()}", f"-I{python}", f"-I{ROOT / 'csrc'}"]
+    digest = runpy.run_path(str(ROOT / "csrc/digest.py"))["digest"]()
+    flags = [
+        *FLAGS,
+        f'-DSVF_FAST_SOURCES="{digest}"',
+        f"-I{pybind11.get_include()}",
+        f"-I{python}",
+        f"-I{ROOT / 'csrc'}",
+    ]
     link = ["-shared", f"-Wl,--version-script={ROOT / 'csrc/exports.map'}"]
     link += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
     return build("_C.so", units, flags, link, HERE)

@@ -159,8 +159,8 @@ def test_no_program_decodes_a_picture(tmp_path, monkeypatch) -> None:
     """Pillow has Ghostscript draw PostScript, whatever the name of the file ends with."""
     from PIL import EpsImagePlugin, Image
 
-    from fss.data.images import open_classes, read_image
-    from fss.segment.pictures import read_picture
+    from fss.data.images import read_picture
+    from fss.data.masks import open_classes, open_object, read_object
 
     def run(*arguments: object, **options: object) -> None:
         raise AssertionError("a program was to run")
@@ -170,7 +170,7 @@ def test_no_program_decodes_a_picture(tmp_path, monkeypatch) -> None:
     Image.new("RGB", (9, 9)).save(path, "EPS")
     with pytest.raises(AssertionError):
         Image.open(path).load()
-    for read in (read_image, open_classes, read_picture):
+    for read in (read_picture, open_classes, open_object, read_object):
         with pytest.raises(ValueError, match="photo.jpg"):
             read(path)
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import threading
+import warnings
 
 import pytest
 import torch
@@ -110,13 +113,59 @@ def test_shared_layers_stay_shared():
     assert model[0] is model[2] and type(model[0]) is nn.Conv2d
 
 
-def test_subclasses_are_left_alone():
-    class Standardised(nn.Conv2d):
+def test_subclasses_are_converted_where_they_compute_the_same():
+    class Named(nn.Conv2d):
         pass
 
-    model = nn.Sequential(Standardised(3, 3, 1), nn.Conv2d(3, 3, 1))
-    svf_fast.convert(model, None)
-    assert type(model[0]) is Standardised
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Named(3, 3, 1), nn.Conv2d(3, 3, 1), Doubled(3, 3, 1), Doubled(3, 3, 1))
+    x = torch.randn(1, 3, 4, 4)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="left as they are: 2 Doubled: its forward ends with mul"):
+        svf_fast.convert(model, None)
+    kinds = [type(module) for module in model]
+    assert kinds == [SVFConv2d, SVFConv2d, Doubled, Doubled]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert "not converted: 2 Doubled: its forward ends with mul" in str(
+        svf_fast.memory_report(model, x.shape)
+    )
+    with pytest.raises(ValueError, match="found none .*2 Doubled: its forward ends with mul"):
+        svf_fast.convert(nn.Sequential(Doubled(3, 3, 1), Doubled(3, 3, 1)), None)
+
+
+def tied(case: str) -> nn.Module:
+    if case == "two convolutions":
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+        model[2].weight = model[0].weight
+    elif case == "an embedding":
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+        model[1].weight = model[0].weight
+    else:  # a layer that is not converted
+        model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+        model[0][0].weight = model[1].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "case, names",
+    [
+        ("two convolutions", "0.weight and 2.weight"),
+        ("an embedding", "0.weight and 1.weight"),
+        ("a layer outside", "0.0.weight and 1.weight"),
+    ],
+)
+def test_a_shared_weight_that_comes_apart_is_named(case, names):
+    model = tied(case)
+    layers = ("1",) if case == "a layer outside" else None
+    with pytest.warns(UserWarning, match=f"{names} are one weight, and will be so no longer"):
+        svf_fast.convert(model, layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conv = nn.Conv2d(3, 3, 1)
+        svf_fast.convert(nn.Sequential(conv, nn.ReLU(), conv), None)  # one layer, used twice
 
 
 def test_auto_heeds_an_activation_in_place():
@@ -266,7 +315,8 @@ def test_hooks_go_with_a_layer():
 def test_weights_that_a_hook_computes_are_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     prune.random_unstructured(model[0], "weight", 0.5)
-    svf_fast.convert(model, None)
+    with pytest.warns(UserWarning, match="1 Conv2d: a hook or parametrization computes its weight"):
+        svf_fast.convert(model, None)
     assert type(model[0]) is nn.Conv2d and isinstance(model[1], SVFConv2d)
 
 
@@ -359,3 +409,51 @@ def test_real_resnet50_converts_exactly(shared):
         expected = conv(x)
         got = SVFConv2d.from_conv(conv)(x)
         assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_are_decomposed_side_by_side_each_in_one_thread(net, threads, fails, monkeypatch):
+    module = importlib.import_module("svf_fast.convert")
+    seen, busy = [], threading.Barrier(threads, timeout=60)
+
+    def decompose(weight, groups):
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        if len(seen) <= threads:
+            busy.wait()  # until as many are at work
+        if fails:
+            raise ValueError("weight: not this one")
+        return original(weight, groups)
+
+    original = module.decompose
+    monkeypatch.setattr(module, "decompose", decompose)
+    children = list(net.modules())
+    if fails:
+        with pytest.raises(ValueError, match="not this one"):
+            svf_fast.convert(net, None, progress=False)
+        assert list(net.modules()) == children
+    else:
+        svf_fast.convert(net, None, progress=False)
+        assert len(seen) == 8
+    workers = {worker for worker, _ in seen}
+    assert len(workers) == threads
+    assert threading.get_ident() not in workers
+    assert {count for _, count in seen} == {1}
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was(net, bad):
+    net.head.weight.data[0, 0] = bad
+    children = list(net.modules())
+    with pytest.raises(ValueError, match="weight: expected finite values"):
+        svf_fast.convert(net, None, progress=False)
+    assert list(net.modules()) == children

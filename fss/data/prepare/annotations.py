@@ -27,20 +27,41 @@ class Annotated(NamedTuple):
     objects: list[tuple[int, Any]]
 
 
+class Annotations(NamedTuple):
+    """A JSON of COCO: names of the classes from 1 on, and the images that have an annotation."""
+
+    classes: tuple[str, ...]
+    images: list[Annotated]
+
+
 def read_coco(text: bytes, name: str) -> list[Annotated]:
     """Read the images of a COCO JSON that have an annotation, with contiguous class ids 1 to 80.
 
     Raises:
         ValueError: no JSON of COCO, or other classes than its 80; `name` is the file's.
     """
-    content = parse_json(text, name)
+    found = parse_coco(parse_json(text, name), name)
+    if found.classes != coco.CLASSES:
+        raise ValueError(
+            f"{name}: expected the 80 object classes of COCO in their order, got "
+            f"{len(found.classes)}: {', '.join(found.classes[:5])}, …"
+        )
+    for image in found.images:
+        if not PurePosixPath(image.file).stem or set("/\\\0") & set(image.file):
+            raise ValueError(
+                f"{name}: file_name: expected a name without a folder, got {image.file!r}"
+            )
+    return found.images
+
+
+def parse_coco(content: Any, name: str) -> Annotations:
+    """Take the classes and the annotated images out of the content of a COCO JSON.
+
+    Raises:
+        ValueError: other content; `name` is the file's.
+    """
     try:
         categories = sorted((int(e["id"]), str(e["name"])) for e in content["categories"])
-        if tuple(word for _, word in categories) != coco.CLASSES:
-            raise ValueError(
-                f"{name}: expected the 80 object classes of COCO in their order, got "
-                f"{len(categories)}: {', '.join(word for _, word in categories[:5])}, …"
-            )
         labels = {category: label for label, (category, _) in enumerate(categories, start=1)}
         objects: dict[int, list[tuple[int, Any]]] = defaultdict(list)
         for entry in content["annotations"]:
@@ -55,8 +76,8 @@ def read_coco(text: bytes, name: str) -> list[Annotated]:
             f"{name}: expected categories, images and annotations as in COCO; {error!r}"
         ) from error
     for image in images:
-        _check_image(image, name)
-    return images
+        _check_size(image, name)
+    return Annotations(tuple(word for _, word in categories), images)
 
 
 def draw_coco(image: Annotated) -> NDArray[np.uint8]:
@@ -68,7 +89,7 @@ def draw_coco(image: Annotated) -> NDArray[np.uint8]:
     mask = np.zeros(image.size, dtype=np.uint8)
     for label, shape in image.objects:
         try:
-            mask[_inside(shape, image.size)] = label
+            mask[draw_shape(shape, image.size)] = label
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{image.file}: expected polygons or run lengths in its {image.size[0]}×"
@@ -110,10 +131,7 @@ def require(module: str, package: str) -> ModuleType:
         ) from error
 
 
-def _check_image(image: Annotated, name: str) -> None:
-    stem = PurePosixPath(image.file).stem
-    if not stem or "/" in image.file or "\\" in image.file or "\0" in image.file:
-        raise ValueError(f"{name}: file_name: expected a name without a folder, got {image.file!r}")
+def _check_size(image: Annotated, name: str) -> None:
     sides = [type(side) is int and 0 < side < _SIDE for side in image.size]
     if not all(sides) or image.size[0] * image.size[1] > _PIXELS:
         raise ValueError(
@@ -122,8 +140,12 @@ def _check_image(image: Annotated, name: str) -> None:
         )
 
 
-def _inside(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Draw the pixels [H, W] of an object: polygons x, y, …, or run lengths by columns."""
+def draw_shape(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Draw the pixels [H, W] of an object: polygons x, y, …, or run lengths by columns.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: neither, or what does not fit the size.
+    """
     height, width = size
     if isinstance(shape, list):
         polygons = [np.array(polygon, dtype=np.float64) for polygon in shape]

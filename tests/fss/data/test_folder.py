@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fss.data import FolderSource, Source
+from fss.data import EpisodeDataset, EvalTransform, FolderSource, Source
 from fss.data import scan as scan_module
 
 NAMES = {"1": "cat", "2": "dog", "3": "hen", "4": "cow"}
@@ -117,9 +117,9 @@ def count_inspections(monkeypatch) -> list[Path]:
     seen: list[Path] = []
     inspect = scan_module.inspect
 
-    def counting(image, mask, open_mask):
+    def counting(image, mask, *others):
         seen.append(mask)
-        return inspect(image, mask, open_mask)
+        return inspect(image, mask, *others)
 
     monkeypatch.setattr(scan_module, "inspect", counting)
     return seen
@@ -344,6 +344,108 @@ def test_bad_lists(root, train, val, error, message):
     write_lists(root, train, val)
     with pytest.raises(error, match=message):
         FolderSource(root)
+
+
+@pytest.mark.parametrize("ending", ["JPG", "jpeg", "webp", "bmp", "tif", "jfif"])
+def test_photos_of_any_ending(root, ending):
+    Image.new("RGB", (30, 20)).save(root / "new.png")
+    pixels = Image.open(root / "new.png")
+    pixels.save(root / f"JPEGImages/q.{ending}")
+    write_mask(root, "q", np.ones((20, 30), np.uint8))
+    assert FolderSource(root).name(8) == "q"
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("JPEGImages/q.cr2", r"Not read: JPEGImages/q\.cr2"),
+        ("JPEGImages/more/q.jpg", r"Not read: JPEGImages/more"),
+        ("SegmentationClass/q.npy", r"Not read: SegmentationClass/q\.npy"),
+        ("SegmentationClass/q.png", r"Without a photo: SegmentationClass/q\.png"),
+    ],
+)
+def test_files_that_are_left_out_are_named(root, file, reason):
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_bytes(b"something")
+    with pytest.warns(UserWarning, match=rf"8 photos are taken, 1 files are left out\. {reason}"):
+        assert len(FolderSource(root)) == 8
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._p0.jpg", "Thumbs.db"])
+def test_files_of_the_system_are_not(root, name):
+    (root / "JPEGImages" / name).write_bytes(b"something")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(FolderSource(root)) == 8
+
+
+def test_unreadable_photos_are_left_out_when_asked(root, monkeypatch):
+    write_lists(root, "p0\np1\np2\n", "p2\np5\np3\n")
+    (root / "JPEGImages/p1.jpg").write_bytes(b"")
+    write_mask(root, "p2", np.zeros((20, 31), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"(?s)2 images cannot be used.*p1\.jpg.*p2\.png is 20×31"):
+        FolderSource(root)
+    seen = count_inspections(monkeypatch)
+    for _ in range(2):  # the damaged ones are tried again each time
+        with pytest.warns(UserWarning, match=r"3 of 5 photos are taken, 2 are left out.*p1\.jpg"):
+            source = FolderSource(root, skip_unreadable=True)
+        assert [source.name(i) for i in source.indices("train")] == ["p0"]
+        assert [source.name(i) for i in source.indices("test")] == ["p5", "p3"]
+        assert source.class_areas(source.indices("test")[0]) == {2: 10}
+    assert len(seen) == 2 * 2
+    for path in (root / "JPEGImages").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="5 images cannot be used"):
+        FolderSource(root, skip_unreadable=True)
+
+
+@pytest.mark.parametrize(
+    ("photos", "masks", "command"),
+    [
+        ("images", "masks", "fss data import {0}/images {0}/masks {0}-fss"),
+        ("my photos", "labels", "fss data import '{0}/my photos' {0}/labels {0}-fss"),
+        ("img", "SegmentationClass", "fss data import {0}/img {0}/SegmentationClass {0}-fss"),
+        ("a", "b", "fss data import {0} {0} {0}-fss"),
+        ("JPEGImages/sub", "SegmentationClass/sub", "import {0}/JPEGImages {0}/SegmentationClass"),
+    ],
+)
+def test_another_layout_is_told_how_to_import_it(root, photos, masks, command):
+    for old, new in (("JPEGImages", photos), ("SegmentationClass", masks)):
+        moved = (root / old).rename(root / "moved")
+        (root / new).parent.mkdir(exist_ok=True)
+        moved.rename(root / new)
+    with pytest.raises(FileNotFoundError) as caught:
+        FolderSource(root)
+    assert command.format(root) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.zeros((20, 30, 3), np.uint8),
+        np.full((20, 30), 255, np.uint8),
+        np.full((20, 30), 300, np.uint16),
+        np.zeros((40, 60), np.uint8),
+    ],
+)
+def test_masks_of_another_kind_are_told_how_to_import_them(root, mask):
+    write_mask(root, "p1", mask)
+    with pytest.raises(ValueError, match=r"p1\.png") as caught:
+        FolderSource(root)
+    assert f"fss data import {root}/JPEGImages {root}/SegmentationClass NEW" in str(caught.value)
+
+
+def test_one_class(root):
+    for i in range(8):
+        write_mask(root, f"p{i}", np.ones((20, 30), np.uint8))
+    with pytest.raises(ValueError, match="one class cannot be both novel and a base class"):
+        FolderSource(root, classes=["cat"])
+    source = FolderSource(root, classes=["cat"], folds=[[1]])
+    options = {"min_area": 1, "transform": EvalTransform(9)}
+    assert len(EpisodeDataset(source, 0, "test", 1, episodes=3, **options)) == 3
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match="fold 0 has no base class: of 1 classes, 1 are novel"):
+            EpisodeDataset(source, 0, split, 1, episodes=3, **options)
 
 
 def test_clothing(shared):

@@ -92,3 +92,121 @@ def test_a_name_without_a_source_is_an_error():
     config.source = "voc"
     with pytest.raises(ValueError, match="data.source: 'voc' has no source"):
         build_source(config)
+
+
+# FSS-1000 as it is published, and other folders of classes
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Path:
+    """Three classes of four images of 32×40 pixels, the object on 280 of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "photos"
+    for name in ("cat", "dog", "hen"):
+        for i in range(1, 5):
+            write(root / name / f"{i}.jpg", root / name / f"{i}.png")
+    (root / "trn.txt").write_text("cat\nhen\n")
+    (root / "test.txt").write_text("dog\n")
+    return root
+
+
+def write(photo: Path, mask: Path | None, scale: int = 1) -> None:
+    photo.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photo)
+    if mask is not None:
+        white = np.zeros((32, 40), np.uint8)
+        white[:7] = 255
+        Image.fromarray(white.repeat(scale, 0).repeat(scale, 1)).convert("RGB").save(mask)
+
+
+def read(root: Path, **options: bool) -> Fss1000Source:
+    return Fss1000Source(root, root / "trn.txt", root / "test.txt", **options)
+
+
+@pytest.mark.parametrize("ending", ["JPG", "jpeg", "JPEG", "jfif", "webp", "bmp", "tif"])
+def test_photos_of_any_ending(small, ending):
+    write(small / f"cat/5.{ending}", small / "cat/5.png")
+    (small / "cat/1.png").rename(small / "cat/1.PNG")
+    source = read(small)
+    assert len(source) == 13 and len(source.indices("train")) == 9
+    assert source.name(4) == "cat/5" and source.class_areas(4) == {1: 280}
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("cat/2.jpeg", r"Of the name of another photo: cat/2\.jpeg"),
+        ("cat/2.JPG", r"Of the name of another photo: cat/2\.jpg|cat/2\.JPG"),
+        ("cat/9.png", r"Masks without a photo: cat/9\.png"),
+        ("cat/9.cr2", r"Not read: cat/9\.cr2"),
+    ],
+)
+def test_files_that_are_left_out_are_named(small, file, reason):
+    write(small / "x.png", None)
+    (small / "x.png").rename(small / file)
+    with pytest.warns(
+        UserWarning, match=rf"12 photos are taken, 1 files are left out\. ({reason})"
+    ):
+        assert len(read(small)) == 12
+
+
+def test_masks_of_other_sizes(small):
+    for name, scale in (("cat/1", 2), ("dog/3", 3), ("hen/4", 4)):
+        write(small / f"{name}.jpg", small / f"{name}.png", scale)
+    for _ in range(2):  # also from the cache
+        with pytest.warns(UserWarning, match="3 of 12 masks have another size .* cat/1.*dog/3"):
+            source = read(small)
+        assert len(source) == 12
+    for index in range(12):
+        image, mask = source.load(index)
+        assert image.shape == (32, 40, 3) and mask.shape == (32, 40)
+        assert np.count_nonzero(mask) == 280 == sum(source.class_areas(index).values())
+    with pytest.warns(
+        UserWarning, match=r"9 of 12 photos are taken, 3 are left out.*cat/1\.png is 64"
+    ):
+        source = read(small, skip_unreadable=True)
+    assert len(source.indices("train")) == 6 and len(source.indices("test")) == 3
+    assert {source.name(i)[:3]: list(source.class_areas(i)) for i in range(9)} == {
+        "cat": [1],
+        "dog": [2],
+        "hen": [3],
+    }
+
+
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_a_photo_in_the_place_of_a_mask(small, skip_unreadable):
+    write(small / "cat/3.png", None)
+    with pytest.warns(
+        UserWarning, match=r"11 of 12 photos are taken.*cat/3\.png is a photo in col"
+    ):
+        source = read(small, skip_unreadable=skip_unreadable)
+    assert [source.name(i) for i in source.indices("train")][:3] == ["cat/1", "cat/2", "cat/4"]
+    assert source.class_areas(3) == {3: 280}  # of the first hen
+
+
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 0, 255), (1, 1, 1), (90, 200, 30)])
+def test_soft_masks_in_one_color_are_no_photos(small, color):
+    for mask in small.glob("*/*.png"):
+        soft = Image.open(mask).convert("L").resize((80, 64), 2).resize((40, 32), 2)
+        shares = np.array(soft)[..., None] / 255
+        Image.fromarray(np.rint(shares * color).astype(np.uint8)).save(mask)
+    source = read(small)
+    assert len(source) == 12 and all(sum(source.class_areas(i).values()) for i in range(12))
+
+
+def test_a_class_without_photos(small):
+    for photo in (small / "hen").glob("*.jpg"):
+        photo.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"hen has no photo: expected NAME.jpg.*found 1\.png"
+    ):
+        read(small)
+
+
+def test_one_damaged_photo(small):
+    (small / "dog/2.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"dog/2\.jpg cannot be decoded"):
+        read(small)
+    with pytest.warns(UserWarning, match=r"11 of 12 photos are taken, 1 are left out.*dog/2\.jpg"):
+        assert len(read(small, skip_unreadable=True).indices("test")) == 3

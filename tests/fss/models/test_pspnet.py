@@ -29,6 +29,18 @@ def test_autocast():
     torch.testing.assert_close(*grads)
 
 
+def test_second_gradient_is_that_of_convolution():
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: frozen_conv2d(x, weight, 1).square(), x)
+    found = []
+    for convolve in (frozen_conv2d, functional.conv2d):
+        out = convolve(x, weight, padding=1)
+        (slope,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), x)[0])
+    torch.testing.assert_close(*found)
+
+
 def test_keeps_nothing_but_the_weight():
     x = torch.randn(1, 3, 9, 9, requires_grad=True)
     holder = torch.nn.ParameterList([torch.randn(2, 3, 3, 3)]).requires_grad_(False)

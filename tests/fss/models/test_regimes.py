@@ -186,7 +186,10 @@ def test_parameter_counts(key, layers, count):
         ("full", 23_508_032),  # 23 454 912 weights, 53 120 of batch norms
         ("full_layers2-4", 23_232_512),
         ("bias", 26_560),  # half of the batch norms', with the stem's and layer 1's
-        ("batch_norm_bias", 25_088),
+        ("batch_norm_bias", 26_560),  # the paper prints the same numbers for both
+        ("batch_norm_weight", 26_560),
+        ("batch_norm", 53_120),
+        ("batch_norm_svf", 12_544 + 50_176),
         ("svf", 12_544),
     ],
 )

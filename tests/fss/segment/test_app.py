@@ -207,6 +207,28 @@ def test_masks_several_supports_and_another_adapter(page, segmenter, photos):
     assert "Support: " in page.error()
 
 
+@pytest.mark.parametrize("value", ["7", "9", ""])
+def test_a_value_of_a_mask_file_is_chosen(page, segmenter, photos, tmp_path, value):
+    """Of two class ids; without a value they are an error, and how a mask was read is said."""
+    ids = pixels(photos / "mask.png") * np.uint8(7)
+    ids[:20, :20] = 9
+    Image.fromarray(ids).save(tmp_path / "mask.png")
+    page.upload("queries", photos / "query.png")
+    page.upload_support(photos / "support.png")
+    page.upload("mask", tmp_path / "mask.png")
+    page.until(page.mask)
+    if not value:
+        page.click("add")
+        assert "values 7, 9" in page.error()
+        return
+    page.all("#value input, #value textarea")[0].send_keys(value)
+    time.sleep(1)
+    page.click("segment")
+    page.until(lambda: f"the value {value}" in " ".join(t.text for t in page.all(".toast-body")))
+    page.results(3)
+    np.testing.assert_array_equal(segmenter.given[0][1], ids == int(value))
+
+
 def test_a_run_and_its_pretrained_backbone_by_a_click(driver, tiny, photos):
     pytest.importorskip("gradio", reason='gradio is not installed: pip install "svf-fast[app]"')
     config = tiny(steps=2, optimizer={"backbone_lr": 3.0})

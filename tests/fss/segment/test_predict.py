@@ -6,6 +6,7 @@ from PIL import Image
 
 from fss.cli import main
 from fss.data import ShapesSource
+from fss.data.images import ENDINGS
 from fss.segment.predict import find_pictures, parse_mask, predict_files
 from fss.segment.segmenter import FewShotSegmenter
 
@@ -89,6 +90,85 @@ def test_unreadable_pictures_are_named_and_the_others_done(photos, tmp_path, cap
     assert "2 of 3 pictures cannot be read" in error
     assert "bad1.jpg" in error and "bad2.png" in error and "good.png" not in error
     assert len(pictures(out)) == 3
+
+
+def test_no_picture_is_left_out_without_a_word(photos, tmp_path, capsys):
+    """Formats of phones and browsers: read where the libraries can, else named and counted."""
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    picture = Image.new("RGB", (20, 30), (9, 99, 200))
+    read = [f"a{e}" for e in (".jpg", ".ppm", ".webp", ".bmp", ".tif", ".jfif", ".jp2", ".avif")]
+    read = [name for name in read if name[1:] in ENDINGS]
+    for name in read:
+        picture.save(queries / name)
+    for name in ("b.heic", "c.jxl", "d.DNG"):
+        (queries / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    out = tmp_path / "out"
+    assert predict(photos, "--query", str(queries), "--out", str(out)) == 2
+    error = capsys.readouterr().err
+    assert f"3 of {len(read) + 3} pictures cannot be read and are left out" in error
+    assert all(name in error for name in ("b.heic", "c.jxl", "d.DNG", "JPEG, PNG"))
+    assert len(pictures(out)) == 3 * len(read)
+
+
+@pytest.mark.parametrize("ending", [".heic", ".jxl", ".psd"])
+def test_a_format_that_cannot_be_read_is_told_which_can(photos, tmp_path, capsys, ending):
+    (tmp_path / f"a{ending}").write_bytes(b"something else")
+    query = str(tmp_path / f"a{ending}")
+    assert predict(photos, "--query", query, "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert f"a{ending}" in error and "expected JPEG, PNG" in error and "convert" in error
+
+
+def test_how_masks_were_read_is_said(photos, tmp_path, capsys):
+    support, query = str(photos / "support.png"), ["--query", str(photos / "queries" / "a.png")]
+    object_ = np.array(Image.open(photos / "mask.png")) > 0
+    ids = object_ * np.uint8(15)
+    ids[:3] = 255
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    arguments = ["--support", support, str(tmp_path / "ids.png"), "--support", support, "5,5,60,60"]
+    assert predict(photos, *arguments, *query, "--out", str(tmp_path / "out")) == 0
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said == "support masks read as: 0 and 255; class id 15, 255 ignored; box"
+
+
+@pytest.mark.parametrize("value, factor", [("7", 1), ("0,0,90", 0), ("9", 2)])
+def test_a_value_of_the_masks_is_chosen(photos, tmp_path, capsys, value, factor):
+    """Of two classes, as ids and in colors; without the option they are an error that names it."""
+    from_support, query = str(photos / "support.png"), str(photos / "queries" / "a.png")
+    first = np.array(Image.open(photos / "mask.png")) > 0
+    if factor:
+        mask = first * np.uint8(7)
+        mask[:30, :30] = 9
+    else:
+        mask = first[..., None] * np.array([0, 0, 90], np.uint8)
+        mask[:30, :30] = (90, 0, 0)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = ["predict", "--support", from_support, str(tmp_path / "mask.png"), "--query", query]
+    arguments += ["--size", "65", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "--mask_value" in capsys.readouterr().err
+    assert main([*arguments, "--mask_value", value]) == 0
+    chosen = (mask == int(value)) if factor else (mask[..., 2] == 90)
+    segmenter = FewShotSegmenter(size=65, device="cpu").support([from_support], [chosen])
+    result = np.array(Image.open(tmp_path / "out/a.mask.png")) > 0
+    np.testing.assert_array_equal(result, segmenter(query).mask)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        ("0.2,0.3,0.8,0.9", "from 0 to 1: shares of the picture?"),
+        ("0.1,0.1 0.9,0.1 0.9,0.9", "polygon are from 0 to 1: shares"),
+        ("40,30,20,10", "as in COCO? give (40, 30, 60, 40)"),
+        ("5,5,600,600", "reaches outside of its picture"),
+    ],
+)
+def test_coordinates_that_are_no_pixels(photos, tmp_path, capsys, mask, message):
+    query = str(photos / "queries" / "a.png")
+    arguments = ["--support", str(photos / "support.png"), mask, "--query", query]
+    assert predict(photos, *arguments, "--out", str(tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

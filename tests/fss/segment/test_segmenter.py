@@ -295,6 +295,24 @@ def test_a_failed_support_leaves_the_former(shapes, embedded):
     np.testing.assert_array_equal(embedded(image).probability, before)
 
 
+def test_conventions_of_masks_are_said(shapes, embedded):
+    image, mask = pictures_of(shapes, 1, 1)[0]
+    plain = embedded.support(image, mask)(image).probability
+    assert embedded.conventions == ["true and false"]
+    ids = mask * np.uint8(15)
+    ids[0] = np.where(mask[0], 15, 255)
+    two = np.where(mask, 3, 0).astype(np.uint8)
+    two[:2] = np.where(mask[:2], 3, 9)
+    with pytest.raises(ValueError, match="values 3, 9"):
+        embedded.support(image, two)
+    assert embedded.conventions == ["true and false"]
+    for given, value, said in ((ids, None, "class id 15, 255 ignored"), (two, 3, "the value 3")):
+        np.testing.assert_array_equal(
+            embedded.support(image, given, value)(image).probability, plain
+        )
+        assert embedded.conventions == [said]
+
+
 def test_it_is_in_the_package_and_imports_nothing_before():
     assert fss.FewShotSegmenter is FewShotSegmenter
     code = "import sys, fss; sys.exit('torch' in sys.modules)"

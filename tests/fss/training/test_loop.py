@@ -38,8 +38,12 @@ def interrupt(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize(("optimizer", "workers"), [("sgd", 1), ("adamw", 0)])
-def test_resume_is_bit_for_bit(tiny, tmp_path, interrupt, same, optimizer, workers):
+@pytest.mark.parametrize(
+    ("optimizer", "workers", "precision"),
+    [("sgd", 1, "32-true"), ("adamw", 0, "32-true"), ("sgd", 0, "bf16-true")]
+    + [("adamw", 0, "bf16-true")],
+)
+def test_resume_is_bit_for_bit(tiny, tmp_path, interrupt, same, optimizer, workers, precision):
     """6 steps at once, and 3 + 3 with ctrl-C in the third: dropout, momentum, schedule and logs."""
     settings = {
         "steps": 6,
@@ -47,6 +51,7 @@ def test_resume_is_bit_for_bit(tiny, tmp_path, interrupt, same, optimizer, worke
         "log_every": 2,
         "optimizer": {"name": optimizer},
         "data": {"workers": workers},
+        "precision": precision,
     }
     whole = tiny(out=str(tmp_path / "whole"), **settings)
     halves = tiny(out=str(tmp_path / "halves"), **settings)

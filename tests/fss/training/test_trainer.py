@@ -136,7 +136,7 @@ def test_a_step_needs_equal_parts(tiny):
         tiny(accumulate=3)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"])
 def test_every_precision_trains(tiny, precision):
     result = train(tiny(precision=precision))
     assert result["steps"] == 3 and result["skipped_steps"] == 0

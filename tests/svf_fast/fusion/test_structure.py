@@ -387,7 +387,8 @@ class OtherWhenTraining(Basic):
 
 
 class OtherConv(nn.Conv2d):
-    pass
+    def forward(self, x):
+        return super().forward(x) * 2
 
 
 class ForeignNorm(nn.BatchNorm2d):
@@ -437,7 +438,8 @@ def with_forward(name: str) -> nn.Module:
         (with_hook("conv2"), "'conv2' has a forward hook"),
         (with_hook(""), "it has a forward hook"),
         (with_forward("bn2"), "'bn2' has a forward of its own"),
-        (with_(Basic(), bn1=nn.SyncBatchNorm(6)), "'bn1' is of type SyncBatchNorm, not"),
+        (with_(Basic(), bn1=nn.BatchNorm3d(6)), "'bn1' is of type BatchNorm3d, not"),
+        (with_(Basic(), bn1=nn.InstanceNorm2d(6, 0, 0.1, True, True)), "'bn1' is of type Instance"),
         (with_(Basic(), bn2=nn.GroupNorm(2, 6), bn3=nn.BatchNorm2d(6)), "'bn2' (GroupNorm) stands"),
         (
             with_(Basic(), bn1=nn.BatchNorm2d(6, track_running_stats=False)),
@@ -551,22 +553,24 @@ def test_units_of_sequentials():
         nn.Conv2d(4, 4, 1),
         nn.ReLU(),
         nn.Conv2d(4, 4, 1),
-        nn.SyncBatchNorm(4),
+        nn.BatchNorm3d(4),
         nn.Conv2d(4, 4, 1),
+        nn.SyncBatchNorm(4),
     )
     blocks, units, reasons = find(model, everywhere)
     assert not blocks
     assert units == [
         Unit("", StageNames("0", "1", True), "2"),
         Unit("", StageNames("3", "4", False), None),
+        Unit("", StageNames("11", "12", False), None),
         Unit("6", StageNames("0", "1", True), None),
     ]
-    assert reasons == {"9": "'10' is of type SyncBatchNorm, not an nn.BatchNorm2d"}
+    assert reasons == {"9": "'10' is of type BatchNorm3d, not a batch norm of maps"}
     assert find(model, lambda name: name == "3")[1] == [units[1]]
     model[1].register_forward_pre_hook(lambda *_: None)
     model[3].forward = model[3].forward
     _, units, reasons = find(model, everywhere)
-    assert [unit.container for unit in units] == ["6"]
+    assert [(unit.container, unit.stage.conv) for unit in units] == [("", "11"), ("6", "0")]
     assert reasons["0"] == "'1' has a forward pre hook"
     assert reasons["3"] == "'3' has a forward of its own instead of its class's"
 

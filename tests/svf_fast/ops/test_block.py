@@ -285,7 +285,7 @@ def hook(module):
 
 
 REASONS = {
-    "bn2 uses the batch's statistics": unfusable(lambda b: b.bn2.train()),
+    "bn2 uses the batch's statistics": unfusable(lambda b: setattr(b.bn2, "training", True)),
     "bn1 trains": unfusable(lambda b: b.bn1.weight.requires_grad_()),
     "conv2 has a hook": unfusable(hook),
     "conv3 computes as 'reference'": unfusable(lambda b: setattr(b.conv3, "strategy", "reference")),
@@ -495,9 +495,8 @@ def test_a_changed_tensor_and_a_second_derivative_are_refused():
     y = model(x)
     y.mul_(2)  # the output is not kept
     y.sum().backward()
-    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="fused block: expected .* without create_graph=True"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
 
 
 def test_empty_batch():

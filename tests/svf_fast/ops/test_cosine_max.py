@@ -383,9 +383,28 @@ def test_no_second_derivative():
     query, support, mask = _inputs()
     query.requires_grad_()
     loss = cosine_max(query, support, mask).square().sum()
-    (grad,) = torch.autograd.grad(loss, query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="cosine_max: expected .* without create_graph=True"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
+def test_transforms_and_tangents_are_refused_or_right():
+    query, support, mask = (torch.stack([x, x.flip(0)]) for x in _inputs())
+    mapped = torch.func.vmap(cosine_max)(query, support, mask)
+    assert torch.equal(mapped, torch.stack([cosine_max(*x) for x in zip(query, support, mask)]))
+
+    def prior(x):
+        return cosine_max(x, support[0], mask[0])
+
+    for transformed in (
+        lambda: torch.func.grad(lambda x: prior(x).sum())(query[0]),
+        lambda: torch.func.jvp(prior, (query[0],), (query[0],)),
+        lambda: torch.func.jacrev(prior)(query[0]),
+        lambda: torch.autograd.functional.jacobian(prior, query[0], vectorize=True),
+    ):
+        with pytest.raises(RuntimeError, match="cosine_max: expected no transform of torch.func"):
+            transformed()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        prior(torch.autograd.forward_ad.make_dual(query[0], query[0]))
 
 
 def test_memory_is_safe_behind_the_python_checks():
