@@ -113,8 +113,8 @@ COMMANDS = {
     ),
     "reproduce": Command(
         "fss.paper.reproduce:reproduce_table",
-        "make a table of the paper",
-        "fss reproduce TABLE [--list] [options]",
+        "make a table or draw a figure of the paper",
+        "fss reproduce TABLE|FIGURE [--list] [options]",
         spelled={"table": ["table"], "scale_down": ["--scale-down", "--scale_down"]},
         settings={
             "data.root": "folder of the data set, in every run",

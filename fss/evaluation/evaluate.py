@@ -261,6 +261,7 @@ def evaluate_seeds(
         "bootstrap": [list(score.interval or ()) for score in scores],
         "resize": resize,
         "fb_iou": _spread([score.fb_iou for score in scores]),
+        "class_ids": {name: c for c, name in names.items()},
         "iou": {name: _spread([score.iou[c] for score in scores]) for c, name in names.items()},
         "episodes": {name: sum(score.episodes[c] for score in scores) for c, name in names.items()},
         "unsampled": {

@@ -16,7 +16,7 @@ def listing(table: Table, options: Options) -> Iterator[str]:
     Raises:
         ValueError: see `plan`.
     """
-    runs = _plan_without_data(table, options)
+    runs = plan_without_data(table, options)
     yield _heading(table)
     for number, row in enumerate(table.rows, 1):
         own = [run for run in runs if run.row is row]
@@ -43,7 +43,7 @@ def overview(tables: Sequence[Table], options: Options) -> Iterator[str]:
     states: list[str] = []
     runs: list[PlannedRun] = []
     for table in tables:
-        planned = _plan_without_data(table, options)
+        planned = plan_without_data(table, options)
         runs += planned
         yield _heading(table)
         for number, row in enumerate(table.rows, 1):
@@ -62,7 +62,7 @@ def overview(tables: Sequence[Table], options: Options) -> Iterator[str]:
     )
 
 
-def _plan_without_data(table: Table, options: Options) -> list[PlannedRun]:
+def plan_without_data(table: Table, options: Options) -> list[PlannedRun]:
     """Plan a table whose data need not be there.
 
     A placeholder passes for their folder, and another for the images of an epoch, which no line

@@ -1,11 +1,12 @@
-"""A table of the paper: its runs, made or resumed, next to the paper's numbers."""
+"""A table or figure of the paper: its runs, made or resumed, next to the paper's, or drawn."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from fss.config import TrainConfig, free_settings
 from fss.evaluation.score import evaluate_run
 from fss.files import atomic_write, parse_json, read_text, write_json
 from fss.paper.compare import compared_rows, markdown
-from fss.paper.listing import listing, overview
+from fss.paper.figures import (
+    Figure,
+    draw_figure,
+    figure_names,
+    figure_options,
+    is_figure,
+    load_figure,
+)
+from fss.paper.listing import listing, overview, plan_without_data
 from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, plan
 from fss.paper.tables import Table, default_folder, load_table, table_names
 from fss.runs.checkpoint import check_same_settings
@@ -35,20 +44,24 @@ def reproduce_table(
     scale_down: bool = False,
     settings: str | None = None,
     tables: str | None = None,
+    draw: bool = False,
     **overrides: Any,
 ) -> str:
-    """Make or resume the runs of a table of the paper and compare it with the paper's numbers.
+    """Make or resume the runs of a table or figure of the paper; compare with its numbers, or draw.
 
     Args:
-        table: T1 to T24; without one, all rows of all tables are listed with their state.
+        table: T1 to T24, or a figure, F2 to F12; without one, all rows of all tables are listed
+            with their state, and the figures.
         list: only list the runs and how far they are.
         rows: names of runs or numbers of rows, as `--list` shows them; by default all.
-        folds: of 0 to 3; by default all.
-        shots: of 1 and 5; by default all that the table has.
-        out: folder of the runs, which tables share, and of the results NAME.md and NAME.json.
+        folds: of 0 to 3; by default all, for a figure 0.
+        shots: of 1 and 5; by default all that the table has, for a figure 1.
+        out: folder of the runs, which tables share, and of the results: NAME.md and NAME.json of
+            tables, NAME.png and NAME.svg of figures.
         scale_down: a small network on small photos for a few steps, to try a table on a CPU.
         settings: YAML file of settings of `fss train` over those of every row.
         tables: folder of the tables' files; by default those of the package.
+        draw: train nothing; draw a figure from the runs that are there, and say what is missing.
         overrides: settings by part, over the file's.
 
     Returns the text to print.
@@ -63,7 +76,16 @@ def reproduce_table(
     options = Options(rows, folds, shots, out, values, scale_down)
     if table is None:
         tables_there = [load_table(name, folder) for name in table_names(folder)]
-        return "\n".join(overview(tables_there, options))
+        figures = [load_figure(name, folder) for name in figure_names(folder)]
+        lines = [f"{figure.name}: {figure.table.title}" for figure in figures]
+        return "\n".join([*overview(tables_there, options), *lines])
+    if is_figure(table):
+        figure, options = load_figure(table, folder), figure_options(options)
+        if list:
+            return "\n".join(listing(figure.table, options))
+        return reproduce_figure(figure, options, train_missing=not draw)
+    if draw:
+        raise ValueError(f"draw: expected a figure, F2 to F12, got {table!r}")
     if list:
         return "\n".join(listing(load_table(table, folder), options))
     return reproduce(load_table(table, folder), options)["markdown"]
@@ -84,6 +106,41 @@ def reproduce(table: Table, options: Options) -> dict[str, Any]:
         Stopped: after ctrl-C or SIGTERM; the message says how to go on.
     """
     runs = plan(table, options)
+    _make_all(runs, options, lambda: _write(table, options, runs), f"{table.name}.md")
+    return _write(table, options, runs)
+
+
+def reproduce_figure(figure: Figure, options: Options, train_missing: bool = True) -> str:
+    """Make or resume the runs of a figure, and draw it from all that are there.
+
+    Args:
+        figure: to draw.
+        options: see `figure_options`; `rows` chooses what is trained.
+        train_missing: else it is drawn from what is there.
+
+    Returns lines on its runs and files.
+
+    Raises:
+        ValueError, Stopped: see `reproduce`.
+    """
+    runs = plan_without_data(figure.table, dataclasses.replace(options, rows=()))
+
+    def draw() -> str:
+        return draw_figure(figure, runs, options) if _is_first_process() else ""
+
+    if train_missing:
+        chosen = plan(figure.table, options)
+        _make_all(chosen, options, draw, f"{figure.name}.png")
+        reasons = {run.row.run: run.reason for run in chosen}
+        for run in runs:
+            run.reason = reasons.get(run.row.run, run.reason)
+    return draw()
+
+
+def _make_all(
+    runs: Sequence[PlannedRun], options: Options, conclude: Callable[[], Any], file: str
+) -> None:
+    """Make or resume runs one after the other; when interrupted, conclude with what is there."""
     for run in runs:
         _check_finished(run)
     try:
@@ -91,13 +148,12 @@ def reproduce(table: Table, options: Options) -> dict[str, Any]:
             if run.config is not None:
                 _make(run, run.config, options)
     except KeyboardInterrupt as stop:
-        _write(table, options, runs)
+        conclude()
         raise Stopped(
             f"{str(stop).partition(';')[0] or 'stopped'}; what is finished is in "
-            f"{options.folder / table.name}.md, the same command goes on",
+            f"{options.folder / file}, the same command goes on",
             getattr(stop, "status", INTERRUPTED),
         ) from stop
-    return _write(table, options, runs)
 
 
 def _check_finished(run: PlannedRun) -> None:
@@ -179,12 +235,16 @@ def _write(table: Table, options: Options, runs: list[PlannedRun]) -> dict[str, 
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     text = "\n".join(markdown(result)) + "\n"
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+    if _is_first_process():
         options.folder.mkdir(parents=True, exist_ok=True)
         write_json(options.folder / f"{table.name}.json", result)
         with atomic_write(options.folder / f"{table.name}.md") as file:
             file.write(text.encode())
     return {**result, "markdown": text}
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 def _base_scores(runs: list[PlannedRun]) -> dict[str, dict[int, float]]:

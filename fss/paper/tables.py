@@ -22,6 +22,7 @@ A run in runs.yaml has
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -358,3 +359,26 @@ def _check_keys(values: Any, required: set[str], optional: set[str], where: str)
             + (f"; missing {', '.join(missing)}" if missing else "")
             + (f"; unknown {', '.join(unknown)}" if unknown else "")
         )
+
+
+def table_of_runs(name: str, title: str, data: str, runs: dict[str, str], folder: Path) -> Table:
+    """Make a table of some runs of runs.yaml, without numbers of the paper.
+
+    Args:
+        name: of the table, and of its file in messages.
+        title: of the table.
+        data: the name of its data set's file.
+        runs: the label of each run.
+        folder: of the files.
+
+    Raises:
+        ValueError: a run that is not in runs.yaml.
+    """
+    data_set, described = _data_set(folder / f"{data}.yaml"), _read(folder / "runs.yaml")
+    path = folder / f"{name}.yaml"
+    rows = []
+    for run, label in runs.items():
+        settings = _run_settings(run, described, data_set, path)
+        unknown = dict.fromkeys((1, 5), Published(None, math.nan))
+        rows.append(Row(label, run, None, settings, None, None, unknown))
+    return Table(name, title, "miou", data_set, tuple(rows), folder)

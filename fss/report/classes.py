@@ -16,7 +16,7 @@ from fss.report.plot import (
     save_plot,
     series_style,
 )
-from fss.report.runs import ReportedRun
+from fss.report.runs import ReportedRun, names_instead
 
 _BAR = 0.17  # inches
 
@@ -34,7 +34,9 @@ def draw_classes(runs: Sequence[ReportedRun], folder: Path) -> Plot | None:
         panels.setdefault(tuple(sorted(run.result["test"]["iou"])), []).append((number, run))
     heights = [len(names) * (len(own) * _BAR + 0.14) + 0.55 for names, own in panels.items()]
     with figure_style():
-        figure = new_figure(10.4, sum(heights) + 0.5)
+        figure = new_figure(
+            10.4, sum(heights) + 0.5, names_instead(run.name for run in runs) | _numbers(runs)
+        )
         grid = figure.subplots(
             len(panels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
         )
@@ -51,6 +53,17 @@ def draw_classes(runs: Sequence[ReportedRun], folder: Path) -> Plot | None:
             for axes in grid[:, 0]:
                 axes.legend(loc="lower right")
     return save_plot(figure, folder, "classes", "IoU of each test class, by run")
+
+
+def _numbers(runs: Sequence[ReportedRun]) -> dict[str, str]:
+    """Return the number of each tested class; of runs from before it was kept, its place."""
+    numbers: dict[str, str] = {}
+    for run in runs:
+        test = run.result["test"] if run.result else {"iou": {}}
+        places = {name: f"tested class {place}" for place, name in enumerate(test["iou"], 1)}
+        known = {name: f"class {number}" for name, number in test.get("class_ids", {}).items()}
+        numbers |= places | known
+    return numbers
 
 
 def _draw_panel(axes, names: tuple[str, ...], runs: list[tuple[int, ReportedRun]]) -> None:

@@ -1,7 +1,8 @@
-"""Where in a photo the components respond whose singular values changed most (Figures 4 and 5)."""
+"""Where in photos the components respond whose singular values changed most (Figures 4 and 5)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import cv2
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,7 +25,8 @@ from fss.report.plot import Plot, figure_style, new_figure, save_plot
 from fss.report.runs import ReportedRun
 from fss.report.spectrum import Spectrum
 
-_SHOWN = 4
+_SHOWN = 4  # components that rose, and that fell, in a report
+_CUES = 3  # in a figure of the paper
 _COLORS = "magma"
 _SIDE = 240  # pixels of the longer side of a picture in the figure
 
@@ -53,40 +56,44 @@ def example_photo(run: ReportedRun, path: str | None) -> Photo:
     Raises:
         OSError, ValueError: missing or unreadable photos.
     """
-    config = run.config.data
     if path is None:
-        source = build_source(config)
-        count, seed = run.config.test_episodes, run.config.test_seeds[0]
-        episodes = build_episodes(config, "test", count, seed, source)
-        item = episodes[spread_over_classes(episodes, 1)[0]]
-        image, region = item["query_image"], tuple(item["query_size"].tolist())
-        mask = item["query_mask_original"]
-        name, size = item["query_name"], tuple(mask.shape)
-    else:
-        pixels = read_picture(path, "--photo")
-        nothing = np.zeros(pixels.shape[:2], dtype=np.uint8)
-        image, _, region = test_transform(config)(pixels, nothing, np.random.default_rng(0))
-        name, size, mask = Path(path).name, pixels.shape[:2], None
+        return test_photos(run, 1)[0]
+    pixels = read_picture(path, "--photo")
+    nothing = np.zeros(pixels.shape[:2], dtype=np.uint8)
+    transform = test_transform(run.config.data)
+    image, _, region = transform(pixels, nothing, np.random.default_rng(0))
+    return _photo(Path(path).name, image, region, pixels.shape[:2], None)
+
+
+def test_photos(run: ReportedRun, count: int) -> list[Photo]:
+    """Read the queries of so many test episodes of a run, of different classes as far as there are.
+
+    Raises:
+        OSError, ValueError: missing or unreadable photos.
+    """
+    config = run.config
+    source = build_source(config.data)
+    seed = config.test_seeds[0]
+    episodes = build_episodes(config.data, "test", config.test_episodes, seed, source)
+    photos = []
+    for index in spread_over_classes(episodes, count):
+        item = episodes[index]
+        mask, region = item["query_mask_original"], tuple(item["query_size"].tolist())
+        name = item["query_name"]
+        photos.append(_photo(name, item["query_image"], region, tuple(mask.shape), mask))
+    return photos
+
+
+def _photo(
+    name: str, image: Tensor, region: tuple[int, int], size: tuple[int, int], mask: Tensor | None
+) -> Photo:
+    """Make a photo of its image, with pixels and mask at the size at which they are shown."""
     scale = min(1.0, _SIDE / max(size))
     shown = tuple(max(1, round(scale * side)) for side in size)
     if mask is not None:
         reduced = cv2.resize((mask == 1).numpy().astype(np.uint8), shown[::-1])
         mask = torch.from_numpy(reduced > 0)
     return Photo(name, image, region, photo_pixels(image, list(region), shown), mask)
-
-
-def default_layers(spectra: Sequence[Spectrum]) -> list[str]:
-    """Choose, as the paper, the last 3×3 and the last 1×1 convolution of layer 3.
-
-    Where layer 3 was not converted, those of the last converted stage. If there is neither, its
-    last convolution.
-    """
-    stages = [spectrum.layer.partition(".")[0] for spectrum in spectra]
-    stage = "layer3" if "layer3" in stages else stages[-1]
-    own = [s for s, place in zip(spectra, stages, strict=True) if place == stage]
-    last = {spectrum.kernel: spectrum.layer for spectrum in own}
-    chosen = [last[kernel] for kernel in ((3, 3), (1, 1)) if kernel in last]
-    return chosen or [own[-1].layer]
 
 
 def draw_components(
@@ -123,20 +130,20 @@ def draw_components(
             f"({', '.join(known)}), got {unknown[0]}"
         )
     inputs = _inputs(network.backbone, photo.image, layers)
-    height, width = photo.pixels.shape[:2]
-    ratio = min(max(height / width, 0.6), 1.4)
     with figure_style():
-        figure = new_figure(10.4, len(layers) * (2 * (2.05 * ratio + 0.42) + 0.3))
+        height = 2.05 * _height_of(photo) + 0.42
+        figure = new_figure(10.4, len(layers) * (2 * height + 0.3), {photo.name: "photo"})
         parts = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
         for part, layer in zip(parts, layers, strict=True):
             part.patch.set_alpha(0)
-            kernel = "×".join(map(str, known[layer].kernel))
-            part.suptitle(f"{layer}, {kernel}", fontsize=10, fontweight="bold")
+            part.suptitle(_layer_title(known[layer]), fontsize=10, fontweight="bold")
             grid = part.subplots(2, _SHOWN + 1)
             for axes in grid.flat:
                 axes.set_axis_off()
             _show_photo(grid[0, 0], photo)
-            _draw_layer(grid[:, 1:], network, known[layer], inputs[layer], photo)
+            module = network.backbone.get_submodule(layer)
+            for axes, chosen in zip(grid[:, 1:], changed_most(known[layer], _SHOWN), strict=True):
+                _show_components(axes, module, known[layer], chosen, inputs[layer], photo)
             colors = mpl.cm.ScalarMappable(cmap=_COLORS)
             bar = part.colorbar(colors, ax=grid[1, 0], location="left", shrink=0.8, aspect=12)
             bar.set_ticks([0, 1], labels=["0", "max"])
@@ -148,24 +155,86 @@ def draw_components(
     return save_plot(figure, folder, name, text)
 
 
-def _draw_layer(
-    grid: np.ndarray, network: FewShotModel, spectrum: Spectrum, x: Tensor, photo: Photo
-) -> None:
-    change = spectrum.after.double() - spectrum.before.double()
-    order = change.argsort(descending=True)
+def plot_cues(network: FewShotModel, spectrum: Spectrum, photos: Sequence[Photo]) -> Figure:
+    """Plot, a row a photo, the components of a layer whose S_r fell (a) and rose (b) most.
+
+    See `draw_components` for what the maps show.
+    """
+    rose, fell = changed_most(spectrum, _CUES)
     module = network.backbone.get_submodule(spectrum.layer)
-    for axes, word, chosen in zip(
-        grid, ("rose", "fell"), (order[:_SHOWN], order.flip(0)[:_SHOWN]), strict=True
-    ):
-        maps = _responses(module, x, spectrum.component[chosen])
-        for ax, place, response in zip(axes, chosen.tolist(), maps, strict=False):
-            if change[place] == 0 or (change[place] > 0) != (word == "rose"):
-                continue
-            _show_response(ax, response, photo)
-            before, after = float(spectrum.before[place]), float(spectrum.after[place])
-            percent = f" ({100 * (after / before - 1):+.2g} %)" if before else ""
-            ax.set_title(
-                f"r = {place + 1} {word}\n{before:.4g} → {after:.4g}{percent}".replace("-", "−"),
+    with figure_style():
+        ratios = [_height_of(photo) for photo in photos]
+        height = 1.42 * sum(ratios) + 0.1 * len(photos) + 0.9
+        instead = {photo.name: f"photo {number}" for number, photo in enumerate(photos, 1)}
+        figure = new_figure(10.4, height, instead)
+        figure.suptitle(_layer_title(spectrum), fontsize=10, fontweight="bold")
+        parts = figure.subfigures(1, 3, width_ratios=(1, _CUES, _CUES))
+        titles = (" ", "(a) singular values that fell most", "(b) that rose most")
+        for part, title in zip(parts, titles, strict=True):
+            part.patch.set_alpha(0)
+            part.suptitle(title, fontsize=9)
+        grids = [
+            part.subplots(
+                len(photos), columns, squeeze=False, gridspec_kw={"height_ratios": ratios}
+            )
+            for part, columns in zip(parts, (1, _CUES, _CUES), strict=True)
+        ]
+        for axes in (axes for grid in grids for axes in grid.flat):
+            axes.set_axis_off()
+        for row, photo in enumerate(photos):
+            x = _inputs(network.backbone, photo.image, [spectrum.layer])[spectrum.layer]
+            _show_photo(grids[0][row, 0], photo, "" if row else " \n ")
+            for grid, chosen in zip(grids[1:], (fell, rose), strict=True):
+                _show_components(grid[row], module, spectrum, chosen, x, photo, titled=row == 0)
+    return figure
+
+
+def changed_most(spectrum: Spectrum, count: int) -> tuple[Tensor, Tensor]:
+    """Return the places in a spectrum of up to `count` values that rose most, and that fell most.
+
+    By the difference, most first.
+    """
+    change = spectrum.difference
+    rose = change.argsort(descending=True, stable=True)[:count]
+    fell = change.argsort(stable=True)[:count]
+    return rose[change[rose] > 0], fell[change[fell] < 0]
+
+
+def change_in_words(before: float, after: float) -> str:
+    """Write two values and their difference with as many digits as it takes to see it."""
+    change = after - before
+    digits = 2 if change == 0 else max(2, 1 - math.floor(math.log10(abs(change))))
+    text = f"{before:.{digits}f} → {after:.{digits}f}\n{change:+.{digits}f}"
+    return text.replace("-", "−")
+
+
+def _layer_title(spectrum: Spectrum) -> str:
+    return f"{spectrum.layer}, {'×'.join(map(str, spectrum.kernel))}"
+
+
+def _height_of(photo: Photo) -> float:
+    """Return the height of a photo over its width, within bounds."""
+    return min(max(photo.pixels.shape[0] / photo.pixels.shape[1], 0.6), 1.4)
+
+
+def _show_components(
+    grid: np.ndarray,
+    module: nn.Module,
+    spectrum: Spectrum,
+    chosen: Tensor,
+    x: Tensor,
+    photo: Photo,
+    titled: bool = True,
+) -> None:
+    """Show maps of the chosen components of a layer whose input is x, with what S_r did."""
+    maps = _responses(module, x, spectrum.component[chosen]) if len(chosen) else ()
+    for axes, place, response in zip(grid, chosen.tolist(), maps, strict=False):
+        _show_response(axes, response, photo)
+        if titled:
+            words = change_in_words(float(spectrum.before[place]), float(spectrum.after[place]))
+            values, difference = words.split("\n")
+            axes.set_title(
+                f"r = {place + 1}: {difference}\n{values}",
                 fontsize=8,
                 fontweight="normal",
                 loc="center",
@@ -202,9 +271,11 @@ def _responses(module: nn.Module, x: Tensor, components: Tensor) -> Tensor:
     return maps[0].abs()
 
 
-def _show_photo(axes: Any, photo: Photo) -> None:
+def _show_photo(axes: Any, photo: Photo, title: str | None = None) -> None:
+    """Show a photo under a title, by default its name."""
     axes.imshow(photo.pixels, interpolation="none")
-    axes.set_title(photo.name, fontsize=8, fontweight="normal", loc="center")
+    words = photo.name if title is None else title
+    axes.set_title(words, fontsize=8, fontweight="normal", loc="center")
     if photo.mask is not None:
         outline(axes, photo.mask, SKY)
 

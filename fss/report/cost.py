@@ -22,7 +22,7 @@ from fss.report.plot import (
     save_plot,
     series_style,
 )
-from fss.report.runs import ReportedRun
+from fss.report.runs import ReportedRun, names_instead
 
 MIB = 2**20
 _WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
@@ -64,7 +64,7 @@ def draw_measured(runs: Sequence[ReportedRun], folder: Path) -> Plot:
         ("step_ms", "time of a step, median (ms)"),
     )
     with figure_style():
-        figure = new_figure(10.4, 0.32 * len(runs) + 0.95)
+        figure = new_figure(10.4, 0.32 * len(runs) + 0.95, names_instead(run.name for run in runs))
         grid = figure.subplots(1, len(panels), sharey=True)
         for axes, (key, label) in zip(grid, panels, strict=True):
             for number, run in enumerate(runs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ from fss.report.plot import new_figure, write_png
 _GREY = "#808080"
 
 
+@mpl.rc_context({"text.parse_math": False})
 def draw_episodes(
     path: Path,
     model: nn.Module,
@@ -40,7 +42,8 @@ def draw_episodes(
     shapes = [item["query_mask_original"].shape for item in items]
     ratio = min(max(float(np.median([width / height for height, width in shapes])), 0.7), 1.6)
     size = (2.4 * ratio * columns, 2.65 * len(items))
-    figure = new_figure(*size)
+    instead = {name: f"class {class_id}" for class_id, name in class_names.items()}
+    figure = new_figure(*size, instead)
     grid = figure.subplots(len(items), columns, squeeze=False)
     for axes, item in zip(grid, items, strict=True):
         truth = item["query_mask_original"]

@@ -16,7 +16,7 @@ import fss
 from fss.files import atomic_write
 from fss.models import FewShotModel, rebuild_model
 from fss.report.classes import draw_classes
-from fss.report.components import default_layers, draw_components, example_photo
+from fss.report.components import draw_components, example_photo
 from fss.report.cost import MIB, draw_counted, draw_measured, readable, step_memory
 from fss.report.curves import draw_curves
 from fss.report.plot import CONTROL, Plot
@@ -29,7 +29,14 @@ from fss.report.results import (
     setting_in_words,
 )
 from fss.report.runs import ReportedRun, read_runs
-from fss.report.spectrum import Spectrum, change_rows, draw_all, draw_largest, read_spectra
+from fss.report.spectrum import (
+    Spectrum,
+    change_rows,
+    default_layers,
+    draw_all,
+    draw_largest,
+    read_spectra,
+)
 
 _EPISODES_WIDTH = 1200  # pixels
 
@@ -116,7 +123,8 @@ def _learned(
             networks[setting].load_state_dict(state)
         else:
             networks[setting] = rebuild_model(run.config, state)
-            reports[setting] = step_memory(run, networks[setting])
+            if run.config.regime.name != "svf_scale":  # whose layers are not those of svf_fast
+                reports[setting] = step_memory(run, networks[setting])
         network = networks[setting]
         try:
             own = read_spectra(run, state)

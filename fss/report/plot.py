@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fss.colors import SERIES
 from fss.files import atomic_write
+from fss.report.fonts import LegibleCanvas
 
 INK = "#24292f"
 """Text and axes: this color in PNG files; in SVG that of the text around or, alone, by theme."""
@@ -85,10 +86,15 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Make a figure of these inches; the page shows it 100 pixels an inch wide."""
+def new_figure(width: float, height: float, instead: Mapping[str, str] | None = None) -> Figure:
+    """Make a figure of these inches; the page shows it 100 pixels an inch wide.
+
+    Args:
+        width, height: of the figure.
+        instead: words for names that no installed font can draw, in PNG; SVG keeps the names.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    LegibleCanvas(figure, instead or {})
     return figure
 
 
@@ -118,7 +124,10 @@ def save_plot(figure: Figure, folder: Path, name: str, text: str) -> Plot:
     figure.set_layout_engine("none")  # it lies as the PNG does, at half the time
     buffer = io.BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    settings = {"svg.hashsalt": name, "svg.fonttype": "none"}
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        # whoever shows the file chooses the fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     source = CONTROL.sub("\ufffd", buffer.getvalue().decode())
     root = _cleaned(ElementTree.fromstring(source), name, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from fss.config import TrainConfig
+from fss.config.checks import count_steps
 from fss.runs.folder import RunFolder
 
 
@@ -48,9 +49,15 @@ class ReportedRun:
 
     @property
     def trains_singular_values(self) -> bool:
-        """Tell whether it has SVF layers of which S alone trains."""
-        regime = self.config.regime
-        return regime.name in ("svf", "rotated_svf") and regime.trained_factors == ("S",)
+        """Tell whether the singular values train, themselves or by a factor, and no vectors."""
+        trained = set(self.config.regime.trained_factors)
+        return bool(trained) and trained <= {"S", "S'"}
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Return how many whole batches the training images make; None of runs that do not say."""
+        images = (self.result or {}).get("epoch_images")
+        return None if images is None else count_steps("1 epoch", images, self.config.batch_size)
 
     def checkpoint(self) -> dict[str, Any] | None:
         """Read the tested checkpoint, or the last so far; None before the first.
@@ -114,6 +121,11 @@ def read_run(folder: RunFolder, name: str, result: dict[str, Any] | None) -> Rep
             f"{result['steps']} steps: it is truncated, or of another run"
         )
     return run
+
+
+def names_instead(names: Iterable[str]) -> dict[str, str]:
+    """Return what stands for the names of runs where no installed font can draw them."""
+    return {name: f"run {number}" for number, name in enumerate(names, 1)}
 
 
 def _short_names(paths: list[Path]) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import svf_fast
@@ -22,7 +24,7 @@ from fss.report.plot import (
     save_plot,
     series_style,
 )
-from fss.report.runs import ReportedRun
+from fss.report.runs import ReportedRun, names_instead
 
 LARGEST = 30
 """Singular values of each convolution that the paper's Figures 8 to 11 show."""
@@ -46,6 +48,11 @@ class Spectrum:
     after: Tensor
 
     @property
+    def difference(self) -> Tensor:
+        """Return the change [R] of each value, trained less pretrained, float64."""
+        return self.after.double() - self.before.double()
+
+    @property
     def change(self) -> Tensor:
         """Return the change [R] in percent of each pretrained value; a pretrained 0 gives NaN."""
         before = self.before.double()
@@ -54,14 +61,15 @@ class Spectrum:
 
 
 def read_spectra(run: ReportedRun, state: Mapping[str, Any]) -> list[Spectrum]:
-    """Read the spectra of all SVF layers of a run, in the network's order.
+    """Read the spectra of all decomposed layers of a run, in the network's order.
 
-    The pretrained values come from pretrained.safetensors, which `fss train` writes; for a run of
-    an earlier version from the backbone's weights file, where that is still there: with W's
-    singular vectors, S_r = u_rᵀ W v_r.
+    Trained are S, or S exp(s') where the regime scales a frozen S or S as well. The pretrained
+    values are that frozen S, or come from pretrained.safetensors, which `fss train` writes; for
+    other runs from the backbone's weights file, where that is still there: with W's singular
+    vectors, S_r = u_rᵀ W v_r.
 
     Args:
-        run: of a regime that trains S.
+        run: of a regime that trains the singular values alone.
         state: the model's part of a checkpoint.
 
     Raises:
@@ -70,17 +78,22 @@ def read_spectra(run: ReportedRun, state: Mapping[str, Any]) -> list[Spectrum]:
     """
     path = run.folder.pretrained
     names = [key.removesuffix(".S") for key in state if key.endswith(".S")]
-    before = _kept(path, names) if path.is_file() else _from_weights(run, state, names, path)
+    if "S" not in run.config.regime.trained_factors:
+        before = {name: state[f"{name}.S"] for name in names}
+    else:
+        before = _kept(path, names) if path.is_file() else _from_weights(run, state, names, path)
     spectra = []
     for name in names:
-        if before[name].shape != state[f"{name}.S"].shape:
+        after = state[f"{name}.S"]
+        if f"{name}.log_scale" in state:
+            after = after * state[f"{name}.log_scale"].exp()
+        if before[name].shape != after.shape:
             raise ValueError(
                 f"run: {path}: {name} has {len(before[name])} singular values, the checkpoint "
-                f"{len(state[f'{name}.S'])}: they are of different runs"
+                f"{len(after)}: they are of different runs"
             )
         order = before[name].argsort(descending=True, stable=True)
         kernel = tuple(state[f"{name}.V"].shape[2:])
-        after = state[f"{name}.S"]
         layer = name.removeprefix("backbone.")
         spectra.append(Spectrum(layer, kernel, order, before[name][order], after[order]))
     return spectra
@@ -128,6 +141,29 @@ def _from_weights(
     return before
 
 
+def default_layers(spectra: Sequence[Spectrum]) -> list[str]:
+    """Choose, as the paper, the last 3×3 and the last 1×1 convolution of layer 3.
+
+    Where layer 3 was not converted, those of the last converted stage. If there is neither, its
+    last convolution.
+    """
+    stages = [spectrum.layer.partition(".")[0] for spectrum in spectra]
+    stage = "layer3" if "layer3" in stages else stages[-1]
+    own = [s for s, place in zip(spectra, stages, strict=True) if place == stage]
+    last = {kernel: last_of_blocks(own, stage, kernel)[-1:] for kernel in ((3, 3), (1, 1))}
+    return [*last[3, 3], *last[1, 1]] or [own[-1].layer]
+
+
+def last_of_blocks(spectra: Sequence[Spectrum], stage: str, kernel: tuple[int, int]) -> list[str]:
+    """List the last convolution of this size of each block of a stage.
+
+    That of a shortcut only where the stage has no other of this size.
+    """
+    own = [s.layer for s in spectra if s.layer.split(".")[0] == stage and s.kernel == kernel]
+    inner = [layer for layer in own if "downsample" not in layer] or own
+    return list({tuple(layer.split(".")[:2]): layer for layer in inner}.values())
+
+
 def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Plot:
     """Draw the change of the 30 largest singular values of every layer, a small panel each.
 
@@ -137,76 +173,117 @@ def draw_largest(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folde
         folder: for the files.
     """
     layers = list(dict.fromkeys(s.layer for spectra in runs.values() for s in spectra))
-    columns = min(6, len(layers))
+    figure = plot_largest(runs, names, layers, min(6, len(layers)), percent=True)
+    text = f"Change of the {LARGEST} largest singular values of each convolution, in percent"
+    return save_plot(figure, folder, "singular-values", text)
+
+
+def plot_largest(
+    runs: Mapping[int, list[Spectrum]],
+    names: Sequence[str],
+    layers: Sequence[str],
+    columns: int,
+    percent: bool = False,
+) -> Figure:
+    """Plot the change of the 30 largest singular values of these layers, a panel each."""
     rows = math.ceil(len(layers) / columns)
     with figure_style():
-        figure = new_figure(10.4, 1.25 * rows + 0.75)
+        height = 1.25 if columns > 3 else 2.2
+        figure = new_figure(10.4, height * rows + 0.75, names_instead(names))
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         panels = dict(zip(layers, grid.flat, strict=False))
         for axes in grid.flat[len(layers) :]:
             axes.set_visible(False)
         for number, spectra in runs.items():
-            style = series_style(number)
             for spectrum in spectra:
-                axes = panels[spectrum.layer]
-                axes.set_title(_title(spectrum), fontsize=7.5, fontweight="normal")
-                change = spectrum.change[:LARGEST]
-                ranks = range(1, len(change) + 1)
-                axes.vlines(ranks, 0, change, color=style["color"], alpha=0.35, linewidth=1)
-                axes.plot(
-                    ranks,
-                    change,
-                    linestyle="",
-                    markersize=2.4,
-                    color=style["color"],
-                    marker=style["marker"],
-                    label=names[number],
-                )
+                if spectrum.layer in panels:
+                    axes = panels[spectrum.layer]
+                    _draw_change(axes, spectrum, percent, number, names[number])
+                    axes.set_title(
+                        _title(spectrum),
+                        fontsize=7.5 if columns > 3 else 9,
+                        fontweight="normal",
+                    )
         for place, axes in enumerate(grid.flat):
             axes.axhline(0, color=INK, linewidth=0.7)
             axes.grid(True, axis="y")
             axes.set_xticks([1, 10, 20, LARGEST])
             axes.tick_params(labelbottom=place + columns >= len(layers), labelsize=8)
         figure.supxlabel("rank r of the pretrained singular value, 1 the largest", fontsize=9)
-        figure.supylabel("change of S_r (%)", fontsize=9)
+        figure.supylabel("change of S_r (%)" if percent else "change of S_r", fontsize=9)
         if len(runs) > 1:
             legend_above(figure, grid[0, 0])
-    text = f"Change of the {LARGEST} largest singular values of each convolution, in percent"
-    return save_plot(figure, folder, "singular-values", text)
+    return figure
+
+
+def _draw_change(axes: Axes, spectrum: Spectrum, percent: bool, number: int, label: str) -> None:
+    style = series_style(number)
+    change = (spectrum.change if percent else spectrum.difference)[:LARGEST]
+    ranks = range(1, len(change) + 1)
+    axes.vlines(ranks, 0, change, color=style["color"], alpha=0.35, linewidth=1)
+    dots = {"linestyle": "", "markersize": 2.4, "marker": style["marker"]}
+    axes.plot(ranks, change, color=style["color"], label=label, **dots)
 
 
 def draw_all(runs: Mapping[int, list[Spectrum]], names: Sequence[str], folder: Path) -> Plot:
-    """Draw all singular values of the last convolution of each stage: before, after, change."""
-    last = {s.layer.partition(".")[0]: s.layer for s in next(iter(runs.values()))}
-    chosen = list(last.values())[-3:]
+    """Draw all singular values of the layers that the paper shows; see `default_layers`."""
+    layers = default_layers(next(iter(runs.values())))
+    text = f"All singular values of {' and '.join(layers)}, before and after training"
+    return save_plot(plot_values(runs, names, layers), folder, "singular-values-all", text)
+
+
+def plot_values(
+    runs: Mapping[int, list[Spectrum]],
+    names: Sequence[str],
+    layers: Sequence[str],
+    largest: int | None = None,
+) -> Figure:
+    """Plot singular values of these layers, a column each: before and after, below the change.
+
+    Args:
+        runs: spectra by the number of the run.
+        names: of all runs.
+        layers: names in the backbone.
+        largest: so many of each layer; by default all.
+    """
     with figure_style():
-        figure = new_figure(10.4, 4.6)
-        grid = figure.subplots(2, len(chosen), squeeze=False, sharex="col")
-        for (values, changes), layer in zip(grid.T, chosen, strict=True):
-            for place, (number, spectra) in enumerate(runs.items()):
-                found = [s for s in spectra if s.layer == layer]
-                if not found:
-                    continue
-                (spectrum,) = found
+        figure = new_figure(10.4, 4.6, names_instead(names))
+        grid = figure.subplots(2, len(layers), squeeze=False, sharex="col")
+        for (values, changes), layer in zip(grid.T, layers, strict=True):
+            found = {
+                number: spectrum
+                for number, spectra in runs.items()
+                for spectrum in spectra
+                if spectrum.layer == layer
+            }
+            for place, (number, spectrum) in enumerate(found.items()):
+                before, after = spectrum.before[:largest], spectrum.after[:largest]
                 style = series_style(number)
-                ranks = range(1, len(spectrum.before) + 1)
+                ranks = range(1, len(before) + 1)
+                marker = "" if largest is None else style["marker"]
                 if place == 0:
                     values.set_title(_title(spectrum))
                     values.plot(
-                        ranks, spectrum.before, color=INK, linewidth=2.6, alpha=0.45, label="before"
+                        ranks,
+                        before,
+                        color=INK,
+                        linewidth=2.6,
+                        alpha=0.45,
+                        marker=marker,
+                        label="before",
                     )
                 line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.1}
-                values.plot(ranks, spectrum.after, label=f"after: {names[number]}", **line)
-                changes.plot(ranks, spectrum.change, **line)
+                line |= {"marker": marker, "markersize": 3}
+                values.plot(ranks, after, label=f"after: {names[number]}", **line)
+                changes.plot(ranks, spectrum.difference[:largest], **line)
             changes.axhline(0, color=INK, linewidth=0.7)
-            changes.set_xlabel("rank r, by the pretrained value")
+            changes.set_xlabel("rank r of the pretrained singular value, 1 the largest")
             values.grid(True)
             changes.grid(True)
         grid[0, 0].set_ylabel("singular value S_r")
-        grid[1, 0].set_ylabel("change of S_r (%)")
+        grid[1, 0].set_ylabel("change of S_r")
         legend_above(figure, grid[0, 0])
-    text = "All singular values of the last convolution of each stage, before and after training"
-    return save_plot(figure, folder, "singular-values-all", text)
+    return figure
 
 
 def change_rows(spectra: Sequence[Spectrum]) -> list[dict[str, Any]]:

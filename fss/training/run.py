@@ -76,6 +76,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         "test": {"checkpoint": path.name, "step": tested["step"], **test},
         "best_validation": trainer.best,
         "steps": trainer.step,
+        "epoch_images": trainer.dataset.epoch,
         "step_seconds_median": statistics.median(trainer.seconds) if trainer.seconds else None,
         "stopped_early": trainer.has_converged,
         "skipped_steps": trainer.skipped,

@@ -277,6 +277,8 @@ def test_all_rows_are_listed_with_their_state(arguments, tmp_path, capsys):
     finished.write_text("{}")
     assert main(["reproduce", *arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
+    printed, figures = printed[:-11], printed[-11:]
+    assert [line.partition(": ")[0] for line in figures] == [f"F{n}" for n in range(2, 13)]
     assert len(printed) == 24 + 152 + 2
     assert printed[0].startswith("T1: Pascal-5i, mIoU; Pascal-5i: what `fss data prepare pascal`")
     assert "  5  CyCTR: quoted: CyCTR is not implemented here; the numbers of its paper" in printed
@@ -295,8 +297,8 @@ def test_rows_that_cannot_run_are_counted(tmp_path, capsys):
     assert main(["reproduce", "--list", "--settings", str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     reason = "cannot run: r50-baseline-rotated-scale: precision: expected one of 32-true"
-    assert printed[-3].startswith(f"  4  R S' Rᵀ W: {reason}")
-    assert printed[-2] == "152 rows: 0 hold, 10 are quoted, 142 cannot run."
+    assert printed[-14].startswith(f"  4  R S' Rᵀ W: {reason}")
+    assert printed[-13] == "152 rows: 0 hold, 10 are quoted, 142 cannot run."
 
 
 def test_one_table_is_listed_by_shots_and_folds(capsys):

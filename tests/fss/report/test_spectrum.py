@@ -10,10 +10,17 @@ from safetensors.torch import save_file
 
 import svf_fast
 from fss.models import build_model, rebuild_model
-from fss.report.components import _responses, default_layers
+from fss.report import write_report
+from fss.report.components import _responses, change_in_words, changed_most
 from fss.report.cost import step_memory
-from fss.report.runs import read_runs
-from fss.report.spectrum import Spectrum, change_rows, read_spectra
+from fss.report.runs import ReportedRun, read_runs
+from fss.report.spectrum import (
+    Spectrum,
+    change_rows,
+    default_layers,
+    last_of_blocks,
+    read_spectra,
+)
 from fss.training.run import train
 
 
@@ -116,3 +123,88 @@ def test_networks_of_other_models(tiny, name):
     network = rebuild_model(config, state)
     report = step_memory(run, network)
     assert 0 < report.saved_bytes < report.reference_bytes
+
+
+@pytest.mark.parametrize("factors", [None, ("S", "S'")])
+def test_spectra_of_scaled_values(factors, tiny, weights):
+    """Trained are the values S exp(s') of Table 23; the weight is composed of them."""
+    path, state = weights
+    regime = {"name": "svf_scale", "layers": ("layer3",), "factors": factors}
+    config = tiny(model={"weights": str(path)}, regime=regime, optimizer={"lr": 0.5})
+    train(config)
+    (run,) = read_runs([config.out])
+    assert run.trains_singular_values
+    trained = run.folder.checkpoint("best.pt")["model"]
+    for spectrum in read_spectra(run, trained):
+        weight = state[f"{spectrum.layer}.weight"].double().flatten(1)
+        expected = torch.linalg.svdvals(weight)
+        torch.testing.assert_close(spectrum.before.double(), expected, rtol=1e-5, atol=1e-6)
+        factors_now = (trained[f"backbone.{spectrum.layer}.{part}"].double() for part in "USV")
+        U, S, V = (part.flatten(1) if part.dim() > 2 else part for part in factors_now)
+        scale = trained[f"backbone.{spectrum.layer}.log_scale"].double().exp()
+        composed = torch.linalg.svdvals(U * (S * scale) @ V)
+        ours = spectrum.after.double().abs().sort(descending=True).values
+        torch.testing.assert_close(ours, composed, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(spectrum.after, spectrum.before)
+    page = write_report([config.out]).read_text(encoding="utf-8")
+    assert "Change of the 30 largest" in page and "nothing to show" not in page
+
+
+@pytest.mark.parametrize(
+    ("regime", "shown"),
+    [
+        ({"name": "svf"}, True),
+        ({"name": "rotated_svf"}, True),
+        ({"name": "svf_scale"}, True),
+        ({"name": "svf", "factors": ("U", "S")}, False),
+        ({"name": "rotated_svf", "factors": ()}, False),
+        ({"name": "scale_output"}, False),
+        ({"name": "freeze"}, False),
+        ({"name": "full"}, False),
+    ],
+)
+def test_regimes_of_which_spectra_are_shown(regime, shown, tiny):
+    run = ReportedRun(None, "run", tiny(regime=regime), None, {}, {})
+    assert run.trains_singular_values == shown
+
+
+def test_last_convolutions_of_blocks():
+    names = [("layer3.0.conv1", 1), ("layer3.0.conv3", 1), ("layer3.0.downsample.0", 1)]
+    names += [("layer3.1.conv1", 1), ("layer3.1.conv2", 3), ("layer3.1.conv3", 1)]
+    names += [("layer4.0.downsample.0", 1)]
+    spectra = [spectrum(name, (side, side), [1.0], [1.0]) for name, side in names]
+    assert last_of_blocks(spectra, "layer3", (1, 1)) == ["layer3.0.conv3", "layer3.1.conv3"]
+    assert last_of_blocks(spectra, "layer3", (3, 3)) == ["layer3.1.conv2"]
+    assert last_of_blocks(spectra, "layer4", (1, 1)) == ["layer4.0.downsample.0"]
+    assert last_of_blocks(spectra, "layer2", (1, 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (1.92013, 1.92048, "1.92013 → 1.92048\n+0.00035"),
+        (1.92, 1.85, "1.920 → 1.850\n−0.070"),
+        (10.0, 14.5, "10.00 → 14.50\n+4.50"),
+        (0.5, 0.5 - 3e-7, "0.50000000 → 0.49999970\n−0.00000030"),
+        (2.0, 2.0, "2.00 → 2.00\n+0.00"),
+    ],
+)
+def test_a_change_is_seen_in_its_label(before, after, words):
+    assert change_in_words(before, after) == words
+
+
+def test_components_are_ranked_by_the_change_that_is_printed():
+    """Not by percent: the smallest value changes most in percent, the third by most."""
+    one = spectrum("layer3.0.conv1", (1, 1), [8.0, 4.0, 2.0, 1.0], [8.5, 3.0, 5.0, 9e-2])
+    rose, fell = changed_most(one, 3)
+    assert (rose.tolist(), fell.tolist()) == ([2, 0], [1, 3])
+    rose, fell = changed_most(one, 1)
+    assert (rose.tolist(), fell.tolist()) == ([2], [1])
+
+
+def test_a_report_shows_the_last_3x3_and_1x1_of_layer_3(tiny):
+    """On a bottleneck: conv2 and conv3 of the last block."""
+    config = tiny(model={"backbone": "resnet50"}, steps=1)
+    train(config)
+    page = write_report([config.out]).read_text(encoding="utf-8")
+    assert "All singular values of layer3.5.conv2 and layer3.5.conv3, before and after" in page
