@@ -346,6 +346,28 @@ def test_a_layer_of_two_names_is_converted_under_both():
     assert isinstance(other.again, svf_fast.SVFConv2d) and other.again is other.layer3[0]
 
 
+class Standardized(nn.Conv2d):
+    """As of BiT: the weight that computes is of its parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), True)) / self.weight.std((1, 2, 3))[
+            :, None, None, None
+        ]
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_a_weight_that_a_subclass_computes_is_the_adapters():
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(Standardized(3, 6, 3)), nn.ReLU())
+        return model.eval().requires_grad_(False)
+
+    model = svf_fast.convert(network(), progress=False, layers=("0",))
+    model[0][0].S.data.mul_(torch.rand(6))
+    other = svf_fast.Adapter.of(model).apply(network())
+    torch.testing.assert_close(other(X), model(X))
+
+
 def test_another_network_is_named():
     adapter = svf_fast.Adapter.of(trained())
     model = plain()
