@@ -67,6 +67,7 @@ def import_folder(
     classes: Sequence[str] = (),
     values: Kind | None = None,
     ignored: Sequence[str] = (),
+    background: str | None = None,
 ) -> Imported:
     """Write photos and masks of another layout as a folder for data.source: folder.
 
@@ -87,6 +88,7 @@ def import_folder(
         values: what the masks' values are: "ids" of classes, "colors" of classes, or "binary", one
             object per mask; by default it is found out.
         ignored: ids or colors that are neither background nor a class, for example 255 or #ffffff.
+        background: id or color that is background, for example 2 or #ffffff; by default 0 or black.
 
     Raises:
         FileExistsError: `out` exists.
@@ -104,9 +106,18 @@ def import_folder(
     if target.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"out: expected a folder outside of {folder}, got {target}")
     if has_outlines(folder, source):
+        for option, value in (
+            ("--values", values),
+            ("--ignored", ignored),
+            ("--background", background),
+        ):
+            if value:
+                raise ValueError(
+                    f"{option}: {source} has shapes, not masks with values; leave the option out"
+                )
         plan = _plan_outlines(folder, source, classes)
     else:
-        plan = _plan_pictures(folder, source, classes, values, ignored)
+        plan = _plan_pictures(folder, source, classes, values, ignored, background)
     with _new_folder(target) as made:
         return _write(plan, made, target, folder, source)
 
@@ -117,16 +128,24 @@ def _plan_outlines(images: Path, masks: Path, classes: Sequence[str]) -> _Plan:
         raise ValueError(f"{masks}: expected at most 254 classes, got {len(found.classes)}")
     labels = {name: k for k, name in enumerate(found.classes, start=1)}
     names = dict(enumerate(found.classes, start=1))
-    given = list(parse_classes(classes).values())
+    given = parse_classes(classes)
+    if any(not key.is_place for key in given):
+        raise ValueError(
+            f"--classes: expected names alone, in the order of {', '.join(found.classes)}, got "
+            f"{', '.join(classes)}"
+        )
     if given and len(given) != len(names):
         raise ValueError(
-            f"--classes: expected {len(names)} names for {', '.join(found.classes)}, got {given}"
+            f"--classes: expected {len(names)} names for {', '.join(found.classes)}, got "
+            f"{list(given.values())}"
         )
     items = [
         _Item(photo.path, photo.below, photo.split, lambda size, p=photo: draw(p, labels, size))
         for photo in found.photos
     ]
-    return _Plan(items, dict(enumerate(given, start=1)) or names, found.text, found.left_out)
+    return _Plan(
+        items, dict(enumerate(given.values(), start=1)) or names, found.text, found.left_out
+    )
 
 
 def _plan_pictures(
@@ -135,6 +154,7 @@ def _plan_pictures(
     classes: Sequence[str],
     values: Kind | None,
     ignored: Sequence[str],
+    background: str | None,
 ) -> _Plan:
     found = match_masks(images, masks)
     given, void = parse_classes(classes), [parse_value(text, "--ignored") for text in ignored]
@@ -144,7 +164,8 @@ def _plan_pictures(
         given = beside.classes if beside else {}
         void += beside.ignored if beside and beside.ignored else []
     files = [path for photo in found.photos for path, _ in photo.masks]
-    meaning = find_meaning(files, values, given, void, masks)
+    base = None if background is None else parse_value(background, "--background")
+    meaning = find_meaning(files, values, given, void, masks, base, bool(classes))
     folders = sorted({name for photo in found.photos for _, name in photo.masks})
     names, text = meaning.names, meaning.text
     labels: dict[str, int] | None = None
@@ -153,7 +174,7 @@ def _plan_pictures(
         labels = {name: k for k, name in enumerate(folders, start=1)}
         names = dict(enumerate(folders, start=1))
         text = f"one object per mask ({meaning.text}), the class is the name of its folder"
-    elif meaning.labels is None and len(classes) > 1:
+    elif meaning.kind == "binary" and len(classes) > 1:
         raise ValueError(
             f"--classes: expected one name, as a mask shows one object ({text}), got "
             f"{', '.join(classes)}"
@@ -271,10 +292,11 @@ def _write(plan: _Plan, made: Path, out: Path, images: Path, masks: Path) -> Imp
     total += len(plan.left_out.get("photos without an object", ()))
     lines = [f"{out}: {taken} of {total} photos, {len(classes)} classes", f"masks: {plan.text}"]
     lines += [f"  {k:3d}  {name}: {shown[k]} photos" for k, name in classes.items()]
-    notes = {
+    notes: dict[str, Sequence[Path | str]] = {
         "masks of another size, scaled": scaled,
         "of these of another shape: do they belong to the photo?": bent,
         "masks turned like their photos": turned,
+        "classes that no mask shows": [n for k, n in plan.names.items() if not shown[k]],
     }
     for text, files in [*notes.items(), *((f"left out: {t}", f) for t, f in left_out.items())]:
         if files:
@@ -286,8 +308,9 @@ def _write(plan: _Plan, made: Path, out: Path, images: Path, masks: Path) -> Imp
             "one class: training needs base classes beside the novel one, so on this folder a run "
             "can only be tested (fss eval)"
         )
-    hint = " --data.min_area 0.01" if 2 * small > taken else ""
-    lines.append(f"fss train --data.source folder --data.root {out}{hint}")
+    else:
+        hint = " --data.min_area 0.01" if 2 * small > taken else ""
+        lines.append(f"fss train --data.source folder --data.root {out}{hint}")
     return Imported(lines)
 
 

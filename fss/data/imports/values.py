@@ -27,6 +27,7 @@ _LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 _WHITE_SHARE = 0.9  # of the pixels that are not black, in masks with soft edges
 _NEAR = 48  # how far a pixel may be from the color of a class, of 255
 _NOISE = 16  # how far compression moves a level, of 255
+_FEW = 16  # values of masks of one object without soft edges
 _FAR_SHARE = 0.05  # pixels of a mask that may be farther: soft edges
 
 
@@ -93,6 +94,8 @@ def find_meaning(
     given: dict[ClassKey, str],
     ignored: Sequence[ClassKey],
     root: Path,
+    background: ClassKey | None = None,
+    is_typed: bool = True,
 ) -> Meaning:
     """Find out what the values of all masks mean.
 
@@ -102,12 +105,17 @@ def find_meaning(
         given: names of classes by id or color, or by their place from 1 where no key was given.
         ignored: ids or colors that are neither background nor a class.
         root: the folder of the masks, for messages.
+        background: the id or color that is background, by default 0 or black.
+        is_typed: whether the user typed `given`; of a file, keys do not matter where a mask shows
+            one object.
 
     Raises:
-        ValueError: values that may mean several things, with the option that decides.
+        ValueError: values that may mean several things, with the option that decides; a key of a
+            value that the masks do not have.
     """
-    if kind == "binary":
-        return _binary(given, "the user says so")
+    by_value = background or ignored or (is_typed and any(not key.is_place for key in given))
+    if kind == "binary" and not by_value:
+        return _binary(given)
     counts: Counter[int] = Counter()
     single: dict[int, Path] = {}
     colored: list[Path] = []
@@ -130,11 +138,16 @@ def find_meaning(
         bool(palettes.get(0)) and 0 not in palettes[0] and any(0 in c for c in palettes.values())
     )
     by_color = any(key.is_color for key in given)
+    if kind == "binary" and colored:
+        raise ValueError(
+            f"{colored[0]}: --values binary takes no ID=NAME, COLOR=NAME, --ignored or "
+            "--background for masks in colors; give --values colors"
+        )
     if kind == "colors" or (kind is None and (colored or is_mixed or by_color)):
-        return _colors(masks, given, ignored, root)
+        return _colors(masks, given, ignored, root, background)
     if colored:
         raise ValueError(f"{colored[0]}: expected class ids (--values ids), got colors")
-    return _grays(counts, single, lossy, kind, given, ignored, root)
+    return _grays(counts, single, lossy, kind, given, ignored, root, background, is_typed)
 
 
 def apply(meaning: Meaning, path: Path) -> NDArray[np.uint8]:
@@ -155,7 +168,7 @@ def apply(meaning: Meaning, path: Path) -> NDArray[np.uint8]:
             worst = int(values[far][counts[far].argmax()])
             raise ValueError(
                 f"{path}: {counts[far].sum()} of {pixels.size} pixels have the color of no class, "
-                f"{color_text(worst)} most; name it in --classes, or in --ignored"
+                f"{color_text(worst)} most; name it in --classes, --ignored or --background"
             )
         table[far] = [_nearest(int(value), meaning)[1] for value in values[far]]
     return table.astype(np.uint8)[places].reshape(pixels.shape)
@@ -179,9 +192,67 @@ def _distance(a: int, b: int) -> int:
     return max(abs((a >> shift & 255) - (b >> shift & 255)) for shift in (0, 8, 16))
 
 
-def _binary(given: dict[ClassKey, str], why: str) -> Meaning:
+def _binary(
+    given: dict[ClassKey, str], why: str = "the user says so", labels: dict[int, int] | None = None
+) -> Meaning:
     name = next(iter(given.values())) if len(given) == 1 else "object"
-    return Meaning("binary", None, {1: name}, f"one object ({why})")
+    return Meaning("binary", labels, {1: name}, f"one object ({why})")
+
+
+def _levels(
+    counts: Counter[int], white: int, is_soft: bool, void: set[int], base: int, wanted: list[int]
+) -> dict[int, int]:
+    """Return 1 for the values of the one object, 0 for the background, 255 for ignored ones.
+
+    Args:
+        counts: the values of the masks.
+        white: the largest value that they may have.
+        is_soft: whether values between black and white are mixtures, which go to the nearest.
+        void: values that are ignored.
+        base: the value of the background.
+        wanted: the value of the object where the user names it.
+
+    Raises:
+        ValueError: a named value that the masks do not have, or several objects.
+    """
+    levels = {0, white} | (void & set(counts)) if is_soft else set(counts)
+    unknown = [value for value in wanted if value not in levels]
+    if unknown:
+        raise _no_value(unknown[0], sorted(levels))
+    objects = set(wanted) or levels - void - {base}
+    if len(objects) != 1:
+        raise ValueError(
+            "--values binary: expected one object, the masks have the values "
+            f"{_listed([str(v) for v in sorted(levels)])}; name that of the object: --classes "
+            f"{max(objects, default=white)}=NAME"
+        )
+    kinds = {v: IGNORE if v in void else int(v in objects) for v in sorted(levels)}
+    return {v: kinds[min(levels, key=lambda level: abs(level - v))] for v in counts}
+
+
+def _no_value(value: int, values: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"--classes: {value}=NAME: {value} is no value of the masks; these have "
+        f"{_listed([str(v) for v in values])}"
+    )
+
+
+def _gray_key(key: ClassKey, option: str) -> int:
+    """Return the value of a key in masks of one channel."""
+    if not key.is_color:
+        return key.value
+    gray = key.value & 255
+    if key.value != gray * _GRAY:
+        raise ValueError(
+            f"{option}: {color_text(key.value)} is no value of the masks, which have one channel; "
+            "give an id"
+        )
+    return gray
+
+
+def _color_key(key: ClassKey) -> int:
+    """Return the color of a key in masks of colors, where a number is a gray."""
+    return key.value if key.is_color else key.value * _GRAY
 
 
 def _grays(
@@ -192,20 +263,52 @@ def _grays(
     given: dict[ClassKey, str],
     ignored: Sequence[ClassKey],
     root: Path,
+    background: ClassKey | None,
+    is_typed: bool,
 ) -> Meaning:
     """Decide between class ids and one object."""
+    skipped = {_gray_key(key, "--ignored") for key in ignored}
+    wanted = [_gray_key(key, "--classes") for key in given if not key.is_place and is_typed]
+    base = _gray_key(background, "--background") if background else 0
+    if background and base not in counts:
+        raise ValueError(
+            f"--background: {base} is no value of the masks; these have "
+            f"{_listed([str(value) for value in sorted(counts)])}"
+        )
+    if background and (base in skipped or base in wanted):
+        raise ValueError(f"--background: {base} is named in --classes or --ignored too")
     values = sorted(value for value in counts if value)
     if not values:
         raise ValueError(f"{root}: all masks are black; expected class ids, colors or an object")
     white = 255 if values[-1] < 256 else 65535
     others = [value for value in values if value != white]
-    skipped = {key.value for key in ignored}
+    top = values[-1]
+    missing = _missing(skipped - set(counts), 0 in counts or background is not None)
+
+    def one_object(why: str, is_soft: bool) -> Meaning:
+        if not (skipped or wanted or background):
+            return _binary(given, f"{why}{missing}")
+        if len(wanted) > 1:
+            raise ValueError(
+                f"--classes: expected one name, as a mask shows one object ({why}), got "
+                f"{', '.join(given.values())}"
+            )
+        labels = _levels(counts, white, is_soft, skipped, base, wanted)
+        parts = {
+            text: [str(v) for v in sorted({0, white} if is_soft else counts) if labels.get(v) == k]
+            for k, text in ((1, "is the object"), (0, "background"), (IGNORE, "ignored"))
+        }
+        said = [f"{_listed(found)} {text}" for text, found in parts.items() if found]
+        return _binary(given, f"{why}: {', '.join(said)}{missing}", labels)
+
+    if kind == "binary":
+        return one_object("the user says so", len(counts) > _FEW)
     if kind is None and white in counts and white not in skipped:
         share = counts[white] / sum(counts[value] for value in values)
         if not others:
-            return _binary(given, f"0 and {white}")
+            return one_object(f"0 and {white}", False)
         if len(others) > 2 and share >= _WHITE_SHARE:
-            return _binary(given, f"0 and {white}, with soft edges")
+            return one_object(f"0 and {white}, with soft edges", True)
         alone = white in single
         if len(others) <= 2 and (share >= _WHITE_SHARE or alone):
             example = f", {single[white]} nothing but {white}" if alone else ""
@@ -216,15 +319,18 @@ def _grays(
             )
     if lossy and kind is None and white == 255:
         flat = sum(n for value, n in counts.items() if not _NOISE < value < white - _NOISE)
-        if counts.total() - flat <= _FAR_SHARE * counts.total() and values[-1] > white - _NOISE:
-            return _binary(given, f"0 and {white}, saved with losses")
+        if counts.total() - flat <= _FAR_SHARE * counts.total() and top > white - _NOISE:
+            return one_object(f"0 and {white}, saved with losses", True)
     if lossy and kind is None:
         raise ValueError(
             f"{lossy[0]}: expected masks without losses, got {len(values)} values in files such as "
             "this, of which class ids cannot be read; save them as PNG. --values binary takes what "
             "is brighter than half of white"
         )
-    void = skipped or ({white} if white in counts and (others or kind == "ids") else set())
+    if not background and wanted == [0] and len(set(counts) - skipped) == 2:
+        base = next(value for value in values if value not in skipped)
+    values = sorted(value for value in counts if value != base)
+    void = skipped or ({white} if white in values and (others or kind == "ids") else set())
     classes = [value for value in values if value not in void]
     if not classes:
         raise ValueError(f"{root}: the masks have no value but {sorted(void)}, which is ignored")
@@ -236,17 +342,19 @@ def _grays(
         )
     new = (
         {v: v for v in classes}
-        if classes[-1] <= _MOST
+        if classes[-1] <= _MOST and classes[0]
         else {v: k for k, v in enumerate(classes, start=1)}
     )
     named = _named(classes, given, lambda value: f"class {value}")
     names = {new[value]: name for value, name in named.items()}
     text = f"class ids {_listed([str(value) for value in classes])}"
-    if classes[-1] > _MOST:
+    if any(value != label for value, label in new.items()):
         text += f", numbered anew from 1 to {len(classes)}"
     if void & set(counts):
         text += f"; {_listed(sorted(map(str, void & set(counts))))} ignored"
-    return Meaning("ids", new | dict.fromkeys(void, IGNORE), names, text)
+    if base:
+        text += f"; {base} is background"
+    return Meaning("ids", new | dict.fromkeys(void, IGNORE), names, text + missing)
 
 
 def _colors(
@@ -254,10 +362,14 @@ def _colors(
     given: dict[ClassKey, str],
     ignored: Sequence[ClassKey],
     root: Path,
+    background: ClassKey | None,
 ) -> Meaning:
     """Number the colors of classes."""
     voc = voc_colors().tolist()
-    void = {key.value for key in ignored}
+    void = {_color_key(key) for key in ignored}
+    base = _color_key(background) if background else 0
+    if base in void or (background and base in {key.value for key in given if key.is_color}):
+        raise ValueError(f"--background: {color_text(base)} is named in --classes or --ignored too")
     if any(key.is_color for key in given):
         wrong = [name for key, name in given.items() if not key.is_color]
         if wrong:
@@ -266,7 +378,7 @@ def _colors(
         names = dict(enumerate(given.values(), start=1))
         text = f"the {len(names)} colors given as classes"
         return Meaning(
-            "colors", {0: 0} | labels | dict.fromkeys(void, IGNORE), names, text, as_colors=True
+            "colors", {base: 0} | labels | dict.fromkeys(void, IGNORE), names, text, as_colors=True
         )
     counts: Counter[int] = Counter()
     for path in masks:
@@ -274,9 +386,16 @@ def _colors(
         counts.update(dict(zip(found.tolist(), areas.tolist(), strict=True)))
         if len(counts) > 100 * _MOST:
             break
-    codes = sorted(code for code in counts if code and code not in void)
+    codes = sorted(code for code in counts if code != base and code not in void)
+    if background and base not in counts:
+        raise ValueError(
+            f"--background: {color_text(base)} is no color of the masks; these have "
+            f"{_listed([color_text(code) for code in sorted(counts)])}"
+        )
     if not codes:
-        raise ValueError(f"{root}: the masks have no color but black and those that are ignored")
+        raise ValueError(
+            f"{root}: the masks have no color but {color_text(base)} and those that are ignored"
+        )
     if len(codes) > _MOST:
         often = ", ".join(
             f"{color_text(code)} {count / sum(counts.values()):.1%}"
@@ -300,7 +419,10 @@ def _colors(
         by_code = _named(codes, given, color_text)
         named = {labels[code]: name for code, name in by_code.items()}
         text = f"colors {_listed([color_text(code) for code in codes])}, numbered in this order"
-    table = {0: 0} | labels | dict.fromkeys(void, IGNORE)
+    text += _missing(set(), base in counts, "black")
+    if base:
+        text += f"; {color_text(base)} is background"
+    table = {base: 0} | labels | dict.fromkeys(void, IGNORE)
     return Meaning("colors", table, named, text, as_colors=True)
 
 
@@ -309,9 +431,10 @@ def _named(values: list[int], given: dict[ClassKey, str], default: Any) -> dict[
     keyed = {key.value: name for key, name in given.items() if not key.is_place}
     unknown = [value for value in keyed if value not in values]
     if unknown:
+        hint = "" if unknown[0] else "; 0 is background unless --background names another value"
         raise ValueError(
             f"--classes: {unknown[0]}={keyed[unknown[0]]} is no value of the masks; these have "
-            f"{name_some([str(value) for value in values], Path())}"
+            f"{name_some([str(value) for value in values], Path())}{hint}"
         )
     places = [name for key, name in given.items() if key.is_place]
     if places and len(places) == values[-1]:
@@ -324,6 +447,16 @@ def _named(values: list[int], given: dict[ClassKey, str], default: Any) -> dict[
             f"got {len(places)}; or say which: ID=NAME or COLOR=NAME"
         )
     return {value: keyed.get(value, default(value)) for value in values}
+
+
+def _missing(ignored: set[int], has_background: bool, background: str = "0") -> str:
+    """Return a word on values that no mask has: ignored ones, and the background."""
+    text = ""
+    if ignored:
+        text += f"; no mask has {_listed(sorted(map(str, ignored)))}, to be ignored"
+    if not has_background:
+        text += f"; no mask has {background}: --background VALUE says which value is background"
+    return text
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -247,6 +247,7 @@ def test_one_class(tmp_path, convert, name):
     source = FolderSource(tmp_path / "out")
     assert len(source) == 6 and source.folds == ((1,),)
     assert any("one class: training needs base classes" in line for line in lines)
+    assert not any("fss train" in line for line in lines)
     if name:
         assert source.class_names == {1: name}
     for i in range(6):
