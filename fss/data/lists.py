@@ -6,6 +6,7 @@ import io
 import pickle
 import pickletools
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ _PLAIN_OPCODES |= {"GET", "BINGET", "LONG_BINGET", "EMPTY_DICT", "DICT", "SETITE
 _PLAIN_OPCODES |= {"EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1"}
 _PLAIN_OPCODES |= {"TUPLE2", "TUPLE3", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
 _PLAIN_OPCODES |= {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE"}
-_PLAIN_OPCODES |= {"SHORT_BINUNICODE", "BINUNICODE8", "POP", "POP_MARK", "DUP"}
+_PLAIN_OPCODES |= {"SHORT_BINUNICODE", "BINUNICODE8", "POP", "POP_MARK"}
 
 
 class Pair(NamedTuple):
@@ -267,12 +268,17 @@ def _read_pickle(path: Path) -> Iterator[_Line]:
     for class_id, names in content.items():
         fits = type(class_id) is int and class_id >= 0 and isinstance(names, (list, tuple))
         if not fits or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"{path}: {expected}, got {class_id!r:.40}: {names!r:.80}")
+            raise ValueError(f"{path}: {expected}, got {_shortened(class_id, names)}")
     if sum(map(len, content.values())) > path.stat().st_size:  # one list, many times
         raise ValueError(f"{path}: {expected}, got more names than the file is long")
     for class_id, names in content.items():
         for name in names:
             yield _Line(f"{path}, class {class_id}", [name], class_id + 1)
+
+
+def _shortened(class_id: object, names: object) -> str:
+    """Return an entry as text: of values nested in each other, a whole one may be endless."""
+    return f"{reprlib.repr(class_id):.40}: {reprlib.repr(names):.80}"
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -289,9 +295,21 @@ def _load_plain(content: bytes) -> Any:
         ValueError: an instruction that could do more, or one that takes more memory than the file
             is long.
     """
+    known: set[int] = set()
+    tuples: set[int] = set()
+    last = ""
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name not in _PLAIN_OPCODES:
             raise ValueError(f"it has the instruction {opcode.name} {argument or ''}".rstrip())
         if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(content):
             raise ValueError(f"it has the instruction {opcode.name} {argument}")
+        if "GET" in opcode.name and int(argument) in tuples:
+            # of tuples of one another, the hash takes time without end
+            raise ValueError("it has a tuple twice")
+        if "PUT" in opcode.name or opcode.name == "MEMOIZE":
+            key = len(known) if argument is None else int(argument)
+            known.add(key)
+            (tuples.add if "TUPLE" in last else tuples.discard)(key)
+        else:
+            last = opcode.name
     return _PlainUnpickler(io.BytesIO(content)).load()

@@ -290,3 +290,35 @@ def test_lists_of_voc(voc, change):
     (voc / "ImageSets/Segmentation/val.txt").write_bytes(change("2008_d\n").encode("utf-8"))
     source = PascalSource(voc)
     assert [source.name(i) for i in source.indices("train")] == ["2007_a", "2007_b", "2008_c"]
+
+
+def nested(depth: int, kind: type) -> object:
+    value: object = kind(["a"])
+    for _ in range(depth):
+        value = kind([value, value])
+    return value
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({0: nested(60, list)}), r"got 0: \[\["),
+        (pickle.dumps({0: nested(60, tuple)}), "it has a tuple twice"),
+        (pickle.dumps({0: nested(60, tuple)}, 0), "it has a tuple twice"),
+        (pickle.dumps([nested(60, list)]), "got a list without any"),
+        (b"\x80\x04}(U\x01a" + b"\x85" + b"2\x86" * 60 + b"]su.", "the instruction DUP"),
+    ],
+)
+def test_values_nested_without_end(tmp_path, content, message):
+    (tmp_path / "a.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_list(tmp_path / "a.pkl", tmp_path, "images", "masks")
+
+
+def test_a_key_of_nested_tuples(tmp_path):
+    """Whose hash alone would take time without end."""
+    steps = b"".join(b"h%c\x86q%c" % (k, k + 1) for k in range(1, 60))
+    content = b"\x80\x02}U\x01a\x85q\x01" + steps + b"]s."
+    (tmp_path / "a.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match="it has a tuple twice"):
+        read_list(tmp_path / "a.pkl", tmp_path, "images", "masks")
