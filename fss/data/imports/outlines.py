@@ -140,6 +140,7 @@ def _read_coco(
     classes: dict[str, None] = {}
     missing: list[Path | str] = []
     boxes: list[Path | str] = []
+    lost: list[Path | str] = []
     for file, content in contents.items():
         for entry in content["annotations"] if isinstance(content["annotations"], list) else []:
             if isinstance(entry, dict):
@@ -149,7 +150,7 @@ def _read_coco(
             path = find(image.file)
             objects = [(found.classes[k - 1], shape) for k, shape in image.objects if shape]
             if len(objects) < len(image.objects):
-                boxes.append(image.file)
+                (lost if path and objects else boxes).append(image.file)
             if path is None:
                 missing.append(image.file)
             elif objects:
@@ -168,7 +169,11 @@ def _read_coco(
         list(photos.values()),
         list(classes),
         "annotations of COCO",
-        {"annotated photos that are missing": missing, "photos with boxes without shape": boxes},
+        {
+            "annotated photos that are missing": missing,
+            "photos with boxes without shape": boxes,
+            "objects without a shape, background in these photos": lost,
+        },
     )
 
 
@@ -179,6 +184,7 @@ def _read_labelme(
     classes: set[str] = set()
     missing: list[Path | str] = []
     others: list[Path | str] = []
+    lost: list[Path | str] = []
     for file, content in contents.items():
         try:
             size = int(content["imageHeight"]), int(content["imageWidth"])
@@ -192,7 +198,7 @@ def _read_labelme(
         path = find(name) or find(file.stem)
         objects = [(label, [points]) for label, points in shapes if points]
         if len(objects) < len(shapes):
-            others.append(file)
+            (lost if path and objects else others).append(file)
         if path is None:
             missing.append(file)
         elif objects:
@@ -203,7 +209,11 @@ def _read_labelme(
         photos,
         sorted(classes),
         "shapes of labelme",
-        {"files of missing photos": missing, "files with points or lines": others},
+        {
+            "files of missing photos": missing,
+            "files with points or lines": others,
+            "points or lines, background in the photos of these files": lost,
+        },
     )
 
 
@@ -230,10 +240,12 @@ def _read_yolo(
     shown: set[int] = set()
     missing: list[Path | str] = []
     boxes: list[Path | str] = []
+    lost: list[Path | str] = []
     for file in files:
         below = file.relative_to(masks)
         path = find(same_name(str(below.with_suffix("")))) or find(file.stem)
         objects = []
+        has_boxes = False
         for number, line in enumerate(read_text(file).splitlines(), start=1):
             try:
                 class_id, *corners = line.split() or ["0"]
@@ -244,7 +256,7 @@ def _read_yolo(
                     f"photo, as YOLO's segmentation, got {line.strip()!r:.80}"
                 ) from error
             if len(shape) == 4:
-                boxes.append(file)
+                has_boxes = True
             elif shape:
                 if len(shape) < 6 or len(shape) % 2 or not all(-0.01 <= x <= 1.01 for x in shape):
                     raise ValueError(
@@ -252,6 +264,8 @@ def _read_yolo(
                         f"{line.strip()!r:.80}"
                     )
                 objects.append((label, shape))
+        if has_boxes:
+            (lost if path and objects else boxes).append(file)
         if path is None:
             missing.append(file)
         elif objects:
@@ -263,5 +277,9 @@ def _read_yolo(
         photos,
         [names.get(label, f"class {label}") for label in sorted(shown)],
         "polygons of YOLO",
-        {"files of missing photos": missing, "files with boxes": list(dict.fromkeys(boxes))},
+        {
+            "files of missing photos": missing,
+            "files with boxes": boxes,
+            "boxes, background in the photos of these files": lost,
+        },
     )

@@ -92,10 +92,18 @@ def match_masks(images: Path, masks: Path) -> Matched:
             photo.masks.append((path, (own or folders or [""])[-1]))
     matched = [photo for photo in found.values() if photo.masks]
     if not matched:
+        unread = ""
+        if other_masks:
+            kinds = ", ".join(sorted({path.suffix or path.name for path in other_masks}))
+            unread = (
+                f". Not read: {len(other_masks)} files of {masks} ({kinds}), "
+                f"{name_some(other_masks[:3], masks)}; save masks as PNG"
+            )
         raise ValueError(
             f"no photo of {images} has a mask in {masks}: the photos are "
             f"{name_some(photos[:3], images) or 'none'}, the masks "
-            f"{name_some(files[:3], masks) or 'none'}; expected the same names, endings aside"
+            f"{name_some(files[:3], masks) or 'none'}; expected the same names, endings "
+            f"aside{unread}"
         )
     reasons = {
         "photos without a mask": [p.path for p in found.values() if not p.masks],

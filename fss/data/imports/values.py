@@ -67,7 +67,7 @@ def read_values(path: Path, as_colors: bool = False) -> Values:
         used = [int(index) for index in np.unique(indices) if index < len(table)]
         return indices, {index: int(_codes(table[index])) for index in used}
 
-    pixels, palette = decode(path, "mask", values)
+    pixels, palette = decode(path, "mask", values, is_mask=True)
     if palette is not None and as_colors:
         table = np.zeros(256, np.int64)
         table[list(palette)] = list(palette.values())

@@ -345,7 +345,10 @@ def test_labelme(tmp_path, labels):
         path.rename(tmp_path / labels / path.name)
     paths = [str(tmp_path / part) for part in ("all", labels, "out")]
     lines = import_folder(*paths).lines
-    assert any("files with points or lines: 6: 0.json" in line for line in lines)
+    assert any(
+        "points or lines, background in the photos of these files: 6: 0.json" in line
+        for line in lines
+    )
     assert check(tmp_path / "out", (1, 2, 3)).class_names == {1: "cat", 2: "dog", 3: "hen"}
 
 

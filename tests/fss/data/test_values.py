@@ -142,3 +142,25 @@ def test_options_that_annotations_do_not_have(tmp_path, options, message):
     path = coco(tmp_path, runs, lambda i: f"{i}.jpg")
     with pytest.raises(ValueError, match=message):
         import_folder(str(tmp_path / "images"), str(path), str(tmp_path / "out"), **options)
+
+
+def test_shapes_that_are_lost(tmp_path):
+    """Of COCO: box-only objects of photos that are in, and photos with nothing else."""
+    for i in range(6):
+        write_photo(tmp_path / f"images/{i}.jpg", i)
+    path = coco(tmp_path, lambda i, k: [] if k == 1 else runs(i, k), lambda i: f"{i}.jpg")
+    lines = import_folder(str(tmp_path / "images"), str(path), str(tmp_path / "out")).lines
+    assert "left out: photos with boxes without shape: 1: 0.jpg" in lines
+    lost = "left out: objects without a shape, background in these photos: 2: 3.jpg, 5.jpg"
+    assert lost in lines
+
+
+@pytest.mark.parametrize("ending", [".npy", ".mat", ".exr"])
+def test_masks_that_are_no_pictures_are_named(tmp_path, ending):
+    (tmp_path / "masks").mkdir()
+    for i in range(3):
+        write_photo(tmp_path / f"images/{i}.jpg", i)
+        (tmp_path / f"masks/{i}{ending}").write_bytes(b"x")
+    paths = [str(tmp_path / part) for part in ("images", "masks", "out")]
+    with pytest.raises(ValueError, match=rf"Not read: 3 files of .*\({ending}\), 0\{ending}"):
+        import_folder(*paths)
