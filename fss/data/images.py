@@ -16,7 +16,7 @@ from PIL import (
     ImageOps,
     Jpeg2KImagePlugin,  # noqa: F401 (registers its format, as the next ones do)
     PpmImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
+    TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
     features,
@@ -76,6 +76,8 @@ MAX_PIXELS = 80_000_000
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
 DAMAGED += (NotImplementedError, MemoryError, struct.error, Image.DecompressionBombError)
 
+_TIFF_SUBFILE, _TIFF_BITS, _TIFF_CHANNELS, _TIFF_FORMAT = 254, 258, 277, 339
+_TIFF_KINDS = {1: "unsigned", 2: "signed", 3: "floating"}
 _SIXTEEN_BIT = 257  # 65535 / 255
 
 
@@ -117,13 +119,22 @@ def read_picture(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
 
 
 def decode(
-    picture: str | os.PathLike[str] | Image.Image, name: str, read: Callable[[Image.Image], Result]
+    picture: str | os.PathLike[str] | Image.Image,
+    name: str,
+    read: Callable[[Image.Image], Result],
+    is_mask: bool = False,
 ) -> Result:
     """Decode the first frame of a file or of a PIL image, upright, and return what `read` finds.
 
+    Args:
+        picture: a file or an image.
+        name: what to call an image in an error; a file is called by its path.
+        read: takes what it needs of the opened image.
+        is_mask: whether a file of several pages is refused, as each may show an object.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: what cannot be decoded, or has more than `MAX_PIXELS`.
+        ValueError: what cannot be decoded, or has more than `MAX_PIXELS`, or several pages.
     """
     if isinstance(picture, Image.Image):
         try:
@@ -137,12 +148,64 @@ def decode(
             check_pixels(file)
             if path.suffix.lower() in _RAW:  # a TIFF with a small preview in front
                 raise ValueError("a raw photo")
+            if is_mask:
+                pages = _pages(file)
+            if is_mask and len(pages) > 1:
+                raise _SeveralPages(
+                    f"{path}: expected a mask of one page, got {len(pages)} (pages "
+                    f"{', '.join(map(str, pages[:8]))}{', …' if len(pages) > 8 else ''}); save "
+                    "them as one mask, or each as a file"
+                )
             ImageOps.exif_transpose(file, in_place=True)  # without, it copies
             return read(file)
+    except _SeveralPages:
+        raise
     except DAMAGED as error:
         if not path.is_file():
             raise FileNotFoundError(f"{name}: expected a file at {path}, found none") from error
+        if isinstance(error, UnidentifiedImageError):
+            cause = _tiff_cause(path)
+            if cause:
+                raise ValueError(f"{path} cannot be decoded: {cause}") from error
         raise unreadable(path, error) from error
+
+
+class _SeveralPages(ValueError):
+    """A mask of several pages."""
+
+
+def _pages(file: Image.Image) -> list[int]:
+    """List the pages of a file from 1 that are no smaller copies of another."""
+    count = getattr(file, "n_frames", 1)
+    if file.format == "MPO" or count == 1:  # a JPEG with its preview
+        return [1]
+    if file.format != "TIFF":
+        return list(range(1, count + 1))
+    pages = []
+    for k in range(count):
+        file.seek(k)
+        if k == 0 or not file.tag_v2.get(_TIFF_SUBFILE, 0) & 1:
+            pages.append(k + 1)
+    file.seek(0)
+    return pages
+
+
+def _tiff_cause(path: Path) -> str | None:
+    """Return why a TIFF cannot be read, None of another file."""
+    with suppress(*DAMAGED), path.open("rb") as file:
+        header = file.read(8)
+        if header[:4] not in (b"II*\0", b"MM\0*"):
+            return None
+        tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+        file.seek(tags.next)
+        tags.load(file)
+        bits, channels = tags[_TIFF_BITS], tags.get(_TIFF_CHANNELS, 1)
+        kind = _TIFF_KINDS.get(tags.get(_TIFF_FORMAT, (1,))[0], "other")
+        return (
+            f"a TIFF of {channels} channels of {bits[0]}-bit {kind} values; expected 8 or 16 bits, "
+            "or floating values from 0 to 1 in one channel; save it with 8 bits"
+        )
+    return None
 
 
 def to_bytes(values: NDArray[Any], name: str) -> NDArray[np.uint8]:

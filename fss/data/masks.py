@@ -69,7 +69,7 @@ def read_object(mask: Picture, name: str = "mask", value: MaskValue | None = Non
             that the mask does not have.
     """
     if isinstance(mask, (str, os.PathLike, Image.Image)):
-        values, is_palette, form = decode(mask, name, _values_of)
+        values, is_palette, form = decode(mask, name, _values_of, is_mask=True)
         if isinstance(mask, Image.Image):
             form = mask.format
         else:
@@ -104,7 +104,7 @@ def open_classes(path: Path, ignored_alone: bool = False) -> Image.Image:
     Raises:
         ValueError: a file that cannot be decoded, or one with other values than class ids.
     """
-    file = decode(path, "mask", _loaded)
+    file = decode(path, "mask", _loaded, is_mask=True)
     if file.mode.startswith("I"):
         ids = np.array(file)
         if ids.min() < 0 or ids.max() > IGNORE:
@@ -135,19 +135,27 @@ def open_classes(path: Path, ignored_alone: bool = False) -> Image.Image:
 def open_object(path: Path) -> Image.Image:
     """Open and decode the mask of the one object of a photo, upright, as a picture of 0 and 1.
 
-    The object is what is white (above 127), in any color; where nothing is as bright as that, it is
-    what is brighter than half of the brightest; where some pixels are transparent, what is opaque.
+    The object is what is not black; of a gray mask that is mostly white where it is not black, as
+    FSS-1000 is published, with traces of JPEG, what is above half of white; where some pixels are
+    transparent, what is opaque.
 
     Raises:
-        ValueError: a file that cannot be decoded.
+        ValueError: a file that cannot be decoded, or one of several pages.
     """
-    values = decode(path, "mask", pixel_values)
+    values, is_lossy = decode(path, "mask", _values_and_loss, is_mask=True)
+    is_gray = True
     if values.ndim == 3:
-        alpha = values[..., 3] if values.shape[2] == 4 else values[:1, :1, 0]
-        values = alpha if alpha.min() < alpha.max() else values[..., :3].max(2)
+        if values.shape[2] == 4 and np.ptp(values[..., 3]):
+            alpha = values[..., 3]
+            brightest = int(alpha.max())
+            return Image.fromarray((alpha > min(127, brightest / 2)).astype(np.uint8))
+        is_gray = np.ptp(values[..., :3], axis=2).max() <= _ONE_COLOR
+        values = values[..., :3].max(2)
     white = 1 if values.dtype.kind == "f" else 255 if values.max() < 2**8 else 2**16 - 1
-    brightest = values.max()
-    limit = white / 2 if brightest > white / 2 else brightest / 2
+    noise = _NOISE * white / 255
+    bright = (values >= white - noise) & (values <= white)
+    is_white = is_gray and bright.any() and 2 * bright.sum() >= (values > noise).sum()
+    limit = white / 2 if is_white else noise if is_lossy else 0
     return Image.fromarray((values > limit).astype(np.uint8))
 
 
@@ -164,6 +172,10 @@ def voc_colors() -> NDArray[np.int64]:
 def _loaded(image: Image.Image) -> Image.Image:
     image.load()
     return image
+
+
+def _values_and_loss(image: Image.Image) -> tuple[NDArray[Any], bool]:
+    return pixel_values(image), image.format in _LOSSY
 
 
 def _values_of(image: Image.Image) -> tuple[NDArray[Any], bool, str | None]:

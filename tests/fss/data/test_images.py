@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, features
@@ -193,4 +194,13 @@ def test_every_ending_is_either_read_or_named():
 def test_integers_of_no_known_range(tmp_path, values):
     Image.fromarray(np.array([values], np.int32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=rf"a\.tif cannot.*got {values[0]} to {values[1]}"):
+        read_picture(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("float32", 3), ("float64", 1), ("float32", 4)])
+def test_the_cause_of_a_tiff_that_is_not_read(tmp_path, dtype, channels):
+    shape = (8, 9, channels) if channels > 1 else (8, 9)
+    cv2.imwrite(str(tmp_path / "a.tif"), np.zeros(shape, dtype))
+    cause = rf"a TIFF of {channels} channels of {dtype[-2:]}-bit floating values; expected 8"
+    with pytest.raises(ValueError, match=cause):
         read_picture(tmp_path / "a.tif")

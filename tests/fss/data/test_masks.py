@@ -306,6 +306,44 @@ WHITE = {
 }
 
 
+NOT_BLACK = {
+    "1 and 2": gray((OBJECT, 1), (BORDER, 2)),
+    "ids": gray((OBJECT, 9), (BORDER, 100), (CORNER, 200)),
+    "16-bit ids": gray((OBJECT, 40), (CORNER, 3000), dtype=np.uint16),
+    "ids up to 250": gray((OBJECT, 60), (CORNER, 250)),
+    "colors": color((OBJECT, (128, 0, 0)), (CORNER, (255, 0, 0))),
+    "dim shares": (OBJECT * 0.1 + BORDER * 0.2).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_BLACK)
+def test_what_is_not_black_of_a_folder_of_classes(tmp_path, kind):
+    mask = NOT_BLACK[kind]
+    path = tmp_path / "1.tif"
+    Image.fromarray(mask).save(path)
+    expected = mask > 0 if mask.ndim == 2 else mask.any(2)
+    np.testing.assert_array_equal(np.array(open_object(path)) == 1, expected)
+
+
+@pytest.mark.parametrize("read", [open_object, open_classes, read_object])
+@pytest.mark.parametrize("form", ["a.tif", "a.gif"])
+def test_several_pages_are_refused(tmp_path, read, form):
+    first, *others = (Image.fromarray(gray((part, 1))) for part in (OBJECT, BORDER, CORNER))
+    first.save(tmp_path / form, save_all=True, append_images=others)
+    with pytest.raises(ValueError, match=r"one page, got 3 \(pages 1, 2, 3\)"):
+        read(tmp_path / form)
+    first.save(tmp_path / form)
+    read(tmp_path / form)
+
+
+def test_a_smaller_copy_is_no_page(tmp_path):
+    large = Image.fromarray(gray((OBJECT, 1)))
+    small = large.resize((10, 8), 0)
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    large.save(tmp_path / "a.tif", save_all=True, append_images=[small])
+    np.testing.assert_array_equal(read_object(tmp_path / "a.tif").pixels, OBJECT)
+
+
 @pytest.mark.parametrize("kind", WHITE)
 def test_the_one_object_of_a_folder_of_classes(tmp_path, kind):
     mask = WHITE[kind]
