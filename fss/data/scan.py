@@ -18,6 +18,8 @@ from fss.data.images import DAMAGED, FORMATS, check_pixels, check_sizes, unreada
 from fss.data.source import IGNORE
 from fss.files import atomic_write
 
+_RULES = 2  # of how masks are read: a cache of other rules is stale
+
 
 class Record(NamedTuple):
     """What the scan knows of an image: its height and width, and the pixels of each class.
@@ -54,7 +56,7 @@ def scan(
         open_mask: reads a mask as an 8-bit picture of one channel; `open_classes` reads class ids.
         scale: scale a mask of another size than its image, which is an error otherwise.
     """
-    digest = hashlib.sha256(f"{scale}".encode())
+    digest = hashlib.sha256(f"{scale}|{_RULES}".encode())
     for path in (*images, *masks):
         status = path.stat()
         digest.update(
