@@ -54,7 +54,7 @@ class Fused(Recast):
 
     def unfuse(self) -> nn.Module:
         """Give the module its original class back, in place; returns it."""
-        for name in _names_of_fused():
+        for name in names_of_fused():
             self.__dict__.pop(name, None)
         return restore(self)
 
@@ -94,11 +94,11 @@ def hidden_name(module: nn.Module) -> str:
     classes = (cls for cls in type(module).__mro__ if not issubclass(nn.Module, cls))
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     own.update(*map(vars, classes))
-    return min(own & _names_of_fused(), default="")
+    return min(own & names_of_fused(), default="")
 
 
 @functools.cache
-def _names_of_fused() -> frozenset[str]:
+def names_of_fused() -> frozenset[str]:
     """Collect the names that fusing adds to a module."""
     mixins: list[type[nn.Module]] = [Fused]
     for cls in mixins:

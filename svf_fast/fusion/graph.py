@@ -84,7 +84,10 @@ class ForwardGraph:
     def operands(self, node: fx.Node, count: int) -> list[fx.Node]:
         """Return the tensors that a node works on, ``count`` of them."""
         operands = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
-        if len(operands) != count or "alpha" in node.kwargs or "out" in node.kwargs:
+        unusual = "alpha" in node.kwargs or "out" in node.kwargs
+        if node.op == "call_module":  # a fused pass calls it with the operands alone
+            unusual |= bool(node.kwargs) or len(node.args) != count
+        if len(operands) != count or unusual:
             raise Misfit(f"it calls {self.label(node)} in an unusual way")
         if len(node.users) > 1:
             raise Misfit(f"the output of {self.label(node)} is used more than once")
