@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -111,9 +112,26 @@ def names_of_fused() -> frozenset[str]:
 @functools.cache
 def _subclass(bases: tuple[type[Recast], type[nn.Module]]) -> type[Recast]:
     mixin, original = bases
-    members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
+    members: dict[str, Any] = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
     members["__module__"] = original.__module__  # by which tracers know what they look into
+    if issubclass(mixin, Fused):
+        members["forward"] = _named_as(original.forward, mixin.forward)
     return type(f"SVF{original.__name__}", bases, members)
+
+
+def _named_as(original: Callable, forward: Callable) -> Callable:
+    """Return a fused forward that takes x under the name that the original forward has for it."""
+    name = [*inspect.signature(original).parameters, "", ""][1]
+    if name == [*inspect.signature(forward).parameters][1]:
+        return forward
+
+    @functools.wraps(original)
+    def named(self, *args, **given):
+        if not args and name in given:
+            args = (given.pop(name),)
+        return forward(self, *args, **given)
+
+    return named
 
 
 def _empty(mixin: type[Recast], original: type[nn.Module]) -> Recast:

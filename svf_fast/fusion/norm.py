@@ -87,6 +87,8 @@ def _computes(module: nn.Module, eps: str | float) -> bool:
             for differentiable in (True, False):
                 y = trial.train(training).forward(x.clone().requires_grad_(differentiable))
                 torch.testing.assert_close(y.detach(), expected, rtol=1e-9, atol=1e-9)
+                if y.requires_grad != differentiable:
+                    return False
         return all(map(torch.equal, buffers, kept))
     except Exception:  # whatever a stranger's forward raises
         return False
