@@ -321,6 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("FSS_DEBUG", "") not in ("", "0")
     command = None
     try:
+        _check_ranks()
         parser = build_parser(arguments)
         settings = parser.parse_args(arguments)
         name, options = settings.command, parser.instantiate(settings)[settings.command]
@@ -339,6 +340,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"fss: {_message(error, arguments)} (--debug shows more)", file=sys.stderr)
         return 2
+
+
+def _check_ranks() -> None:
+    """Check the variables that lightning_fabric reads as numbers when it is imported."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        value = os.environ.get(name, "0")
+        if not value:
+            del os.environ[name]  # as if it were not there
+        elif not value.isdecimal():
+            raise ValueError(
+                f"{name}: expected a number in the environment, got {value!r}; unset it"
+            )
 
 
 def _expected(error: Exception) -> bool:

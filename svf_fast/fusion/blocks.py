@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from svf_fast.fusion.attributes import attributes, snapshot
 from svf_fast.fusion.fused import Fused, original_class, recast
-from svf_fast.fusion.graph import is_conv
-from svf_fast.fusion.norm import Norm, is_norm
+from svf_fast.fusion.graph import Misfit, is_conv
+from svf_fast.fusion.norm import FORWARDS, Norm, is_norm
 from svf_fast.fusion.plain import plain_conv
 from svf_fast.fusion.reading import Readable, Reading, conv_of
-from svf_fast.fusion.state import is_hooked, plain_attributes, watch
-from svf_fast.fusion.structure import Chain, ResidualBlock, StageNames, Unit, examine
+from svf_fast.fusion.state import is_hooked, watch
+from svf_fast.fusion.structure import Chain, ResidualBlock, StageNames, Unit, check_norm, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
 from svf_fast.ops.node import is_tracing
@@ -209,7 +210,18 @@ class FusedSequential(Fused):
                 return reason
         if unit.relu and type(self.get_submodule(unit.relu)) is not nn.ReLU:
             return f"{unit.relu} is no longer a ReLU"
-        return _reason(self, [unit.stage])
+        if reason := _reason(self, [unit.stage]):
+            return reason
+        norm, had_relu = self.get_submodule(unit.stage.bn), unit.stage.relu and not unit.relu
+        try:
+            if check_norm(unit.stage.bn, norm) != had_relu:
+                return f"{unit.stage.bn} had {'a' if had_relu else 'no'} ReLU at conversion"
+        except Misfit as misfit:
+            return str(misfit)
+        for name, part in norm.named_modules(prefix=unit.stage.bn):
+            if reason := _hooked_module(name, part):
+                return reason
+        return ""
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
@@ -400,12 +412,15 @@ def _remember(
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Return what a forward pass that was read depends on, but for the parts that it calls."""
     inner = [("", module), *_inner(module, called)]
-    attributes = {
-        name: plain_attributes(part)
-        for name, part in inner
-        if not (is_conv(part) or is_norm(part) or name in called)
-    }
-    return {name: _kind(part) for name, part in inner if name}, attributes
+    read = {name: attributes(part) for name, part in inner if _is_read(part) and name not in called}
+    return {name: _kind(part) for name, part in inner if name}, read
+
+
+def _is_read(part: nn.Module) -> bool:
+    """Tell whether its own attributes decide what a part computes, and no other reason knows."""
+    if is_norm(part):
+        return isinstance(part, _BatchNorm) and original_class(part).forward not in FORWARDS
+    return not is_conv(part)
 
 
 def _replaced(module: nn.Module, kinds: dict[str, str], called: tuple[str, ...] = ()) -> str:
@@ -423,9 +438,12 @@ def _changed(module: nn.Module, attributes: dict[str, dict[str, Any]]) -> str:
     for name, before in attributes.items():
         now = module.get_submodule(name).__dict__
         for key, value in before.items():
-            if now.get(key) != value:
+            is_now = snapshot(now.get(key))
+            if is_now != value and key not in ("eps", "momentum"):
                 what = f"{name}.{key}".lstrip(".")
-                return f"{what} was {value!r} at conversion and is {now.get(key)!r} now"
+                if isinstance(value, tuple) or isinstance(is_now, tuple):
+                    return f"{what} is not what it was at conversion"
+                return f"{what} was {value!r} at conversion and is {is_now!r} now"
     return ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -54,7 +55,7 @@ class Fused(Recast):
 
     def unfuse(self) -> nn.Module:
         """Give the module its original class back, in place; returns it."""
-        for name in _names_of_fused():
+        for name in names_of_fused():
             self.__dict__.pop(name, None)
         return restore(self)
 
@@ -94,11 +95,11 @@ def hidden_name(module: nn.Module) -> str:
     classes = (cls for cls in type(module).__mro__ if not issubclass(nn.Module, cls))
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     own.update(*map(vars, classes))
-    return min(own & _names_of_fused(), default="")
+    return min(own & names_of_fused(), default="")
 
 
 @functools.cache
-def _names_of_fused() -> frozenset[str]:
+def names_of_fused() -> frozenset[str]:
     """Collect the names that fusing adds to a module."""
     mixins: list[type[nn.Module]] = [Fused]
     for cls in mixins:
@@ -111,9 +112,26 @@ def _names_of_fused() -> frozenset[str]:
 @functools.cache
 def _subclass(bases: tuple[type[Recast], type[nn.Module]]) -> type[Recast]:
     mixin, original = bases
-    members = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
+    members: dict[str, Any] = {"original": original, "_mixin": mixin, "__doc__": mixin.__doc__}
     members["__module__"] = original.__module__  # by which tracers know what they look into
+    if issubclass(mixin, Fused):
+        members["forward"] = _named_as(original.forward, mixin.forward)
     return type(f"SVF{original.__name__}", bases, members)
+
+
+def _named_as(original: Callable, forward: Callable) -> Callable:
+    """Return a fused forward that takes x under the name that the original forward has for it."""
+    name = [*inspect.signature(original).parameters, "", ""][1]
+    if name == [*inspect.signature(forward).parameters][1]:
+        return forward
+
+    @functools.wraps(original)
+    def named(self, *args, **given):
+        if not args and name in given:
+            args = (given.pop(name),)
+        return forward(self, *args, **given)
+
+    return named
 
 
 def _empty(mixin: type[Recast], original: type[nn.Module]) -> Recast:

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -18,6 +19,7 @@ from svf_fast.layers.conv2d import SVFConv2d
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU = {functional.relu, torch.relu, torch.relu_, "relu", "relu_"}
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class Misfit(Exception):
@@ -56,17 +58,17 @@ class ForwardGraph:
     Modules are its leaves, but with ``opens`` those that ``is_open`` holds for. A node that
     ``operands`` or ``value`` went through counts as ``seen``.
 
-    Raises Misfit when the forward pass cannot be traced or keeps something on the module.
+    Raises Misfit when the forward pass cannot be traced, keeps something on the module, or switches
+    autocast or gradients, which a graph does not show.
     """
 
     def __init__(self, module: nn.Module, training: bool, opens: bool = True):
         self.modules = dict(module.named_modules())
-        with _restored(module, training):
-            try:
-                self.nodes = list(_Tracer(opens).trace(module).nodes)
-            except Exception as error:  # whatever a forward raises when it meets a proxy
-                text = str(error) or type(error).__name__
-                raise Misfit(f"its forward cannot be traced ({text.splitlines()[0]})") from error
+        # a switch that changes nothing where gradients are on and autocast is off does where not
+        graph, other = (_traced(module, training, opens, differ) for differ in (False, True))
+        if str(graph) != str(other):
+            raise Misfit("its forward depends on autocast or on whether gradients are on")
+        self.nodes = list(graph.nodes)
         self.inputs = [node for node in self.nodes if node.op == "placeholder"]
         self.output = self.nodes[-1]
         self.seen = {self.output, *self.inputs}
@@ -84,7 +86,10 @@ class ForwardGraph:
     def operands(self, node: fx.Node, count: int) -> list[fx.Node]:
         """Return the tensors that a node works on, ``count`` of them."""
         operands = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
-        if len(operands) != count or "alpha" in node.kwargs or "out" in node.kwargs:
+        unusual = "alpha" in node.kwargs or "out" in node.kwargs
+        if node.op == "call_module":  # a fused pass calls it with the operands alone
+            unusual |= bool(node.kwargs) or len(node.args) != count
+        if len(operands) != count or unusual:
             raise Misfit(f"it calls {self.label(node)} in an unusual way")
         if len(node.users) > 1:
             raise Misfit(f"the output of {self.label(node)} is used more than once")
@@ -145,12 +150,71 @@ class ForwardGraph:
         return getattr(node.target, "__name__", str(node.target))
 
 
+class _Switches(NamedTuple):
+    """What holds for all operations of a thread; by name as a reason calls it."""
+
+    inference_mode: bool
+    gradients: bool
+    autocast: tuple[tuple[bool, torch.dtype], ...]
+
+    @classmethod
+    def now(cls) -> _Switches:
+        autocast = tuple(
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        )
+        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast)
+
+    def switched(self, since: _Switches) -> str:
+        """Name the first that is not as it was, "" if all are."""
+        changed = (name for name in self._fields if getattr(self, name) != getattr(since, name))
+        return next(changed, "").replace("_", " ")
+
+
+@contextmanager
+def _switched(differ: bool) -> Iterator[None]:
+    """Run the body with gradients and without autocast, or without them, in inference and autocast.
+
+    Whatever the body leaves switched is put back.
+    """
+    before = _Switches.now().autocast
+    with torch.inference_mode(differ), torch.set_grad_enabled(not differ):
+        try:
+            for device in _AUTOCAST_DEVICES:
+                torch.set_autocast_enabled(device, differ)
+            yield
+        finally:
+            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, before, strict=True):
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+            torch.clear_autocast_cache()
+
+
+def _traced(module: nn.Module, training: bool, opens: bool, differ: bool) -> fx.Graph:
+    with _switched(differ), _restored(module, training):
+        tracer = _Tracer(opens)
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:  # whatever a forward raises when it meets a proxy
+            text = str(error) or type(error).__name__
+            raise Misfit(f"its forward cannot be traced ({text.splitlines()[0]})") from error
+    if tracer.switched:
+        raise Misfit(f"its forward switches {tracer.switched}")
+    return graph
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else a forward that writes to a buffer writes to it here
 
     def __init__(self, opens: bool) -> None:
         super().__init__()
         self._opens = opens
+        self._switches = _Switches.now()
+        self.switched = ""
+
+    def create_node(self, *args, **options) -> fx.Node:
+        self.switched = self.switched or _Switches.now().switched(self._switches)
+        return super().create_node(*args, **options)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return not (self._opens and is_open(module)) or hook_kind(module) is not None

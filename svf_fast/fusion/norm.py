@@ -13,9 +13,15 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from svf_fast.fusion.attributes import attributes
 from svf_fast.fusion.fused import Recast, recast, restore
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
+_KEPT = "_svf_fast_eps"
+
+
+FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+"""Of torch's own batch norms, which depend on nothing but their tensors and eps."""
 
 
 def is_norm(module: nn.Module | None) -> bool:
@@ -45,20 +51,22 @@ class Norm(NamedTuple):
         return cls(mean, var, weight, bias, eps)
 
 
-_found: dict[type[nn.Module], str | float | None] = {}
-"""By class, eps of batch norms that have buffers alone: an attribute's name, or the value."""
-
-
 def _eps_of_constants(module: nn.Module) -> float | None:
-    """Return eps of a batch norm that has buffers alone, None if the module is none."""
+    """Return eps of a batch norm that has buffers alone, None if the module is none.
+
+    Found by what it computes, again when one of its attributes changes, and kept on the module.
+    """
     buffers = module._buffers
     if module._parameters or module._modules or any(buffers.get(n) is None for n in _TENSORS):
         return None
-    kind = type(module)
-    if kind not in _found and not torch.compiler.is_compiling():
-        candidates = ("eps",) if hasattr(module, "eps") else (1e-5, 0.0)
-        _found[kind] = next((eps for eps in candidates if _computes(module, eps)), None)
-    eps = _found.get(kind)
+    known = module.__dict__.get(_KEPT)
+    if not torch.compiler.is_compiling():
+        state = {name: value for name, value in attributes(module).items() if name != _KEPT}
+        if known is None or known[0] != (type(module), state):
+            candidates = ("eps",) if hasattr(module, "eps") else (1e-5, 0.0)
+            found = next((eps for eps in candidates if _computes(module, eps)), None)
+            known = module.__dict__[_KEPT] = (type(module), state), found
+    eps = None if known is None else known[1]
     return getattr(module, eps) if isinstance(eps, str) else eps
 
 
@@ -79,6 +87,8 @@ def _computes(module: nn.Module, eps: str | float) -> bool:
             for differentiable in (True, False):
                 y = trial.train(training).forward(x.clone().requires_grad_(differentiable))
                 torch.testing.assert_close(y.detach(), expected, rtol=1e-9, atol=1e-9)
+                if y.requires_grad != differentiable:
+                    return False
         return all(map(torch.equal, buffers, kept))
     except Exception:  # whatever a stranger's forward raises
         return False

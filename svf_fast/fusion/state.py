@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from svf_fast._library import _C
-from svf_fast.fusion.norm import is_norm
+from svf_fast.fusion.attributes import attributes, snapshot
+from svf_fast.fusion.fused import original_class
+from svf_fast.fusion.norm import FORWARDS, is_norm
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.node import is_tracing
 
@@ -24,7 +26,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OF_ALL = {"training", "recompute", "call_super_init", "dump_patches"}
 _OF_CONV = (
     "stride",
     "padding",
@@ -41,18 +42,6 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
 
 
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers, words and flags on a module, on which its forward may depend."""
-    if isinstance(module, nn.ReLU):
-        return {}
-    own = module.__dict__.items()
-    return {
-        name: value
-        for name, value in own
-        if isinstance(value, (bool, int, float, str)) and name not in _OF_ALL and name[0] != "_"
-    }
-
-
 class _Unseen(Exception):
     """A change could not be seen: of fake and inference tensors."""
 
@@ -61,10 +50,10 @@ class Watch:
     """All modules inside a module and their tensors, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
-        own = module.__dict__
         self._children: list[tuple] = []
         self._counts: list[tuple[dict, int]] = []
         self._values: list[tuple[dict[str, Any], str, Any]] = []
+        self._snapshots: list[tuple[dict[str, Any], str, Any]] = []
         self._convs: list[tuple[SVFConv2d, str, bool]] = []
         self._tensors: list[tuple] = []
         # writes through `tensor.data` pass the version counter by; on the CPU the bytes decide, on
@@ -72,7 +61,7 @@ class Watch:
         self._bytes: list[tuple[int, int, int]] = []
         self._copies: list[Tensor] = []
         self._apart: list[tuple[Tensor, Tensor]] = []  # whose elements do not lie side by side
-        self._values += [(own, *item) for item in plain_attributes(module).items()]
+        self._note(module)
         self._look(module)
 
     def _look(self, module: nn.Module) -> None:
@@ -97,9 +86,22 @@ class Watch:
                 for name_ in ("weight", "bias", "running_mean", "running_var"):
                     parameters, buffers = own["_parameters"], own["_buffers"]
                     self._tensor(parameters if name_ in parameters else buffers, name_, copied=True)
+                if original_class(child).forward not in FORWARDS:
+                    self._note(child)
+                if child._modules:
+                    self._look(child)
             else:
-                self._values += [(own, *item) for item in plain_attributes(child).items()]
+                self._note(child)
                 self._look(child)
+
+    def _note(self, module: nn.Module) -> None:
+        """Remember the attributes of a module."""
+        own = module.__dict__
+        for name, value in attributes(module).items():
+            if isinstance(value, tuple):
+                self._snapshots.append((own, name, value))
+            else:
+                self._values.append((own, name, value))
 
     def _tensor(self, of: dict[str, Tensor | None], name: str, copied: bool = False) -> None:
         tensor = of.get(name)
@@ -126,11 +128,12 @@ class Watch:
             for of, name, *_ in self._tensors
         )
         values = (of.get(name) for of, name, _ in self._values)
+        snapshots = (snapshot(of.get(name)) for of, name, _ in self._snapshots)
         children = (
             (id(modules.get(name)), own["training"], "forward" in own, is_hooked(child))
             for modules, name, child, _, own, *_ in self._children
         )
-        return *tensors, *values, *children
+        return *tensors, *values, *snapshots, *children
 
     def holds(self) -> bool:
         """Tell whether all is as it was."""
@@ -162,6 +165,9 @@ class Watch:
                 return False
         for of, name, value in self._values:
             if of.get(name) != value:
+                return False
+        for of, name, value in self._snapshots:
+            if snapshot(of.get(name)) != value:
                 return False
         for conv, strategy, requires_grad in self._convs:
             plan = conv.current_plan()

@@ -27,12 +27,11 @@ from svf_fast.fusion.graph import (
     is_open,
     is_sequential,
 )
-from svf_fast.fusion.norm import Norm, is_norm
+from svf_fast.fusion.norm import FORWARDS, Norm, is_norm
 from svf_fast.fusion.plain import plain_conv
 from svf_fast.layers.conv2d import SVFConv2d, explicit_padding
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
-_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 _OTHER_NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 _MOST_CONVS = 8  # a module with more of its own is no residual block
 
@@ -270,7 +269,7 @@ def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[StageName
     if norm is None or not is_norm(norm):
         raise graph.misfit_at(node, expected)
     bn = str(node.target)
-    relu |= _check_norm(bn, norm)
+    relu |= check_norm(bn, norm)
     node = graph.value(node)
     conv = graph.module(node)
     if conv is None or not is_conv(conv):
@@ -336,7 +335,7 @@ def _check_conv(name: str, module: nn.Module) -> None:
         raise Misfit(f"{name!r} pads one side more than the other")
 
 
-def _check_norm(name: str, module: nn.Module) -> bool:
+def check_norm(name: str, module: nn.Module) -> bool:
     """Tell whether the batch norm has a ReLU of its own; raises if it is no plain batch norm."""
     norm = Norm.of(module)
     if norm is None or isinstance(module, _OTHER_NORMS):
@@ -347,7 +346,7 @@ def _check_norm(name: str, module: nn.Module) -> bool:
         raise Misfit(f"{name!r} keeps no running statistics")
     if not isinstance(module, _BatchNorm):
         return False  # of constants
-    if type(module).forward in _FORWARDS and not list(module.children()):
+    if type(module).forward in FORWARDS and not list(module.children()):
         return False
     try:
         return _ends_in_relu(module)
@@ -395,7 +394,7 @@ def _units(
             _check_call(conv, first, module, places)
             _check_call(bn, second, module, places)
             _check_conv(conv, first)
-            own = _check_norm(bn, second)
+            own = check_norm(bn, second)
             if type(third) is nn.ReLU:
                 _check_call(relu, third, module, places)
                 yield Unit(container, StageNames(conv, bn, True), relu)

@@ -212,6 +212,16 @@ def test_a_finished_run_ends_well_in_a_terminal_without_utf_8(config_file, monke
     assert "?" in screen.getvalue().decode("ascii")  # in the place of ±
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_variables_of_a_launcher_that_are_no_numbers(config_file, capsys, monkeypatch, name):
+    monkeypatch.setenv(name, "first")
+    assert main(["train", "--config", config_file]) == 2
+    assert f"{name}: expected a number in the environment, got 'first'" in capsys.readouterr().err
+    environment = os.environ | {name: ""}
+    listed = [sys.executable, "-m", "fss.cli", "reproduce", "T4", "--list"]
+    assert subprocess.run(listed, env=environment, capture_output=True).returncode == 0
+
+
 def test_run_folder_is_where_out_says(config_file, tmp_path):
     assert main(["train", "--config", config_file, "--steps", "1"]) == 0
     assert (tmp_path / "run" / "result.json").is_file()
