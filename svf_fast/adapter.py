@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from svf_fast.convert import candidates, convert
+from svf_fast.convert import candidates, check_factors, convert
 from svf_fast.files import save_atomically
 from svf_fast.fusion.plain import plain_layers
 from svf_fast.layers import fingerprint
 from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.layers.names import Place, places, plain_names, within
-from svf_fast.svd import check_weight
+from svf_fast.svd import Factors, check_weight
 
 _FORMAT = "svf_fast adapter 1"
 _DTYPES = {
@@ -50,7 +50,8 @@ class Adapter:
     Args:
         S: the singular values by layer, each [G·R], of a floating dtype.
         fingerprints: by layer, of the weight it was decomposed from, in hexadecimal digits: a hash,
-            and what tells how far another weight is from it.
+            and what tells how far another weight is from it; and of the basis that S is of, where
+            that is not the one of :func:`svf_fast.decompose`.
         card: what there is to say about it, as plain JSON of at most 16 KiB. The keys are free;
             these are the ones that `fss` writes: ``backbone``, ``weights``, ``layers``, ``data``,
             ``fold``, ``shots``, ``model``, ``steps`` and ``metric`` (values by name).
@@ -83,7 +84,7 @@ class Adapter:
             if not isinstance(digits, str) or not re.fullmatch(fingerprint.PATTERN, digits):
                 raise ValueError(
                     f"fingerprint of {name!r}: expected 32 hexadecimal digits, got "
-                    f"{digits!r:.50} (100 with distances)"
+                    f"{digits!r:.50} (100 with distances, 168 with a basis)"
                 )
         for name, values in self.also.items():
             _check_finite(name, values)
@@ -160,8 +161,9 @@ class Adapter:
         adapter was taken of, may be in wrappers, or part of a larger one. Nothing is changed unless
         all of it fits. Each weight is composed anew once, when the layer next runs.
 
-        Raises ValueError when layers are missing or left over, shapes differ, or the frozen weights
-        are not those of the adapter, to rounding: another backbone, or other weights.
+        Raises ValueError when layers are missing or left over, shapes differ, the frozen weights
+        are not those of the adapter, to rounding: another backbone, or other weights; when they
+        were decomposed into other directions; or when the adapter fits several parts of the model.
         """
         place = self._prepare(model, options)
         layers = _converted(model)
@@ -193,29 +195,60 @@ class Adapter:
         """Convert a model if it is not; returns where in it the layers of the adapter are."""
         layers = _converted(model)
         if layers:
-            return self._place(model, layers, exact=True)
+            return self._place(model, layers, {}, exact=True)
         names = plain_names(model)
         found = candidates(model, None)
         computed, _ = plain_layers(layer for _, layer in found)
         plain = {names[name]: computed[layer] for name, layer in found if layer in computed}
-        place = self._place(model, plain, exact=False)
+        factors = dict(options.get("factors") or {})
+        check_factors(
+            factors, {name: computed[layer] for name, layer in found if layer in computed}
+        )
+        known: dict[nn.Module, Factors] = {
+            computed[layer]: factors[name] for name, layer in found if name in factors
+        }
+        place = self._place(model, plain, known, exact=False)
         chosen = {id(plain[place(name)]) for name in self.S}
         wanted = [name for name, layer in plain.items() if id(layer) in chosen]  # all its names
         convert(model, [escape(name) for name in wanted], **options)
         return place
 
-    def _place(self, model: nn.Module, layers: Mapping[str, nn.Module], exact: bool) -> Place:
+    def _place(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        known: Mapping[nn.Module, Factors],
+        exact: bool,
+    ) -> Place:
         """Find the layers of the adapter among those of a model: all of them if ``exact``."""
-        problems = []
+        problems: list[str] = []
+        fitting: dict[frozenset[nn.Module], Place] = {}
         for place in places(list(self.S), list(layers), exact):
-            problem = self._problem(model, layers, place)
+            if any(_changes(place) > _changes(nearer) for nearer in fitting.values()):
+                break
+            problem = self._problem(model, layers, known, place)
             if not problem:
-                return place
-            if not (place.remove and place.add):
+                fitting.setdefault(frozenset(layers[place(name)] for name in self.S), place)
+            elif not (place.remove and place.add):
                 problems.append(problem)
-        raise ValueError(f"{self._name}: {(problems or [self._other_names(layers, exact)])[0]}")
+        if len(fitting) > 1:
+            parts = [place.add.rstrip(".") for place in fitting.values()]
+            raise ValueError(
+                f"{self._name}: expected one network that it fits, got a model with "
+                f"{len(parts)}: {' and '.join(map(repr, parts))}; pass the one that is meant, such "
+                f"as model.get_submodule({max(parts)!r})"
+            )
+        if not fitting:
+            raise ValueError(f"{self._name}: {(problems or [self._other_names(layers, exact)])[0]}")
+        return next(iter(fitting.values()))
 
-    def _problem(self, model: nn.Module, layers: Mapping[str, nn.Module], place: Place) -> str:
+    def _problem(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        known: Mapping[nn.Module, Factors],
+        place: Place,
+    ) -> str:
         """Tell why the adapter does not fit layers of its names; empty if it does."""
         own = {name: layers[place(name)] for name in self.S}
         for name, layer in own.items():
@@ -223,16 +256,23 @@ class Adapter:
                 return (
                     f"{name}.S: expected {[count]} singular values, got {list(self.S[name].shape)}"
                 )
-        prints = [_fingerprint(layer) for layer in own.values()]
+        prints = [_fingerprint(layer, known.get(layer)) for layer in own.values()]
         if any(each.is_meta for each in prints):
             return "expected a model with values, got one on meta: load its weights first"
-        texts = fingerprint.as_texts(prints)
-        others = _distant(self.fingerprints, dict(zip(own, texts, strict=True)))
+        there_are = dict(zip(own, fingerprint.as_texts(prints), strict=True))
+        others = _distant(self.fingerprints, there_are)
         if others:
             return (
                 f"trained on another backbone: the frozen weights of {_listed(others)} of "
                 f"{len(own)} layers differ {_how_far(others.values())}; load the weights the "
                 "adapter was trained with, then convert"
+            )
+        turned = _turned(self.fingerprints, there_are)
+        if turned:
+            return (
+                f"trained in another basis: {_listed(turned)} of {len(own)} layers have the "
+                "weights of the adapter, decomposed into other directions, or in another order; "
+                "convert with the factors= of the training, or without if it had none"
             )
         tensors = _tensors(model) if self.also else {}
         for name, values in self.also.items():
@@ -328,11 +368,15 @@ def interpolate_adapters(
         raise TypeError(f"t: expected a number, got {t!r}")
     if not math.isfinite(t):
         raise ValueError(f"t: expected a finite number, got {t}")
-    other = a.S.keys() ^ b.S.keys() or _distant(a.fingerprints, b.fingerprints)
+    other: Iterable[str] = (
+        a.S.keys() ^ b.S.keys()
+        or _distant(a.fingerprints, b.fingerprints)
+        or _turned(a.fingerprints, b.fingerprints)
+    )
     if other:
         raise ValueError(
-            f"b: expected an adapter of the same backbone and layers as a, got one that differs in "
-            f"{_listed(sorted(other))}"
+            f"b: expected an adapter of the same backbone, basis and layers as a, got one that "
+            f"differs in {_listed(sorted(other))}"
         )
     shapes = [{name: values.shape for name, values in x.also.items()} for x in (a, b)]
     if shapes[0] != shapes[1]:
@@ -403,11 +447,14 @@ def _count(layer: nn.Module) -> int:
     return groups * min(len(weight) // groups, weight[0].numel())
 
 
-def _fingerprint(layer: nn.Module) -> Tensor:
+def _fingerprint(layer: nn.Module, known: Factors | None) -> Tensor:
+    """Return the fingerprint of a layer; of a plain one as it is converted, with known factors."""
     if isinstance(layer, Factored):
         return layer.fingerprint
     weight = layer.get_parameter("weight")
     check_weight(weight)
+    if known is not None:
+        return fingerprint.of_factors(known, weight, getattr(layer, "groups", 1))
     return fingerprint.fingerprint(weight)
 
 
@@ -506,6 +553,17 @@ def _distant(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, float]:
     """Return how far the weights of the same layers are apart, where that is beyond rounding."""
     apart = {name: fingerprint.distance(a[name], b[name]) for name in a}
     return {name: far for name, far in apart.items() if not far <= fingerprint.ROUNDING}
+
+
+def _turned(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    """Name the layers whose S is of another basis in b than in a."""
+    apart = {name: fingerprint.basis_distance(a[name], b[name]) for name in a}
+    return [name for name, far in apart.items() if not far <= fingerprint.ROUNDING]
+
+
+def _changes(place: Place) -> int:
+    """Count how many prefixes change from one model to the other."""
+    return bool(place.remove) + bool(place.add)
 
 
 def _how_far(distances: Iterable[float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -36,7 +37,7 @@ from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
-from svf_fast.svd import Factors, compose, decompose, has_memory
+from svf_fast.svd import Factors, are_of, decompose, has_memory
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
@@ -87,7 +88,9 @@ def convert(
         input_shape: of the forward pass that the budget is for.
         dtype: of the activations in it, for a run under autocast.
         factors: U, S and V by the name of their layer, where they are known already, from a state
-            dict for one. They are taken in the place of the layer's weight, which is not looked at.
+            dict for one. They are taken in the place of the layer's weight, and for the pretrained
+            weight: adapters fit what they compose, in the basis that they are in. Where S is one
+            that was trained, load the state dict after, whose fingerprints are the true ones.
         keep_norms_frozen: batch norms of the model that are frozen now, in evaluation mode and
             without a parameter that trains, stay in evaluation mode when ``model.train()`` is
             called, until one of their parameters trains: their class gets a ``train`` of its own.
@@ -128,7 +131,7 @@ def convert(
             f"{where}: expected nn.Conv2d or nn.Linear layers to convert, found none ({hint})"
         )
     known = dict(factors or {})
-    _check_factors(known, {name: plain[layer] for name, layer in chosen})
+    check_factors(known, {name: plain[layer] for name, layer in chosen})
     if left:
         warnings.warn(f"svf_fast.convert: left as they are: {'; '.join(left)}", stacklevel=2)
     _warn_of_ties(model, chosen)
@@ -140,6 +143,8 @@ def convert(
     made = _factored(planned, cache, progress)
     replaced = {layer: made[plain[layer]] for _, layer in chosen}
     for layer, factored in replaced.items():
+        if _makes_its_weight(layer, plain[layer]):
+            factored.weight_made_by = type(layer).__name__
         _move_hooks(layer, factored)
     for name, layer in chosen:
         model.set_submodule(name, replaced[layer])
@@ -170,6 +175,11 @@ def merge(model: nn.Module) -> nn.Module:
     loads into the original class. A subclass of ``nn.Conv2d`` comes back as the plain convolution
     that it computed, and a weight that layers shared as one for each. Returns the model.
 
+    Not so with weight standardization and the like: there the merged weight is the standardized
+    one. Its state dict is for a network of plain ``nn.Conv2d``. Into the original class it may load
+    without an error, and be standardized once more: that computes something else. A warning counts
+    such layers.
+
     For ONNX merge first: a converted model goes through ``torch.export``, but with operators of
     svf_fast in its graph, which ``torch.onnx`` has no translation for.
 
@@ -187,6 +197,7 @@ def merge(model: nn.Module) -> nn.Module:
             module.unfuse()
         elif isinstance(module, StaysFrozen):
             restore(module)
+    _warn_of_made_weights(model)
     merged: dict[Factored, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, Factored):
@@ -286,6 +297,29 @@ def _warn_of_ties(model: nn.Module, chosen: list[tuple[str, nn.Conv2d | nn.Linea
         )
 
 
+def _makes_its_weight(layer: nn.Conv2d | nn.Linear, plain: nn.Conv2d | nn.Linear) -> bool:
+    """Tell whether a layer convolves with something else than its parameter; no on meta."""
+    return (
+        plain is not layer
+        and has_memory(plain.weight)
+        and not torch.equal(layer.weight, plain.weight)
+    )
+
+
+def _warn_of_made_weights(model: nn.Module) -> None:
+    made = Counter(layer.weight_made_by for layer in svf_layers(model).values())
+    made.pop("", None)
+    if made:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in made.most_common())
+        warnings.warn(
+            f"svf_fast.merge: {kinds}: merged to plain convolutions with the weights that these "
+            "layers made of their parameters (weight standardization). Keep the merged model, or "
+            "load its state dict into one with nn.Conv2d there; the original class would make its "
+            "weights anew of these, and compute something else",
+            stacklevel=3,
+        )
+
+
 def _warn_of_training_norms(model: nn.Module) -> None:
     norms = {
         module.get_submodule(stage.bn)
@@ -373,7 +407,9 @@ def _factors(layer: nn.Conv2d | nn.Linear, cache: str | os.PathLike | None) -> F
         return factors
 
 
-def _check_factors(factors: dict[str, Factors], layers: dict[str, nn.Conv2d | nn.Linear]) -> None:
+def check_factors(
+    factors: Mapping[str, Factors], layers: Mapping[str, nn.Conv2d | nn.Linear]
+) -> None:
     """Check that factors have the names and the shapes of layers to convert."""
     for name, known in factors.items():
         if name not in layers:
@@ -400,8 +436,6 @@ def _checked(factors: Factors, weight: Tensor, groups: int) -> Factors:
     dtypes = [weight.dtype, wide, weight.dtype]
     if [tuple(f.shape) for f in factors] != shapes or [f.dtype for f in factors] != dtypes:
         raise ValueError("factors of another weight")
-    allowed = 4 * torch.finfo(weight.dtype).eps + 64 * torch.finfo(wide).eps
-    error = compose(*factors, groups).sub_(weight).norm()
-    if not error <= allowed * weight.to(wide).norm():
+    if not are_of(weight, factors, groups):
         raise ValueError("damaged factors")
     return factors

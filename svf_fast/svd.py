@@ -117,6 +117,29 @@ def compose(U: Tensor, S: Tensor, V: Tensor, groups: int = 1) -> Tensor:
         return reference_compose(U, S, V, groups)
 
 
+def are_of(weight: Tensor, factors: Factors, groups: int = 1) -> bool:
+    """Tell whether factors compose a weight, to rounding in its dtype."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    allowed = 4 * torch.finfo(weight.dtype).eps + 64 * torch.finfo(wide).eps
+    error = (compose(*factors, groups).to(wide) - weight.to(wide)).norm()
+    return bool(error <= allowed * weight.to(wide).norm())
+
+
+def are_ordered(factors: Factors, groups: int = 1) -> bool:
+    """Tell whether factors are as :func:`decompose` gives them, but for signs of u_r and v_r.
+
+    That is with orthonormal directions, to rounding in 16 bits, and S that descends to 0.
+    """
+    S = factors.S.double().reshape(groups, -1)
+    rounding = 1e-6 * S.abs().max()
+    if S.min() < -rounding or bool((S.diff(dim=1) > rounding).any()):
+        return False
+    U = factors.U.float().reshape(groups, -1, S.shape[1])
+    V = factors.V.float().reshape(groups, S.shape[1], -1).mT
+    identity = torch.eye(S.shape[1], device=U.device)
+    return all(bool(((x.mT @ x - identity).abs() <= 0.01).all()) for x in (U, V))
+
+
 def guarded_directions(S: Tensor, groups: int = 1, multiple: int = 1) -> Tensor:
     """Return the indices ``[G, T]`` of the smallest |S_r|, whose gradient must not divide by S_r.
 

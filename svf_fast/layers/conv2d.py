@@ -11,7 +11,7 @@ from torch.nn import functional
 from svf_fast.layers.factored import Factored
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
-from svf_fast.svd import Factors, check_weight, decompose
+from svf_fast.svd import Factors, check_weight
 
 
 class SVFConv2d(Factored):
@@ -75,7 +75,7 @@ class SVFConv2d(Factored):
     ) -> SVFConv2d:
         """Return the layer that computes what ``conv`` does, to rounding; shares no memory with it.
 
-        ``factors``: the decomposition of ``conv.weight``, where it is known already.
+        ``factors``: the decomposition, where it is known already; taken for the pretrained one.
 
         Raises TypeError when ``conv`` is not an ``nn.Conv2d``, or one with a forward of its own,
         which may use its weight in its own way; :func:`svf_fast.convert` looks into these.
@@ -103,7 +103,7 @@ class SVFConv2d(Factored):
         self.padding = conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding)
         self.groups, self.padding_mode = conv.groups, conv.padding_mode
         self._reversed_padding_repeated_twice = tuple(conv._reversed_padding_repeated_twice)
-        self._adopt(conv.weight, conv.bias, factors or decompose(conv.weight, conv.groups))
+        self._adopt(conv.weight, conv.bias, factors, conv.groups)
 
     @property
     def explicit_padding(self) -> tuple[int, ...]:

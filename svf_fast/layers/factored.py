@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svf_fast import svd
-from svf_fast.layers.fingerprint import fingerprint, of_older_version
+from svf_fast.layers.fingerprint import fingerprint, of_factors, of_older_version
 from svf_fast.layers.network import Network, assert_guarded
 from svf_fast.layers.values import Made, Plan, Seen, Values, gathered, sharded_as
 from svf_fast.layers.weight import read_only
@@ -63,6 +63,7 @@ class Factored(nn.Module):
     V: Tensor
     bias: Tensor | None
     fingerprint: Tensor
+    weight_made_by = ""  # the class that made its weight of parameters, as standardized ones
     plan: Plan | None  # of the last values that were planned for: `current_plan`
     network: Network
 
@@ -78,14 +79,17 @@ class Factored(nn.Module):
         Network().join(self)
         self._register_load_state_dict_pre_hook(_explain_weight_key, with_module=True)
 
-    def _adopt(self, weight: Tensor, bias: Tensor | None, factors: Factors | None) -> None:
+    def _adopt(
+        self, weight: Tensor, bias: Tensor | None, factors: Factors | None, groups: int = 1
+    ) -> None:
         svd.check_weight(weight)
-        U, S, V = decompose(weight, self.geometry.groups) if factors is None else factors
+        U, S, V = decompose(weight, groups) if factors is None else factors
+        summary = fingerprint(weight) if factors is None else of_factors(factors, weight, groups)
         self.weight_trained = weight.requires_grad  # what `merge` gives back
         self.register_buffer("U", U)
         self.register_buffer("V", V)
-        self.register_buffer("fingerprint", fingerprint(weight))
-        self.S = nn.Parameter(_widened(S))
+        self.register_buffer("fingerprint", summary)
+        self.S = nn.Parameter(_widened(S.detach()).clone())  # known factors stay as they are
         frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", frozen)
         self.refresh()
@@ -419,7 +423,7 @@ class Factored(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         kept = state_dict.get(f"{prefix}fingerprint")
-        if isinstance(kept, Tensor) and kept.shape == (16,):
+        if isinstance(kept, Tensor):
             state_dict[f"{prefix}fingerprint"] = of_older_version(kept)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._arrived()
@@ -447,8 +451,7 @@ class Factored(nn.Module):
     def __setstate__(self, state):
         network = state.get("network") or Network()
         super().__setstate__({key: value for key, value in state.items() if key != "network"})
-        if self.fingerprint.shape == (16,):
-            self.fingerprint = of_older_version(self.fingerprint)
+        self.fingerprint = of_older_version(self.fingerprint)
         network.join(self)
         self._arrived()
 

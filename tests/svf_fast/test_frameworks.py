@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import svf_fast
+from svf_fast.fusion.fused import Fused
 from svf_fast.layers.factored import svf_layers
 
 
@@ -192,3 +193,21 @@ def test_switching_adapters_under_compile():
         adapter.apply(model)
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [("vgg11_bn", "features"), ("resnet18", "layer3"), ("mobilenet_v2", "features.17")],
+)
+def test_a_converted_network_is_traced_with_what_is_fused_as_leaves(name, node):
+    models = pytest.importorskip("torchvision.models")
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    plain = models.get_model(name).eval().requires_grad_(False)
+    model = svf_fast.convert(copy.deepcopy(plain), None, progress=False)
+    leaves = {"leaf_modules": [Fused, svf_fast.SVFConv2d, svf_fast.SVFLinear]}
+    traced = extraction.create_feature_extractor(model, [node], tracer_kwargs=leaves)
+    x = torch.rand(1, 3, 64, 64)
+    expected = extraction.create_feature_extractor(plain, [node])(x)[node]
+    torch.testing.assert_close(traced(x)[node], expected, rtol=1e-3, atol=1e-4)
+    fused = [module for module in traced.modules() if isinstance(module, Fused)]
+    assert fused and not any(module.unfused_reason() for module in fused)

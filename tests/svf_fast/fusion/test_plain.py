@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import warnings
 
 import pytest
 import torch
@@ -138,6 +139,23 @@ def test_what_computes_a_convolution_is_converted(case, strategy):
     merged = svf_fast.merge(converted)
     assert type(merged[0]) is nn.Conv2d and not merged[0].weight.requires_grad
     assert_error_within(merged(x), reference, truth, **within)
+
+
+MADE = ("standardized", "scaled", "by hand")
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_merge_warns_of_weights_that_their_class_would_make_again(case):
+    torch.manual_seed(0)
+    plain = nn.Sequential(CONVERTED[case](), nn.ReLU())
+    kind = type(plain[0]).__name__
+    converted = svf_fast.convert(plain, None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        svf_fast.merge(copy.deepcopy(converted))
+    words = [str(each.message) for each in caught if "svf_fast.merge" in str(each.message)]
+    assert len(words) == (case in MADE)
+    assert all(f"1 {kind}: merged to plain" in text for text in words)
 
 
 class Masked(nn.Conv2d):
