@@ -253,6 +253,9 @@ def test_a_saved_network_is_rebuilt_from_its_state_dict(name, as_trained, regime
     _grow(model)
     rebuilt = rebuild_model(config, model.state_dict(), as_trained)
     assert len(list(svf_fast.svf_parameters(rebuilt))) == len(list(svf_fast.svf_parameters(model)))
+    if regime == "svf":
+        adapters = [svf_fast.Adapter.of(each.backbone) for each in (model, rebuilt)]
+        assert adapters[0].fingerprints == adapters[1].fingerprints  # of the pretrained weights
     batch = _batch(shots=2)
     with torch.no_grad():
         expected, got = (_predict(each.eval(), batch).logits for each in (model, rebuilt))
