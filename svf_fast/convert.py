@@ -95,7 +95,8 @@ def convert(
             without a parameter that trains, stay in evaluation mode when ``model.train()`` is
             called, until one of their parameters trains: their class gets a ``train`` of its own.
             A warning tells of others in fused blocks, which take these apart. False lets all
-            follow the mode.
+            follow the mode. ``SyncBatchNorm.convert_sync_batchnorm`` makes new modules: call it
+            before.
 
     Returns the model.
 
