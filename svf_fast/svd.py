@@ -28,8 +28,12 @@ class Factors(NamedTuple):
 
 
 def has_memory(x: Tensor) -> bool:
-    """Tell whether a tensor is an ordinary one: neither meta nor fake, sharded or quantized."""
-    return not x.is_meta and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    """Tell whether a tensor is an ordinary one: neither meta nor fake, sharded or quantized.
+
+    A subclass whose values can be read like an ordinary tensor's says so: ``has_values = True``.
+    """
+    ordinary = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return not x.is_meta and (ordinary or getattr(type(x), "has_values", False))
 
 
 def check_weight(weight: Tensor) -> None:

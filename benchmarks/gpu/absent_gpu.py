@@ -121,6 +121,7 @@ class OnGPU(Tensor):
     """A tensor of the GPU that is not here; ``inner`` has its shape, and values or none."""
 
     inner: Tensor
+    has_values = True  # as svf_fast asks: on the host
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
