@@ -51,7 +51,7 @@ class Fused(Recast):
         reading = self.__dict__.get("_reading")
         if reading is None or any(self.unfused_reasons()):
             return ()
-        return reading.watch.key(), getattr(self, "recompute", False)
+        return reading.watch.key(self), getattr(self, "recompute", False)
 
     def unfuse(self) -> nn.Module:
         """Give the module its original class back, in place; returns it."""

@@ -94,7 +94,11 @@ class Reading:
 
     def holds(self, module: Readable) -> bool:
         """Tell whether it is of this module as it is now, not of one that it was copied with."""
-        return self._owner == id(module) and self.watch is not None and self.watch.holds()
+        return (
+            self._owner == id(module)
+            and self.watch is not None
+            and self.watch.holds(cast(nn.Module, module))
+        )
 
     def reasons(self, module: Readable) -> list[str]:
         """Return why each part is not fused, empty where it is; it may depend on the grad mode."""

@@ -61,7 +61,8 @@ class Watch:
         self._bytes: list[tuple[int, int, int]] = []
         self._copies: list[Tensor] = []
         self._apart: list[tuple[Tensor, Tensor]] = []  # whose elements do not lie side by side
-        self._note(module)
+        # of the module itself, by name: its dictionary holds this watch, which must not hold it
+        self._own = [*attributes(module).items()]
         self._look(module)
 
     def _look(self, module: nn.Module) -> None:
@@ -121,7 +122,7 @@ class Watch:
         else:
             self._apart.append((tensor, copy))
 
-    def key(self) -> tuple:
+    def key(self, module: nn.Module) -> tuple:
         """Return a key of all this but the layers: equal as long as nothing of it changes."""
         tensors = (
             (t := of.get(name)) is not None and (t.data_ptr(), t._version)
@@ -133,10 +134,16 @@ class Watch:
             (id(modules.get(name)), own["training"], "forward" in own, is_hooked(child))
             for modules, name, child, _, own, *_ in self._children
         )
-        return *tensors, *values, *snapshots, *children
+        own = (snapshot(module.__dict__.get(name)) for name, _ in self._own)
+        return *tensors, *values, *snapshots, *own, *children
 
-    def holds(self) -> bool:
-        """Tell whether all is as it was."""
+    def holds(self, module: nn.Module) -> bool:
+        """Tell whether all is as it was in the module that is watched."""
+        own_now = module.__dict__
+        for name, value in self._own:
+            now = own_now.get(name)
+            if now is not value and snapshot(now) != value:
+                return False
         for modules, count in self._counts:
             if len(modules) != count:
                 return False
