@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from svf_fast.fusion.fused import names_of_fused
 
 _OF_ALL = {*vars(nn.Module()), "call_super_init", "dump_patches"}
-_PLAIN = (bool, int, str, bytes, complex, type(None))
+_PLAIN = (bool, int, float, str, bytes, complex, type(None))
 _DEPTH = 3  # of lists in lists, objects in objects
 
 
@@ -28,9 +28,7 @@ def snapshot(value: Any, depth: int = _DEPTH) -> Any:
     Numbers, words, containers and the attributes of objects are compared by value, functions by
     their code, tensors and modules by their type alone: so that a copy's equals the original's.
     """
-    if isinstance(value, float):
-        return value if value == value else "nan"
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN) and value == value:
         return value
     kind = type(value).__qualname__
     if depth and isinstance(value, (list, tuple)):

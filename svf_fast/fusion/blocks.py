@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from svf_fast.fusion.attributes import attributes, snapshot
 from svf_fast.fusion.fused import Fused, original_class, recast
-from svf_fast.fusion.graph import Misfit, is_conv
+from svf_fast.fusion.graph import is_conv
 from svf_fast.fusion.norm import FORWARDS, Norm, is_norm
 from svf_fast.fusion.plain import plain_conv
 from svf_fast.fusion.reading import Readable, Reading, conv_of
 from svf_fast.fusion.state import is_hooked, watch
-from svf_fast.fusion.structure import Chain, ResidualBlock, StageNames, Unit, check_norm, examine
+from svf_fast.fusion.structure import Chain, ResidualBlock, StageNames, Unit, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
 from svf_fast.ops.node import is_tracing
@@ -111,7 +111,7 @@ class ResidualUnit(Fused):
     def unfused_reasons(self) -> list[str]:
         return [
             _replaced(self, self._kinds)
-            or _changed(self, self._attributes)
+            or _changed(self)
             or _reason(self, self.fused_stages())
             or _hooked(self, self._names.pre)
         ]
@@ -170,20 +170,28 @@ class FusedSequential(Fused):
 
     is_whole = False
     _names: tuple[Unit, ...]
+    # of the norms that are more than torch's: the classes of the modules in each, all attributes
+    _kinds: dict[str, dict[str, str]] = {}  # noqa: RUF012  of a pickle that has none
+    _attributes: dict[str, dict[str, Any]] = {}  # noqa: RUF012
 
     @classmethod
     def adopt(cls, module: nn.Module, units: tuple[Unit, ...]) -> Callable[[], object]:
         """Fuse these units of a sequence too, in place; returns what undoes it."""
         if isinstance(module, FusedSequential):
             before = module._names
-            module._rename(before + tuple(unit for unit in units if unit not in before))
-            return partial(module._rename, before)
+            module._set(before + tuple(unit for unit in units if unit not in before))
+            return partial(module._set, before)
         fused = recast(module, cls)
-        fused._names = units
+        fused._set(units)
         return fused.unfuse
 
-    def _rename(self, units: tuple[Unit, ...]) -> None:
+    def _set(self, units: tuple[Unit, ...]) -> None:
         self._names = units
+        self._kinds, self._attributes = {}, {}
+        for bn in (unit.stage.bn for unit in units):
+            if _is_read(norm := self.get_submodule(bn)):
+                self._kinds[bn], read = _remember(norm, ())
+                self._attributes |= {f"{bn}.{name}".rstrip("."): own for name, own in read.items()}
         self.__dict__.pop("_reading", None)
 
     def fused_convs(self) -> dict[str, bool]:
@@ -199,7 +207,7 @@ class FusedSequential(Fused):
     def __getitem__(self, index):
         part = super().__getitem__(index)  # type: ignore[misc]
         if isinstance(part, FusedSequential) and isinstance(index, slice):
-            part._names = tuple(u for u in self._names if part._modules.keys() >= set(_children(u)))
+            part._set(tuple(u for u in self._names if part._modules.keys() >= set(_children(u))))
         return part
 
     def _unit_reason(self, unit: Unit) -> str:
@@ -210,18 +218,16 @@ class FusedSequential(Fused):
                 return reason
         if unit.relu and type(self.get_submodule(unit.relu)) is not nn.ReLU:
             return f"{unit.relu} is no longer a ReLU"
-        if reason := _reason(self, [unit.stage]):
-            return reason
-        norm, had_relu = self.get_submodule(unit.stage.bn), unit.stage.relu and not unit.relu
-        try:
-            if check_norm(unit.stage.bn, norm) != had_relu:
-                return f"{unit.stage.bn} had {'a' if had_relu else 'no'} ReLU at conversion"
-        except Misfit as misfit:
-            return str(misfit)
-        for name, part in norm.named_modules(prefix=unit.stage.bn):
-            if reason := _hooked_module(name, part):
-                return reason
-        return ""
+        return _reason(self, [unit.stage]) or self._norm_reason(unit.stage.bn)
+
+    def _norm_reason(self, bn: str) -> str:
+        """Tell what of a norm is not as it was when its forward was read."""
+        norm = self.get_submodule(bn)
+        if bn not in self._kinds:
+            kind = original_class(norm).__name__
+            return f"{bn} is a {kind}, which it was not at conversion" if _is_read(norm) else ""
+        reason = _replaced(norm, self._kinds[bn]) or _hooked(norm)
+        return f"{bn}: {reason}" if reason else _changed(self, bn)
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
@@ -278,7 +284,7 @@ class FusedChain(Fused):
         called = self._called()
         return [
             _replaced(self, self._kinds, called)
-            or _changed(self, self._attributes)
+            or _changed(self)
             or _reason(self, self.fused_stages())
             or _hooked(self, called)
         ]
@@ -433,18 +439,30 @@ def _replaced(module: nn.Module, kinds: dict[str, str], called: tuple[str, ...] 
     return f"{name} was {was} at conversion and is {is_now} now"
 
 
-def _changed(module: nn.Module, attributes: dict[str, dict[str, Any]]) -> str:
-    """Name the first attribute that is not as it was when the forward was read."""
-    for name, before in attributes.items():
+def _changed(module: ResidualUnit | FusedChain | FusedSequential, within: str = "") -> str:
+    """Name the first attribute that is not as it was when the forward was read.
+
+    ``within``: the part that is looked at, by default all.
+    """
+    for name, before in module._attributes.items():
+        if within and not f"{name}.".startswith(f"{within}."):
+            continue
         now = module.get_submodule(name).__dict__
         for key, value in before.items():
-            is_now = snapshot(now.get(key))
-            if is_now != value and key not in ("eps", "momentum"):
-                what = f"{name}.{key}".lstrip(".")
-                if isinstance(value, tuple) or isinstance(is_now, tuple):
+            what, own = f"{name}.{key}".lstrip("."), now.get(key)
+            if isinstance(value, tuple):
+                if _differs(module, name, key):
                     return f"{what} is not what it was at conversion"
-                return f"{what} was {value!r} at conversion and is {is_now!r} now"
+            elif own != value and key not in ("eps", "momentum"):
+                return f"{what} was {value!r} at conversion and is {own!r} now"
     return ""
+
+
+@torch.compiler.assume_constant_result  # Dynamo does not look into all objects
+def _differs(module: ResidualUnit | FusedChain | FusedSequential, name: str, key: str) -> bool:
+    """Tell whether an attribute of several values is not as it was."""
+    now = module.get_submodule(name).__dict__.get(key)
+    return snapshot(now) != module._attributes[name][key]
 
 
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:

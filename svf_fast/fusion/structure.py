@@ -269,7 +269,7 @@ def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[StageName
     if norm is None or not is_norm(norm):
         raise graph.misfit_at(node, expected)
     bn = str(node.target)
-    relu |= check_norm(bn, norm)
+    relu |= _check_norm(bn, norm)
     node = graph.value(node)
     conv = graph.module(node)
     if conv is None or not is_conv(conv):
@@ -335,7 +335,7 @@ def _check_conv(name: str, module: nn.Module) -> None:
         raise Misfit(f"{name!r} pads one side more than the other")
 
 
-def check_norm(name: str, module: nn.Module) -> bool:
+def _check_norm(name: str, module: nn.Module) -> bool:
     """Tell whether the batch norm has a ReLU of its own; raises if it is no plain batch norm."""
     norm = Norm.of(module)
     if norm is None or isinstance(module, _OTHER_NORMS):
@@ -394,7 +394,7 @@ def _units(
             _check_call(conv, first, module, places)
             _check_call(bn, second, module, places)
             _check_conv(conv, first)
-            own = check_norm(bn, second)
+            own = _check_norm(bn, second)
             if type(third) is nn.ReLU:
                 _check_call(relu, third, module, places)
                 yield Unit(container, StageNames(conv, bn, True), relu)

@@ -153,12 +153,17 @@ CHANGES = [
     (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct(8)),
         lambda m: setattr(m[0][1], "act", nn.SiLU()),
-        "more than a batch norm",
+        "1: act was ReLU",
     ),
     (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct(8)),
         lambda m: m[0][1].act.register_forward_hook(lambda module, args, out: 2 * out),
-        "1.act has a hook",
+        "1: act has a hook",
+    ),
+    (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),
+        lambda m: m[0].__setitem__(1, drawn(BatchNormAct(8))[0]),
+        "1 is a BatchNormAct, which it was not",
     ),
     (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Constants(8)),
@@ -184,7 +189,47 @@ def test_what_changes_after_the_conversion_is_seen(build, change, reason, used_b
     assert reason in unit.unfused_reason()
 
 
-@pytest.mark.parametrize("build", [Chain, Block])
+def with_two_relus() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct(8), nn.ReLU())
+
+
+def test_a_relu_may_follow_a_norms_own():
+    model = drawn(with_two_relus())
+    plain = copy.deepcopy(model)
+    svf_fast.convert(model, None)
+    assert [unit.unfused_reason() for unit in fused(model)] == [""]
+    assert_same(model, plain)
+    assert_same(model[0][:2], plain[0][:2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m[0], "_flag", False),
+        lambda m: setattr(m[0].config, "relu", False),
+        lambda m: m[0].steps.insert(0, "none"),
+    ],
+)
+def test_what_changes_before_it_is_compiled_is_seen(change):
+    model = drawn(Chain())
+    plain = copy.deepcopy(model)
+    svf_fast.convert(model, None)
+    change(model)
+    change(plain)
+    torch._dynamo.reset()
+    assert_same(torch.compile(model, backend="aot_eager"), plain)
+
+
+@pytest.mark.parametrize("build", [Chain, Block, with_two_relus])
+def test_what_is_fused_compiles_in_one_graph(build):
+    model = drawn(build())
+    plain = copy.deepcopy(model)
+    svf_fast.convert(model, None)
+    assert not fused(model)[0].unfused_reason()
+    assert_same(torch.compile(model, backend="aot_eager", fullgraph=True), plain)
+
+
+@pytest.mark.parametrize("build", [Chain, Block, with_two_relus])
 def test_a_copy_is_fused_as_the_original(build):
     model = drawn(build())
     svf_fast.convert(model, None)
