@@ -38,19 +38,23 @@ def _load() -> ModuleType:
     try:
         return importlib.import_module("svf_fast._C")
     except ImportError as error:
-        installed = _find_installed()
-        spec = installed and importlib.util.spec_from_file_location("svf_fast._C", installed)
-        if spec and spec.loader:
+        cause = error
+    installed = _find_installed()
+    spec = installed and importlib.util.spec_from_file_location("svf_fast._C", installed)
+    if spec and spec.loader:
+        try:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             sys.modules["svf_fast._C"] = sys.modules["svf_fast"]._C = module  # type: ignore
             return module
-        raise ImportError(
-            f"the compiled library svf_fast._C cannot be imported: {error}. It is built when the "
-            "package is installed, against the torch of that environment: run `pip install .` in "
-            f"the repository with the Python and the torch ({torch.__version__}) you use here, and "
-            "not only a copy of the sources."
-        ) from error
+        except ImportError as error:  # built against another torch
+            cause = error
+    raise ImportError(
+        f"the compiled library svf_fast._C cannot be imported: {cause}. It is built when the "
+        "package is installed, against the torch of that environment: run `pip install .` in "
+        f"the repository with the Python and the torch ({torch.__version__}) you use here, and "
+        "not only a copy of the sources."
+    ) from cause
 
 
 def _check_sources(library: ModuleType) -> None:

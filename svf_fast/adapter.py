@@ -199,14 +199,11 @@ class Adapter:
         names = plain_names(model)
         found = candidates(model, None)
         computed, _ = plain_layers(layer for _, layer in found)
-        plain = {names[name]: computed[layer] for name, layer in found if layer in computed}
-        factors = dict(options.get("factors") or {})
-        check_factors(
-            factors, {name: computed[layer] for name, layer in found if layer in computed}
-        )
-        known: dict[nn.Module, Factors] = {
-            computed[layer]: factors[name] for name, layer in found if name in factors
-        }
+        there = {name: computed[layer] for name, layer in found if layer in computed}
+        factors: Mapping[str, Factors] = options.get("factors") or {}
+        check_factors(factors, there)
+        known: dict[nn.Module, Factors] = {there[name]: own for name, own in factors.items()}
+        plain = {names[name]: layer for name, layer in there.items()}
         place = self._place(model, plain, known, exact=False)
         chosen = {id(plain[place(name)]) for name in self.S}
         wanted = [name for name, layer in plain.items() if id(layer) in chosen]  # all its names

@@ -32,7 +32,7 @@ _TRACE = 3  # the same at the best quality
 _BRIGHT = 192  # what shades without a level of their own reach, of 255
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JPEG2000")
 _ONE_COLOR = 64  # how far the colors of an object may differ, of 255
-_VOC_BORDER = 0xE0E0C0
+VOC_BORDER = 0xE0E0C0
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
@@ -116,7 +116,7 @@ def open_classes(path: Path, ignored_alone: bool = False) -> Image.Image:
     if file.mode not in ("P", "L"):
         colors = ""
         if file.mode != "1":
-            codes = np.unique(_codes(np.array(file.convert("RGB")))).tolist()
+            codes = np.unique(color_codes(np.array(file.convert("RGB")))).tolist()
             colors = f" and the colors {_listed([_text(_vector(code, 3)) for code in codes])}"
         raise ValueError(
             f"{path}: expected class ids in one channel (mode P, L or I;16), got mode {file.mode}"
@@ -226,25 +226,25 @@ def _of_gray(
 def _of_colors(
     colors: NDArray[np.uint8], name: str, value: MaskValue | None, is_lossy: bool
 ) -> ObjectMask:
-    codes = _codes(colors)
+    codes = color_codes(colors)
     if value is not None:
         return _chosen(codes, name, value, True)
     found = np.unique(codes)
     others = found[found != 0].tolist()
-    border = codes == _VOC_BORDER
+    border = codes == VOC_BORDER
     if len(others) > _FEW:  # compressed with losses, or soft: what is near it belongs to it
-        border = np.abs(colors - _vector(_VOC_BORDER, 3)).max(2) <= 2 * _NOISE
+        border = np.abs(colors - _vector(VOC_BORDER, 3)).max(2) <= 2 * _NOISE
         # compression pales a color at its edges, as bright as it is: a yellow to the border's color
         bright = (
             np.median(colors[colors.max(2) >= _SMALL] @ _LUMINANCE) if colors.max() >= _SMALL else 0
         )
-        if abs(bright - _vector(_VOC_BORDER, 3) @ _LUMINANCE) <= 2 * _NOISE:
-            border = codes == _VOC_BORDER
+        if abs(bright - _vector(VOC_BORDER, 3) @ _LUMINANCE) <= 2 * _NOISE:
+            border = codes == VOC_BORDER
     if colors[~border].max(initial=0) < _SMALL:  # it is the object itself
         border = np.zeros_like(border)
     if border.any():
         colors = np.where(border[..., None], 0, colors)
-        codes = _codes(colors)
+        codes = color_codes(colors)
         others = np.unique(codes[codes != 0]).tolist()
     ignored = ", VOC's border ignored" if border.any() else ""
     if len(others) == 1:
@@ -363,7 +363,7 @@ def _chosen(values: NDArray[Any], name: str, value: MaskValue, is_color: bool) -
         code = int(voc_colors()[wanted]) if 0 <= wanted <= IGNORE else -1
         convention = f"class id {value} in Pascal VOC's colors"
     elif is_color:
-        code = int(_codes(np.array(wanted)))
+        code = int(color_codes(np.array(wanted)))
     else:
         code = wanted if isinstance(wanted, int) else wanted[0]
         if not isinstance(wanted, int) and len(set(wanted)) > 1:
@@ -420,7 +420,7 @@ def _listed(texts: Sequence[str]) -> str:
     return between.join(texts[:6]) + (f"{between}…" if len(texts) > 6 else "")
 
 
-def _codes(colors: NDArray[np.uint8]) -> NDArray[np.int32]:
+def color_codes(colors: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Return colors [..., 3] as integers 0xRRGGBB."""
     red, green, blue = (colors[..., channel].astype(np.int32) for channel in range(3))
     return (red << 16) | (green << 8) | blue

@@ -143,6 +143,8 @@ def draw_figure(figure: Figure, runs: Sequence[PlannedRun], options: Options) ->
         lines.append("Not drawn: none of its runs is there.")
     try:
         picture = _picture(figure, runs, there)
+        if there and picture is None:
+            lines.append("Not drawn: its run has no checkpoint yet.")
     except FileNotFoundError as error:
         lines.append(f"Not drawn: {error}.")
     if picture is not None:
@@ -206,7 +208,8 @@ def _picture(
     layers = [_layers(figure, spectra, kernel) for kernel in figure.kernels]
     if figure.draw == "changes":
         chosen = [layer for found in layers for layer in found]
-        return plot_largest({0: spectra}, [label], chosen, 3 if len(chosen) > 4 else 2)
+        columns = min(len(chosen), 3 if len(chosen) > 4 else 2)
+        return plot_largest({0: spectra}, [label], chosen, columns)
     last = [found[-1] for found in layers]
     if figure.draw == "values":
         return plot_values({0: spectra}, [label], last, figure.largest)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from fss.data.discovery import name_some
@@ -28,12 +28,6 @@ from fss.files import write_json
 
 _ASPECT = 0.05  # how far the shape of a mask may be from its photo's without a word
 _MIN_AREA = 2048  # the default of data.min_area
-_TURNS = {
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Imported(NamedTuple):
@@ -249,10 +243,13 @@ def _write(plan: _Plan, made: Path, out: Path, images: Path, masks: Path) -> Imp
             errors.append(str(error))
             continue
         if mask.shape == size[::-1] and size[0] != size[1]:
+            lying = Image.fromarray(mask)
             with Image.open(item.photo, formats=FORMATS) as file:
-                turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-            if turn is not None:
-                mask = np.array(Image.fromarray(mask).transpose(turn))
+                turn = file.getexif().get(ExifTags.Base.Orientation, 1)
+            lying.getexif()[ExifTags.Base.Orientation] = turn
+            upright = np.array(ImageOps.exif_transpose(lying))
+            if upright.shape == size:
+                mask = upright
                 turned.append(item.photo)
         if mask.shape != size:
             scaled.append(item.photo)

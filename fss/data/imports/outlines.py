@@ -104,13 +104,7 @@ def draw(photo: Outlined, labels: dict[str, int], size: tuple[int, int]) -> NDAr
     for name, shape in photo.objects:
         if photo.size is None:
             shape = [[x * (width if k % 2 == 0 else height) for k, x in enumerate(shape)]]
-        try:
-            mask[draw_shape(shape, (height, width))] = labels[name]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"{photo.path}: {name}: expected polygons or run lengths in its {height}×{width} "
-                f"pixels (height×width); {error}"
-            ) from error
+        mask[draw_shape(shape, (height, width), f"{photo.path}: {name}")] = labels[name]
     return mask
 
 

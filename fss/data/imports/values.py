@@ -14,14 +14,13 @@ from PIL import Image
 from fss.data.discovery import name_some
 from fss.data.images import decode, is_transparent, pixel_values
 from fss.data.imports.names import ClassKey, color_text
-from fss.data.masks import read_object, voc_colors
+from fss.data.masks import VOC_BORDER, color_codes, read_object, voc_colors
 from fss.data.pascal import CLASSES
 from fss.data.source import IGNORE
 
 Kind = Literal["ids", "colors", "binary"]
 
 _MOST = IGNORE - 1  # classes of a data set
-_VOC_BORDER = 0xE0E0C0
 _GRAY = 0x010101
 _LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 _WHITE_SHARE = 0.9  # of the pixels that are not black, in masks with soft edges
@@ -65,7 +64,7 @@ def read_values(path: Path, as_colors: bool = False) -> Values:
         indices = np.array(image)
         table = np.array(image.getpalette("RGB"), dtype=np.int64).reshape(-1, 3)
         used = [int(index) for index in np.unique(indices) if index < len(table)]
-        return indices, {index: int(_codes(table[index])) for index in used}
+        return indices, {index: int(color_codes(table[index])) for index in used}
 
     pixels, palette = decode(path, "mask", values, is_mask=True)
     if palette is not None and as_colors:
@@ -75,7 +74,7 @@ def read_values(path: Path, as_colors: bool = False) -> Values:
     if pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels = np.where(pixels[..., 3:] < 128, 0, pixels[..., :3])
     if pixels.ndim == 3 and (np.ptp(pixels, axis=2) > 0).any():
-        return Values(_codes(pixels.astype(np.int64)), True, None)
+        return Values(color_codes(pixels.astype(np.int64)), True, None)
     pixels = pixels[..., 0] if pixels.ndim == 3 else pixels
     if pixels.dtype.kind == "f" and not (pixels == np.rint(pixels)).all():
         raise ValueError(
@@ -121,7 +120,6 @@ def find_meaning(
     colored: list[Path] = []
     palettes: dict[int, set[int]] = {}
     lossy = [path for path in masks if path.suffix.lower() in _LOSSY]
-    is_mixed = False
     for path in masks:
         found = read_values(path)
         if found.is_color:
@@ -406,13 +404,13 @@ def _colors(
             f"saved with losses? Most frequent: {often}. Name those of classes: --classes "
             f"'{color_text(max(codes, key=counts.__getitem__))}=name' …"
         )
-    is_voc = set(codes) <= {*voc[1:21], _VOC_BORDER} and (_VOC_BORDER in codes or len(codes) > 4)
+    is_voc = set(codes) <= {*voc[1:21], VOC_BORDER} and (VOC_BORDER in codes or len(codes) > 4)
     if is_voc:
-        labels = {code: voc.index(code) for code in codes if code != _VOC_BORDER}
+        labels = {code: voc.index(code) for code in codes if code != VOC_BORDER}
         named = {label: CLASSES[label - 1] for label in labels.values()}
         if given:
             named = _named(sorted(named), given, str)
-        void |= {_VOC_BORDER}
+        void |= {VOC_BORDER}
         text = "colors of Pascal VOC, its border ignored"
     else:
         labels = {code: k for k, code in enumerate(codes, start=1)}
@@ -461,7 +459,3 @@ def _missing(ignored: set[int], has_background: bool, background: str = "0") -> 
 
 def _listed(texts: Sequence[str]) -> str:
     return ", ".join(texts[:12]) + (f" … {texts[-1]} ({len(texts)})" if len(texts) > 12 else "")
-
-
-def _codes(colors: NDArray[np.int64]) -> NDArray[np.int64]:
-    return (colors[..., 0] << 16) | (colors[..., 1] << 8) | colors[..., 2]

@@ -88,13 +88,7 @@ def draw_coco(image: Annotated) -> NDArray[np.uint8]:
     """
     mask = np.zeros(image.size, dtype=np.uint8)
     for label, shape in image.objects:
-        try:
-            mask[draw_shape(shape, image.size)] = label
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"{image.file}: expected polygons or run lengths in its {image.size[0]}×"
-                f"{image.size[1]} pixels (height×width); {error}"
-            ) from error
+        mask[draw_shape(shape, image.size, image.file)] = label
     return mask
 
 
@@ -140,12 +134,22 @@ def _check_size(image: Annotated, name: str) -> None:
         )
 
 
-def draw_shape(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+def draw_shape(shape: Any, size: tuple[int, int], name: str) -> NDArray[np.bool_]:
     """Draw the pixels [H, W] of an object: polygons x, y, …, or run lengths by columns.
 
     Raises:
-        KeyError, TypeError, ValueError, OverflowError: neither, or what does not fit the size.
+        ValueError: neither, or what does not fit the size; `name` says whose object it is.
     """
+    try:
+        return _draw_shape(shape, size)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{name}: expected polygons or run lengths in its {size[0]}×{size[1]} pixels "
+            f"(height×width); {error}"
+        ) from error
+
+
+def _draw_shape(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     height, width = size
     if isinstance(shape, list):
         polygons = [np.array(polygon, dtype=np.float64) for polygon in shape]

@@ -11,23 +11,9 @@ from torch import nn
 
 import svf_fast
 from svf_fast import SVFConv2d, SVFLinear, merge, svf_parameters
+from tests.svf_fast.small_model import build, converted, images
 
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-def build(**options) -> nn.Module:
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
-    return model.requires_grad_(False)
-
-
-def converted(**options) -> nn.Module:
-    return svf_fast.convert(build(), None, progress=False, **options)
-
-
-def images(dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 # every way in which a model gets 16-bit weights

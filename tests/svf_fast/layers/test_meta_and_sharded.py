@@ -13,17 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import svf_fast
-
-
-def build(**options) -> nn.Module:
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
-    return model.requires_grad_(False)
-
-
-def converted(**options) -> nn.Module:
-    return svf_fast.convert(build(), None, progress=False, **options)
+from tests.svf_fast.small_model import build, converted, images
 
 
 def trained() -> nn.Module:
@@ -34,7 +24,7 @@ def trained() -> nn.Module:
     return model
 
 
-X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+X = images()
 
 
 def converted_on_meta() -> nn.Module:
