@@ -4,7 +4,7 @@ from svf_fast._library import __version__, build_info
 from svf_fast.adapter import Adapter, interpolate_adapters, load_adapter, save_adapter
 from svf_fast.capture import composed, follow
 from svf_fast.convert import convert, merge, svf_parameters
-from svf_fast.fusion import SVFBasicBlock, SVFBottleneck, SVFConvBNAct
+from svf_fast.fusion import Fused, SVFBasicBlock, SVFBottleneck, SVFConvBNAct
 from svf_fast.layers import SVFConv2d, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
 from svf_fast.report import memory_report
@@ -13,6 +13,7 @@ from svf_fast.svd import Factors, compose, decompose
 __all__ = [
     "Adapter",
     "Factors",
+    "Fused",
     "SVFBasicBlock",
     "SVFBottleneck",
     "SVFConv2d",

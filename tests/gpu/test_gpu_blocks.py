@@ -12,7 +12,7 @@ from torch import nn
 
 import svf_fast
 from fss.models.backbone import BasicBlock, Bottleneck
-from svf_fast.fusion.fused import Fused
+from svf_fast import Fused
 from tests.svf_fast.tolerance import ROUNDINGS, accumulated, assert_error_within
 
 

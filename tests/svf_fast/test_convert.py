@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import svf_fast
-from svf_fast import SVFBasicBlock, SVFConv2d, SVFLinear
-from svf_fast.fusion.fused import Fused
+from svf_fast import Fused, SVFBasicBlock, SVFConv2d, SVFLinear
 from svf_fast.layers.factored import svf_layers
 from svf_fast.svd import Factors
 

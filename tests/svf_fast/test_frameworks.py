@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import svf_fast
-from svf_fast.fusion.fused import Fused
+from svf_fast import Fused
 from svf_fast.layers.factored import svf_layers
 
 

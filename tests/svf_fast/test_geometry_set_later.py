@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import svf_fast
-from svf_fast import SVFConv2d
-from svf_fast.fusion.fused import Fused
+from svf_fast import Fused, SVFConv2d
 from tests.svf_fast.tolerance import assert_error_within
 
 STRATEGIES = ("auto", "reference", "fold", "chain", "gram")

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import svf_fast
-from svf_fast import SVFBasicBlock, SVFBottleneck, SVFConv2d
+from svf_fast import Fused, SVFBasicBlock, SVFBottleneck, SVFConv2d
 from svf_fast.fusion.blocks import FusedSequential
-from svf_fast.fusion.fused import Fused
 from svf_fast.layers.factored import svf_layers
 from tests.svf_fast.saved_bytes import saved_by
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import svf_fast
+from svf_fast import Fused
 from svf_fast.fusion.attributes import snapshot
-from svf_fast.fusion.fused import Fused
 
 
 class Scale(nn.Module):

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import svf_fast
-from svf_fast import SVFConv2d
-from svf_fast.fusion.fused import Fused
+from svf_fast import Fused, SVFConv2d
 from tests.svf_fast.ops.test_block import Bottleneck, first, frozen, fused, step
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import svf_fast
+from svf_fast import Fused
 from svf_fast.fusion.blocks import FusedChain, FusedSequential, ResidualUnit
-from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.graph import Misfit
 from svf_fast.fusion.norm import Norm
 from svf_fast.fusion.plain import plain_conv

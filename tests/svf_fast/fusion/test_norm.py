@@ -14,8 +14,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 import svf_fast
-from svf_fast import SVFBasicBlock, SVFConvBNAct
-from svf_fast.fusion.fused import Fused
+from svf_fast import Fused, SVFBasicBlock, SVFConvBNAct
 from svf_fast.fusion.norm import Norm, StaysFrozen
 from tests.svf_fast.tolerance import assert_error_within
 

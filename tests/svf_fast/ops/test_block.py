@@ -12,8 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import svf_fast
-from svf_fast import SVFBasicBlock, SVFBottleneck, SVFConv2d, SVFConvBNAct
-from svf_fast.fusion.fused import Fused
+from svf_fast import Fused, SVFBasicBlock, SVFBottleneck, SVFConv2d, SVFConvBNAct
 from svf_fast.layers.factored import svf_layers
 from svf_fast.reference.block import block as definition
 from tests.svf_fast.saved_bytes import saved_by
