@@ -30,7 +30,8 @@ demo: venv ## the main job on the embedded data: three regimes, table and pictur
 	  --out runs/demo --results runs/demo/regimes
 
 test: venv ## run the tests; ARGS="-k chain" chooses
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder $(ARGS) # reordered, files of few long tests would come last
 
 lint: venv ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import svf_fast
 from fss.processes import takes_channels_last
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Parts = list[dict[str, Any]]
 Body = Callable[[Parts], Tensor]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
-from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning_fabric.strategies import DDPStrategy
 from torch import distributed, nn
 
 from fss.config import RegimeConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -63,6 +62,12 @@ def launch(accelerator: str, devices: int | str, nodes: int, precision: Any) -> 
     Raises:
         ValueError: devices that this machine lacks; processes that another launcher started.
     """
+    # Here, as they take 2 s: listing runs and segmenting pictures need none of them.
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning_fabric.strategies import DDPStrategy
+
     _refuse_other_launchers()
     gpus = torch.cuda.device_count()
     if accelerator == "cuda" and not gpus:

@@ -6,13 +6,16 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, Dataset
 
 from fss.data import collate_episodes
 from fss.files import causes
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _KILLED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+|exited unexpectedly)")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, Subset
@@ -21,6 +20,9 @@ from fss.evaluation.feature_cache import FeatureCache, Names
 from fss.evaluation.metrics import EpisodeIoU, Score, bootstrap_miou, over_seeds
 from fss.models import FewShotModel
 from fss.processes import fixed_shapes
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def episode_classes(source: Source, fold: int, novel: bool = True) -> dict[int, str]:

@@ -8,10 +8,9 @@ import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
@@ -34,6 +33,9 @@ from fss.models import PSPNet, build_backbone, load_backbone
 from fss.runs.checkpoint import check_types, read_checkpoint, write_checkpoint
 from fss.runs.folder import BaseLearnerFolder
 from fss.training.loop import Loop, start
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -28,6 +27,9 @@ from fss.runs.checkpoint import (
 )
 from fss.runs.folder import BaseFolder
 from fss.training.optimizer import hold_masters
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 T = TypeVar("T")
 Trained = TypeVar("Trained", bound="Loop")

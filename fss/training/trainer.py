@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from fss.captured import captured
@@ -34,6 +33,9 @@ from fss.runs.log import RunLog
 from fss.training.loop import Loop, gather
 from fss.training.measure import StepTimer, peak_memory, saved_bytes
 from fss.training.optimizer import build_optimizer, build_scheduler
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 # Plain entries of last.pt, beside those of `Loop`.
 _PROGRESS: dict[str, type | UnionType] = {"stale": int, "skipped": int, "losses": list}

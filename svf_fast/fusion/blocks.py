@@ -458,11 +458,15 @@ def _changed(module: ResidualUnit | FusedChain | FusedSequential, within: str = 
     return ""
 
 
-@torch.compiler.assume_constant_result  # Dynamo does not look into all objects
 def _differs(module: ResidualUnit | FusedChain | FusedSequential, name: str, key: str) -> bool:
     """Tell whether an attribute of several values is not as it was."""
     now = module.get_submodule(name).__dict__.get(key)
     return snapshot(now) != module._attributes[name][key]
+
+
+# Dynamo does not look into all objects: it is told to run this while it traces. So does
+# `torch.compiler.assume_constant_result`, which imports Dynamo, for 2 s, whether it is used or not.
+vars(_differs)["_dynamo_marked_constant"] = True
 
 
 def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:
