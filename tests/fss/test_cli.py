@@ -180,6 +180,19 @@ def test_the_list_of_commands_imports_none_of_them():
     assert "segment your own pictures" in done.stdout and done.stdout.endswith("False\n")
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "reproduce"])
+def test_help_does_not_wait_for_what_trains(command):
+    """Lightning brings Dynamo, which takes as long as all of torch."""
+    program = (
+        "import sys\nfrom fss.cli import main\n"
+        "try:\n    main([sys.argv[1], '--help'])\n"
+        "except SystemExit:\n    print({'lightning_fabric', 'torch._dynamo'} & {*sys.modules})"
+    )
+    words = [sys.executable, "-c", program, command]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nset()\n")
+
+
 def test_version_and_help(capsys):
     for arguments, text in (
         (["--version"], fss.__version__),

@@ -36,6 +36,13 @@ def test_module_prints_one_fact_a_line_in_columns() -> None:
     assert all(line[:column].rstrip() == name for line, name in zip(lines, facts, strict=True))
 
 
+def test_what_is_slow_to_import_waits_for_its_use() -> None:
+    """Dynamo takes as long as all of torch."""
+    script = "import sys, svf_fast; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_missing_cpu_library_is_named_with_its_remedy() -> None:
     script = "import sys; sys.modules['svf_fast._C'] = None; import svf_fast"
     command = [sys.executable, "-c", script]
