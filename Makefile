@@ -87,12 +87,12 @@ clean: ## remove .venv and everything that was built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(TORCH_STAMP) setup.py pyproject.toml csrc/exports.map $(CSRC)
-	$(PIP) install --no-compile --no-build-isolation -e '.[test,dev,docs]'
+	$(PIP) install --no-build-isolation -e '.[test,dev,docs]'
 	touch $@
 
 $(TORCH_STAMP): | check-machine
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-compile 'pip>=23' 'setuptools>=77' ninja 'pybind11>=2.13' '$(TORCH)'
+	$(PIP) install 'pip>=23' 'setuptools>=77' ninja 'pybind11>=2.13' '$(TORCH)'
 	rm -f $(VENV)/.installed-*
 	touch $@
 
