@@ -119,7 +119,9 @@ def load_table(name: str, folder: Path) -> Table:
     known = table_names(folder)
     found = [table for table in known if table.lower() == name.lower()]
     if not found:
-        raise ValueError(f"table: expected one of {', '.join(known)}; got {name!r}")
+        raise ValueError(
+            f"table: expected one of {', '.join(known)}, or a figure such as F3; got {name!r}"
+        )
     path = folder / f"{found[0]}.yaml"
     values = _read(path)
     if "means_of" in values:

@@ -288,7 +288,8 @@ def _write(plan: _Plan, made: Path, out: Path, images: Path, masks: Path) -> Imp
     total = len(plan.items) + len(plan.left_out.get("photos without a mask", ()))
     total += len(plan.left_out.get("photos without an object", ()))
     lines = [f"{out}: {taken} of {total} photos, {len(classes)} classes", f"masks: {plan.text}"]
-    lines += [f"  {k:3d}  {name}: {shown[k]} photos" for k, name in classes.items()]
+    for k, name in classes.items():
+        lines.append(f"  {k:3d}  {name}: {shown[k]} photo{'s' * (shown[k] != 1)}")
     notes: dict[str, Sequence[Path | str]] = {
         "masks of another size, scaled": scaled,
         "of these of another shape: do they belong to the photo?": bent,

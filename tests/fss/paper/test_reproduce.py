@@ -330,6 +330,7 @@ def test_settings_that_are_the_tables(command, capsys, settings, message):
     ("arguments", "message"),
     [
         (["T25"], "table: expected one of T1, T2, T3"),
+        (["X5"], "T24, or a figure such as F3; got 'X5'"),
         (["T16"], "data.root: expected the folder of Pascal-5i, got nothing; give --data.root"),
         (["T16", "--rows", "9", "--scale-down"], "rows: expected names or numbers of 1 r50"),
         (["T16", "--folds", "4", "--scale-down"], "folds: expected numbers of 0, 1, 2, 3; got 4"),
