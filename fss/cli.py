@@ -107,9 +107,11 @@ COMMANDS = {
     ),
     "eval": Command(
         "fss.evaluation.score:evaluate_run",
-        "score a trained model",
-        "fss eval RUN [options], or fss eval SETTINGS.yaml --official FILE [options]",
+        "score a trained model, or matching without training",
+        "fss eval RUN [options], fss eval SETTINGS.yaml --official FILE [options], or "
+        "fss eval --weights FILE --source NAME [options]",
         _eval_text,
+        spelled={"run": ["run"]},
     ),
     "reproduce": Command(
         "fss.paper.reproduce:reproduce_table",

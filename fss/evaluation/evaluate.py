@@ -276,6 +276,8 @@ def evaluate_seeds(
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a table of what `evaluate_seeds` returns, IoU in percent."""
     width = max(len(name) for name in ("FB-IoU", *result["iou"]))
+    if result.get("trained") == "nothing":
+        yield f"matching with {result['weights']}, nothing trained, {result['size']} px"
     if result.get("seen_in_training"):
         yield f"left out, because training saw them: {', '.join(result['seen_in_training'])}"
     elif "seen_in_training" in result and result["seen_in_training"] is None:

@@ -1,14 +1,14 @@
-"""`fss eval`: the score of a run or of the authors' checkpoint, on its own data or on others."""
+"""`fss eval`: the score of a run, of the authors' checkpoint, or of matching without training."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from torch import Tensor
+from torch import nn
 
 from fss.config import (
     Accelerator,
@@ -22,7 +22,14 @@ from fss.config import (
 from fss.data import Source, build_source
 from fss.evaluation.evaluate import episode_classes, evaluate_seeds
 from fss.files import write_json
-from fss.models import build_model, rebuild_model
+from fss.models import (
+    Matching,
+    backbone_name,
+    backbone_of,
+    build_model,
+    matching_size,
+    rebuild_model,
+)
 from fss.processes import float32_products, launch, lay_out, torchrun_layout
 from fss.runs.checkpoint import explain_misfit
 from fss.runs.folder import RunFolder
@@ -63,8 +70,12 @@ _PASCAL_NAMES = {
 
 
 def evaluate_run(
-    run: str,
+    run: str | None = None,
     official: str | None = None,
+    weights: str | None = None,
+    backbone: str | None = None,
+    stride_on: Literal["conv1", "conv2"] | None = None,
+    size: int | None = None,
     episodes: int | None = None,
     seeds: tuple[int, ...] | None = None,
     shots: int | None = None,
@@ -86,7 +97,11 @@ def evaluate_run(
     accelerator: Accelerator = "auto",
     out: str | None = None,
 ) -> dict:
-    """Score a checkpoint on test episodes and write the result next to it.
+    """Score a run on test episodes and write the result next to it, or score matching.
+
+    Matching needs no run: each pixel goes to the nearer of the mean features of object and
+    background that a pretrained backbone, `weights`, finds in the supports (`fss.models.Matching`).
+    Nothing is trained. What a run would say is then given here or as by default in `fss train`.
 
     On other data, which `source` names, the classes are those of their fold without the ones that
     training saw, by name: those are not novel to the model, and BAM's base learner, whose classes
@@ -97,18 +112,23 @@ def evaluate_run(
             of `fss train` that say model, data and fold of an authors' checkpoint.
         official: the authors' PFENet or BAM checkpoint, with a YAML file as `run`; by default its
             model.official.
+        weights: instead of a run: file of a pretrained backbone, "torchvision" or "shapes", see
+            `ModelConfig`.
+        backbone: of `weights`; by default the one that the file is of.
+        stride_on: of `weights`, see `ModelConfig`; by default what the file says, else conv2.
+        size: of the input with `weights`, pixels; by default 321, with "shapes" 161.
         episodes: per seed; by default as the run was tested.
         seeds: one evaluation each; by default as the run was tested.
         shots: support photos per episode; by default as trained.
         root: folder of the photos, if they have moved, or of the other data.
-        source: other data than those of the run, see `DataConfig`.
-        fold: of the other data; by default the number of the run's.
+        source: other data than those of the run, or the data for `weights`; see `DataConfig`.
+        fold: of these data; by default the number of the run's, with `weights` 0.
         folds: of other data that are "coco", "fwb" or "panet".
         train_list: a list of the data, see `DataConfig`.
         val_list: a list of the data, see `DataConfig`.
         min_area: smallest area at which a photo shows a class; by default as trained.
         drop_small_classes: omit classes that have no more than K photos.
-        classes: "novel", those of the fold; "base", those that training saw.
+        classes: "novel", those of the fold; "base", the others, which training saw.
         protocol: seeds, episodes, order of queries, transform and resize of the published tests
             of "bam", "pfenet" or "hsnet"; options given as well take precedence. HSNet's needs its
             lists (train_list, val_list), and the side stays that of training: its 400 is no
@@ -118,9 +138,11 @@ def evaluate_run(
         workers: processes that load episodes.
         resize: of predictions, see `TrainConfig`; by default as the run was tested.
         feature_cache: GiB of features to keep of recurring photos; does not change the score.
+            Matching keeps none.
         accelerator: "auto", "cpu" or "cuda".
         out: JSON file of the result; by default eval.json, or for other data
             eval_SOURCE_foldN.json, in the run's folder or the `out` of the YAML file's settings.
+            With `weights` nothing is written by default.
 
     Returns what it writes.
 
@@ -128,49 +150,42 @@ def evaluate_run(
         FileNotFoundError: no run, checkpoint or photos there.
         ValueError: a damaged checkpoint, or a setting that does not fit.
     """
-    trained = (
-        _read_official(Path(run), official, None if source else root)
-        if Path(run).suffix in (".yaml", ".yml")
-        else _read_run(Path(run), official, checkpoint)
-    )
-    own = trained.config.data
     data = {"shots": shots, "root": root, "workers": workers, "min_area": min_area}
     data |= {"train_list": train_list, "val_list": val_list}
     data = _given(data | {"drop_small_classes": drop_small_classes})
-    if source is not None:
-        if classes == "base":
-            raise ValueError(
-                'classes: expected "novel" on other data, got "base": those are the classes that '
-                "training saw, and it saw none of these data"
-            )
-        # what belongs to the run's own data does not carry over
-        data = {"root": None, "train_list": None, "val_list": None, "folds": "fwb"} | data
-        data |= _given({"source": source, "fold": fold, "folds": folds})
-    elif fold is not None or folds is not None:
-        raise ValueError(
-            "fold, folds: expected them with --source, for other data; the run was trained on "
-            f"fold {own.fold}, where the novel classes of the other folds are base classes"
+    elsewhere = _given({"source": source, "fold": fold, "folds": folds})
+    matching = {"weights": weights, "backbone": backbone, "stride_on": stride_on, "size": size}
+    if run is None:
+        of_runs = {"official": official, "checkpoint": checkpoint if checkpoint != "best" else None}
+        tested = _read_weights(data | elsewhere, matching, of_runs)
+    else:
+        _check_none(matching, f"without a run, {run} brings its own")
+        tested = (
+            _read_official(Path(run), official, None if source else root)
+            if Path(run).suffix in (".yaml", ".yml")
+            else _read_run(Path(run), official, checkpoint)
         )
+        data = _data_of_run(tested.config.data, data, elsewhere, classes)
     test = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
     test = _given(test | {"resize": resize, "feature_cache": feature_cache})
-    config = _configure(trained.config, data, test, protocol)
+    config = _configure(tested.config, data, test, protocol)
 
     devices, nodes = torchrun_layout() or (1, 1)
     fabric = launch(accelerator, devices, nodes, config.precision)
-    photos, described = build_source(config.data), trained.description
+    photos, described = build_source(config.data), tested.description
+    if source is not None:
+        described |= {"source": source}
+        _check_fold(photos, config.data.fold)
     base: Mapping[int, str] | None = None
-    if source is None:
+    if source is None or run is None:
         base = episode_classes(photos, config.data.fold, novel=False)
     else:
-        photos, seen = _without_seen(photos, config.data.fold, trained.base_classes or _seen(own))
-        described |= {"source": source, "seen_in_training": seen}
+        known = tested.base_classes or _seen(tested.config.data)
+        photos, seen = _without_seen(photos, config.data.fold, known)
+        described |= {"seen_in_training": seen}
     if protocol is not None:
         described |= {"protocol": protocol}
-    if trained.weights is None:
-        network = build_model(config.model, base, own.shots)
-    else:
-        with explain_misfit(Path(run)):
-            network = rebuild_model(trained.config, trained.weights)
+    network = tested.build(base)
     with float32_products(config.tf32):
         result = described | evaluate_seeds(
             fabric.setup(lay_out(network, fabric.device)),
@@ -185,11 +200,33 @@ def evaluate_run(
             config.feature_cache,
             config.graph,
         )
-    if fabric.is_global_zero:
-        path = Path(out) if out else trained.folder.score_file(source, config.data.fold)
+    path = Path(out) if out else None
+    if path is None and tested.folder is not None:
+        path = tested.folder.score_file(source, config.data.fold)
+    if path is not None and fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     return result
+
+
+def _data_of_run(
+    own: DataConfig, data: dict[str, Any], elsewhere: dict[str, Any], classes: str
+) -> dict[str, Any]:
+    """Return the settings of the data on which a run is tested that differ from its own."""
+    if "source" in elsewhere:
+        if classes == "base":
+            raise ValueError(
+                'classes: expected "novel" on other data, got "base": those are the classes that '
+                "training saw, and it saw none of these data"
+            )
+        # what belongs to the run's own data does not carry over
+        data = {"root": None, "train_list": None, "val_list": None, "folds": "fwb"} | data
+    elif elsewhere:
+        raise ValueError(
+            "fold, folds: expected them with --source, for other data; the run was trained on "
+            f"fold {own.fold}, where the novel classes of the other folds are base classes"
+        )
+    return data | elsewhere
 
 
 def _configure(
@@ -207,17 +244,55 @@ def _configure(
     return TrainConfig.from_dict(values | test)
 
 
-class _Trained(NamedTuple):
-    """A trained network and its folder; weights are None if model.official loads them."""
+class _Tested(NamedTuple):
+    """What is tested.
+
+    config: of its training; of matching, its data and else defaults.
+    build: makes the network, given the names of base classes.
+    base_classes: that training saw; None if they are not known, or none were seen.
+    folder: of the run, if there is one.
+    description: for the result.
+    """
 
     config: TrainConfig
-    weights: dict[str, Tensor] | None
+    build: Callable[[Mapping[int, str] | None], nn.Module]
     base_classes: dict[int, str] | None
-    folder: RunFolder
+    folder: RunFolder | None
     description: dict[str, Any]
 
 
-def _read_official(path: Path, official: str | None, root: str | None) -> _Trained:
+def _read_weights(
+    data: dict[str, Any], matching: dict[str, Any], of_runs: dict[str, Any]
+) -> _Tested:
+    weights, size = matching["weights"], matching["size"]
+    if weights is None:
+        raise ValueError(
+            "run: expected the folder of a run, or --weights of a pretrained backbone to match "
+            "without training, got neither: fss eval RUN [options], or fss eval --weights FILE "
+            "--source NAME [options]"
+        )
+    _check_none(of_runs, "with a run or its settings, weights alone have neither")
+    if "source" not in data:
+        raise ValueError(
+            f"source: expected one of {', '.join(get_args(SourceName))} with --weights, which "
+            "bring no data; got nothing"
+        )
+    size = matching_size(weights) if size is None else size
+    config = TrainConfig.from_dict({"data": {**data, "size": size}})
+    backbone = backbone_of(weights, matching["backbone"], matching["stride_on"])
+    description = {
+        "model": "matching",
+        "trained": "nothing",
+        "weights": Path(weights).name,
+        "backbone": backbone_name(backbone),
+        "stride_on": backbone.stride_on,
+        "size": size,
+        "min_area": config.data.min_area,
+    }
+    return _Tested(config, lambda _: Matching(backbone), None, None, description)
+
+
+def _read_official(path: Path, official: str | None, root: str | None) -> _Tested:
     settings = read_settings(path)
     model, data = ({**settings.get(part, {})} for part in ("model", "data"))
     model["official"] = official or model.get("official")
@@ -229,10 +304,14 @@ def _read_official(path: Path, official: str | None, root: str | None) -> _Train
     data |= _given({"root": root})
     config = TrainConfig.from_dict({**settings, "model": model, "data": data})
     description = {"checkpoint": Path(model["official"]).name}
-    return _Trained(config, None, None, RunFolder(config.out), description)
+
+    def build(base: Mapping[int, str] | None) -> nn.Module:
+        return build_model(config.model, base, config.data.shots)
+
+    return _Tested(config, build, None, RunFolder(config.out), description)
 
 
-def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
+def _read_run(path: Path, official: str | None, checkpoint: str) -> _Tested:
     if official:
         raise ValueError(
             "official: expected a YAML file beside it, that says model, data and fold of the "
@@ -247,7 +326,30 @@ def _read_run(path: Path, official: str | None, checkpoint: str) -> _Trained:
         config = TrainConfig.from_dict(settings)
         description = {"checkpoint": name, "step": state["step"]}
         weights, classes = state["model"], state.get("base_classes")
-    return _Trained(config, weights, classes, folder, description)
+
+    def build(base: Mapping[int, str] | None) -> nn.Module:
+        with explain_misfit(path):
+            return rebuild_model(config, weights)
+
+    return _Tested(config, build, classes, folder, description)
+
+
+def _check_none(options: dict[str, Any], where: str) -> None:
+    """Raise ValueError for options that are given, and are for elsewhere."""
+    given = _given(options)
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: expected only {where}; "
+            f"got {', '.join(f'{name} {value}' for name, value in given.items())}, omit "
+            f"{'it' if len(given) == 1 else 'them'}"
+        )
+
+
+def _check_fold(source: Source, fold: int) -> None:
+    if fold >= len(source.folds):
+        raise ValueError(
+            f"fold: expected 0 to {len(source.folds) - 1} with these data, got {fold}; give --fold"
+        )
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
@@ -266,10 +368,6 @@ def _without_seen(
     source: Source, fold: int, base_classes: Mapping[int, str] | None
 ) -> tuple[Source, list[str] | None]:
     """Remove the novel classes of the fold that training saw; return the source and their names."""
-    if fold >= len(source.folds):
-        raise ValueError(
-            f"fold: expected 0 to {len(source.folds) - 1} with these data, got {fold}; give --fold"
-        )
     if base_classes is None:
         return source, None
     known = {_plain(name) for name in base_classes.values()}

@@ -21,7 +21,7 @@ from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
 from fss.models.regimes import FACTORS, apply_regime, trains_singular_values
 from fss.models.state_dict import read_state_dict
-from fss.models.weights import backbone_of, load_backbone
+from fss.models.weights import backbone_name, backbone_of, load_backbone, matching_size
 from svf_fast import Factors
 
 __all__ = [
@@ -36,12 +36,14 @@ __all__ = [
     "PSPNet",
     "Prediction",
     "ResNet",
+    "backbone_name",
     "backbone_of",
     "build_backbone",
     "build_model",
     "load_backbone",
     "load_base_learner",
     "load_official",
+    "matching_size",
     "rebuild_model",
 ]
 

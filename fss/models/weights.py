@@ -103,6 +103,19 @@ def backbone_of(weights: str, name: str | None = None, stride_on: str | None = N
     return backbone
 
 
+def backbone_name(backbone: Backbone) -> str:
+    """Return the name of a backbone as `build_backbone` takes it."""
+    return _describe(backbone.state_dict()).backbone
+
+
+def matching_size(weights: str) -> int:
+    """Return the side of the input at which weights are matched by default, pixels.
+
+    The embedded backbone sees its shapes best at 161.
+    """
+    return 161 if weights == "shapes" else 321
+
+
 def _path(weights: str) -> Path:
     path = _SHAPES if weights == "shapes" else Path(weights).expanduser()
     if not path.is_file():
@@ -118,7 +131,7 @@ def _ignored(key: str) -> bool:
 
 
 def _download(backbone: Backbone) -> dict[str, Tensor]:
-    name = _describe(backbone.state_dict()).backbone
+    name = backbone_name(backbone)
     try:
         from torchvision.models import get_model_weights
     except ImportError as error:

@@ -20,7 +20,7 @@ from fss.config import TrainConfig
 from fss.data import EvalTransform, test_transform
 from fss.data.masks import MaskValue
 from fss.evaluation.evaluate import enlarge
-from fss.models import FewShotModel, Matching, backbone_of
+from fss.models import FewShotModel, Matching, backbone_of, matching_size
 from fss.processes import lay_out
 from fss.runs.folder import RunFolder
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
@@ -96,7 +96,7 @@ class FewShotSegmenter:
         if weights is None:
             weights = "shapes" if backbone is None else "torchvision"
         if size is None:
-            size = 161 if weights == "shapes" else 321
+            size = matching_size(str(weights))
         model = Matching(backbone_of(str(weights), backbone, stride_on))
         self._prepare(model, None, EvalTransform(size), adapter, threshold, device)
 

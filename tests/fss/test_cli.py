@@ -90,6 +90,20 @@ def test_no_command_and_no_config(capsys):
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
+def test_matching_needs_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--source", "shapes", "--min_area", "0.01", "--size", "33", "--episodes", "3"]
+    options += ["--seeds", "[7]", "--accelerator", "cpu", "--workers", "0"]
+    assert main(["eval", "--weights", "shapes", *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("matching with shapes, nothing trained, 33 px\nfold 0, novel classes")
+    assert not list(tmp_path.iterdir())
+    assert main(["eval"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fss: run: expected the folder of a run, or --weights of")
+    assert "fss eval RUN [options], or fss eval --weights FILE" in said
+
+
 def test_eval_of_what_is_not_there(tmp_path, capsys):
     assert main(["eval", str(tmp_path)]) == 2
     assert "checkpoint: expected a file at" in capsys.readouterr().err
@@ -139,7 +153,7 @@ def test_interrupt_says_how_to_go_on(config_file, monkeypatch, capsys):
     ("command", "usage"),
     [
         ("predict", "fss predict [RUN] --support PICTURE MASK --query PICTURE|FOLDER ... --out"),
-        ("eval", "fss eval RUN [options]"),
+        ("export", "fss export RUN [--out FILE.onnx]"),
         ("data prepare", "fss data prepare|verify pascal|coco ROOT"),
     ],
 )

@@ -7,13 +7,15 @@ import torch
 import yaml
 
 import fss.evaluation.score
-from fss.data import build_source
-from fss.evaluation.evaluate import episode_classes, table
+from fss.data import build_episodes, build_source
+from fss.evaluation.evaluate import episode_classes, predict, table
+from fss.evaluation.metrics import EpisodeIoU
 from fss.evaluation.score import PROTOCOLS, evaluate_run
-from fss.models import build_model
+from fss.models import Matching, backbone_of, build_model
 from fss.models.official import official_keys
 from fss.models.regimes import apply_regime
 from fss.runs.checkpoint import save_checkpoint
+from fss.segment.segmenter import FewShotSegmenter
 
 FEW = {"episodes": 4, "seeds": (1,), "accelerator": "cpu", "workers": 0}
 
@@ -208,3 +210,67 @@ def test_a_score_in_a_file_of_its_own(tiny, tmp_path):
         result = evaluate_run(str(run), **few, **options, out=str(out))
         assert json.loads(out.read_text()) == result != own
     assert json.loads((run / "eval.json").read_text()) == own
+
+
+MATCHING = {"weights": "shapes", "source": "shapes", "size": 97, "min_area": 0.01}
+
+
+def test_matching_is_scored_as_a_run(tiny, tmp_path):
+    """On the same episodes, by the same metric; features of recurring photos change nothing."""
+    out = tmp_path / "scores" / "matching.json"
+    result = evaluate_run(**MATCHING, **FEW, out=str(out))
+    data = tiny(data={"size": 97}).data
+    shapes = build_source(data)
+    counted = EpisodeIoU(episode_classes(shapes, 0))
+    model = Matching(backbone_of("shapes"))
+    for episode in build_episodes(data, "test", 4, 1, shapes):
+        batch = {name: episode[name][None] for name in ("query_image", "query_size")}
+        batch |= {name: episode[name][None] for name in ("support_images", "support_masks")}
+        batch["query_mask_original"] = [episode["query_mask_original"]]
+        (mask,) = predict(model, batch)
+        counted.update(mask, episode["query_mask_original"], episode["class_id"])
+    assert result["miou"]["mean"] == pytest.approx(counted.result().miou, abs=1e-6) != 0
+    assert json.loads(out.read_text()) == result
+    run = evaluate_run(str(untrained(tiny())), **FEW)
+    own = {"model", "trained", "weights", "backbone", "stride_on", "size", "min_area", "source"}
+    assert result.keys() - own == run.keys() - {"checkpoint", "step"}
+    assert result["episodes"] == run["episodes"]
+    assert result["trained"] == "nothing" and result["backbone"] == "resnet18"
+    assert evaluate_run(**MATCHING, **FEW, batch_size=2, feature_cache=0.0) == result
+    assert next(table(result)) == "matching with shapes, nothing trained, 97 px"
+
+
+def test_weights_are_named_without_their_folder(tmp_path):
+    state = backbone_of("shapes").state_dict()
+    torch.save(state, tmp_path / "mine.pth")
+    options = MATCHING | {"weights": str(tmp_path / "mine.pth")}
+    result = evaluate_run(**options, **FEW, classes="base", fold=1, protocol="bam")
+    assert result["weights"] == "mine.pth" and str(tmp_path) not in json.dumps(result)
+    assert result["classes_are"] == "base" and len(result["iou"]) == 15 and result["fold"] == 1
+    assert result["protocol"] == "bam" and result["resize"] == "canvas"
+
+
+def test_matching_sees_what_the_segmenter_sees():
+    """The default side of the input is one rule."""
+    given = FewShotSegmenter(device="cpu")._transform.size
+    assert evaluate_run(weights="shapes", source="shapes", min_area=0.01, **FEW)["size"] == given
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": None}, "run: expected the folder of a run, or --weights .* got neither: fss"),
+        ({"source": None}, "source: expected one of folder, pascal, .*; got nothing"),
+        ({"run": "runs/x"}, "weights, size: expected only without a run, runs/x brings its own; "),
+        ({"run": "a.yaml", "weights": None}, "size: expected only without .*size 97, omit it"),
+        ({"official": "bam.pth"}, "official: expected only with a run or its settings"),
+        ({"checkpoint": "last"}, "checkpoint: expected only with a run.*got checkpoint last"),
+        ({"source": "pascal"}, "data.root: expected the folder"),
+        ({"fold": 4}, "fold: expected 0 to 3 with these data, got 4"),
+        ({"backbone": "resnet50"}, "weights: expected those of resnet50, .* weights of resnet18"),
+        ({"size": 32}, "data.size: expected a multiple of 8 plus 1"),
+    ],
+)
+def test_what_does_not_fit_matching_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(**(MATCHING | FEW | options))
