@@ -25,9 +25,8 @@ def follow(model: nn.Module) -> Hashable:
     networks: set[Network] = set()
     for module in model.modules():
         if isinstance(module, Factored):
-            plan, trained, S = module.current_plan(), module.trained, module.S_in_use
-            found += (plan, trained.data_ptr(), S.data_ptr(), trained.requires_grad)
-            found.append(module.geometry)
+            plan, trained = module.current_plan(), module.trained
+            found += (plan, trained.data_ptr(), trained.requires_grad, module.geometry)
             if not trained.requires_grad:  # then W is a constant of the graph
                 found.append(module.values.seen)
             networks.add(module.network)
