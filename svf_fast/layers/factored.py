@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,10 +127,7 @@ class Factored(nn.Module):
     @property
     def trained(self) -> Tensor:
         """The parameter that trains: S, or log_scale."""
-        if self.trains == "S":
-            return self.S
-        assert self.log_scale is not None
-        return self.log_scale
+        return self.S if self.trains == "S" else self.log_scale  # type: ignore[return-value]
 
     @property
     def S_in_use(self) -> Tensor:
@@ -223,7 +220,7 @@ class Factored(nn.Module):
 
     def _frozen(self) -> tuple[Tensor, ...]:
         """Return the factors that do not train."""
-        own = cast(dict[str, Tensor], self._buffers)
+        own: dict[str, Any] = self._buffers
         return (own["U"], own["V"]) if self.trains == "S" else (own["U"], own["V"], own["S"])
 
     @contextlib.contextmanager
@@ -272,8 +269,9 @@ class Factored(nn.Module):
     @property
     def has_values(self) -> bool:
         """Whether U, S and V are more than shapes (meta or fake tensors), or shards of values."""
-        known = svd.has_memory(self.U) and svd.has_memory(self.S)
-        return known and (self.trains == "S" or svd.has_memory(self.trained))
+        if not (svd.has_memory(self.U) and svd.has_memory(self.trained)):
+            return False
+        return self.trains == "S" or svd.has_memory(cast(Tensor, self._buffers["S"]))
 
     @property
     def is_captured(self) -> bool:
@@ -498,13 +496,12 @@ class Factored(nn.Module):
 
         Not planned for are those of ``to_empty`` before others are loaded: anything, not of rank R.
         """
-        for own in (self._parameters, self._buffers):
-            for name in ("S", "log_scale"):
-                x = own.get(name)
-                if x is not None and _is_narrow(x):  # of an older file, assigned
-                    wide = _widened(x.detach())
-                    is_buffer = own is self._buffers
-                    own[name] = wide if is_buffer else nn.Parameter(wide, x.requires_grad)
+        for name in ("S", "log_scale"):
+            x = getattr(self, name)
+            if x is not None and _is_narrow(x):  # of an older file, assigned
+                wide = _widened(x.detach())
+                is_buffer = name in self._buffers
+                setattr(self, name, wide if is_buffer else nn.Parameter(wide, x.requires_grad))
         with contextlib.suppress(ValueError):
             self.refresh()
 

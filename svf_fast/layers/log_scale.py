@@ -28,10 +28,10 @@ def check_trains(trains: str) -> None:
 
 def scaled(S: Tensor, log_scale: Tensor) -> Tensor:
     """Compute ``S ⊙ exp(s')``, detached, as an ordinary tensor even in inference mode."""
-    if torch.compiler.is_compiling():
-        return S.detach() * log_scale.detach().exp()
-    with torch.inference_mode(False), torch.no_grad():
-        return S * log_scale.exp()
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return log_scale.detach().exp() * S.detach()
+    return log_scale.detach().exp().mul_(S.detach())
 
 
 def scale_together(layers: Sequence[Factored]) -> None:
