@@ -60,11 +60,11 @@ def frozen(network: nn.Module) -> nn.Module:
 def trunk(device) -> Callable[..., nn.Module]:
     """``trunk()``: layers 2-4 of a narrow ResNet-50, converted, channels_last on the GPU."""
 
-    def make(on: torch.device = device) -> nn.Module:
+    def make(on: torch.device = device, trains: str = "S") -> nn.Module:
         torch.manual_seed(1)
         backbone = frozen(build_backbone("resnet50", width=16))
         parts = nn.Sequential(*(backbone.get_submodule(name) for name in LAYERS))
-        svf_fast.convert(parts, None, progress=False)
+        svf_fast.convert(parts, None, progress=False, trains=trains)
         return parts.to(on, memory_format=torch.channels_last)
 
     return make

@@ -13,10 +13,14 @@ ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 
 
 @pytest.mark.parametrize("together", (True, False))
-@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
-def test_a_replay_is_an_eager_step(trunk, maps, dtype, together):
+@pytest.mark.parametrize(
+    ("dtype", "trains"),
+    [*((dtype, "S") for dtype in ALLOWED), (torch.float32, "log_scale")],
+    ids=str,
+)
+def test_a_replay_is_an_eager_step(trunk, maps, dtype, trains, together):
     """W composed for all layers at once, or by each for itself."""
-    model, x = trunk(), maps()
+    model, x = trunk(trains=trains), maps()
     leaves = [x, *svf_fast.svf_parameters(model)]
     with torch.no_grad():
         grad_y = torch.randn_like(model(x))
@@ -48,8 +52,8 @@ def test_a_replay_is_an_eager_step(trunk, maps, dtype, together):
 
     for factor in (1.0, 1.05, 0.95):
         with torch.no_grad():
-            for S in svf_fast.svf_parameters(model):
-                S.mul_(factor)
+            for values in svf_fast.svf_parameters(model):
+                values.mul_(factor) if trains == "S" else values.add_(factor - 1)
             x.mul_(0.9)
         assert svf_fast.follow(model) == key
         graph.replay()
