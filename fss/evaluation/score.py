@@ -23,9 +23,8 @@ from fss.data import Source, build_source
 from fss.evaluation.evaluate import episode_classes, evaluate_seeds
 from fss.files import write_json
 from fss.models import (
-    Matching,
     backbone_name,
-    backbone_of,
+    build_matching,
     build_model,
     matching_size,
     rebuild_model,
@@ -279,17 +278,17 @@ def _read_weights(
         )
     size = matching_size(weights) if size is None else size
     config = TrainConfig.from_dict({"data": {**data, "size": size}})
-    backbone = backbone_of(weights, matching["backbone"], matching["stride_on"])
+    model = build_matching(weights, matching["backbone"], matching["stride_on"])
     description = {
         "model": "matching",
         "trained": "nothing",
         "weights": Path(weights).name,
-        "backbone": backbone_name(backbone),
-        "stride_on": backbone.stride_on,
+        "backbone": backbone_name(model.backbone),
+        "stride_on": model.backbone.stride_on,
         "size": size,
         "min_area": config.data.min_area,
     }
-    return _Tested(config, lambda _: Matching(backbone), None, None, description)
+    return _Tested(config, lambda _: model, None, None, description)
 
 
 def _read_official(path: Path, official: str | None, root: str | None) -> _Tested:

@@ -14,7 +14,7 @@ from fss.models.bam import BAM
 from fss.models.baseline import Baseline
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
-from fss.models.matching import Matching
+from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
@@ -25,7 +25,7 @@ from fss.models.regimes import (
     trains_singular_values,
 )
 from fss.models.state_dict import read_state_dict
-from fss.models.weights import backbone_name, backbone_of, load_backbone, matching_size
+from fss.models.weights import backbone_name, backbone_of, load_backbone
 from svf_fast import Factors
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "backbone_name",
     "backbone_of",
     "build_backbone",
+    "build_matching",
     "build_model",
     "load_backbone",
     "load_base_learner",

@@ -176,13 +176,20 @@ class ResNet(nn.Module):
         layer2 = self.layer2(self.layer1(self.stem(images)))
         return layer2, self.layer3(layer2)
 
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Map images [B, 3, H, W] to the outputs of `layer3` and of each block of `layer4`."""
+        maps = [self.features(images)[1]]
+        for block in self.layer4:
+            maps.append(block(maps[-1]))
+        return maps
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to the output of `layer4`."""
         return self.layer4(self.features(images)[1])
 
 
 Backbone = ResNet | VGG
-"""What a few-shot model runs on: `features`, `layer4` and `channels` are all it uses."""
+"""What a few-shot model runs on: `features`, `layer4`, `levels` and `channels` are all it uses."""
 
 BACKBONES = (*ARCHITECTURES, "vgg16_bn")
 

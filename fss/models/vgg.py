@@ -70,6 +70,11 @@ class VGG(nn.Module):
         layer3 = self.layer3(layer2)
         return resize(layer2, layer3.shape[-2:]), layer3
 
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Map images [B, 3, H, W] to the outputs of `layer3` and `layer4`."""
+        middle = self.features(images)[1]
+        return [middle, self.layer4(middle)]
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to the output of `layer4`."""
         return self.layer4(self.features(images)[1])

@@ -67,13 +67,19 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
     backbone.factors = rename({k: v for k, v in read.factors.items() if not _ignored(f"{k}.")})
 
 
-def backbone_of(weights: str, name: str | None = None, stride_on: str | None = None) -> Backbone:
+def backbone_of(
+    weights: str,
+    name: str | None = None,
+    stride_on: str | None = None,
+    output_stride: int = 8,
+) -> Backbone:
     """Build the backbone that weights belong to, and load them.
 
     Args:
         weights: "shapes", "torchvision" or a file, see `load_backbone`.
         name: of the backbone; by default what the weights tell.
         stride_on: see `build_backbone`; by default what the file says, else conv2.
+        output_stride: see `build_backbone`.
 
     Raises:
         FileNotFoundError, ImportError, ConnectionError, ValueError: see `load_backbone`; weights of
@@ -85,7 +91,7 @@ def backbone_of(weights: str, name: str | None = None, stride_on: str | None = N
                 f'backbone: expected one of {", ".join(BACKBONES)} for weights "torchvision", '
                 "got nothing"
             )
-        backbone = build_backbone(name, stride_on=stride_on or "conv2")
+        backbone = build_backbone(name, stride_on=stride_on or "conv2", output_stride=output_stride)
     else:
         path = _path(weights)
         read = backbone_part(read_state_dict(path), weights)
@@ -96,9 +102,8 @@ def backbone_of(weights: str, name: str | None = None, stride_on: str | None = N
                 f"weights: expected those of {name or ' or '.join(BACKBONES)}, {path} has weights "
                 f"{what}"
             )
-        backbone = build_backbone(
-            found.backbone, found.stem, stride_on or read.stride_on or "conv2", found.width
-        )
+        stride_on = stride_on or read.stride_on or "conv2"
+        backbone = build_backbone(found.backbone, found.stem, stride_on, found.width, output_stride)
     load_backbone(backbone, weights)
     return backbone
 
@@ -106,14 +111,6 @@ def backbone_of(weights: str, name: str | None = None, stride_on: str | None = N
 def backbone_name(backbone: Backbone) -> str:
     """Return the name of a backbone as `build_backbone` takes it."""
     return _describe(backbone.state_dict()).backbone
-
-
-def matching_size(weights: str) -> int:
-    """Return the side of the input at which weights are matched by default, pixels.
-
-    The embedded backbone sees its shapes best at 161.
-    """
-    return 161 if weights == "shapes" else 321
 
 
 def _path(weights: str) -> Path:

@@ -17,10 +17,10 @@ from torch import Tensor
 import svf_fast
 from fss.colors import ORANGE
 from fss.config import TrainConfig
-from fss.data import EvalTransform, test_transform
+from fss.data import EvalTransform, Sample, test_transform
 from fss.data.masks import MaskValue
 from fss.evaluation.evaluate import enlarge
-from fss.models import FewShotModel, Matching, backbone_of, matching_size
+from fss.models import FewShotModel, Matching, build_matching, matching_size
 from fss.processes import lay_out
 from fss.runs.folder import RunFolder
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
@@ -53,10 +53,10 @@ class FewShotSegmenter:
         segmenter.support([image], [mask])
         result = segmenter(query)            # result.mask, result.probability, result.overlay()
 
-    `load` takes a trained run. Without one, as here, nothing is trained: each pixel goes to the
-    nearer of two mean features, of object and background, see `Matching`. By default these are
-    features of the embedded backbone, which is small and was trained on rendered shapes: enough to
-    try it, poor on photos. For photos give weights trained on photos, or train a run.
+    `load` takes a trained run. Without one, as here, nothing is trained: each pixel is compared
+    with object and background of the supports, see `Matching`. By default with features of the
+    embedded backbone, which is small and was trained on rendered shapes: enough to try it, poor on
+    photos. For photos give weights trained on photos, or train a run.
 
     Pictures and masks: see `read_picture` and `read_mask`. Any size and shape; each is scaled so
     that its longer side fits the network's input, and results come back at the picture's own size.
@@ -67,7 +67,7 @@ class FewShotSegmenter:
             "torchvision" (downloaded; the default if only `backbone` is given).
         stride_on: of a ResNet's bottlenecks, "conv1" or "conv2" (torchvision); by default what the
             weights' file says, else conv2.
-        size: longer side of the network's input, pixels, a multiple of 8 plus 1; by default 321,
+        size: longer side of the network's input, pixels, a multiple of 8 plus 1; by default 513,
             and 161 for the embedded backbone, which sees its shapes best at that size.
         adapter: file of `svf_fast.save_adapter` on this backbone, see `adapter`.
         threshold: probability above which a pixel belongs to the object.
@@ -97,7 +97,7 @@ class FewShotSegmenter:
             weights = "shapes" if backbone is None else "torchvision"
         if size is None:
             size = matching_size(str(weights))
-        model = Matching(backbone_of(str(weights), backbone, stride_on))
+        model = build_matching(str(weights), backbone, stride_on)
         self._prepare(model, None, EvalTransform(size), adapter, threshold, device)
 
     @classmethod
@@ -283,13 +283,23 @@ class FewShotSegmenter:
         logits = self.model.segment(queries, self._supports)
         results = []
         for picture, sample, one in zip(pictures, samples, logits, strict=True):
-            background, foreground = enlarge(one, sample.size, picture.shape[:2], self._resize)
+            background, foreground = self._enlarge(one, sample, picture)
             margin = foreground - background
             limit = math.log(self.threshold / (1 - self.threshold))
             # of the margin: a probability rounds
             mask = (margin > limit).cpu().numpy()
             results.append(Segmentation(picture, margin.sigmoid().cpu().numpy(), mask))
         return results
+
+    def _enlarge(self, logits: Tensor, sample: Sample, picture: NDArray[np.uint8]) -> Tensor:
+        """Resize logits [2, S, S] of a picture to its own size, [2, H, W]."""
+        assert sample.size is not None
+        height, width = sample.size
+        if isinstance(self.model, Matching) and max(picture.shape[:2]) > max(height, width):
+            part = sample.image[:, :height, :width].to(logits)
+            whole = torch.from_numpy(picture).to(logits.device)
+            return self.model.sharpen(logits[:, :height, :width], part, whole)
+        return enlarge(logits, sample.size, picture.shape[:2], self._resize)
 
 
 def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:

@@ -4,53 +4,104 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fss.models import Matching, build_backbone
+from fss.data.transforms import MEAN, STD
+from fss.models import Matching, build_backbone, build_matching
+from fss.models.matching import _extent, _surest
+from fss.models.pooling import resize
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return Matching(build_backbone("resnet18", width=4)).double()
+    return Matching(build_backbone("resnet18", width=4)).double().requires_grad_(False)
 
 
 def episode(batch: int = 2, shots: int = 3, size: int = 33):
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
     supports = torch.randn(batch, shots, 3, size, size, generator=generator, dtype=torch.float64)
-    masks = torch.randint(0, 2, (batch, shots, size, size), generator=generator)
+    masks = torch.zeros(batch, shots, size, size, dtype=torch.int64)
+    masks[..., 8:20, 4:24] = 1
     masks[..., 25:] = 255
     return queries, supports, masks
 
 
-def test_logits_are_cosines_with_mean_features(model):
-    """Position by position, from the definition."""
-    queries, supports, masks = episode(1, 1)
-    layers = [queries, supports[0]]
-    layers = [(*model.backbone.features(x), model.backbone(x)) for x in layers]
-    query, support = (
-        torch.cat([functional.normalize(each, dim=1) for each in maps], 1) for maps in layers
-    )
-    share = [functional.interpolate((masks[0] == c)[None].double(), size=(5, 5), mode="bilinear",
-                                    align_corners=True) for c in (0, 1)]  # fmt: skip
-    prototypes = [(support * each).sum((2, 3)) / each.sum() for each in share]
-    cosines = [functional.cosine_similarity(query, p[..., None, None]) for p in prototypes]
-    logits = model(queries, supports, masks).logits
-    assert logits.shape == (1, 2, 33, 33)
-    torch.testing.assert_close(logits[..., ::8, ::8], 20 * torch.stack(cosines, dim=1))
+def test_the_first_score_is_of_prototypes_and_nearest_positions(model):
+    """Position by position, from the definition; a map of one position a pixel has whole shares."""
+    from fss.models import matching
+
+    generator = torch.Generator().manual_seed(2)
+    levels = [torch.randn(2, c, 6, 6, generator=generator, dtype=torch.float64) for c in (5, 7, 9)]
+    levels = [functional.normalize(x, dim=1) for x in levels]
+    mask = torch.zeros(1, 6, 6, dtype=torch.int64)
+    mask[0, 1:4, 2:5] = 1
+    mask[0, 5] = 255
+    examples = matching._examples([x[1:] for x in levels], mask)
+    expected = torch.zeros(6, 6, dtype=torch.float64)
+    for level in levels:
+        f, s = level[0], level[1]
+        found, background = (s[:, mask[0] == c].mean(1) for c in (1, 0))
+        for sign, mean in ((1, found), (-1, background)):
+            expected += sign * functional.cosine_similarity(f, mean[:, None, None], dim=0) / 3
+    score = matching._compare([x[0] for x in levels], examples.prototypes, (6, 6))
+    torch.testing.assert_close(score, expected)
+    f, s = levels[0]
+    cosines = torch.einsum("chw,cn->nhw", f, s[:, mask[0] == 1])
+    near = cosines.topk(5, dim=0).values.mean(0)
+    cosines = torch.einsum("chw,cn->nhw", f, s[:, mask[0] == 0])
+    near -= cosines.topk(5, dim=0).values.mean(0)
+    torch.testing.assert_close(matching._nearest(f, *examples.positions[0], 1), near)
 
 
-def test_supports_count_the_same_whatever_their_area(model):
+def test_the_object_is_found_where_the_query_repeats_it(model):
+    """The query is the support: what is under the mask scores higher than what is not."""
+    _, supports, masks = episode(1, 1, 65)
+    margin = model(supports[:, 0], supports, masks).logits[0, 1]
+    assert margin[masks[0, 0] == 1].mean() > margin[masks[0, 0] == 0].mean() + 0.5
+
+
+def test_own_prototypes_and_the_order_of_supports(model):
     queries, supports, masks = episode()
-    few = masks.clone()
-    few[:, 0] = 255
-    few[:, 0, :9, :9] = masks[:, 0, :9, :9]
-    prototypes = [
-        torch.cat([model.encode_supports(s[None], m[None])[None] for s, m in zip(*each)])
-        for each in zip(supports, few)
-    ]
-    normalised = functional.normalize(torch.stack(prototypes), dim=3).mean(1)
-    expected = model.segment(queries, normalised)
-    torch.testing.assert_close(model(queries, supports, few).logits, expected)
+    turned = model(queries, supports.flip(1), masks.flip(1)).logits
+    torch.testing.assert_close(model(queries, supports, masks).logits, turned)
+
+
+def test_the_surest_positions():
+    score = torch.arange(100.0).reshape(10, 10)
+    inside = torch.ones(10, 10, dtype=torch.bool)
+    inside[9] = False
+    background, found = _surest(score, inside)
+    assert background.sum() == 27 and score[background].max() == 26
+    assert found.sum() == 15 and score[found].min() == 75
+    few = torch.zeros(10, 10)
+    few[0, :3] = 1
+    assert _surest(few, inside)[1].sum() == 3  # not more than Otsu's threshold parts
+    assert not _surest(score, torch.zeros_like(inside)).any()
+
+
+def test_several_supports_move_the_threshold(model):
+    _, supports, masks = episode(1, 4)
+    alone = model.encode_supports(supports[0, :1], masks[0, :1])
+    several = model.encode_supports(supports[0], masks[0])
+    assert alone.threshold == 0.06 and several.threshold != 0.06
+    assert -0.1 <= several.threshold <= 0.2
+
+
+def test_what_a_photo_covers_of_its_canvas():
+    image = torch.zeros(3, 17, 17) + torch.as_tensor(-MEAN / STD)[:, None, None]
+    image[:, :9, :13] = torch.randn(3, 9, 13, generator=torch.Generator().manual_seed(0))
+    assert _extent(image) == (9, 13)
+    image[:, 2] = torch.as_tensor(-MEAN / STD)[:, None]  # a black line in the photo
+    assert _extent(image) == (9, 13)
+    assert _extent(torch.zeros(3, 5, 6)) == (5, 6)
+
+
+def test_segment_is_forward_for_one_support_set(model):
+    queries, supports, masks = episode()
+    examples = model.encode_supports(supports[0], masks[0])
+    torch.testing.assert_close(
+        model.segment(queries[:1], examples), model(queries[:1], supports[:1], masks[:1]).logits
+    )
 
 
 def test_a_batch_is_its_episodes(model):
@@ -61,13 +112,66 @@ def test_a_batch_is_its_episodes(model):
         torch.testing.assert_close(together[n : n + 1], alone)
 
 
+def test_gradients_reach_what_trains_and_nothing_else_is_recorded(model):
+    queries, supports, masks = episode(1, 2)
+    assert not model(queries, supports, masks).logits.requires_grad
+    weight = model.backbone.layer4[0].conv1.weight.requires_grad_(True)
+    try:
+        prediction = model(queries, supports, masks)
+        (slope,) = torch.autograd.grad(model.loss(prediction, masks[:, 0]), weight)
+        step = 1e-6 * slope / slope.norm()
+        with torch.no_grad():
+            losses = []
+            for sign in (1, -1):
+                weight += sign * step
+                losses.append(model.loss(model(queries, supports, masks), masks[:, 0]))
+                weight -= sign * step
+        assert slope.norm() > 0
+        expected = (losses[0] - losses[1]) / 2e-6
+        torch.testing.assert_close(slope.norm(), expected, rtol=1e-3, atol=1e-7)
+    finally:
+        weight.requires_grad_(False)
+
+
 def test_masks_without_one_of_the_two_give_numbers(model):
     queries, supports, masks = episode()
     for value in (0, 1, 255):
         assert model(queries, supports, torch.full_like(masks, value)).logits.isfinite().all()
 
 
+def test_an_object_smaller_than_a_position_is_not_lost(model):
+    _, supports, masks = episode(1, 1)
+    masks[:] = 0
+    masks[..., 11, 13] = 1
+    found = model.encode_supports(supports[0], masks[0]).prototypes
+    assert all(torch.allclose(x[1].norm(), x.new_ones(())) for x in found)
+
+
+def test_output_strides_of_photos_and_of_the_embedded_backbone(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(build_backbone("resnet18", width=4).state_dict(), tmp_path / "w.safetensors")
+    image = torch.zeros(1, 3, 65, 65)
+    for weights, sides in ((str(tmp_path / "w.safetensors"), [5, 3, 3]), ("shapes", [9, 9, 9])):
+        levels = build_matching(weights).backbone.levels(image)
+        assert [x.shape[-1] for x in levels] == sides
+
+
 def test_a_wrong_size_is_explained(model):
     queries, supports, masks = episode(size=32)
     with pytest.raises(ValueError, match="33×33 would do"):
         model(queries, supports, masks)
+
+
+def test_a_vgg_has_levels():
+    torch.manual_seed(0)
+    model = Matching(build_backbone("vgg16_bn", width=4))
+    queries, supports, masks = episode(1, 1)
+    logits = model(queries.float(), supports.float(), masks).logits
+    assert logits.shape == (1, 2, 33, 33) and logits.isfinite().all()
+    low, high = model.backbone.levels(queries.float())
+    torch.testing.assert_close(high, model.backbone(queries.float()))
+    torch.testing.assert_close(
+        resize(low, low.shape[-2:]), model.backbone.features(queries.float())[1]
+    )
