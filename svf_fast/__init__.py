@@ -3,7 +3,7 @@
 from svf_fast._library import __version__, build_info
 from svf_fast.adapter import Adapter, interpolate_adapters, load_adapter, save_adapter
 from svf_fast.capture import composed, follow
-from svf_fast.convert import convert, merge, svf_parameters
+from svf_fast.convert import convert, merge, svf_parameter_groups, svf_parameters
 from svf_fast.fusion import Fused, SVFBasicBlock, SVFBottleneck, SVFConvBNAct
 from svf_fast.layers import SVFConv2d, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
@@ -32,5 +32,6 @@ __all__ = [
     "memory_report",
     "merge",
     "save_adapter",
+    "svf_parameter_groups",
     "svf_parameters",
 ]

@@ -25,6 +25,7 @@ from svf_fast.files import save_atomically
 from svf_fast.fusion.plain import plain_layers
 from svf_fast.layers import fingerprint
 from svf_fast.layers.factored import Factored, svf_layers
+from svf_fast.layers.log_scale import out_of_reach
 from svf_fast.layers.names import Place, places, plain_names, within
 from svf_fast.svd import Factors, check_weight
 
@@ -45,7 +46,8 @@ class Adapter:
     """The singular values of every SVF layer of a model, kept apart from it.
 
     Several can be in memory, 50 KB each for a ResNet-50, and take turns in one converted model:
-    :meth:`apply` copies S, nothing is decomposed again.
+    :meth:`apply` copies S, nothing is decomposed again. S is what a layer computes with: S·exp(s')
+    where s' trains, so an adapter does not tell which of the two did.
 
     Args:
         S: the singular values by layer, each [G·R], of a floating dtype.
@@ -159,14 +161,18 @@ class Adapter:
 
         A plain model is converted first, see :meth:`convert`. The model, or the one that the
         adapter was taken of, may be in wrappers, or part of a larger one. Nothing is changed unless
-        all of it fits. Each weight is composed anew once, when the layer next runs.
+        all of it fits. Each weight is composed anew once, when the layer next runs. Where s' of
+        S·exp(s') trains, it becomes log(S / pretrained S): exact to rounding.
 
         Raises ValueError when layers are missing or left over, shapes differ, the frozen weights
         are not those of the adapter, to rounding: another backbone, or other weights; when they
-        were decomposed into other directions; or when the adapter fits several parts of the model.
+        were decomposed into other directions; when the adapter fits several parts of the model; or
+        where s' trains and no s' gives a value of it, which of a plain model shows once converted.
         """
         place = self._prepare(model, options)
         layers = _converted(model)
+        if problem := out_of_reach(self.S, {name: layers[place(name)] for name in self.S}):
+            raise ValueError(f"{self._name}: {problem}")
         for name, values in self.S.items():
             layers[place(name)].assign(values)
         tensors = _tensors(model) if self.also else {}
@@ -309,7 +315,7 @@ def save_adapter(
     card: Mapping[str, Any] | None = None,
     also: Sequence[str] = (),
 ) -> None:
-    """Write the S of every SVF layer to a safetensors file: one ``<layer>.S`` each.
+    """Write the S of every SVF layer, as it computes with it, to a file: one ``<layer>.S`` each.
 
     For a ResNet-50 that is about 60 KB. The file also names, for each layer, a fingerprint of the
     weight it was decomposed from, and keeps the ``card`` of :class:`Adapter`: data, fold, metric

@@ -25,9 +25,9 @@ def follow(model: nn.Module) -> Hashable:
     networks: set[Network] = set()
     for module in model.modules():
         if isinstance(module, Factored):
-            plan, S = module.current_plan(), module.S
-            found += (plan, S.data_ptr(), S.requires_grad, module.geometry)
-            if not S.requires_grad:  # then W is a constant of the graph
+            plan, trained = module.current_plan(), module.trained
+            found += (plan, trained.data_ptr(), trained.requires_grad, module.geometry)
+            if not trained.requires_grad:  # then W is a constant of the graph
                 found.append(module.values.seen)
             networks.add(module.network)
         elif isinstance(module, Fused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections import Counter
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,15 +37,64 @@ from svf_fast.fusion.structure import Chain, Unit, find
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
+from svf_fast.layers.log_scale import check_trains
 from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
 from svf_fast.svd import Factors, are_of, decompose, has_memory
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the trainable singular values of a model, one vector per converted layer."""
+    """Yield what trains of a model's singular values, a vector a converted layer: S or log_scale.
+
+    For rates relative to the size of S there is :func:`svf_parameter_groups`.
+    """
     for layer in svf_layers(model).values():
-        yield layer.S
+        yield layer.trained
+
+
+def svf_parameter_groups(
+    model: nn.Module, lr: float, optimizer: str = "adam"
+) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer for what `svf_parameters` yields, with relative rates.
+
+    One ``lr`` then serves layers of every size: it is the change of S relative to S. A layer whose
+    S trains gets a group of its own, with its mean |S| of this moment:
+
+    - ``"adam"``, for steps as large as their rate whatever the gradient (Adam, AdamW, RMSprop):
+      ``lr · mean|S|``;
+    - ``"sgd"``, for steps proportional to the gradient: ``lr · mean|S|²``.
+
+    A step of ``log_scale`` is relative to S already: these share one group, with ``lr`` itself.
+    What AdamW decays S by goes with the rate of its group, and pulls S to 0, log_scale to the
+    pretrained S.
+
+    Raises TypeError when ``lr`` is no number; ValueError when it is negative or not finite, for
+    another ``optimizer``, a model without SVF layers, and an S of zeros or without values (meta).
+    """
+    powers = {"adam": 1, "sgd": 2}
+    if not isinstance(lr, int | float) or isinstance(lr, bool):
+        raise TypeError(f"lr: expected a number, got {lr!r}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
+    if optimizer not in powers:
+        raise ValueError(f"optimizer: expected one of {', '.join(powers)}, got {optimizer!r}")
+    layers = svf_layers(model)
+    if not layers:
+        raise ValueError("model: expected SVF layers, found none; call svf_fast.convert")
+    factors = [layer.trained for layer in layers.values() if layer.trains == "log_scale"]
+    groups: list[dict[str, Any]] = [{"params": factors, "lr": lr}] if factors else []
+    for name, layer in layers.items():
+        if layer.trains == "S":
+            if layer.S.is_meta:
+                raise ValueError(f"{name}.S: expected values, got none on meta: load weights first")
+            size = float(layer.singular_values().abs().mean())
+            if not 0 < size < math.inf:
+                raise ValueError(
+                    f"{name}.S: expected finite values that are not all 0, got a mean of {size}; "
+                    "give its S a group of its own, with a rate of its own"
+                )
+            groups.append({"params": [layer.S], "lr": lr * size ** powers[optimizer]})
+    return groups
 
 
 def convert(
@@ -58,16 +109,18 @@ def convert(
     dtype: torch.dtype | None = None,
     factors: Mapping[str, Factors] | None = None,
     keep_norms_frozen: bool = True,
+    trains: str = "S",
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
-    Of a converted layer only S trains; a layer that is not converted stays as it is, so freeze what
-    should not train (``model.requires_grad_(False)``) before. The network computes what it computed
-    before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted, and subclasses that compute
-    a convolution with a weight of their parameters, as with weight standardization, which is then
-    part of what is decomposed. A warning counts those that are left: others use their weight in
-    their own way, or a hook computes it (pruning, weight norm). Hooks are kept. A layer used twice
-    is converted once; layers that share their weight get an S each, with a warning.
+    Of a converted layer only S trains, or a factor of it; a layer that is not converted stays as it
+    is, so freeze what should not train (``model.requires_grad_(False)``) before. The network
+    computes what it computed before, to rounding. ``nn.Conv2d`` and ``nn.Linear`` are converted,
+    and subclasses that compute a convolution with a weight of their parameters, as with weight
+    standardization, which is then part of what is decomposed. A warning counts those that are left:
+    others use their weight in their own way, or a hook computes it (pruning, weight norm). Hooks
+    are kept. A layer used twice is converted once; layers that share their weight get an S each,
+    with a warning.
     Of a model on the meta device the factors have no values either: load them with ``to_empty`` and
     ``load_state_dict``.
 
@@ -97,6 +150,8 @@ def convert(
             A warning tells of others in fused blocks, which take these apart. False lets all
             follow the mode. ``SyncBatchNorm.convert_sync_batchnorm`` makes new modules: call it
             before.
+        trains: what of the converted layers trains: S, or with ``"log_scale"`` s' of S·exp(s'), at
+            the same cost; see :class:`svf_fast.SVFConv2d`.
 
     Returns the model.
 
@@ -111,6 +166,7 @@ def convert(
             f"{missing}: expected with the other of memory_budget and input_shape, got None"
         )
     budget = None if memory_budget is None else parse_bytes(memory_budget)
+    check_trains(trains)
     if isinstance(layers, str):
         layers = (layers,)
     check_module(model)
@@ -141,7 +197,7 @@ def convert(
         # gram keeps its output, which the next module may overwrite
         inplace = strategy == "auto" and _feeds_inplace(model, name)
         planned.setdefault(plain[layer], ("chain" if inplace else strategy, known.get(name)))
-    made = _factored(planned, cache, progress)
+    made = _factored(planned, cache, progress, trains)
     replaced = {layer: made[plain[layer]] for _, layer in chosen}
     for layer, factored in replaced.items():
         if _makes_its_weight(layer, plain[layer]):
@@ -361,6 +417,7 @@ def _factored(
     planned: Mapping[nn.Conv2d | nn.Linear, tuple[str, Factors | None]],
     cache: str | os.PathLike | None,
     progress: bool,
+    trains: str,
 ) -> dict[nn.Conv2d | nn.Linear, Factored]:
     """Return the SVF layer of each layer, given its strategy and factors if known.
 
@@ -373,8 +430,8 @@ def _factored(
         strategy, known = planned[layer]
         factors = known or _factors(layer, cache)
         if isinstance(layer, nn.Conv2d):
-            return SVFConv2d.from_conv(layer, strategy, factors)
-        return SVFLinear.from_linear(layer, strategy, factors)
+            return SVFConv2d.from_conv(layer, strategy, factors, trains)
+        return SVFLinear.from_linear(layer, strategy, factors, trains)
 
     def built(made: Iterable[Factored]) -> dict[nn.Conv2d | nn.Linear, Factored]:
         bar = tqdm(made, "decomposing", len(planned), unit="layer", delay=2, disable=not progress)

@@ -136,10 +136,10 @@ def memory_report(
     if not layers:
         raise ValueError("model: expected SVF layers to report on, found none; was it converted?")
     for name, layer in layers.items():
-        if hasattr(layer.S, "full_tensor"):
+        if hasattr(layer.trained, "full_tensor"):
             raise ValueError(
-                f"model: expected whole parameters, got {name}.S sharded; ask for the report "
-                "before the model is sharded (fully_shard)"
+                f"model: expected whole parameters, got {name}.{layer.trains} sharded; ask for "
+                "the report before the model is sharded (fully_shard)"
             )
         layer.strategy_in_use  # noqa: B018  plans from the present values, which fakes have not
     units = _units(model)
@@ -357,6 +357,8 @@ def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Siz
 def _resident(layer: Factored, folds: bool) -> int:
     """Count the bytes of factors and what is made of them, with `folds` also scaled by a norm."""
     tensors = [layer.U, layer.V, layer.S]
+    if layer.log_scale is not None:
+        tensors += [layer.log_scale, layer.S_in_use]
     size, strategy = layer.U.element_size(), layer.strategy_in_use
     factors = sum(t.numel() * t.element_size() for t in tensors)
     if strategy == "reference":

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-import svf_fast
 from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
@@ -19,7 +18,12 @@ from fss.models.matching import Matching
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
-from fss.models.regimes import FACTORS, apply_regime, trains_singular_values
+from fss.models.regimes import (
+    FACTORS,
+    apply_regime,
+    convert_backbone,
+    trains_singular_values,
+)
 from fss.models.state_dict import read_state_dict
 from fss.models.weights import backbone_name, backbone_of, load_backbone, matching_size
 from svf_fast import Factors
@@ -142,7 +146,7 @@ def rebuild_model(
     if as_trained or not trains_singular_values(config.regime):
         apply_regime(model, config.regime, factors)
     else:
-        svf_fast.convert(model.backbone, list(factors), fuse=False, factors=factors)
+        convert_backbone(model.backbone, factors, config.regime, fuse=False, factors=factors)
     model.load_state_dict(state)
     return model
 

@@ -52,7 +52,7 @@ class FactoredConv2d(ComposedConv2d):
     """``W = U diag(S ⊙ exp(s')) V``, of which any of U, S, V and s' train.
 
     The names of the factors are those of `svf_fast.SVFConv2d`, which computes the same where S
-    alone trains. Without S' there is no s'.
+    alone trains, or s' alone. Without S' there is no s'.
 
     Sources: SVF (Sun et al. 2022), Tables 19, 23 and 24. The paper has exp in Table 23 (appendix
     D.2); that S' of Table 24 is exp(s') too is our reading of "initialized with an identity".

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import svf_fast
 from fss.config import RegimeConfig
@@ -53,8 +54,28 @@ def apply_regime(
 
 
 def trains_singular_values(regime: RegimeConfig) -> bool:
-    """Return whether the regime makes SVF layers, of which S alone trains."""
-    return regime.name in ("svf", "rotated_svf") and set(regime.trained_factors) == {"S"}
+    """Return whether the regime makes SVF layers, of which S alone trains, or S' alone."""
+    trained = set(regime.trained_factors)
+    return trained == ({"S'"} if regime.name == "svf_scale" else {"S"})
+
+
+def convert_backbone(
+    backbone: nn.Module, layers: Collection[str], regime: RegimeConfig, **options: Any
+) -> None:
+    """Make SVF layers that train what the regime says of S, with options of `svf_fast.convert`."""
+    trains = "log_scale" if regime.name == "svf_scale" else "S"
+    svf_fast.convert(backbone, list(layers), trains=trains, **options)
+    if trains == "log_scale":
+        backbone.register_load_state_dict_pre_hook(_complete_fingerprints)
+
+
+def _complete_fingerprints(
+    backbone: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Keep the layers' fingerprints where a checkpoint has none: "svf_scale" of older versions."""
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, svf_fast.SVFConv2d) and f"{prefix}{name}.log_scale" in state:
+            state.setdefault(f"{prefix}{name}.fingerprint", layer.fingerprint)
 
 
 def _train_convolutions(
@@ -74,10 +95,11 @@ def _train_convolutions(
         if name in convolutions
     }
     if trains_singular_values(regime):
-        svf_fast.convert(
+        convert_backbone(
             backbone,
-            list(convolutions),
-            regime.strategy,
+            convolutions,
+            regime,
+            strategy=regime.strategy,
             factors=known,
             keep_norms_frozen=regime.batch_norm_statistics == "frozen",
         )

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 import fss
+import svf_fast
 from fss.files import atomic_write
 from fss.models import FewShotModel, rebuild_model
 from fss.report.classes import draw_classes
@@ -123,7 +124,7 @@ def _learned(
             networks[setting].load_state_dict(state)
         else:
             networks[setting] = rebuild_model(run.config, state)
-            if run.config.regime.name != "svf_scale":  # whose layers are not those of svf_fast
+            if any(True for _ in svf_fast.svf_parameters(networks[setting])):
                 reports[setting] = step_memory(run, networks[setting])
         network = networks[setting]
         try:

@@ -18,6 +18,8 @@ def save_run_adapter(
 ) -> None:
     """Write the backbone's S before training, if S trains, or after it, if nothing else does.
 
+    Where S' trains these are the values of S S'.
+
     It fits the backbone alone, `network.backbone`, and any other network with the same weights
     under the same names, such as torchvision's.
 
@@ -86,8 +88,7 @@ def adapter_files(
 
 def _is_adapter(regime: RegimeConfig) -> bool:
     return (
-        regime.name == "svf"
-        and regime.trained_factors == ("S",)
+        (regime.name, regime.trained_factors) in (("svf", ("S",)), ("svf_scale", ("S'",)))
         and regime.batch_norm == "none"
         and regime.batch_norm_statistics == "frozen"
     )

@@ -57,7 +57,9 @@ class Slot:
             self._known = plan, known
         kind, constants = known
         pair = conv.weights(kind, self.dtype, self._folded)
-        return plan, Stage(SVFConvolution(kind, conv.S, *pair, constants), self.scale, self.shift)
+        S, log_scale = (conv.S, None) if conv.trains == "S" else (conv.S_in_use, conv.log_scale)
+        made = SVFConvolution(kind, S, *pair, constants, log_scale)
+        return plan, Stage(made, self.scale, self.shift)
 
 
 class _Chain:

@@ -25,11 +25,17 @@ class SVFConv2d(Factored):
             (the paper's three layers), ``"fold"``, ``"chain"``, ``"gram"``, or ``"auto"``: ``gram``
             unless the spectrum needs so many guarded directions that ``chain`` computes less.
             All give the same output and gradients up to rounding.
+        trains: ``"S"``, or ``"log_scale"``: then S is frozen as pretrained, and the layer computes
+            with ``S·exp(s')`` in its place, of which s' trains, with ``ds' = dS ⊙ S·exp(s')``. They
+            keep their sign whatever the step, weight decay pulls them to the pretrained S, and a
+            step of one size is the same change relative to each. A value of S that is 0 stays 0.
+            Source: SVF (Sun et al. 2022), Table 23, appendix D.2.
 
     Attributes:
         U [Co, R], V [G·R, Ci/G, kh, kw]: buffers. R = min(Co/G, Ci/G·kh·kw) values per group.
         S [G·R]: the parameter that trains, in descending order at conversion; in float32 (float64)
-            whatever dtype the layer is converted to.
+            whatever dtype the layer is converted to. With ``trains="log_scale"`` a buffer.
+        log_scale [G·R]: s', which trains from 0 on in the dtype of S; None with ``trains="S"``.
         bias [Co]: a parameter that does not train (set ``requires_grad`` to change that), or None.
 
     Shapes: x [N, Ci, H, W] or [Ci, H, W] -> [N, Co, Ho, Wo] or [Co, Ho, Wo].
@@ -52,8 +58,9 @@ class SVFConv2d(Factored):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         strategy: str = "auto",
+        trains: str = "S",
     ):
-        super().__init__(strategy)
+        super().__init__(strategy, trains)
         conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -71,7 +78,11 @@ class SVFConv2d(Factored):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, strategy: str = "auto", factors: Factors | None = None
+        cls,
+        conv: nn.Conv2d,
+        strategy: str = "auto",
+        factors: Factors | None = None,
+        trains: str = "S",
     ) -> SVFConv2d:
         """Return the layer that computes what ``conv`` does, to rounding; shares no memory with it.
 
@@ -89,7 +100,7 @@ class SVFConv2d(Factored):
                     "own; svf_fast.convert converts those that compute a convolution"
                 )
         layer = cls.__new__(cls)
-        Factored.__init__(layer, strategy)
+        Factored.__init__(layer, strategy, trains)
         layer._configure(conv, factors)
         layer.train(conv.training)
         return layer
@@ -156,7 +167,7 @@ class SVFConv2d(Factored):
         conv = self.convolution(dtype)
         if conv is not None:
             return svf_conv2d(x, conv, self.bias)
-        return paper_layers(x, self.U, self.S, self.V, self.bias, self.geometry)
+        return paper_layers(x, self.U, self.differentiable_S, self.V, self.bias, self.geometry)
 
     def merged(self) -> nn.Conv2d:
         """Return the plain ``nn.Conv2d`` with the composed weight; shares no memory with it."""
@@ -183,7 +194,7 @@ class SVFConv2d(Factored):
         )
         if self.groups != 1:
             text += f", groups={self.groups}"
-        return f"{text}, rank={self.rank}, strategy={self.strategy!r}"
+        return f"{text}, {self.repr_of_factors()}"
 
     def __setstate__(self, state):
         if "explicit_padding" in state:  # pickled before it followed the padding

@@ -1,4 +1,4 @@
-"""What SVFConv2d and SVFLinear share: factors, strategy, and W composed once per change of S."""
+"""What SVFConv2d and SVFLinear share: factors, strategy, W composed once per change of S or s'."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from svf_fast import svd
 from svf_fast.layers.fingerprint import fingerprint, of_factors, of_older_version
+from svf_fast.layers.log_scale import check_trains, log_scale_of, scaled
 from svf_fast.layers.network import Network, assert_guarded
 from svf_fast.layers.values import Made, Plan, Seen, Values, gathered, sharded_as
 from svf_fast.layers.weight import read_only
@@ -54,25 +55,29 @@ def svf_layers(model: nn.Module) -> dict[str, Factored]:
 class Factored(nn.Module):
     """Base of the SVF layers: buffers U, V, ``fingerprint``, trained S, frozen bias.
 
-    S stays in float32 (float64) whatever dtype the layer is converted to: in 16 bits the steps of
-    an optimizer would be rounded away.
+    With ``trains="log_scale"`` S is a buffer too, and log_scale trains. Both stay in float32
+    (float64) whatever dtype the layer is converted to: in 16 bits the steps of an optimizer would
+    be rounded away.
     """
 
     U: Tensor
     S: Tensor
     V: Tensor
+    log_scale: Tensor | None
     bias: Tensor | None
     fingerprint: Tensor
+    trains = "S"  # the name of the parameter that trains
     weight_made_by = ""  # the class that made its weight of parameters, as standardized ones
     plan: Plan | None  # of the last values that were planned for: `current_plan`
     network: Network
 
-    def __init__(self, strategy: str):
+    def __init__(self, strategy: str, trains: str = "S"):
         super().__init__()
+        check_trains(trains)
         if strategy not in ("auto", *STRATEGIES):
             expected = ", ".join(("auto", *STRATEGIES))
             raise ValueError(f"strategy: expected one of {expected}, got {strategy!r}")
-        self.strategy = strategy
+        self.strategy, self.trains = strategy, trains
         self.plan = None
         self._costs: tuple[tuple, int, int, int] | None = None  # of what depends on shapes alone
         self.values = Values()
@@ -89,7 +94,13 @@ class Factored(nn.Module):
         self.register_buffer("U", U)
         self.register_buffer("V", V)
         self.register_buffer("fingerprint", summary)
-        self.S = nn.Parameter(_widened(S.detach()).clone())  # known factors stay as they are
+        S = _widened(S.detach()).clone()  # known factors stay as they are
+        if self.trains == "S":
+            self.S = nn.Parameter(S)
+        else:
+            self.register_buffer("S", S)
+        log_scale = None if self.trains == "S" else nn.Parameter(torch.zeros_like(S))
+        self.register_parameter("log_scale", log_scale)
         frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", frozen)
         self.refresh()
@@ -114,6 +125,29 @@ class Factored(nn.Module):
         return self.U.shape[1]
 
     @property
+    def trained(self) -> Tensor:
+        """The parameter that trains: S, or log_scale."""
+        return self.S if self.trains == "S" else self.log_scale  # type: ignore[return-value]
+
+    @property
+    def S_in_use(self) -> Tensor:
+        """The singular values that the layer computes with [G·R]: S, or S·exp(s') as it is kept.
+
+        Detached, and after :meth:`current_plan` those of the present s'.
+        """
+        kept = self.values.S_in_use
+        return self.present_S() if kept is None else kept
+
+    def present_S(self) -> Tensor:
+        """Return S, or compute S·exp(s'), detached, for the present s'."""
+        return self.S if self.trains == "S" else scaled(self.S, self.trained)
+
+    @property
+    def differentiable_S(self) -> Tensor:
+        """The singular values in use [G·R], differentiable in what trains by autograd."""
+        return self.S if self.trains == "S" else self.S * self.trained.exp()
+
+    @property
     def strategy_in_use(self) -> str:
         """The strategy of the next forward pass: what ``auto`` came to, else the one asked for."""
         plan = self.plan if torch.compiler.is_compiling() else self.current_plan()
@@ -127,24 +161,37 @@ class Factored(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``U diag(S) V`` in the shape of the original weight, differentiable in S.
+        """``U diag(S) V`` in the original weight's shape, differentiable in S, or in log_scale.
 
         Read only: writing to it raises RuntimeError, because it would reach nothing.
 
         For a module that uses its layer's weight itself, as torchvision's Swin does. Composed
         whenever it is read, and its gradient costs a dense one: calling the layer is cheaper.
         """
-        W = svd.compose(self.U, self.S, self.V, self.geometry.groups).to(self.U.dtype)
+        S = self.differentiable_S
+        W = svd.compose(self.U, S, self.V, self.geometry.groups).to(self.U.dtype)
         return read_only(W)
 
     def composed_weight(self) -> Tensor:
         """Compute ``U diag(S) V`` in the original weight's shape and dtype, detached."""
-        S = gathered(self.S)
+        S = self._gathered_S()
         return compose(self.U, S, self.V, self.geometry.groups, self.U.dtype)[0]
 
     def singular_values(self) -> Tensor:
-        """Copy the values of S to the host; where S is sharded, all processes must take part."""
-        return gathered(self.S).detach().cpu().clone()
+        """Copy the values in use, S or S·exp(s'), to the host.
+
+        Where they are sharded, all processes must take part.
+        """
+        return self._gathered_S().cpu().clone()
+
+    def _gathered_S(self) -> Tensor:
+        S = gathered(self.S).detach()
+        return S if self.trains == "S" else scaled(S, gathered(self.trained))
+
+    def repr_of_factors(self) -> str:
+        """Describe rank, strategy, and what trains unless it is S."""
+        trains = "" if self.trains == "S" else f", trains={self.trains!r}"
+        return f"rank={self.rank}, strategy={self.strategy!r}{trains}"
 
     def refresh(self) -> None:
         """Plan anew from the values of U, S and V: strategy, guarded directions, composed weight.
@@ -159,16 +206,22 @@ class Factored(nn.Module):
         groups = self.geometry.groups
         with torch.no_grad():
             self._arrange()
-            factors, seen = Seen(self.U, self.V), Seen(self.S)
-            strategy, host_tail = self._choose(self.S.cpu())
+            factors, seen = Seen(*self._frozen()), Seen(self.trained)
+            S = self.present_S()
+            strategy, host_tail = self._choose(S.cpu())
             tail = None if host_tail is None else host_tail.to(self.U.device)
             plan = Plan(factors, self.strategy, strategy, tail, host_tail)
             if self.strategy in ("auto", "gram"):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
                 plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
-        self.values = Values(seen, self._host_copy())
+        self.values = Values(seen, self.host_copy(), None if self.trains == "S" else S)
         self.plan = plan
+
+    def _frozen(self) -> tuple[Tensor, ...]:
+        """Return the factors that do not train."""
+        own: dict[str, Any] = self._buffers
+        return (own["U"], own["V"]) if self.trains == "S" else (own["U"], own["V"], own["S"])
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -191,29 +244,34 @@ class Factored(nn.Module):
 
     @torch.no_grad()
     def assign(self, S: Tensor) -> None:
-        """Set S to values on the host and plan for them at once.
+        """Set S to values on the host, or log_scale so that S·exp(s') is these; plan for them.
 
         What follows from U and V alone is kept, W is composed when next needed; does not
-        synchronize. Values far from the present ones are as good as near ones.
+        synchronize. Values far from the present ones are as good as near ones. With log_scale they
+        must be such as :func:`svf_fast.layers.log_scale.unreachable` finds nothing wrong with.
         """
-        self.S.copy_(sharded_as(self.S, S))
+        trained = self.trained
+        wanted = S if self.trains == "S" else log_scale_of(S, gathered(self.S))
+        trained.copy_(sharded_as(trained, wanted))
         if not self.has_values:
             return
-        if self._outdated(self.U, self.V):
+        if self._outdated():
             self.refresh()
             return
         self.network.forget()
-        self.values.moved(Seen(self.S), self._host_copy())
+        self.network.moved([self])
         self.plan_for(S.to(self.S.dtype))
 
-    def _host_copy(self) -> bytes | None:
-        """Return the bytes of S where that does not synchronize, else None."""
-        return None if self.S.is_cuda else bytes_of(self.S)
+    def host_copy(self) -> bytes | None:
+        """Return the bytes of what trains where that does not synchronize, else None."""
+        return None if self.trained.is_cuda else bytes_of(self.trained)
 
     @property
     def has_values(self) -> bool:
         """Whether U, S and V are more than shapes (meta or fake tensors), or shards of values."""
-        return svd.has_memory(self.U) and svd.has_memory(self.S)
+        if not (svd.has_memory(self.U) and svd.has_memory(self.trained)):
+            return False
+        return self.trains == "S" or svd.has_memory(cast(Tensor, self._buffers["S"]))
 
     @property
     def is_captured(self) -> bool:
@@ -267,10 +325,12 @@ class Factored(nn.Module):
         _, gram, direction, chain = self._costs
         return gram + guarded * direction <= chain
 
-    def _outdated(self, U: Tensor, V: Tensor) -> bool:
+    def _outdated(self) -> bool:
         """Tell whether the plan is of other factors, or of another strategy than is asked for."""
         plan = self.plan
-        return plan is None or plan.asked != self.strategy or not plan.factors.holds(U, V)
+        if plan is None or plan.asked != self.strategy:
+            return True
+        return not plan.factors.holds(*self._frozen())
 
     def current_plan(self) -> Plan | None:
         """Return the plan for the present values of U, S and V; drops what was made of others."""
@@ -278,22 +338,23 @@ class Factored(nn.Module):
             return None if self.strategy == "reference" else self.plan
         if not self.has_values:  # shapes alone: the plan of the last values, or none
             return self.plan
-        U, V, S = cast(Tensor, self._buffers["U"]), cast(Tensor, self._buffers["V"]), self.S
-        if self._outdated(U, V):
+        if self._outdated():
             with self.network.lock:
-                if self._outdated(U, V):
+                if self._outdated():
                     self.refresh()
             return self.plan
-        if S.is_cuda:
+        trained = self.trained
+        if trained.is_cuda:
             if not torch.cuda.is_current_stream_capturing():
                 with self.network.lock:
-                    self.network.follow(S.device, not self.values.seen.holds(S))
+                    self.network.follow(trained.device, not self.values.seen.holds(trained))
         # writes through `param.data` pass the version counter by: the values decide
-        elif not self.values.are(S, now := bytes_of(S)):
+        elif not self.values.are(trained, now := bytes_of(trained)):
             with self.network.lock:
-                if not self.values.are(S, now):
-                    self.plan_for(S)  # before others see that S is known
-                    self.values.moved(Seen(S), now)
+                if not self.values.are(trained, now):
+                    S = self.present_S()
+                    self.plan_for(S)  # before others see that it is known
+                    self.values.moved(Seen(trained), now, None if self.trains == "S" else S)
         return self.plan
 
     def convolution(self, dtype: torch.dtype, scale: Tensor | None = None) -> SVFConvolution | None:
@@ -308,23 +369,26 @@ class Factored(nn.Module):
         if plan is None or plan.strategy == "reference":
             return None
         refuse_transforms(f"strategy {plan.strategy!r}", AS_REFERENCE)
+        fresh = in_graph or not self.has_values
+        S = self.present_S() if fresh else self.S_in_use
         if in_graph and plan.strategy == "gram":
-            layers = self.S.new_zeros((2, 2), dtype=torch.int64)
+            layers = S.new_zeros((2, 2), dtype=torch.int64)
             layers[0, 1].fill_(self.geometry.groups)  # by kernels: nothing is sent in a capture
-            layers[1, 0].fill_(self.S.numel())
-            assert_guarded(self.S, self.guarded_mask(), layers)
+            layers[1, 0].fill_(S.numel())
+            assert_guarded(S, self.guarded_mask(), layers)
         kind, constants = self.constants(plan, dtype, scale)
-        if in_graph or not self.has_values:
-            pair = weights(kind, self.U, self.S, constants.V, dtype, scale)
+        if fresh:
+            pair = weights(kind, self.U, S, constants.V, dtype, scale)
         else:
             pair = self.weights(kind, dtype, scale)
-        return SVFConvolution(kind, self.S, *pair, constants)
+        log_scale = None if self.trains == "S" else self.log_scale
+        return SVFConvolution(kind, S, *pair, constants, log_scale)
 
     def constants(
         self, plan: Plan, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[Kind, Constants]:
         """Return what the gradients take of U and V under a plan, kept where that is possible."""
-        geometry, trains = self.geometry, self.S.requires_grad
+        geometry, trains = self.geometry, self.trained.requires_grad
         keep = not torch.compiler.is_compiling() and self.has_values
         at = dtype, geometry, trains, scale is not None
         found = plan.constants.get(at) if keep else None
@@ -357,7 +421,7 @@ class Factored(nn.Module):
         if maps.on_gpu(self.U) and self.composes(dtype) and not self.is_captured:
             self.network.compose(self.network.to_compose(dtype, self.S.device), dtype)
         else:
-            pair = weights(kind, self.U, self.S, self.kernel, dtype, scale)
+            pair = weights(kind, self.U, self.S_in_use, self.kernel, dtype, scale)
             values.made[dtype] = Made(scale, chain, *pair)
         made = values.take(dtype, scale, chain)
         assert made is not None
@@ -365,19 +429,19 @@ class Factored(nn.Module):
 
     def composes(self, dtype: torch.dtype) -> bool:
         """Tell whether one launch makes W, which was asked for in a dtype, with that of others."""
-        plan, U, S, V = self.plan, self.U, self.S, self.V
+        plan, U, S, V, trains = self.plan, self.U, self.S, self.V, self.trained.requires_grad
         return (
             dtype in self.values.scales
             and dtype != torch.float64
             and maps.on_gpu(U)
             and U.dtype == S.dtype == V.dtype == torch.float32
-            and not (plan is not None and plan.strategy == "chain" and S.requires_grad)
+            and not (plan is not None and plan.strategy == "chain" and trains)
         )
 
     def entry(self, dtype: torch.dtype) -> Entry:
         """Return what :func:`svf_fast.ops.compose.compose_all` takes of this layer."""
         groups, scale = self.geometry.groups, self.values.scales[dtype]
-        return Entry(self.U, self.S.detach(), self.kernel, groups, scale)
+        return Entry(self.U, self.S_in_use.detach(), self.kernel, groups, scale)
 
     def guarded_mask(self) -> Tensor:
         """Return which directions are guarded: bool [G·R]."""
@@ -408,12 +472,11 @@ class Factored(nn.Module):
         return x.dtype
 
     def _apply(self, fn, recurse=True):
-        S = self.S
-        S_and_gradient = S, S.grad
+        values = self.S, self.trained, self.trained.grad
 
         def keeping_S_wide(x: Tensor) -> Tensor:
             moved = fn(x)
-            if any(x is one for one in S_and_gradient) and _is_narrow(moved):
+            if any(x is one for one in values) and _is_narrow(moved):
                 return x.to(moved.device, torch.float32)
             return moved
 
@@ -433,8 +496,12 @@ class Factored(nn.Module):
 
         Not planned for are those of ``to_empty`` before others are loaded: anything, not of rank R.
         """
-        if _is_narrow(self.S):  # of an older file, assigned
-            self.S = nn.Parameter(_widened(self.S.detach()), self.S.requires_grad)
+        for name in ("S", "log_scale"):
+            x = getattr(self, name)
+            if x is not None and _is_narrow(x):  # of an older file, assigned
+                wide = _widened(x.detach())
+                is_buffer = name in self._buffers
+                setattr(self, name, wide if is_buffer else nn.Parameter(wide, x.requires_grad))
         with contextlib.suppress(ValueError):
             self.refresh()
 
@@ -452,6 +519,7 @@ class Factored(nn.Module):
         network = state.get("network") or Network()
         super().__setstate__({key: value for key, value in state.items() if key != "network"})
         self.fingerprint = of_older_version(self.fingerprint)
+        self._parameters.setdefault("log_scale", None)  # of an older version
         network.join(self)
         self._arrived()
 
@@ -469,4 +537,12 @@ def _explain_weight_key(module, state_dict, prefix, *_):
         raise ValueError(
             f"{prefix}weight: this checkpoint is of the plain layer, but the model here was "
             "converted to U, S, V. Load it first and call svf_fast.convert after."
+        )
+    has_scale = f"{prefix}log_scale" in state_dict
+    if f"{prefix}S" in state_dict and has_scale != (module.trains == "log_scale"):
+        other = "log_scale" if has_scale else "S"
+        raise ValueError(
+            f"{prefix}{other}: this checkpoint is of a layer that trains {other}, but the one here "
+            f"trains {module.trains}. Convert the model with trains={other!r} and load it again; "
+            "svf_fast.save_adapter and load_adapter carry the values from one to the other."
         )

@@ -14,7 +14,8 @@ from svf_fast.svd import Factors
 class SVFLinear(Factored):
     """``y = U (S ⊙ (Vᵀ x)) + bias``, U and V frozen: :class:`SVFConv2d` for ``nn.Linear``.
 
-    Attributes: U [out, R], V [R, in] buffers; S [R] trains; bias [out] frozen, or None.
+    Attributes: U [out, R], V [R, in] buffers; S [R] trains, or log_scale [R] in its place; bias
+    [out] frozen, or None.
     Shapes: x [..., in] -> [..., out]. Raises as SVFConv2d does.
     """
 
@@ -26,13 +27,18 @@ class SVFLinear(Factored):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         strategy: str = "auto",
+        trains: str = "S",
     ):
-        super().__init__(strategy)
+        super().__init__(strategy, trains)
         self._configure(nn.Linear(in_features, out_features, bias, device, dtype), None)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, strategy: str = "auto", factors: Factors | None = None
+        cls,
+        linear: nn.Linear,
+        strategy: str = "auto",
+        factors: Factors | None = None,
+        trains: str = "S",
     ) -> SVFLinear:
         """Return the layer that computes what ``linear`` does, to rounding; shares no memory.
 
@@ -41,7 +47,7 @@ class SVFLinear(Factored):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         layer = cls.__new__(cls)
-        Factored.__init__(layer, strategy)
+        Factored.__init__(layer, strategy, trains)
         layer._configure(linear, factors)
         layer.train(linear.training)
         return layer
@@ -70,7 +76,9 @@ class SVFLinear(Factored):
         if conv is not None:
             y = svf_conv2d(positions, conv, self.bias)
         else:
-            y = paper_layers(positions, self.U, self.S, self.kernel, self.bias, Geometry())
+            y = paper_layers(
+                positions, self.U, self.differentiable_S, self.kernel, self.bias, Geometry()
+            )
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def merged(self) -> nn.Linear:
@@ -86,5 +94,5 @@ class SVFLinear(Factored):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, rank={self.rank}, strategy={self.strategy!r}"
+            f"bias={self.bias is not None}, {self.repr_of_factors()}"
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from svf_fast.layers.log_scale import scale_together
 from svf_fast.layers.values import Made, Seen
 from svf_fast.ops import maps
 from svf_fast.ops.compose import Entry, compose_all, compose_table
@@ -70,13 +71,19 @@ class Network:
         if not moved and not (arrival is not None and taken and arrival.owed):
             return
         layers = self.layers(device)
-        for layer in layers:
-            S = layer.S
-            if not layer.values.seen.holds(S):
-                layer.values.moved(Seen(S), None)
+        self.moved([x for x in layers if not x.values.seen.holds(x.trained)])
         if arrival is None:
             arrival = self._arrivals[device] = _Arrival()
         arrival.start(layers)
+
+    def moved(self, layers: list[Factored]) -> None:
+        """Let layers of one device compute with the present values of what trains."""
+        for layer in layers:
+            S = layer.values.S_in_use
+            if S is not None and not S.is_cuda:  # else in its place
+                S = layer.present_S()
+            layer.values.moved(Seen(layer.trained), layer.host_copy(), S)
+        scale_together([layer for layer in layers if layer.trained.is_cuda])
 
     def forget(self) -> None:
         """Leave values unread that are on their way from a GPU: others have been set since."""
@@ -116,8 +123,9 @@ class Network:
     def compose_captured(self, device: torch.device) -> None:
         """Put W of all layers in use into a CUDA graph, and the test that their guards suffice."""
         self._forget_made(device)  # of values before the capture
+        scale_together([layer for layer in self.layers(device) if layer.trained.requires_grad])
         if guarded := self._guarded(device):
-            S = torch.cat([layer.S.detach() for layer in guarded])
+            S = torch.cat([layer.S_in_use.detach() for layer in guarded])
             assert_guarded(S, *self._guards(guarded))
         for dtype, layers in self._in_use(device):
             self.compose(layers, dtype)
@@ -129,9 +137,9 @@ class Network:
         self._forget_made(device)
 
     def _forget_made(self, device: torch.device) -> None:
-        """Drop W of all layers whose S trains: it is made anew when it is asked for."""
+        """Drop W of all layers that train: it is made anew when it is asked for."""
         for layer in self.layers(device):
-            if layer.S.requires_grad:
+            if layer.trained.requires_grad:
                 layer.values.made.clear()
 
     def _devices(self) -> set[torch.device]:
@@ -139,15 +147,15 @@ class Network:
         return {x.S.device for x in alive if x is not None and maps.on_gpu(x.S)}
 
     def _in_use(self, device: torch.device) -> list[tuple[torch.dtype, list[Factored]]]:
-        """Group the layers whose S trains by the dtype that their W was asked for in."""
-        layers = [layer for layer in self.layers(device) if layer.S.requires_grad]
+        """Group the layers that train by the dtype that their W was asked for in."""
+        layers = [layer for layer in self.layers(device) if layer.trained.requires_grad]
         dtypes = dict.fromkeys(dtype for layer in layers for dtype in layer.values.scales)
         found = ((dtype, [x for x in layers if x.composes(dtype)]) for dtype in dtypes)
         return [(dtype, composing) for dtype, composing in found if composing]
 
     def _guarded(self, device: torch.device) -> list[Factored]:
         """Return the layers that divide by values of S."""
-        layers = [layer for layer in self.layers(device) if layer.S.requires_grad]
+        layers = [layer for layer in self.layers(device) if layer.trained.requires_grad]
         return [x for x in layers if x.plan is not None and x.plan.strategy == "gram"]
 
     def _guards(self, layers: list[Factored]) -> tuple[Tensor, Tensor]:
@@ -160,7 +168,8 @@ class Network:
             guarded = torch.cat([layer.guarded_mask() for layer in layers])
             made = guarded, _sent(rows, guarded.device)
             # so that its kernel is loaded before a capture
-            guards_hold(torch.cat([layer.S.detach() for layer in layers]), *made, 2 * GUARD_LIMIT)
+            S = torch.cat([layer.S_in_use.detach() for layer in layers])
+            guards_hold(S, *made, 2 * GUARD_LIMIT)
             return made
 
         plans = tuple(layer.plan for layer in layers)
@@ -225,7 +234,7 @@ class _Arrival:
         self.owed = self._event is not None
         if self.owed:
             return
-        sent = torch.cat([layer.S.detach().float() for layer in layers])
+        sent = torch.cat([layer.S_in_use.detach().float() for layer in layers])
         if self._values is None or self._values.numel() != sent.numel():
             self._values = torch.empty(sent.shape, pin_memory=True)
         self._parts = [(weakref.ref(layer), layer.S.numel()) for layer in layers]

@@ -56,9 +56,10 @@ class Seen:
 class Plan:
     """How a layer computes: what follows from U, V and the guarded directions.
 
-    A new object is created on every change, so callers may cache by identity. factors: U and V;
-    asked: the strategy that was asked for. host_tail: the tail on the CPU, where the directions are
-    chosen. constants: what :meth:`Factored.constants` returned, after the scale it was for.
+    A new object is created on every change, so callers may cache by identity. factors: what is
+    frozen of U, S and V; asked: the strategy that was asked for. host_tail: the tail on the CPU,
+    where the directions are chosen. constants: what :meth:`Factored.constants` returned, after the
+    scale it was for.
     """
 
     factors: Seen
@@ -83,28 +84,34 @@ class Made(NamedTuple):
 
 
 class Values:
-    """The values of S that a layer computes with, and what was made of them.
+    """The values that a layer computes with, and what was made of them.
 
     Attributes:
-        seen: S as it was then.
-        S: its bytes, on the CPU only.
+        seen: what trains, S or log_scale, as it was then.
+        trained: its bytes, on the CPU only.
+        S_in_use: S·exp(s') where s' trains, else None. On a GPU it is written to when s' moves.
         made: what follows from them, by dtype.
         scales: what was folded in when it was last asked for, by dtype.
     """
 
-    def __init__(self, seen: Seen | None = None, S: bytes | None = None) -> None:
-        self.seen, self.S = seen or Seen(), S
+    def __init__(
+        self,
+        seen: Seen | None = None,
+        trained: bytes | None = None,
+        S_in_use: Tensor | None = None,
+    ) -> None:
+        self.seen, self.trained, self.S_in_use = seen or Seen(), trained, S_in_use
         self.made: dict[torch.dtype, Made] = {}
         self.scales: dict[torch.dtype, Tensor | None] = {}
         self._taken: set[torch.dtype] = set()
 
-    def are(self, S: Tensor, values: bytes) -> bool:
-        """Tell whether S on the CPU and its bytes are these."""
-        return self.seen.holds(S) and values == self.S
+    def are(self, trained: Tensor, values: bytes) -> bool:
+        """Tell whether what trains, on the CPU, and its bytes are these."""
+        return self.seen.holds(trained) and values == self.trained
 
-    def moved(self, seen: Seen, S: bytes | None) -> None:
+    def moved(self, seen: Seen, trained: bytes | None, S_in_use: Tensor | None) -> None:
         """Drop what was made of other values, and forget the dtypes that nobody took."""
-        self.seen, self.S = seen, S
+        self.seen, self.trained, self.S_in_use = seen, trained, S_in_use
         for dtype in self.made.keys() - self._taken:
             del self.scales[dtype]
         self.made.clear()

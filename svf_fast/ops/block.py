@@ -154,11 +154,12 @@ def block(
     form = _form(kinds, kind, relu, recompute)
     if programs is not None and not runs_programs():
         programs = None
-    return _Block.apply(x, shortcut_x, form, every, programs, *[stage.conv.S for stage in every])
+    trained = [stage.conv.trained for stage in every]
+    return _Block.apply(x, shortcut_x, form, every, programs, *trained)
 
 
 class _Block(torch.autograd.Function):
-    """The node. It takes the stages and S of each, to be differentiated; traced, all as tensors."""
+    """The node. It takes the stages and what trains of each; traced, all as tensors."""
 
     @staticmethod
     def forward(ctx, x, shortcut_x, form, stages, programs, *tensors):
@@ -359,7 +360,7 @@ def _backward_pass(
     needs: Sequence[bool],
     grad: Tensor,
 ) -> tuple[list[Tensor | None], None]:
-    """Compute dL/dx and dL/dshortcut_x as far as they are needed, then dL/dS of each stage.
+    """Compute dL/dx and dL/dshortcut_x as far as they are needed, then that of what trains.
 
     tensors: as the forward pass packed them.
     """
@@ -396,7 +397,8 @@ def _backward_pass(
     )
     if grad_x is not None and form.shortcut == "identity" and not form.relu:
         grad_x = grad_x + total.tensor()
-    return [grad_x, grad_shortcut_x, *grads_S], None
+    grads = (s.conv.trained_gradient(g) for s, g in zip(every, grads_S, strict=True))
+    return [grad_x, grad_shortcut_x, *grads], None
 
 
 def _through_stage(

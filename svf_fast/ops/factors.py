@@ -213,8 +213,9 @@ class Flow(NamedTuple):
 class SVFConvolution(NamedTuple):
     """One SVF convolution as one call computes it.
 
-    weight: of the last convolution: W, or U diag(S) [Co, R, 1, 1] for ``chain``.
-    scaled: scale ⊙ W where the gradient of y comes without its scale, else None.
+    S: the values in use. weight: of the last convolution: W, or U diag(S) [Co, R, 1, 1] for
+    ``chain``. scaled: scale ⊙ W where the gradient of y comes without its scale, else None.
+    log_scale: s' where it trains and S is a constant times exp(s'); None where S itself trains.
     """
 
     kind: Kind
@@ -222,17 +223,25 @@ class SVFConvolution(NamedTuple):
     weight: Tensor
     scaled: Tensor | None
     constants: Constants
+    log_scale: Tensor | None = None
 
     @classmethod
     def of(cls, kind: Kind, tensors: Sequence[Any]) -> SVFConvolution:
         """Return the convolution of these `tensors`."""
-        S, weight, scaled, *constants = tensors
-        return cls(kind, S, weight, scaled, Constants(*constants))
+        trained, S, weight, scaled, *constants = tensors
+        values, log_scale = (trained, None) if S is None else (S, trained)
+        return cls(kind, values, weight, scaled, Constants(*constants), log_scale)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of it that is a tensor or None: S and what follows from it, then the constants."""
-        return (*self.values, *self.constants)
+        """All of it that is a tensor or None: what trains, S and what follows, the constants."""
+        S = None if self.log_scale is None else self.S  # none of them twice
+        return (self.trained, S, self.weight, self.scaled, *self.constants)
+
+    @property
+    def trained(self) -> Tensor:
+        """What the gradient is of: S, or log_scale."""
+        return self.S if self.log_scale is None else self.log_scale
 
     @property
     def values(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -241,8 +250,8 @@ class SVFConvolution(NamedTuple):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """S, U and V."""
-        return self.S, self.constants.U, self.constants.V
+        """What trains, U and V."""
+        return self.trained, self.constants.U, self.constants.V
 
     @property
     def back(self) -> Tensor:
@@ -384,6 +393,12 @@ class SVFConvolution(NamedTuple):
             exact = channel_dot(grad_v, v).reshape(tail.shape)
             grad_S = grad_S.scatter_(1, tail, exact.to(grad_S.dtype))
         return grad_S.reshape(-1).to(self.S.dtype)
+
+    def trained_gradient(self, grad_S: Tensor | None) -> Tensor | None:
+        """Return the gradient of what trains: dL/dS, or ``dL/ds' = dL/dS ⊙ S exp(s')``."""
+        if self.log_scale is None or grad_S is None:
+            return grad_S
+        return grad_S * self.S
 
     def read_off(self, a: Activation | None, b: Tensor | None) -> Tensor:
         """Read dL/dS [G, R] of ``gram`` off the matrix of dL/dy and y, or of x and dL/dx."""

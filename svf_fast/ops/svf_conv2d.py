@@ -18,7 +18,7 @@ from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 
 
 def svf_conv2d(x: Tensor, conv: SVFConvolution, bias: Tensor | None = None) -> Tensor:
-    """Compute ``U (S ⊙ conv(x, V)) + bias``; differentiable in x, S and bias, not in U and V.
+    """Compute ``U (S ⊙ conv(x, V)) + bias``; differentiable in x, bias and what trains of S.
 
     x [N, Ci, H, W] in the compute dtype of the layer, bias [Co] -> [N, Co, Ho, Wo].
 
@@ -71,4 +71,4 @@ class _SVFConv2d(torch.autograd.Function):
             none = [None] * (len(ctx.tensors) - 1)
             if not keeps_graph():
                 ctx.tensors = ()
-            return grad_x, grad_bias, None, grad_S, *none
+            return grad_x, grad_bias, None, conv.trained_gradient(grad_S), *none

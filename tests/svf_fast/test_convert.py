@@ -456,3 +456,75 @@ def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was(net, bad):
     with pytest.raises(ValueError, match="weight: expected finite values"):
         svf_fast.convert(net, None, progress=False)
     assert list(net.modules()) == children
+
+
+def sized_net() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    with torch.no_grad():
+        net[2].weight.mul_(100)
+    return net.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
+)
+def test_one_relative_rate_serves_layers_of_every_size(optimizer, kind):
+    """A step changes each S by as much of it; of a network scaled by c and 1 / c likewise."""
+    changes = []
+    for scale in (1.0, 8.0):
+        net = sized_net()
+        with torch.no_grad():
+            net[0].weight.mul_(scale), net[0].bias.mul_(scale), net[2].weight.div_(scale)
+        svf_fast.convert(net, None)
+        groups = svf_fast.svf_parameter_groups(net, 1e-3, optimizer)
+        assert [g["params"][0] for g in groups] == list(svf_fast.svf_parameters(net))
+        before = [S.detach().clone() for S in svf_fast.svf_parameters(net)]
+        rates = [group["lr"] for group in groups]
+        power = {"adam": 1, "sgd": 2}[optimizer]
+        assert rates == [pytest.approx(1e-3 * float(S.mean()) ** power) for S in before]
+        step = kind(groups, lr=1.0)  # of groups without one
+        net(torch.ones(1, 3, 5, 5)).mean().backward()
+        step.step()
+        after = svf_fast.svf_parameters(net)
+        changes.append([(a - b) / b.mean() for a, b in zip(after, before, strict=True)])
+        if optimizer == "adam":
+            assert all(float(c.abs().max()) == pytest.approx(1e-3, rel=0.02) for c in changes[-1])
+    for a, b in zip(*changes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+
+
+def test_factors_of_S_share_a_group_with_the_rate_itself():
+    net = svf_fast.convert(sized_net(), ["0"], trains="log_scale")
+    svf_fast.convert(net, ["2"])
+    factors, S = svf_fast.svf_parameter_groups(net, 0.01)
+    assert factors == {"params": [net[0].log_scale], "lr": 0.01}
+    assert S["params"] == [net[2].S] and S["lr"] == pytest.approx(0.01 * float(net[2].S.mean()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("1",), TypeError, "lr: expected a number, got '1'"),
+        ((True,), TypeError, "lr: expected a number, got True"),
+        ((-1.0,), ValueError, "lr: expected a finite number of at least 0, got -1.0"),
+        ((float("nan"),), ValueError, "lr: expected a finite number of at least 0, got nan"),
+        ((1, "lion"), ValueError, "optimizer: expected one of adam, sgd, got 'lion'"),
+    ],
+)
+def test_relative_rates_are_checked(arguments, error, words):
+    net = svf_fast.convert(sized_net(), None)
+    with pytest.raises(error, match=words):
+        svf_fast.svf_parameter_groups(net, *arguments)
+
+
+def test_layers_without_relative_rates_are_named():
+    with pytest.raises(ValueError, match="model: expected SVF layers, found none"):
+        svf_fast.svf_parameter_groups(sized_net(), 0.1)
+    net = svf_fast.convert(sized_net(), None)
+    with torch.no_grad():
+        net[2].S.zero_()
+    with pytest.raises(ValueError, match=r"2.S: expected finite values that are not all 0, got"):
+        svf_fast.svf_parameter_groups(net, 0.1)
+    with pytest.raises(ValueError, match="0.S: expected values, got none on meta"):
+        svf_fast.svf_parameter_groups(net.to("meta"), 0.1)

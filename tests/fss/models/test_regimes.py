@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import svf_fast
-from fss.config import ModelConfig, RegimeConfig, TrainConfig
-from fss.models import build_model
-from fss.models.regime_layers import ComposedConv2d, ScaledConv2d, random_rotation
+from fss.config import DataConfig, ModelConfig, RegimeConfig, TrainConfig
+from fss.models import build_model, rebuild_model
+from fss.models.regime_layers import ComposedConv2d, FactoredConv2d, ScaledConv2d, random_rotation
 from fss.models.regimes import apply_regime
 from fss.runs.checkpoint import load_checkpoint, save_checkpoint
 from fss.settings import config_file, read_settings
@@ -263,7 +263,8 @@ def _composed(layer: nn.Module) -> torch.Tensor:
     if isinstance(layer, ComposedConv2d):
         return layer.composed_weight()
     if isinstance(layer, svf_fast.SVFConv2d):
-        return svf_fast.compose(layer.U, layer.S, layer.V)
+        S = layer.S if layer.log_scale is None else layer.S * layer.log_scale.exp()
+        return svf_fast.compose(layer.U, S, layer.V)
     return layer.weight
 
 
@@ -317,6 +318,44 @@ def test_a_state_dict_carries_the_regime(key):
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(logits(model, batch), logits(other, batch))
+
+
+def test_scaled_values_train_as_fast_as_S_and_as_before():
+    """They run fused; a checkpoint of their former layers, without fingerprints, is theirs too."""
+    model, former, batch = build(), build(), episode()
+    apply_regime(model, regime("svf_scale"))
+    for name, conv in convolutions(former, LAYERS).items():
+        layer = FactoredConv2d(conv, *svf_fast.decompose(conv.weight), ("S'",))
+        former.get_submodule("backbone").set_submodule(name, layer)
+    former.requires_grad_(False)
+    for name, parameter in former.named_parameters():
+        if name.endswith("log_scale"):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    state = former.state_dict()
+    prints = {name: own.clone() for name, own in model.state_dict().items() if "print" in name}
+    with torch.no_grad():
+        expected = logits(former, batch)
+        model.load_state_dict(state)
+        torch.testing.assert_close(logits(model, batch), expected, rtol=1e-3, atol=1e-4)
+    assert prints and not state.keys() & prints.keys()
+    assert all(torch.equal(model.state_dict()[name], own) for name, own in prints.items())
+    config = TrainConfig(
+        DataConfig(source="shapes"),
+        ModelConfig(width=WIDTH, weights="gone", channels=8),
+        regime("svf_scale"),
+    )
+    for as_trained in (False, True):
+        rebuilt = rebuild_model(config, state, as_trained).eval()
+        fused = [m for m in rebuilt.modules() if isinstance(m, svf_fast.Fused)]
+        assert bool(fused) == as_trained
+        with torch.no_grad():
+            torch.testing.assert_close(logits(rebuilt, batch), expected, rtol=1e-3, atol=1e-4)
+    adapters = [svf_fast.Adapter.of(each.backbone) for each in (model, rebuilt)]
+    adapters[0].apply(rebuilt.backbone)  # of the same pretrained weights
+    other = build()
+    apply_regime(other, regime("svf"))
+    with pytest.raises(RuntimeError, match=r"Missing key(.|\n)*fingerprint"):
+        other.load_state_dict({k: v for k, v in other.state_dict().items() if "print" not in k})
 
 
 @pytest.mark.parametrize("key", ["svf_U", "svf_scale", "scale_input", "rotated_scale", "adapter"])

@@ -10,6 +10,7 @@ import torch
 import svf_fast
 from fss.cli import main
 from fss.models import build_backbone
+from fss.runs.folder import RunFolder
 from fss.training.adapters import adapter_files
 from fss.training.run import train
 
@@ -55,6 +56,21 @@ def test_a_run_leaves_its_adapters(tiny, tmp_path, capsys):
     assert [line.partition(":")[0] for line in lines] == [*files, half]
     assert all(f"backbone {trained.backbone[:8]}" in line for line in lines)
     assert json.dumps(trained.card["metric"]) in lines[1] and "fold: 0" in lines[1]
+
+
+def test_a_run_that_trains_a_factor_of_S_leaves_what_it_computes_with(tiny):
+    train(tiny(steps=2, regime={"name": "svf_scale"}, optimizer={"lr": 0.5}))
+    folder = Path(tiny().out)
+    weights = torch.load(folder / "best.pt", weights_only=True)["model"]
+    trained = svf_fast.Adapter.load(folder / "adapter.safetensors")
+    for name, values in trained.S.items():
+        S, log_scale = (weights[f"backbone.{name}.{key}"] for key in ("S", "log_scale"))
+        torch.testing.assert_close(values, S * log_scale.exp())
+    assert any(weights[f"backbone.{name}.log_scale"].abs().max() > 1e-4 for name in trained.S)
+    assert svf_fast.Adapter.load(folder / "pretrained.safetensors").backbone == trained.backbone
+    backbone = trained.apply(RunFolder(folder).network("best.pt")[0].backbone)
+    for name, values in svf_fast.Adapter.of(backbone).S.items():
+        torch.testing.assert_close(values, trained.S[name])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -26,14 +27,16 @@ BLOCKS = {
 }
 
 
-def converted(name: str, strategy: str = "auto", orthogonal: bool = False) -> nn.Module:
+def converted(
+    name: str, strategy: str = "auto", orthogonal: bool = False, trains: str = "S"
+) -> nn.Module:
     torch.manual_seed(0)
     block = frozen(BLOCKS[name]())
     if orthogonal:  # no guarded directions
         for module in block.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.orthogonal_(module.weight)
-    return svf_fast.convert(nn.Sequential(block), None, strategy=strategy)
+    return svf_fast.convert(nn.Sequential(block), None, strategy=strategy, trains=trains)
 
 
 def image(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -130,22 +133,37 @@ def test_under_compile_the_kernels_are_called_whole(name):
         torch.testing.assert_close(mine, wanted)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_a_captured_step_composes_all_weights_and_tests_all_guards_once(kernels, monkeypatch):
-    blocks = [converted(name)[0] for name in ("bottleneck downsample", "bottleneck")]
-    model = svf_fast.convert(nn.Sequential(*blocks, nn.Conv2d(32, 8, 1)), ["2"])
+def change(layer: Factored, factor: float) -> None:
+    """Multiply some of the singular values that a layer computes with."""
+    with torch.no_grad():
+        half = layer.trained[: layer.S.numel() // 2]
+        half.mul_(factor) if layer.trains == "S" else half.add_(math.log(factor))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "trains"), [("definition", "S"), ("triton", "S"), ("definition", "log_scale")]
+)
+def test_a_captured_step_composes_all_weights_and_tests_all_guards_once(
+    kernels, trains, monkeypatch
+):
+    names = "bottleneck downsample", "bottleneck"
+    blocks = [converted(name, trains=trains)[0] for name in names]
+    last = nn.Conv2d(32, 8, 1)
+    model = svf_fast.convert(nn.Sequential(*blocks, last), ["2"], trains=trains)
     layers = svf_layers(model).values()
     x = image(model)
     with on_gpu(KERNELS[kernels]()) as calls:
         step(model, x)
         key = svf_fast.follow(model)
-        with torch.no_grad():
-            for layer in layers:
-                layer.S.mul_(1.01)
+        for layer in layers:
+            change(layer, 1.01)
         assert svf_fast.follow(model) == key
         expected = step(model, x)
         calls.clear()
         monkeypatch.setattr(Factored, "is_captured", True)
+        for layer in layers:  # what a graph finds there when it runs again
+            if layer.values.S_in_use is not None:
+                layer.values.S_in_use.fill_(float("nan"))
         with svf_fast.composed(model):
             got = step(model, x)
         assert calls["compose_all"] == 1 and calls["guards_hold"] == 1 and not calls["compose"]
@@ -154,9 +172,7 @@ def test_a_captured_step_composes_all_weights_and_tests_all_guards_once(kernels,
         step(model, x)  # without it each layer composes its own
         assert calls["compose"] == len(layers) == calls["guards_hold"] and not calls["compose_all"]
         monkeypatch.undo()
-        with torch.no_grad():
-            first = next(iter(layers))
-            first.S[: len(first.S) // 2] *= 1e-6  # no longer guarded
+        change(next(iter(layers)), 1e-6)  # no longer guarded
         assert svf_fast.follow(model) != key
 
 
@@ -179,13 +195,13 @@ def test_what_a_captured_graph_rests_on():
         assert before != key
 
 
-def test_weights_of_a_network_are_composed_together_once_they_were_asked_for():
-    model = converted("bottleneck downsample")
+@pytest.mark.parametrize("trains", ("S", "log_scale"))
+def test_weights_of_a_network_are_composed_together_once_they_were_asked_for(trains):
+    model = converted("bottleneck downsample", trains=trains)
     with on_gpu(defined()) as calls:
         for expected in (4, 1, 1):  # alone at first, then all at once
-            with torch.no_grad():
-                for layer in svf_layers(model).values():
-                    layer.S.mul_(1.01)
+            for layer in svf_layers(model).values():
+                change(layer, 1.01)
             calls.clear()
             step(model, image(model))
             assert calls["compose_all"] == expected

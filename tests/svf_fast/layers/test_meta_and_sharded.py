@@ -161,8 +161,9 @@ def test_a_report_is_asked_for_before_sharding(mesh):
         svf_fast.memory_report(model, X.shape)
 
 
-def test_adapters_of_a_sharded_model(mesh, tmp_path):
-    model, expected = fully_shard(converted(), mesh=mesh), converted()
+@pytest.mark.parametrize("trains", ("S", "log_scale"))
+def test_adapters_of_a_sharded_model(mesh, tmp_path, trains):
+    model, expected = fully_shard(converted(trains=trains), mesh=mesh), converted(trains=trains)
     for m in (model, expected):
         optimizer = torch.optim.SGD(svf_fast.svf_parameters(m), lr=0.1)
         for _ in range(2):
@@ -174,11 +175,12 @@ def test_adapters_of_a_sharded_model(mesh, tmp_path):
     found, wanted = (load_file(tmp_path / f"{x}.safetensors") for x in ("sharded", "whole"))
     torch.testing.assert_close(found, wanted)
 
-    another = fully_shard(converted(), mesh=mesh)
+    another = fully_shard(converted(trains=trains), mesh=mesh)
     svf_fast.load_adapter(another, tmp_path / "whole.safetensors")
     torch.testing.assert_close(another(X), expected(X))
     state = copy.copy(another.state_dict())  # in whole weights too
-    assert type(state["0.S"]).__name__ == "DTensor"
+    assert type(state[f"0.{trains}"]).__name__ == "DTensor"
+    torch.testing.assert_close(another[0].composed_weight(), expected[0].composed_weight())
 
 
 def test_a_sharded_model_gets_its_values_later(mesh):

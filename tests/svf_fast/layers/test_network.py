@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from tests.svf_fast.gpu_path import defined, on_gpu
 from tests.svf_fast.ops.test_block import Bottleneck, as_reference, frozen
 
 
-def block(strategy: str = "auto") -> nn.Module:
+def block(strategy: str = "auto", trains: str = "S") -> nn.Module:
     torch.manual_seed(0)
-    return svf_fast.convert(nn.Sequential(frozen(Bottleneck(12, 4, 12))), None, strategy=strategy)
+    block = nn.Sequential(frozen(Bottleneck(12, 4, 12)))
+    return svf_fast.convert(block, None, strategy=strategy, trains=trains)
 
 
 def image() -> torch.Tensor:
@@ -98,18 +100,22 @@ def test_another_strategy_is_taken_up():
         close([layer.S.grad], [reference[0].conv2.S.grad])
 
 
-def test_a_replica_has_its_own_values():
-    model, x = block(), image()
+@pytest.mark.parametrize("trains", ("S", "log_scale"))
+def test_a_replica_has_its_own_values(trains):
+    model, x = block(trains=trains), image()
     expected = model(x)
     replica = model._replicate_for_data_parallel()
     inner = model[0]._replicate_for_data_parallel()
     conv = model[0].conv1._replicate_for_data_parallel()
-    conv.S, conv._parameters["bias"] = model[0].conv1.S.detach() * 2, None  # as torch does it
+    own = model[0].conv1.trained.detach()
+    setattr(conv, trains, own * 2 if trains == "S" else own + math.log(2))  # as torch does it
+    conv._parameters["bias"] = None
     inner._modules = {**inner._modules, "conv1": conv}
     replica._modules = {"0": inner}
     changed = copy.deepcopy(model)
     with torch.no_grad():
-        changed[0].conv1.S.mul_(2)
+        values = changed[0].conv1.trained
+        values.mul_(2) if trains == "S" else values.add_(math.log(2))
     close([replica(x), model(x)], [changed(x), expected])
 
 

@@ -55,7 +55,8 @@ def move(model: nn.Module) -> None:
     """As an optimizer does: S is another one, its guarded directions are not."""
     with torch.no_grad():
         for layer in svf_layers(model).values():
-            layer.S.mul_(1 + 0.02 * torch.rand_like(layer.S))
+            change = 0.02 * torch.rand_like(layer.S)
+            layer.S.mul_(1 + change) if layer.trains == "S" else layer.log_scale.add_(change)
 
 
 def assert_same(model: nn.Module, x: torch.Tensor) -> None:
@@ -80,6 +81,17 @@ def test_programs_compute_what_passes_compute(
     for expected in RUNS:
         ran.clear()
         assert_same(model, image(model, last=last))
+        assert "".join(ran) == expected
+        move(model)
+
+
+@pytest.mark.parametrize("strategy", ("gram", "chain"))
+def test_programs_where_log_scale_trains(strategy, ran, poisoned_memory):
+    block = nn.Sequential(frozen(BLOCKS["bottleneck downsample"]()))
+    model = svf_fast.convert(block, None, strategy, trains="log_scale")
+    for expected in RUNS:
+        ran.clear()
+        assert_same(model, image(model))
         assert "".join(ran) == expected
         move(model)
 
