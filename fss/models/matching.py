@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fss.models.backbone import Backbone
-from fss.models.episode import Prediction, check_episode
+from fss.models.episode import Prediction, check_episode, check_target
+from fss.models.features import cross_entropy
 from fss.models.pooling import resize
 
 _SHARPNESS = 20.0
@@ -21,12 +22,16 @@ class Matching(nn.Module):
 
         logits = 20·(cos(f, background), cos(f, object)).
 
-    Nothing is trained and no threshold is chosen: the cosines are compared with each other.
+    Nothing is trained and no threshold is chosen: the cosines are compared with each other. Where
+    parameters of the backbone require gradients, `forward` is differentiable in them.
     Source of non-parametric matching and of the factor: PANet (Wang et al. 2019), section 3.3.
 
     Args:
-        backbone: a pretrained backbone, which stays in evaluation mode and is not trained.
+        backbone: a pretrained backbone, which stays in evaluation mode.
     """
+
+    inputs = ("query_image", "support_images", "support_masks")
+    targets = ("query_mask",)
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -38,7 +43,6 @@ class Matching(nn.Module):
         self.backbone.eval()
         return self
 
-    @torch.no_grad()
     def forward(
         self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
     ) -> Prediction:
@@ -55,9 +59,18 @@ class Matching(nn.Module):
         """
         parameter = next(self.backbone.parameters())
         check_episode(query_image, support_images, support_masks, parameter)
-        episodes = zip(support_images, support_masks, strict=True)
-        prototypes = torch.stack([self.encode_supports(*episode) for episode in episodes])
-        return Prediction(self.segment(query_image, prototypes), ())
+        needed = any(p.requires_grad for p in self.backbone.parameters())
+        with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
+            episodes = zip(support_images, support_masks, strict=True)
+            prototypes = torch.stack([self._encode(*episode) for episode in episodes])
+            return Prediction(self._compare(query_image, prototypes), ())
+
+    def loss(
+        self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
+    ) -> Tensor:
+        """Average the cross-entropy over the pixels that are not 255; see `FewShotModel.loss`."""
+        check_target(prediction, query_mask, class_weight)
+        return cross_entropy(prediction.logits, query_mask, class_weight)
 
     @torch.no_grad()
     def encode_supports(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -65,6 +78,14 @@ class Matching(nn.Module):
 
         Each support counts the same. Of images [K, 3, H, W] and masks [K, H, W] as in `forward`.
         """
+        return self._encode(images, masks)
+
+    @torch.no_grad()
+    def segment(self, queries: Tensor, prototypes: Tensor) -> Tensor:
+        """Compute logits [B, 2, H, W] of queries [B, 3, H, W] by prototypes [2, C] or [B, 2, C]."""
+        return self._compare(queries, prototypes)
+
+    def _encode(self, images: Tensor, masks: Tensor) -> Tensor:
         features = self._features(images)
         shares = torch.stack([masks == 0, masks == 1], dim=1).to(features.dtype)
         shares = resize(shares, features.shape[-2:])
@@ -73,9 +94,7 @@ class Matching(nn.Module):
         means = sums / areas.clamp(min=1e-6)[..., None]
         return functional.normalize(means, dim=2).sum(dim=0) / len(images)
 
-    @torch.no_grad()
-    def segment(self, queries: Tensor, prototypes: Tensor) -> Tensor:
-        """Compute logits [B, 2, H, W] of queries [B, 3, H, W] by prototypes [2, C] or [B, 2, C]."""
+    def _compare(self, queries: Tensor, prototypes: Tensor) -> Tensor:
         features = functional.normalize(self._features(queries), dim=1)
         prototypes = functional.normalize(prototypes, dim=-1).expand(len(queries), -1, -1)
         cosines = torch.einsum("bchw,bpc->bphw", features, prototypes)
