@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fss.data.transforms import MEAN, STD
 from fss.models.backbone import Backbone
-from fss.models.episode import Prediction, check_episode
+from fss.models.episode import Prediction, check_episode, check_target
 from fss.models.features import cross_entropy
 from fss.models.pooling import average_bins, resize
 from fss.models.sharpen import box_mean, guided_filter, sharpen
@@ -90,6 +90,9 @@ class Matching(nn.Module):
             than the stride of 8 that trained heads want: see `build_matching`.
     """
 
+    inputs = ("query_image", "support_images", "support_masks")
+    targets = ("query_mask",)
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone.eval()
@@ -165,7 +168,8 @@ class Matching(nn.Module):
     def loss(
         self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
     ) -> Tensor:
-        """Average the cross-entropy, as `FewShotModel.loss`."""
+        """Average the cross-entropy over the pixels that are not 255; see `FewShotModel.loss`."""
+        check_target(prediction, query_mask, class_weight)
         return cross_entropy(prediction.logits, query_mask, class_weight)
 
     def _levels(self, images: Tensor) -> list[Tensor]:

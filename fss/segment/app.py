@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +16,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
+import svf_fast
 from fss.colors import ORANGE
 from fss.data import ShapesSource
 from fss.runs.folder import RunFolder
@@ -40,7 +44,7 @@ _POLICY = (
 _HELP = """\
 1. **Support**: drop in a picture and paint the object, or upload its mask. *Add* it to give more.
 2. **Queries**: drop in the pictures to look for the object in.
-3. **Segment**.
+3. **Segment**. If the result is poor, **Tune** on the supports first, and segment again.
 """
 
 
@@ -138,6 +142,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
     """
     gradio = _import_gradio()
     lock = threading.Lock()
+    folder = tempfile.TemporaryDirectory(prefix="fss-app-")  # of files to download
 
     def segment(
         supports: list[Support],
@@ -147,6 +152,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
         queries: Any,
         choice: str,
         limit: float,
+        tuned: dict[str, svf_fast.Adapter],
     ) -> list[tuple[Image.Image, str]]:
         if not supports:
             supports = [_support(editor, mask, value, gradio)]
@@ -157,7 +163,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             raise ValueError(f"Queries: at most {MAX_PICTURES} at a time, got {len(paths)}.")
         pictures = [read_picture(path, "query") for path in paths]
         with lock:
-            segmenter.adapter(choices[choice])
+            segmenter.adapter(tuned[choice] if choice in tuned else choices[choice])
             segmenter.threshold = limit
             segmenter.support([image for image, _ in supports], [found for _, found in supports])
             results = segmenter(pictures)
@@ -171,6 +177,31 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
                 (Image.fromarray(result.mask), f"{name}: mask"),
             ]
         return shown
+
+    def tune(
+        supports: list[Support],
+        editor: Any,
+        mask: str | None,
+        value: str,
+        limit: float,
+        tuned: dict[str, svf_fast.Adapter],
+        steps: float,
+        progress: Any = gradio.Progress(track_tqdm=True),  # noqa: B008 (as gradio finds it)
+    ) -> tuple[Any, ...]:
+        if not supports:
+            supports = [_support(editor, mask, value, gradio)]
+        with lock:
+            segmenter.adapter(None)
+            segmenter.threshold = limit
+            segmenter.support([image for image, _ in supports], [found for _, found in supports])
+            tuning = segmenter.tune(int(steps))
+        assert tuning.adapter is not None  # singular values are what is tuned by default
+        name = f"tuned {len(tuned) + 1}"
+        tuned = tuned | {name: tuning.adapter}
+        file = Path(tempfile.mkdtemp(dir=folder.name)) / f"{name.replace(' ', '-')}.safetensors"
+        tuning.adapter.save(file)
+        switch = gradio.update(choices=[*choices, *tuned], value=name, visible=True)
+        return tuned, switch, f"{name}: {tuning}", gradio.update(value=str(file), visible=True)
 
     def add(supports: list[Support], editor: Any, mask: str | None, value: str) -> tuple[Any, ...]:
         if len(supports) == MAX_PICTURES:
@@ -190,7 +221,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
         title="fss", analytics_enabled=False, delete_cache=(600, 3600), fill_width=False
     ) as page:
         gradio.Markdown(f"# Few-shot segmentation\n{title}")
-        supports = gradio.State([])
+        supports, tuned = gradio.State([]), gradio.State({})
         with gradio.Row():
             with gradio.Column():
                 editor = gradio.ImageEditor(
@@ -256,7 +287,13 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
                 )
                 with gradio.Row():
                     example_button = gradio.Button("Show an example", elem_id="example")
+                    tune_button = gradio.Button("Tune", elem_id="tune")
                     button = gradio.Button("Segment", variant="primary", elem_id="segment")
+                steps = gradio.Slider(5, 200, 30, step=5, label="Steps of tuning")
+                told = gradio.Markdown(elem_id="tuning")
+                file = gradio.File(
+                    label="What was tuned, for --adapters", visible=False, elem_id="tuned"
+                )
                 gradio.Markdown(_HELP)
         results = gradio.Gallery(
             label="Results",
@@ -267,9 +304,14 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             interactive=False,
             elem_id="results",
         )
-        inputs = [supports, editor, mask, value, queries, choice, limit]
+        inputs = [supports, editor, mask, value, queries, choice, limit, tuned]
         run = _told(segment, gradio)
         gradio.on([button.click, choice.input, limit.release], run, inputs, results)
+        tune_button.click(
+            _told(tune, gradio),
+            [supports, editor, mask, value, limit, tuned, steps],
+            [tuned, choice, told, file],
+        )
         add_button.click(
             _told(add, gradio), [supports, editor, mask, value], [supports, added, editor, mask]
         )
@@ -319,6 +361,7 @@ def _example() -> list[Support]:
 def _told(function: Callable[..., Any], gradio: Any) -> Callable[..., Any]:
     """Wrap a function so that the page shows the user's errors."""
 
+    @functools.wraps(function)  # gradio looks for the progress in the signature
     def call(*arguments: Any) -> Any:
         try:
             return function(*arguments)

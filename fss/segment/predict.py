@@ -17,6 +17,7 @@ from fss.data.images import ENDINGS, OTHER_ENDINGS
 from fss.files import atomic_write
 from fss.segment.pictures import MaskLike, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter, Segmentation
+from fss.segment.tuning import TuningSettings
 
 KINDS = ("mask", "probability", "overlay")
 """What is written of each query."""
@@ -37,6 +38,10 @@ def predict_files(
     batch_size: int = 8,
     overwrite: bool = False,
     device: Device = "auto",
+    tune: int | None = None,
+    tune_what: str = "svf",
+    tune_lr: float | None = None,
+    save_adapter: str | None = None,
 ) -> str:
     """Segment pictures and write three PNG files of each, of its size, into a folder.
 
@@ -64,8 +69,16 @@ def predict_files(
         batch_size: pictures at a time.
         overwrite: replace earlier results.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        tune: first tune the backbone on the supports, in at most so many steps (30 are usual); the
+            values that are best on views that are not trained on are kept. It starts from the
+            adapter, if one is given. Ctrl-C ends the tuning, not the command.
+        tune_what: what is tuned: svf (singular values), svf_scale, batch_norm, bias, scale_output,
+            scale_input, rotated_scale, adapter, full or layer4.
+        tune_lr: learning rate; by default one for each of these.
+        save_adapter: write what was tuned to this file, for --adapter (svf and svf_scale).
 
-    Returns two lines: what was done, and in which conventions the masks were read.
+    Returns two lines: what was done, and in which conventions the masks were read; after tuning a
+    third: the IoU on held-out views before and after.
 
     Raises:
         FileNotFoundError: no such query, support or run.
@@ -79,6 +92,7 @@ def predict_files(
         _refuse_to_overwrite(list(results.values()))
     if not supports:
         raise ValueError("support: expected at least one picture with its mask, got none")
+    _check_tuning(tune, tune_what, tune_lr, save_adapter)
     if run is None:
         segmenter = FewShotSegmenter(backbone, weights, None, size, adapter, threshold, device)
     else:
@@ -87,6 +101,13 @@ def predict_files(
         segmenter = FewShotSegmenter.load(run, checkpoint, adapter, threshold, device)
     images, masks = zip(*supports, strict=True)
     segmenter.support(list(images), [parse_mask(mask) for mask in masks], mask_value)
+    told = ""
+    if tune is not None:
+        tuning = segmenter.tune(tune, tune_lr, tune_what)
+        told = f"\n{tuning}"
+        if save_adapter is not None and tuning.adapter is not None:
+            tuning.adapter.save(save_adapter)
+            told += f"; saved to {save_adapter}"
     errors = _predict(segmenter, results, batch_size)
     if errors:
         raise ValueError(
@@ -97,8 +118,27 @@ def predict_files(
     read = "; ".join(dict.fromkeys(segmenter.conventions))
     return (
         f"{count} segmented: {out} has of each .mask.png, .probability.png and .overlay.png\n"
-        f"support masks read as: {read}"
+        f"support masks read as: {read}{told}"
     )
+
+
+def _check_tuning(steps: int | None, what: str, lr: float | None, save_adapter: str | None) -> None:
+    """Check what there is to check before anything is loaded."""
+    if steps is None:
+        given = {"tune_what": what != "svf", "tune_lr": lr is not None}
+        given["save_adapter"] = save_adapter is not None
+        if names := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(
+                f"{', '.join(names)}: expected with --tune STEPS, which is missing: nothing is "
+                "tuned without it"
+            )
+        return
+    settings = TuningSettings(steps, lr, what)
+    if save_adapter is not None and not settings.leaves_adapter:
+        raise ValueError(
+            f"save_adapter: expected svf or svf_scale to be tuned, got tune_what {what}: an "
+            "adapter holds singular values alone"
+        )
 
 
 def find_pictures(queries: Sequence[str], out: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -16,14 +17,17 @@ from torch import Tensor
 
 import svf_fast
 from fss.colors import ORANGE
-from fss.config import TrainConfig
+from fss.config import RegimeConfig, TrainConfig
 from fss.data import EvalTransform, Sample, test_transform
 from fss.data.masks import MaskValue
 from fss.evaluation.evaluate import enlarge
 from fss.models import FewShotModel, Matching, build_matching, matching_size
 from fss.processes import lay_out
 from fss.runs.folder import RunFolder
+from fss.segment.backbones import Backbones
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
+from fss.segment.tuning import Tuning, TuningSettings, tune
+from fss.segment.views import Example, SupportViews, plain_view
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -142,7 +146,8 @@ class FewShotSegmenter:
         self._transform = transform
         self.conventions: list[str] = []
         self._resize = config.resize if config else "photo"
-        self._own: svf_fast.Adapter | None = None
+        self._backbones = Backbones(self.model, self.device)
+        self._pictures: list[Example] = []
         self._examples: tuple[Tensor, Tensor] | None = None
         self._supports: Any = None  # what the model keeps of the examples
         if adapter is not None:
@@ -163,6 +168,7 @@ class FewShotSegmenter:
         """Set the backbone's singular values, without decomposing it anew; supports stay.
 
         A backbone without SVF layers, as in a run of another regime, is decomposed the first time.
+        What `tune` did is undone; its adapter brings it back.
 
         Args:
             adapter: a file of `svf_fast.save_adapter`, as runs leave it, or one that was loaded;
@@ -172,7 +178,6 @@ class FewShotSegmenter:
             FileNotFoundError: no such file.
             ValueError: no adapter, or one of another backbone.
         """
-        backbone = self.model.backbone
         if adapter is not None and not isinstance(adapter, svf_fast.Adapter):
             adapter = svf_fast.Adapter.load(adapter)
         if adapter is not None and adapter.also:
@@ -180,16 +185,8 @@ class FewShotSegmenter:
                 f"{adapter}: expected singular values alone, got also {', '.join(adapter.also)}, "
                 "which a segmenter could not take back"
             )
-        if adapter is None:
-            adapter = self._own
-        elif self._own is None:
-            if not any(True for _ in svf_fast.svf_parameters(backbone)):
-                adapter.convert(backbone, fuse=False)
-                lay_out(backbone, self.device).requires_grad_(False)
-            self._own = svf_fast.Adapter.of(backbone)
-        if adapter is not None:
-            adapter.apply(backbone)
-            self._supports = None
+        self._backbones.set(adapter)
+        self._supports = None
 
     def support(
         self,
@@ -217,6 +214,7 @@ class FewShotSegmenter:
                 f"masks: expected a list of a mask for each of the {len(images)} images, at least "
                 f"one, got {got}"
             )
+        pictures: list[Example] = []
         samples, conventions = [], []
         everywhere = True
         for number, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
@@ -228,8 +226,8 @@ class FewShotSegmenter:
             )
             conventions.append(convention)
             everywhere &= bool(found.all())
-            sample = self._transform(pixels, found.astype(np.uint8))
-            samples.append((sample.image, _kept(sample.mask, found)))
+            pictures.append((pixels, found))
+            samples.append(plain_view(pixels, found, self._transform))
         if everywhere and isinstance(self.model, Matching):
             raise ValueError(
                 "support mask: expected some background to tell the object from, got masks that "
@@ -238,8 +236,67 @@ class FewShotSegmenter:
         image, mask = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
         supports = self.model.encode_supports(image, mask)
         self._examples, self._supports = (image, mask), supports
-        self.conventions = conventions
+        self._pictures, self.conventions = pictures, conventions
         return self
+
+    def tune(
+        self,
+        steps: int = 30,
+        lr: float | None = None,
+        what: str | RegimeConfig = "svf",
+        size: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Tuning:
+        """Tune the backbone on the present supports; from then on the segmenter is the tuned one.
+
+        Nothing but the supports is used: one in turn is the query of the others, and of a single
+        support augmented views are each other's. The head of a run stays as trained, and so do
+        batch norms unless they are what is tuned. Views that are never trained on are measured
+        before the first step and every few: the best values are kept, the untuned ones if none are
+        better, and it stops once it does not get better. Ctrl-C stops too, and keeps the best.
+
+        It starts from the network as it came, or from the adapter that was set last; tuning twice
+        starts again from there. `adapter(None)` goes back, `adapter(tuning.adapter)` to what was
+        tuned, both without decomposing. Of a run, singular values train where it has them, from
+        their present values. What else is tuned is a copy of the backbone.
+
+        BAM weighs a fixed number of supports: where episodes would have one less, views of one are
+        among them twice.
+
+        Args:
+            steps: at most.
+            lr: learning rate of Adam; by default one for each `what`, see `TUNABLE`. For singular
+                values it is relative to the mean of a layer's.
+            what: "svf", "svf_scale", "full", "layer4", "batch_norm", "bias", "scale_output",
+                "scale_input", "rotated_scale" or "adapter", each in layers 3 and 4; or a
+                `RegimeConfig`.
+            size: longer side of the views, pixels, a multiple of 8 plus 1; by default the one at
+                which the network sees pictures. A smaller one takes less time.
+            seed: of views and episodes; the same one gives the same values on the same machine.
+            progress: show a bar.
+
+        Raises:
+            ValueError: no support was given yet; a support without background; an argument out of
+                range; layers without what is to be tuned.
+            TypeError: an argument of another type.
+        """
+        begin = time.monotonic()
+        if not self._pictures:
+            raise ValueError("supports: expected at least one, call support(images, masks) first")
+        settings = TuningSettings(steps, lr, what, seed)
+        transform = self._transform if size is None else type(self._transform)(size)
+        shots = getattr(self.model, "shots", None)  # BAM's weights are for so many
+        count = len(self._pictures)
+        if shots is not None and count not in (1, shots):
+            raise ValueError(
+                f"supports: expected {' or '.join(sorted({'1', str(shots)}))}, which this model "
+                f"can weigh, got {count}"
+            )
+        views = SupportViews(self._pictures, transform, shots, seed, self.device)
+        card = {"size": transform.size, "model": type(self.model).__name__.lower()}
+        self._supports = None
+        return tune(self._backbones, views, settings, self.threshold, count, card, progress, begin)
 
     @overload
     def __call__(self, images: Picture, batch_size: int = 8) -> Segmentation: ...
@@ -300,17 +357,6 @@ class FewShotSegmenter:
             whole = torch.from_numpy(picture).to(logits.device)
             return self.model.sharpen(logits[:, :height, :width], part, whole)
         return enlarge(logits, sample.size, picture.shape[:2], self._resize)
-
-
-def _kept(mask: Tensor, found: NDArray[np.bool_]) -> Tensor:
-    """Return the scaled mask as int64, with at least a pixel of the object."""
-    result = mask.long()
-    if not (result == 1).any():  # nearest-neighbor scaling can drop an object of a few pixels
-        valid = result != 255
-        height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
-        y, x = np.argwhere(found).mean(0) / found.shape
-        result[int(y * height), int(x * width)] = 1
-    return result
 
 
 def _device(name: str) -> torch.device:

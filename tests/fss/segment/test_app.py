@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import svf_fast
 from fss.cli import main
 from fss.data import ShapesSource
 from fss.segment import app
@@ -256,6 +257,32 @@ def test_a_run_and_its_pretrained_backbone_by_a_click(driver, tiny, photos):
         seen.append(page.results(3)[1].convert("RGB").tobytes())
     served.close()
     assert seen[0] == seen[2] != seen[1]
+
+
+def test_tuned_classes_are_switched_between(photos, monkeypatch):
+    """What the button calls, without a browser; the list is that of a session."""
+    pytest.importorskip("gradio", reason='gradio is not installed: pip install "svf-fast[app]"')
+    own = FewShotSegmenter(size=65, device="cpu")
+    built = app.build_page(own, {"pretrained": None}, "a test")
+    tune, segment = (
+        next(each.fn for each in built.fns.values() if each.name == name)
+        for name in ("tune", "segment")
+    )
+    support = pixels(photos / "support.png"), pixels(photos / "mask.png") > 0
+    tuned: dict = {}
+    for count in (1, 2):
+        tuned, switch, told, file = tune([support], None, None, "", 0.5, tuned, 1)
+        assert list(tuned) == [f"tuned {number + 1}" for number in range(count)]
+        assert switch["choices"] == ["pretrained", *tuned] and switch["value"] == f"tuned {count}"
+        assert f"tuned {count}: tuned svf on 1 support: held-out IoU" in told
+        assert svf_fast.Adapter.load(file["value"]).card["shots"] == 1
+    # from here on nothing is decomposed
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    queries = [(photos / "query.png", None)]
+    for choice in ("pretrained", "tuned 2", "tuned 1"):
+        shown = segment([support], None, None, "", queries, choice, 0.5, tuned)
+        expected = own(photos / "query.png").overlay()
+        np.testing.assert_array_equal(np.array(shown[0][0]), np.array(expected))
 
 
 def test_what_is_missing_is_said(page, photos):

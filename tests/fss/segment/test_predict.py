@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import svf_fast
 from fss.cli import main
 from fss.data import ShapesSource
 from fss.data.images import ENDINGS
@@ -270,3 +271,38 @@ def test_a_run_predicts(photos, tmp_path, tiny):
         overwrite=True,
     )
     assert "1 picture segmented" in with_adapter and len(pictures(out)) == 3
+
+
+def test_tuning_on_the_supports_first(photos, tmp_path, capsys):
+    query = ["--query", str(photos / "queries" / "a.png"), "--out", str(tmp_path)]
+    file = tmp_path / "tuned.safetensors"
+    tune = ["--tune", "2", "--tune_lr", "0.05", "--save_adapter", str(file)]
+    assert predict(photos, *query, *tune) == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "held-out IoU" in each]
+    assert line.startswith("tuned svf on 1 support: held-out IoU 0.") and str(file) in line
+    tuned = np.array(Image.open(tmp_path / "a.probability.png"))
+    assert svf_fast.Adapter.load(file).card["tuned"] == "svf"
+    assert predict(photos, *query, "--overwrite", "--adapter", str(file)) == 0
+    np.testing.assert_allclose(Image.open(tmp_path / "a.probability.png"), tuned, atol=1)
+    # from there on
+    more = ["--tune", "1", "--tune_what", "bias", "--adapter", str(file), "--overwrite"]
+    assert predict(photos, *query, *more) == 0
+    assert "tuned bias on 1 support" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tune", "0"], "steps: expected at least 1, got 0"),
+        (["--tune", "3", "--tune_what", "svd"], "what: expected one of svf, svf_scale"),
+        (["--tune", "3", "--tune_lr", "-1"], "lr: expected a number above 0"),
+        (["--save_adapter", "a.st"], "save_adapter: expected with --tune STEPS"),
+        (["--tune_what", "full"], "tune_what: expected with --tune STEPS"),
+        (["--tune", "3", "--tune_what", "full", "--save_adapter", "a.st"], "singular values alone"),
+    ],
+)
+def test_wrong_tuning_is_explained(photos, tmp_path, capsys, options, message):
+    query = str(photos / "queries" / "a.png")
+    assert predict(photos, "--query", query, "--out", str(tmp_path), *options) == 2
+    assert message in capsys.readouterr().err
+    assert not pictures(tmp_path)

@@ -1,0 +1,180 @@
+"""The backbone of a segmenter: as it came, with the values of an adapter, or tuned."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+import svf_fast
+from fss.config import RegimeConfig
+from fss.models import FewShotModel, Matching, apply_regime, trains_singular_values
+from fss.processes import lay_out
+
+
+class Backbones:
+    """Exchanges what the backbone of a model computes, and always finds back.
+
+    Where singular values alone change, they do so in the backbone itself, which is decomposed once.
+    Anything else is trained in a copy of it, which takes its place: one more backbone in memory.
+
+    Args:
+        model: frozen, in evaluation mode.
+        device: of the model.
+    """
+
+    def __init__(self, model: FewShotModel | Matching, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self._was_plain = not _svf_layers(model.backbone)
+        self._own: svf_fast.Adapter | None = None  # the values that the backbone came with
+        self._start: svf_fast.Adapter | None = None  # those that were set since
+        self._untuned: Any = None  # the backbone, while a copy is in its place
+
+    def set(self, adapter: svf_fast.Adapter | None) -> None:
+        """Set singular values; None for those that the backbone came with. Undoes any tuning.
+
+        Raises:
+            ValueError: an adapter of another backbone; then nothing is changed.
+        """
+        backbone = self.model.backbone if self._untuned is None else self._untuned
+        if adapter is not None:
+            if self._own is None:
+                if not _svf_layers(backbone):
+                    adapter.convert(backbone, fuse=False)
+                    lay_out(backbone, self.device).requires_grad_(False)
+                self._own = svf_fast.Adapter.of(backbone)
+            self._completed(adapter).apply(backbone)
+        elif self._own is not None:
+            self._own.apply(backbone)
+        self._start = adapter
+        self._drop_copy()
+
+    def put_back(self) -> None:
+        """Undo tuning: the values are again those that the backbone came with, or that were set."""
+        self._drop_copy()
+        self.model.requires_grad_(False)
+        values = self._own if self._start is None else self._completed(self._start)
+        if values is not None:
+            values.apply(self.model.backbone)
+
+    def train(self, regime: RegimeConfig) -> None:
+        """Let what the regime says train in the untuned backbone; the model stays as it is else.
+
+        Raises:
+            ValueError: layers that the backbone does not have, or without what the regime trains.
+        """
+        self.put_back()
+        if trains_only_singular_values(regime):
+            layers = self._decomposed(regime)
+            if regime.name == "svf" or all(each.trains == "log_scale" for each in layers):
+                for layer in layers:
+                    layer.trained.requires_grad_(True)
+                return
+        elif regime.name == "adapter":
+            for name, child in self.model.backbone.named_children():
+                if name in (regime.layers if regime.layers != ("all",) else (name,)) and hasattr(
+                    child, "adapter"
+                ):
+                    raise ValueError(
+                        f"what: {name} of this run ends in an adapter of its own; tune other values"
+                    )
+        known = _svf_layers(self.model.backbone)
+        factors = {
+            name: svf_fast.Factors(layer.U, layer.S_in_use, layer.V)
+            for name, layer in known.items()
+        }
+        self._untuned = self.model.backbone
+        copied = copy.deepcopy(self._untuned)
+        self.model.backbone = svf_fast.merge(copied) if known else copied
+        svf = regime.name in ("svf", "svf_scale")
+        apply_regime(self.model, regime, factors if factors and svf else None)
+        lay_out(self.model.backbone.to(self.device), self.device)
+
+    def keep(
+        self, regime: RegimeConfig, changed: bool, card: dict[str, Any]
+    ) -> svf_fast.Adapter | None:
+        """Freeze what `train` let train; return its singular values if these alone trained.
+
+        Args:
+            regime: the one of `train`.
+            changed: whether anything is better than untuned, else that is put back.
+            card: of the adapter.
+        """
+        self.model.requires_grad_(False)
+        if not trains_only_singular_values(regime):
+            if not changed:
+                self.put_back()
+            return None
+        adapter = svf_fast.Adapter.of(self.model.backbone, card)
+        if self._untuned is not None:  # S·exp(s') of a copy: in the basis of the backbone
+            known = svf_fast.Adapter.of(self._untuned)
+            adapter = svf_fast.Adapter({**known.S, **adapter.S}, known.fingerprints, card)
+            adapter.apply(self._untuned)
+            self._drop_copy()
+        return adapter
+
+    def _drop_copy(self) -> None:
+        if self._untuned is not None:
+            self.model.backbone, self._untuned = self._untuned, None
+
+    def _completed(self, adapter: svf_fast.Adapter) -> svf_fast.Adapter:
+        """Add the layers that the adapter leaves as they came, of a backbone that was plain."""
+        own = self._own
+        if own is None or not self._was_plain or not adapter.S.keys() < own.S.keys():
+            return adapter
+        fingerprints = {**own.fingerprints, **adapter.fingerprints}
+        return dataclasses.replace(adapter, S={**own.S, **adapter.S}, fingerprints=fingerprints)
+
+    def _decomposed(self, regime: RegimeConfig) -> list[svf_fast.SVFConv2d]:
+        """Return the SVF layers that the regime is about, decomposing what is not yet."""
+        backbone = self.model.backbone
+        children = [name for name, _ in backbone.named_children()]
+        chosen = children if regime.layers == ("all",) else list(regime.layers)
+
+        def fits(name: str, kernel: tuple[int, ...]) -> bool:
+            sizes = ("all", "x".join(map(str, kernel)))
+            return name.split(".")[0] in chosen and regime.kernel in sizes
+
+        plain = {
+            name.split(".")[0]
+            for name, module in backbone.named_modules()
+            if isinstance(module, nn.Conv2d) and fits(name, module.kernel_size)
+        }
+        unknown = [name for name in chosen if name not in children]
+        if self._was_plain and (plain or unknown):
+            if self._own is not None:
+                self._own.apply(backbone)
+            layers = tuple(name for name in chosen if name in plain or name in unknown)
+            settings = {"name": "svf", "factors": None, "layers": layers}
+            apply_regime(self.model, dataclasses.replace(regime, **settings))
+            lay_out(backbone, self.device).requires_grad_(False)
+            self._own = svf_fast.Adapter.of(backbone)
+            if self._start is not None:
+                self._completed(self._start).apply(backbone)
+        there = _svf_layers(backbone)
+        found = [layer for name, layer in there.items() if fits(name, layer.kernel_size)]
+        if not found:
+            where = sorted({name.split(".")[0] for name in there})
+            raise ValueError(
+                f"what: expected layers with singular values to train, {', '.join(regime.layers)} "
+                f"of this run has none; they are in {', '.join(where) or 'no layer'}"
+            )
+        if self._own is None:
+            self._own = svf_fast.Adapter.of(backbone)
+        return found
+
+
+def trains_only_singular_values(regime: RegimeConfig) -> bool:
+    """Return whether an adapter holds all that the regime trains."""
+    return (
+        regime.name in ("svf", "svf_scale")
+        and trains_singular_values(regime)
+        and regime.batch_norm == "none"
+    )
+
+
+def _svf_layers(backbone: nn.Module) -> dict[str, svf_fast.SVFConv2d]:
+    return {n: m for n, m in backbone.named_modules() if isinstance(m, svf_fast.SVFConv2d)}

@@ -1,0 +1,379 @@
+"""Tuning of a segmenter's network on nothing but its supports."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import svf_fast
+from fss.config import RegimeConfig
+from fss.config.checks import check_positive
+from fss.models import FewShotModel, Matching
+from fss.segment.backbones import Backbones, trains_only_singular_values
+from fss.segment.views import Episodes, SupportViews
+
+LAYERS = ("layer3", "layer4")
+"""What is tuned in unless a `RegimeConfig` says otherwise."""
+
+TUNABLE: dict[str, tuple[RegimeConfig, float]] = {
+    "svf": (RegimeConfig("svf", LAYERS), 0.02),
+    "svf_scale": (RegimeConfig("svf_scale", LAYERS), 0.02),
+    "full": (RegimeConfig("full", LAYERS), 1e-5),
+    "layer4": (RegimeConfig("full", ("layer4",)), 1e-5),
+    "batch_norm": (RegimeConfig("freeze", LAYERS, batch_norm="both"), 0.01),
+    "bias": (RegimeConfig("bias", LAYERS), 0.01),
+    "scale_output": (RegimeConfig("scale_output", LAYERS), 0.02),
+    "scale_input": (RegimeConfig("scale_input", LAYERS), 0.02),
+    "rotated_scale": (RegimeConfig("rotated_scale", LAYERS), 0.02),
+    "adapter": (RegimeConfig("adapter", LAYERS), 1e-3),
+}
+"""What can be tuned, by name: the regime, and the learning rate of Adam. That of S is relative: the
+change of S in a step over the mean |S| of its layer, see `svf_fast.svf_parameter_groups`."""
+
+_EVERY = 5
+"""Steps between two measures; fewer where there are few steps."""
+_PATIENCE = 4
+"""Measures without a better one after which it stops."""
+_UNEXPLAINED = 0.1
+"""A held-out IoU below which supports do not explain each other."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What was measured after some steps.
+
+    iou: mean IoU of the object over held-out views, at the segmenter's threshold.
+    loss: mean loss of these.
+    train_loss: mean loss of the steps since the last measure; None before the first.
+    """
+
+    step: int
+    iou: float
+    loss: float
+    train_loss: float | None
+
+    def better_than(self, other: Measure) -> bool:
+        """Return whether the IoU is higher, or the same at a lower loss."""
+        if not math.isfinite(self.loss):
+            return False
+        return (self.iou, -self.loss) > (other.iou, -other.loss)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The record of a tuning; as text, a line.
+
+    what: its name, or the regime's.
+    shots: number of supports.
+    before, after: mean IoU of the object over views of the supports that are not trained on, at the
+        segmenter's threshold, before the first step and with the values that are kept.
+    best_step: after which step these were; 0 if nothing was better than untuned, which is kept.
+    steps: done.
+    seconds: of all of it, decomposing included.
+    stopped: why no further step was taken.
+    history: every measure.
+    adapter: the singular values, where these alone were tuned: to save, and to go back to.
+    """
+
+    what: str
+    shots: int
+    before: float
+    after: float
+    best_step: int
+    steps: int
+    seconds: float
+    stopped: str
+    history: tuple[Measure, ...]
+    adapter: svf_fast.Adapter | None = field(default=None, repr=False)
+
+    @property
+    def advice(self) -> str:
+        """Tell what the measure says about the supports; "" where there is nothing to say."""
+        if self.after >= _UNEXPLAINED:
+            return ""
+        if self.shots == 1:
+            return (
+                "other views of the support are not recognized by it: is its mask right, and the "
+                "object large enough?"
+            )
+        return (
+            "the supports do not explain each other: do all of them show the same kind of object, "
+            "and are their masks right?"
+        )
+
+    def __str__(self) -> str:
+        kept = f"step {self.best_step} is kept" if self.best_step else "the untuned values are kept"
+        supports = "1 support" if self.shots == 1 else f"{self.shots} supports"
+        text = (
+            f"tuned {self.what} on {supports}: held-out IoU {self.before:.3f} -> {self.after:.3f}, "
+            f"{kept} ({self.steps} steps, {self.seconds:.1f} s; {self.stopped})"
+        )
+        return f"{text}; {self.advice}" if self.advice else text
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What `FewShotSegmenter.tune` is asked for, checked; see there."""
+
+    steps: int = 30
+    lr: float | None = None
+    what: str | RegimeConfig = "svf"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if self.steps < 1:
+            raise ValueError(
+                f"steps: expected at least 1, got {self.steps}; to segment untuned, do not tune"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed: expected an integer from 0 on, got {self.seed}")
+        if self.lr is not None:
+            if not isinstance(self.lr, int | float) or isinstance(self.lr, bool):
+                raise TypeError(f"lr: expected a number, got {self.lr!r}")
+            check_positive("lr", self.lr)
+        _check_regime(self.regime)
+
+    @property
+    def regime(self) -> RegimeConfig:
+        """Return what trains."""
+        if isinstance(self.what, RegimeConfig):
+            return self.what
+        if self.what not in TUNABLE:
+            raise ValueError(
+                f"what: expected one of {', '.join(TUNABLE)}, or a RegimeConfig; got {self.what!r}"
+            )
+        return TUNABLE[self.what][0]
+
+    @property
+    def name(self) -> str:
+        """Return the short name of what trains."""
+        return self.regime.name if isinstance(self.what, RegimeConfig) else self.what
+
+    @property
+    def leaves_adapter(self) -> bool:
+        """Whether singular values alone train, so that an adapter holds them."""
+        return trains_only_singular_values(self.regime)
+
+    def groups(self, backbone: nn.Module) -> list[dict[str, Any]]:
+        """Return the groups of Adam for what trains in a backbone, with their rates."""
+        trained = [p for p in backbone.parameters() if p.requires_grad]
+        values = {id(p) for p in svf_fast.svf_parameters(backbone)}
+        groups = []
+        if any(id(p) in values for p in trained):
+            rate = TUNABLE["svf"][1] if self.lr is None else self.lr
+            groups = svf_fast.svf_parameter_groups(backbone, rate)
+            groups = [g for g in groups if any(p.requires_grad for p in g["params"])]
+        others = [p for p in trained if id(p) not in values]
+        if others:
+            groups.append({"params": others, "lr": self._rate if self.lr is None else self.lr})
+        return groups
+
+    @property
+    def _rate(self) -> float:
+        """The default rate of parameters that are not those of SVF layers."""
+        regime = self.regime
+        if self.name in TUNABLE and regime.name not in ("svf", "svf_scale"):
+            return TUNABLE[self.name][1]
+        # beside S, or alone
+        factors = not {"S", "S'"}.issuperset(regime.trained_factors)
+        return TUNABLE["full" if factors else "batch_norm"][1]
+
+
+def _check_regime(regime: RegimeConfig) -> None:
+    if not regime.reads_layers or (regime.name == "freeze" and regime.batch_norm == "none"):
+        raise ValueError(
+            'what: expected a regime that trains something in the backbone, got "freeze" alone; '
+            f"one of {', '.join(TUNABLE)} does"
+        )
+    if regime.name == "rotated_svf":
+        raise ValueError(
+            'what: "rotated_svf" starts from another network than the pretrained one, which a few '
+            "supports cannot make up for; rotated_scale starts from the pretrained one"
+        )
+    if regime.batch_norm_statistics == "batch":
+        raise ValueError(
+            'what: expected batch_norm_statistics "frozen", got "batch": statistics of a few views '
+            "are not those of pictures"
+        )
+
+
+def tune(
+    backbones: Backbones,
+    views: SupportViews,
+    settings: TuningSettings,
+    threshold: float,
+    shots: int,
+    card: dict[str, Any],
+    progress: bool,
+    begin: float,
+) -> Tuning:
+    """Tune the backbone of a model on views of supports, and leave the best values in it.
+
+    The model stays in evaluation mode. If it fails, or is stopped before the first measure, the
+    untuned backbone is put back.
+
+    Args:
+        backbones: of the model.
+        views: of the supports.
+        settings: what to do.
+        threshold: of the probability.
+        shots: number of supports.
+        card: what to note in the adapter besides.
+        progress: show a bar.
+        begin: when it began, of `time.monotonic`.
+    """
+    model = backbones.model
+    device = backbones.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)  # of what a regime adds
+        try:
+            backbones.train(settings.regime)
+            groups = settings.groups(model.backbone)
+            loop = _Loop(model, views, groups, threshold, settings)
+            stopped = loop.run(progress)
+            best, history = loop.best, tuple(loop.history)
+            card = {
+                **card,
+                "tuned": settings.name,
+                "shots": shots,
+                "steps": best.step,
+                "metric": {"IoU before": history[0].iou, "IoU after": best.iou},
+            }
+            adapter = backbones.keep(settings.regime, best.step > 0, card)
+        except BaseException:
+            backbones.put_back()
+            raise
+    return Tuning(
+        settings.name,
+        shots,
+        history[0].iou,
+        best.iou,
+        best.step,
+        loop.done,
+        time.monotonic() - begin,
+        stopped,
+        history,
+        adapter,
+    )
+
+
+class _Loop:
+    """Steps with a measure now and then.
+
+    Attributes:
+        history: all measures; best: the best of them.
+        done: steps.
+    """
+
+    def __init__(
+        self,
+        model: FewShotModel | Matching,
+        views: SupportViews,
+        groups: list[dict[str, Any]],
+        threshold: float,
+        settings: TuningSettings,
+    ) -> None:
+        self.model, self.views, self.settings = model, views, settings
+        self.optimizer = torch.optim.Adam(groups)
+        self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+        share = min(max(views.share, 1e-3), 1 - 1e-3)
+        # object and background count the same, however small the object is
+        weights = torch.tensor([0.5 / (1 - share), 0.5 / share])
+        self.class_weight = weights.to(self.parameters[0].device)
+        self.margin = math.log(threshold / (1 - threshold))
+        self.held_out = views.held_out()
+        self.history: list[Measure] = []
+        self.done = 0
+
+    def run(self, progress: bool) -> str:
+        """Take the steps, leave the best values in the parameters, and return why it stopped."""
+        every = min(_EVERY, max(1, self.settings.steps // 4))
+        losses: list[float] = []
+        self.best = self._measure(losses)
+        kept = self._values()
+        stopped = "all steps are done"
+        bar = tqdm(
+            total=self.settings.steps, desc="tune", unit="step", disable=not progress, leave=False
+        )
+        try:
+            with bar:
+                while self.done < self.settings.steps:
+                    loss = self._step()
+                    if not math.isfinite(loss):
+                        stopped = (
+                            f"the loss of step {self.done + 1} was {loss}, a lower lr may help"
+                        )
+                        break
+                    losses.append(loss)
+                    self.done += 1
+                    if self.done % every == 0 or self.done == self.settings.steps:
+                        measure = self._measure(losses)
+                        losses = []
+                        if measure.better_than(self.best):
+                            self.best, kept = measure, self._values()
+                    bar.set_postfix(loss=f"{loss:.3f}", iou=f"{self.history[-1].iou:.3f}")
+                    bar.update()
+                    if self._is_exhausted(every):
+                        stopped = f"not better since step {self.best.step}"
+                        break
+        except KeyboardInterrupt:
+            stopped = f"stopped by ctrl-C after {self.done} steps"
+        with torch.no_grad():
+            for parameter, values in zip(self.parameters, kept, strict=True):
+                parameter.copy_(values)
+                parameter.grad = None
+        return stopped
+
+    def _is_exhausted(self, every: int) -> bool:
+        waited = self.done - self.best.step
+        return self.done < self.settings.steps and waited >= _PATIENCE * every
+
+    def _step(self) -> float:
+        """Take a step and return its loss, or none if that is not finite."""
+        episodes = self.views.sample()
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            _, loss = self._predict(episodes)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+            self.optimizer.step()
+        return value
+
+    @torch.no_grad()
+    def _measure(self, losses: Sequence[float]) -> Measure:
+        found, lost = [], []
+        for episodes in self.held_out:
+            logits, loss = self._predict(episodes)
+            mask = logits[:, 1] - logits[:, 0] > self.margin
+            valid, truth = episodes.query_masks != 255, episodes.query_masks == 1
+            both, either = (mask & truth).sum(), ((mask | truth) & valid).sum()
+            found.append(float(both / either))
+            lost.append(float(loss))
+        train_loss = sum(losses) / len(losses) if losses else None
+        measure = Measure(self.done, sum(found) / len(found), sum(lost) / len(lost), train_loss)
+        self.history.append(measure)
+        return measure
+
+    def _predict(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Return logits and loss of episodes."""
+        query_images, query_masks, support_images, support_masks = episodes
+        # what heads take besides (BAM's base class) is for training mode, as auxiliary logits are
+        prediction = self.model(query_images, support_images, support_masks)
+        others = [torch.zeros_like(query_masks) for _ in self.model.targets[1:]]
+        loss = self.model.loss(prediction, query_masks, *others, class_weight=self.class_weight)
+        return prediction.logits, loss
+
+    def _values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]

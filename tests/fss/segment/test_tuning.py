@@ -1,0 +1,426 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import svf_fast
+from fss.config import RegimeConfig
+from fss.data import EvalTransform, ShapesSource, SquareTransform
+from fss.models import FewShotModel, build_model
+from fss.models.regimes import apply_regime
+from fss.runs.checkpoint import save_checkpoint
+from fss.segment import tuning
+from fss.segment.segmenter import FewShotSegmenter
+from fss.segment.tuning import TUNABLE, Measure, Tuning
+from fss.segment.views import SupportViews
+
+SIZE = 49
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Photos of 65 px that show one class, with its mask."""
+    source = ShapesSource(size=65)
+    found = []
+    for index in source.indices("test"):
+        if source.class_areas(index).get(1, 0) > 0.1 * source.image_size**2:
+            image, mask = source.load(index)
+            found.append((image, mask == 1))
+        if len(found) == 4:
+            return found
+    raise AssertionError("too few photos")
+
+
+@pytest.fixture(scope="module")
+def _embedded():
+    return FewShotSegmenter(size=SIZE, device="cpu")
+
+
+@pytest.fixture
+def embedded(_embedded):
+    """The embedded backbone, as it came."""
+    return copy.deepcopy(_embedded)
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    """Loads the segmenter of a run of a few random weights."""
+
+    def make(**overrides: object) -> FewShotSegmenter:
+        config = tiny(**overrides)
+        torch.manual_seed(0)
+        names = {number: str(number) for number in range(1, 16)}
+        network = build_model(config.model, names, config.data.shots)
+        apply_regime(network, config.regime)
+        with torch.no_grad():
+            for parameter in svf_fast.svf_parameters(network):
+                parameter.mul_(1.2)
+        save_checkpoint(tmp_path / "best.pt", config, {"model": network.state_dict(), "step": 1})
+        return FewShotSegmenter.load(tmp_path, device="cpu")
+
+    return make
+
+
+def given(segmenter: FewShotSegmenter, examples, count: int) -> FewShotSegmenter:
+    images, masks = zip(*examples[:count])
+    return segmenter.support(list(images), list(masks))
+
+
+def state(segmenter: FewShotSegmenter) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in segmenter.model.state_dict().items()}
+
+
+def always_better(monkeypatch) -> None:
+    """Lets every measure be kept, whatever it is."""
+    monkeypatch.setattr(Measure, "better_than", lambda self, other: True)
+
+
+def test_the_best_measure_is_kept_and_segments(embedded, examples):
+    given(embedded, examples, 2)
+    query = examples[3][0]
+    before = embedded(query).probability
+    tuned = embedded.tune(4, what="svf_scale", progress=False)
+    assert (
+        tuned.best_step > 0 and tuned.steps == 4 and tuned.what == "svf_scale" and tuned.shots == 2
+    )
+    assert [each.step for each in tuned.history] == [0, 1, 2, 3, 4]
+    best = max(tuned.history, key=lambda each: (each.iou, -each.loss))
+    assert (tuned.best_step, tuned.after) == (best.step, best.iou)
+    assert tuned.before == tuned.history[0].iou < tuned.after
+    assert tuned.stopped == "all steps are done" and tuned.seconds > 0
+    after = embedded(query).probability
+    assert np.abs(after - before).max() > 1e-3
+    # what is kept is what was measured
+    again = embedded.tune(4, what="svf_scale", progress=False)
+    assert again.history == tuned.history
+    np.testing.assert_array_equal(embedded(query).probability, after)
+    assert not any(p.requires_grad for p in embedded.model.parameters())
+    assert f"{tuned.before:.3f} -> {tuned.after:.3f}, step {tuned.best_step} is kept" in str(tuned)
+
+
+def test_another_seed_is_another_tuning(embedded, examples):
+    given(embedded, examples, 1)
+    one, other = (embedded.tune(1, seed=seed, progress=False).history for seed in (0, 1))
+    assert one[0].loss != other[0].loss
+
+
+def test_nothing_better_leaves_it_untuned(embedded, examples, monkeypatch):
+    given(embedded, examples, 1)
+    monkeypatch.setattr(Measure, "better_than", lambda self, other: False)
+    query = examples[3][0]
+    embedded.tune(1, progress=False)  # decomposes, which rounds
+    own = embedded.adapter(None) or embedded(query).probability
+    for what in ("svf", "svf_scale", "bias"):
+        before = state(embedded)
+        tuned = embedded.tune(1, lr=0.1, what=what, progress=False)
+        assert tuned.best_step == 0 and tuned.after == tuned.before
+        assert "the untuned values are kept" in str(tuned)
+        np.testing.assert_array_equal(embedded(query).probability, own)
+        after = state(embedded)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_it_stops_when_it_does_not_get_better(embedded, examples, monkeypatch):
+    given(embedded, examples, 1)
+    monkeypatch.setattr(tuning, "_EVERY", 1)
+    monkeypatch.setattr(Measure, "better_than", lambda self, other: self.step <= 2)
+    tuned = embedded.tune(30, what="bias", progress=False)
+    assert tuned.best_step == 2 and tuned.steps == 2 + tuning._PATIENCE
+    assert tuned.stopped == "not better since step 2"
+
+
+@pytest.mark.parametrize("what", TUNABLE)
+def test_what_trains_and_nothing_else(embedded, examples, monkeypatch, what):
+    always_better(monkeypatch)
+    given(embedded, examples, 2)
+    before = {k: v.clone() for k, v in embedded.model.backbone.state_dict().items()}
+    tuned = embedded.tune(1, what=what, progress=False)
+    assert tuned.best_step == 1 and tuned.what == what
+    assert (tuned.adapter is not None) == (what in ("svf", "svf_scale"))
+    after = embedded.model.backbone.state_dict()
+    changed = {k for k in before if k in after and not torch.equal(before[k], after[k])}
+    new = {k for k in after if k not in before}
+    layers = ("layer4",) if what == "layer4" else ("layer3", "layer4")
+    assert changed or new
+    assert all(name.startswith(layers) for name in changed | new)
+    statistics = {name for name in changed if "running" in name or "batches" in name}
+    assert not statistics
+    embedded.adapter(None)
+    back = embedded.model.backbone
+    if what not in ("svf", "svf_scale"):
+        assert all(torch.equal(before[k], v) for k, v in back.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "overrides, what",
+    [
+        ({"regime": {"name": "freeze"}}, "svf"),
+        ({"regime": {"name": "svf"}}, "svf"),
+        ({"regime": {"name": "svf"}}, "svf_scale"),
+        ({"regime": {"name": "svf"}}, "batch_norm"),
+        ({"regime": {"name": "svf_scale"}}, "svf"),
+        ({"regime": {"name": "full"}, "data": {"protocol": "hsnet"}}, "svf_scale"),
+        ({"model": {"name": "pfenet"}, "data": {"shots": 3}}, "svf"),
+        ({"model": {"name": "bam", "base_weights": "none"}, "data": {"shots": 3}}, "svf"),
+    ],
+)
+def test_runs_of_every_kind(run, examples, monkeypatch, overrides, what):
+    always_better(monkeypatch)
+    segmenter = given(run(**overrides), examples, overrides.get("data", {}).get("shots", 1))
+    query = examples[3][0]
+    head = {k: v for k, v in state(segmenter).items() if not k.startswith("backbone")}
+    own = segmenter(query).probability
+    tuned = segmenter.tune(2, lr=0.05, what=what, progress=False)
+    after = segmenter(query).probability
+    assert np.abs(after - own).max() > 1e-6
+    assert all(torch.equal(v, segmenter.model.state_dict()[k]) for k, v in head.items())
+    segmenter.adapter(None)
+    np.testing.assert_allclose(segmenter(query).probability, own, atol=1e-5)
+    if tuned.adapter is not None:
+        segmenter.adapter(tuned.adapter)
+        np.testing.assert_allclose(segmenter(query).probability, after, atol=1e-5)
+
+
+def test_values_of_a_run_train_from_where_they_are(run, examples, monkeypatch):
+    """Also those of layers that are not tuned stay, and the file fits the run."""
+    always_better(monkeypatch)
+    segmenter = given(run(), examples, 2)
+    before = {n: p.clone() for n, p in segmenter.model.backbone.state_dict().items()}
+    tuned = segmenter.tune(1, lr=0.01, progress=False)
+    assert {name.split(".")[0] for name in tuned.adapter.S} == {"layer2", "layer3", "layer4"}
+    for name, values in tuned.adapter.S.items():
+        own = before[f"{name}.S"]
+        # a step of Adam is as large as its rate
+        moved = 0.0 if name.startswith("layer2") else 0.01 * float(own.abs().mean())
+        assert float((values - own).abs().max()) == pytest.approx(moved, rel=0.02)
+
+
+def test_classes_take_turns_without_decomposing(embedded, examples, monkeypatch, tmp_path):
+    always_better(monkeypatch)
+    query = examples[3][0]
+    given(embedded, examples, 1)
+    one = embedded.tune(1, lr=0.1, seed=1, progress=False)
+    first = embedded(query).probability
+    one.adapter.save(tmp_path / "one.safetensors")
+    # from here on
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    monkeypatch.setattr(svf_fast, "decompose", None)
+    two = embedded.tune(1, lr=0.1, seed=2, what="svf_scale", progress=False)
+    second = embedded(query).probability
+    assert np.abs(first - second).max() > 1e-3
+    for adapter, expected in (
+        (tmp_path / "one.safetensors", first),
+        (two.adapter, second),
+        (one.adapter, first),
+    ):
+        embedded.adapter(adapter)
+        np.testing.assert_allclose(embedded(query).probability, expected, atol=1e-5)
+    card = svf_fast.Adapter.load(tmp_path / "one.safetensors").card
+    assert (card["tuned"], card["shots"], card["steps"], card["size"]) == ("svf", 1, 1, SIZE)
+    assert card["metric"] == {"IoU before": one.before, "IoU after": one.after}
+
+
+def test_it_starts_from_the_adapter_that_was_set(embedded, examples, monkeypatch):
+    given(embedded, examples, 1)
+    monkeypatch.setattr(Measure, "better_than", lambda self, other: self.step > 0)
+    one = embedded.tune(1, lr=0.1, progress=False)
+    embedded.adapter(one.adapter)
+    for what in ("svf", "batch_norm"):
+        two = embedded.tune(1, what=what, progress=False)
+        # measured on the same views: what was after is now before
+        assert two.history[0].iou == one.history[-1].iou
+        assert two.history[0].loss == pytest.approx(one.history[-1].loss, rel=1e-4)
+
+
+def test_layers_of_another_choice(embedded, examples, monkeypatch):
+    always_better(monkeypatch)
+    given(embedded, examples, 1)
+    few = embedded.tune(1, what=RegimeConfig("svf", ("layer4",)), progress=False)
+    expected = embedded(examples[3][0]).probability
+    more = embedded.tune(1, what=RegimeConfig("svf", ("layer3", "layer4"), "3x3"), progress=False)
+    assert few.adapter.S.keys() < more.adapter.S.keys()
+    embedded.adapter(few.adapter)
+    np.testing.assert_allclose(embedded(examples[3][0]).probability, expected, atol=1e-5)
+    both = RegimeConfig("svf", ("layer4",), batch_norm="both")
+    assert embedded.tune(1, what=both, progress=False).adapter is None
+
+
+def test_an_adapter_of_another_backbone_leaves_the_tuned_one(run, embedded, examples):
+    other = given(run(), examples, 1).tune(1, progress=False).adapter
+    given(embedded, examples, 1).tune(1, lr=0.1, what="batch_norm", progress=False)
+    before = embedded(examples[3][0]).probability
+    with pytest.raises(ValueError, match="singular values|another backbone"):
+        embedded.adapter(other)
+    np.testing.assert_array_equal(embedded(examples[3][0]).probability, before)
+
+
+def test_ctrl_c_keeps_the_best(embedded, examples, monkeypatch):
+    always_better(monkeypatch)
+    given(embedded, examples, 1)
+    expected = embedded.tune(2, lr=0.1, progress=False)
+    step = tuning._Loop._step
+
+    def interrupted(self) -> float:
+        if self.done == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(tuning._Loop, "_step", interrupted)
+    tuned = embedded.tune(4, lr=0.1, progress=False)
+    assert tuned.best_step == tuned.steps == 2
+    assert tuned.stopped == "stopped by ctrl-C after 2 steps"
+    for name, values in tuned.adapter.S.items():
+        assert torch.equal(values, expected.adapter.S[name])
+
+
+@pytest.mark.parametrize("what", ["svf", "batch_norm"])
+def test_a_failure_puts_the_untuned_network_back(embedded, examples, monkeypatch, what):
+    given(embedded, examples, 1)
+    embedded.tune(1, progress=False)
+    embedded.adapter(None)
+    before = state(embedded)
+
+    def broken(self, *_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning._Loop, "_measure", broken)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.tune(1, lr=0.1, what=what, progress=False)
+    after = state(embedded)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad for p in embedded.model.parameters())
+
+
+@pytest.mark.parametrize("what", ["svf", "full"])
+def test_a_loss_that_is_not_finite_ends_it(embedded, examples, what):
+    given(embedded, examples, 1)
+    tuned = embedded.tune(6, lr=1e30, what=what, progress=False)
+    assert "the loss of step 2 was nan, a lower lr may help" in tuned.stopped
+    assert tuned.best_step == 0
+    assert np.isfinite(embedded(examples[3][0]).probability).all()
+
+
+def test_supports_that_do_not_explain_each_other_are_named(embedded, examples):
+    record = Tuning("svf", 2, 0.02, 0.04, 3, 10, 1.0, "all steps are done", ())
+    assert "do all of them show the same kind of object" in str(record)
+    assert "is its mask right" in str(Tuning("svf", 1, 0.0, 0.0, 0, 9, 1.0, "", ()))
+    assert Tuning("svf", 2, 0.1, 0.4, 3, 10, 1.0, "", ()).advice == ""
+    # corners of the same photo: one is the background of the other
+    image = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)
+    corner = np.zeros((48, 48), bool)
+    corner[:6, :6] = True
+    embedded.support([image, image], [corner, corner[::-1, ::-1].copy()])
+    tuned = embedded.tune(1, progress=False)
+    assert tuned.after < 0.1 and "do not explain each other" in str(tuned)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"steps": 0}, ValueError, "steps: expected at least 1, got 0; to segment untuned"),
+        ({"steps": 1.5}, TypeError, "steps: expected an integer"),
+        ({"lr": -1.0}, ValueError, "lr: expected a number above 0, got -1"),
+        ({"lr": math.nan}, ValueError, "lr: expected a number above 0"),
+        ({"lr": "fast"}, TypeError, "lr: expected a number"),
+        ({"seed": -1}, ValueError, "seed: expected an integer from 0 on"),
+        ({"what": "svd"}, ValueError, "what: expected one of svf, svf_scale, full, .*got 'svd'"),
+        ({"what": RegimeConfig("freeze")}, ValueError, "trains something in the backbone"),
+        ({"what": RegimeConfig("rotated_svf")}, ValueError, "another network"),
+        (
+            {"what": RegimeConfig("svf", batch_norm_statistics="batch")},
+            ValueError,
+            'batch_norm_statistics "frozen"',
+        ),
+        ({"what": RegimeConfig("svf", ("layer9",))}, ValueError, "got 'layer9'"),
+        ({"what": RegimeConfig("full", ("layer9",))}, ValueError, "got 'layer9'"),
+        ({"size": 100}, ValueError, "size: expected a multiple of 8 plus 1"),
+    ],
+)
+def test_wrong_arguments_are_explained(embedded, examples, options, error, message):
+    given(embedded, examples, 1)
+    before = embedded(examples[3][0]).probability
+    with pytest.raises(error, match=message):
+        embedded.tune(progress=False, **options)
+    np.testing.assert_array_equal(embedded(examples[3][0]).probability, before)
+
+
+def test_supports_that_cannot_be_tuned_on(embedded, run, examples):
+    with pytest.raises(ValueError, match=r"call support\(images, masks\) first"):
+        embedded.tune()
+    image, mask = examples[0]
+    embedded.support([image, image], [mask, mask | True])
+    with pytest.raises(ValueError, match="support mask 2: expected some background"):
+        embedded.tune()
+    with pytest.raises(ValueError, match="NaN|0 to 1"):
+        embedded.support(np.full((48, 48, 3), np.nan, np.float32), mask)
+    bam = given(run(model={"name": "bam", "base_weights": "none"}, data={"shots": 3}), examples, 2)
+    with pytest.raises(ValueError, match="supports: expected 1 or 3"):
+        bam.tune()
+    with pytest.raises(ValueError, match="they are in layer2"):
+        given(run(regime={"layers": ["layer2"]}), examples, 1).tune()
+
+
+def corner_of(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    mask = np.zeros(size, bool)
+    mask[-side:, -side:] = True
+    return image, mask
+
+
+@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
+@pytest.mark.parametrize("size, side", [((400, 300), 1), ((48, 48), 5), ((20, 90), 19)])
+def test_views_show_object_and_background(make, size, side):
+    """Also of an object of a pixel in a corner, and of a picture that is almost all object."""
+    views = SupportViews([corner_of(size, side)], make(SIZE))
+    for episodes in [views.sample() for _ in range(8)] + views.held_out():
+        for masks in (episodes.query_masks, episodes.support_masks.flatten(0, 1)):
+            assert masks.unique().tolist() in ([0, 1], [0, 1, 255])
+            assert (masks == 1).flatten(1).any(1).all() and (masks == 0).flatten(1).any(1).all()
+    assert 0 < views.share < 1
+
+
+def test_queries_are_never_among_their_supports(examples):
+    """Of each support a color of its own tells its views."""
+    flat = [
+        (np.full((40, 40, 3), value, np.uint8), mask[:40, :40])
+        for value, (_, mask) in zip((20, 120, 220), examples)
+    ]
+    for _, mask in flat:
+        mask[0, 0], mask[20, 20] = False, True
+    views = SupportViews(flat, EvalTransform(SIZE))
+    seen = set()
+    for episodes in [views.sample() for _ in range(9)] + views.held_out():
+        assert episodes.support_images.shape[1] == 2
+        numbers = [
+            [round(float(image[0][mask != 255].mean()), 3) for image, mask in zip(images, masks)]
+            for images, masks in (
+                (episodes.query_images, episodes.query_masks),
+                (episodes.support_images[0], episodes.support_masks[0]),
+            )
+        ]
+        assert numbers[0][0] not in numbers[1]
+        seen.add(numbers[0][0])
+    assert len(seen) > 3
+    # a fixed number of supports is reached by repeating them
+    assert SupportViews(flat, EvalTransform(SIZE), 5).sample().support_images.shape[1] == 5
+    assert SupportViews(flat[:1], EvalTransform(SIZE), 5).sample().support_images.shape[1] == 1
+
+
+def test_matching_is_differentiable_where_it_trains(embedded, examples):
+    model: FewShotModel = embedded.model
+    views = SupportViews(examples[:2], EvalTransform(SIZE)).sample()
+    inputs = views.query_images, views.support_images, views.support_masks
+    assert not model(*inputs).logits.requires_grad
+    weight = model.backbone.layer4[-1].conv2.weight.requires_grad_(True)
+    loss = model.loss(model(*inputs), views.query_masks)
+    loss.backward()
+    assert weight.grad.abs().max() > 0
+    supports = model.encode_supports(views.support_images[0], views.support_masks[0])
+    assert not supports.requires_grad
+    assert not model.segment(views.query_images, supports).requires_grad
