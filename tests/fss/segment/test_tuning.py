@@ -422,5 +422,5 @@ def test_matching_is_differentiable_where_it_trains(embedded, examples):
     loss.backward()
     assert weight.grad.abs().max() > 0
     supports = model.encode_supports(views.support_images[0], views.support_masks[0])
-    assert not supports.requires_grad
+    assert not supports.prototypes[0].requires_grad
     assert not model.segment(views.query_images, supports).requires_grad
