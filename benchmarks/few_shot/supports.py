@@ -1,0 +1,274 @@
+"""Tuning on the supports alone: what each regime gives on real photos, paired by episode.
+
+    python -m benchmarks.few_shot.supports --out runs/supports --root ../shared/data/pascal \
+        --weights ../shared/weights/resnet50_imagenet.safetensors --min-area 1311 --minutes 60
+    python -m benchmarks.few_shot.supports --out runs/supports --table benchmarks/results/supports
+
+Matching, without any training, is tuned on K photos with a mask of one class and asked for the
+class in other photos. Rates are chosen on training photos, each fold's by its base classes alone
+and by the same number of trials for each regime; then every regime gets the same supports, queries
+and views of the folds' novel classes. The first command does the next pending tuning until the
+minutes are over; it may be killed at any time, and each tuning leaves one file. The protocol is in
+benchmarks/LOG.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.few_shot import supports_table
+from fss.data import IGNORE, PascalSource
+from fss.data.episodes import counting_classes
+from fss.files import parse_json, read_text, write_json
+from fss.segment.segmenter import FewShotSegmenter
+from fss.segment.tuning import TUNABLE, Measure
+from fss.training.provenance import provenance
+
+RATES = {
+    "svf": (0.007, 0.02, 0.06),
+    "svf_scale": (0.007, 0.02, 0.06),
+    "batch_norm": (0.001, 0.004, 0.016),
+    "bias": (0.001, 0.004, 0.016),
+    "layer4": (3e-6, 1e-5, 3e-5),
+    "full": (3e-6, 1e-5, 3e-5),
+}
+"""Regimes, each with as many trials; those of layers 3 and 4, "layer4" of layer 4 alone."""
+STEPS = 20
+CURVE_STEPS = 200
+CURVES = ("svf", "batch_norm", "full")
+CURVE_AT = (0, 5, 10, 20, 40, 60, 100, 150, 200)
+SETS, QUERIES = 5, 4
+SEED = 510
+
+
+class Task(NamedTuple):
+    """A tuning.
+
+    kind: "search", "final" or "curve".
+    class_id: of the object.
+    number: of the support set of the class.
+    shots: photos in it.
+    regime: what trains.
+    rate: None for the one that base classes chose.
+    """
+
+    kind: str
+    class_id: int
+    number: int
+    shots: int
+    regime: str
+    rate: float | None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the file of its row."""
+        rate = "" if self.rate is None else f"-{self.rate:g}"
+        return (
+            f"{self.kind}-{self.shots}shot-class{self.class_id:02d}-{self.number}-"
+            f"{self.regime}{rate}"
+        )
+
+
+def tasks(classes: list[int], shots: list[int]) -> Iterator[Task]:
+    """Yield all tunings in the order of their worth."""
+    for class_id in classes:
+        for regime, rates in RATES.items():
+            for rate in rates:
+                yield Task("search", class_id, 0, 1, regime, rate)
+    for k in shots:
+        for number in range(SETS):
+            for class_id in classes:
+                for regime in RATES:
+                    yield Task("final", class_id, number, k, regime, None)
+        for class_id in classes:
+            for regime in CURVES:
+                yield Task("curve", class_id, 0, k, regime, None)
+
+
+class Photos:
+    """Supports and queries of a class, the same for every regime.
+
+    Args:
+        root: of Pascal-5i.
+        min_area: see `DataConfig`.
+    """
+
+    def __init__(self, root: str, min_area: float) -> None:
+        self.source = PascalSource(root)
+        self.classes = sorted(self.source.class_names)
+        self._listed: dict[str, dict[int, list[int]]] = {}
+        for split in ("train", "test"):
+            listed: dict[int, list[int]] = {c: [] for c in self.classes}
+            for index in self.source.indices(split):  # type: ignore[arg-type]
+                for c in counting_classes(self.source, index, self.classes, min_area):
+                    listed[c].append(index)
+            self._listed[split] = listed
+
+    def fold(self, class_id: int) -> int:
+        """Return the fold in which a class is novel."""
+        return next(k for k, novel in enumerate(self.source.folds) if class_id in novel)
+
+    def draw(self, task: Task) -> tuple[list[int], list[int]]:
+        """Draw supports and queries of a task; those of five shots begin with the one of one."""
+        images = self._listed["train" if task.kind == "search" else "test"][task.class_id]
+        rng = np.random.default_rng([SEED, task.kind == "search", task.class_id, task.number])
+        drawn = rng.choice(images, 5 + QUERIES, replace=False).tolist()
+        return drawn[:5][: task.shots], drawn[5:]
+
+    def load(self, index: int, class_id: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Load a photo, and its mask: 1 the class, 255 ignored, else 0."""
+        picture, classes = self.source.load(index)
+        mask = np.where(classes == class_id, 1, np.where(classes == IGNORE, IGNORE, 0))
+        return picture, mask.astype(np.uint8)
+
+    def others(self, class_id: int) -> Iterator[tuple[int, int, int]]:
+        """Yield a class, a support and a query of it for five other classes, the same always."""
+        rng = np.random.default_rng([SEED, 2, class_id])
+        for other in rng.choice([c for c in self.classes if c != class_id], 5, False).tolist():
+            support, query = rng.choice(self._listed["test"][other], 2, replace=False).tolist()
+            yield other, support, query
+
+
+def counts(mask: NDArray[np.bool_], truth: NDArray[np.uint8]) -> list[int]:
+    """Count intersection and union of the object and of the background, without ignored pixels."""
+    valid, found = truth != IGNORE, truth == 1
+    mask, found = mask[valid], found[valid]
+    both, either = int((mask & found).sum()), int((mask | found).sum())
+    return [both, either, int((~mask & ~found).sum()), int((~mask | ~found).sum())]
+
+
+def run(task: Task, rate: float, segmenter: FewShotSegmenter, photos: Photos, size: int) -> dict:
+    """Tune once; return its row: what was measured, and the counts of each query at each time."""
+    supports, queries = photos.draw(task)
+    examples = [photos.load(index, task.class_id) for index in supports]
+    asked = [photos.load(index, task.class_id) for index in queries]
+    segmenter.adapter(None)
+    segmenter.support([p for p, _ in examples], [m == 1 for _, m in examples])
+    checks: list[dict[str, Any]] = []
+    waited = 0.0
+
+    def look(measure: Measure) -> None:
+        nonlocal waited
+        begin = time.monotonic()
+        if task.kind != "curve" or measure.step in CURVE_AT:
+            found = segmenter([picture for picture, _ in asked])
+            rows = [counts(f.mask, truth) for f, (_, truth) in zip(found, asked, strict=True)]
+            at = {"step": measure.step, "iou": measure.iou, "loss": measure.loss}
+            checks.append(at | {"queries": rows})
+        waited += time.monotonic() - begin
+
+    steps = CURVE_STEPS if task.kind == "curve" else STEPS
+    begin = time.monotonic()
+    tuning = segmenter.tune(
+        steps,
+        rate,
+        task.regime,
+        size,
+        progress=False,
+        patience=steps,
+        on_measure=look,
+    )
+    seconds = time.monotonic() - begin - waited
+    row = {
+        **task._asdict(),
+        "rate": rate,
+        "fold": photos.fold(task.class_id),
+        "class": photos.source.class_names[task.class_id],
+        "supports": [photos.source.name(i) for i in supports],
+        "query_names": [photos.source.name(i) for i in queries],
+        "best_step": tuning.best_step,
+        "stopped": tuning.stopped,
+        "seconds": seconds,
+        "checks": checks,
+    }
+    if task.kind == "final" and task.number == 0:
+        row["others"] = forgetting(task, segmenter, photos)
+    return row
+
+
+def forgetting(task: Task, segmenter: FewShotSegmenter, photos: Photos) -> list[list[int]]:
+    """Count for one query of five other classes what the segmenter as it is now makes of them."""
+    result = []
+    for other, support, query in photos.others(task.class_id):
+        picture, mask = photos.load(support, other)
+        segmenter.support(picture, mask == 1)
+        picture, truth = photos.load(query, other)
+        result.append(counts(segmenter(picture).mask, truth))
+    return result
+
+
+def main() -> int:
+    options = _arguments()
+    out = Path(options.out)
+    rows = read(out)
+    if options.table:
+        print(supports_table.write(rows, RATES, Path(options.table)))
+        return 0
+    photos = Photos(options.root, options.min_area)
+    segmenter = FewShotSegmenter(weights=options.weights, device=options.device)
+    deadline = time.monotonic() + 60 * options.minutes
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    about = {"size": options.size, "weights": Path(options.weights).name}
+    about |= provenance(segmenter.device)
+    wanted = [t for t in tasks(photos.classes, options.shots) if t.kind in options.kinds]
+    untuned = out / "rows" / "untuned.json"
+    if not untuned.is_file():
+        first = [Task("final", c, 0, 1, "svf", None) for c in photos.classes]
+        write_json(untuned, {str(t.class_id): forgetting(t, segmenter, photos) for t in first})
+    todo = [task for task in wanted if task.name not in rows][options.part :: options.parts]
+    for task in tqdm(todo, "tunings"):
+        if time.monotonic() > deadline:
+            break
+        rate = task.rate
+        if rate is None:
+            rate = supports_table.chosen_rate(read(out), task.regime, photos.fold(task.class_id))
+        torch.manual_seed(0)
+        row = run(task, rate, segmenter, photos, options.size)
+        write_json(out / "rows" / f"{task.name}.json", row | about)
+    left = sum(task.name not in read(out) for task in wanted)
+    print(f"done: {len(wanted) - left} of {len(wanted)} tunings")
+    return 0 if left == 0 else 1
+
+
+def read(out: Path) -> dict[str, Any]:
+    """Read the rows that are there, by name."""
+    files = sorted((out / "rows").glob("*.json"))
+    return {path.stem: parse_json(read_text(path), path) for path in files}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder of the rows")
+    parser.add_argument("--root", help="of Pascal-5i")
+    parser.add_argument("--weights", help="of a backbone")
+    parser.add_argument("--min-area", type=float, default=2048)
+    parser.add_argument("--size", type=int, default=321, help="of the views that are tuned on")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5], choices=[1, 5])
+    parser.add_argument(
+        "--kinds", nargs="+", default=["search", "final", "curve"], help="of tunings"
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="no tuning begins after")
+    parser.add_argument("--part", type=int, default=0, help="of the tunings that are pending")
+    parser.add_argument("--parts", type=int, default=1, help="processes that share them")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", help="write NAME.md, NAME.json and NAME.png of the rows")
+    options = parser.parse_args()
+    if not options.table and not (options.root and options.weights):
+        parser.error("--root and --weights are needed to tune")
+    unknown = set(RATES) - set(TUNABLE)
+    assert not unknown, unknown
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
