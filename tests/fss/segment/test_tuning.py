@@ -374,8 +374,17 @@ def test_supports_that_cannot_be_tuned_on(embedded, run, examples):
     bam = given(run(model={"name": "bam", "base_weights": "none"}, data={"shots": 3}), examples, 2)
     with pytest.raises(ValueError, match="supports: expected 1 or 3"):
         bam.tune()
-    with pytest.raises(ValueError, match="they are in layer2"):
-        given(run(regime={"layers": ["layer2"]}), examples, 1).tune()
+    for regime, what, message in (
+        ({"layers": ["layer2"]}, "svf", "they are in layer2"),
+        ({"name": "scale_output"}, "svf", "they are in no layer"),
+        ({"name": "scale_output"}, "full", "a convolution, 'layer3' has none"),
+        ({"name": "adapter"}, "adapter", "layer4 of this run have adapters"),
+    ):
+        segmenter = given(run(regime=regime), examples, 1)
+        before = segmenter(image).probability
+        with pytest.raises(ValueError, match=message):
+            segmenter.tune(what=what)
+        np.testing.assert_array_equal(segmenter(image).probability, before)
 
 
 def corner_of(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
