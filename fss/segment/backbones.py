@@ -74,13 +74,12 @@ class Backbones:
                     layer.trained.requires_grad_(True)
                 return
         elif regime.name == "adapter":
-            for name, child in self.model.backbone.named_children():
-                if name in (regime.layers if regime.layers != ("all",) else (name,)) and hasattr(
-                    child, "adapter"
-                ):
-                    raise ValueError(
-                        f"what: {name} of this run ends in an adapter of its own; tune other values"
-                    )
+            own = [n for n, child in self.model.backbone.named_children() if _has_adapter(child)]
+            if set(own) & set(regime.layers) or (own and regime.layers == ("all",)):
+                raise ValueError(
+                    f"what: {', '.join(own)} of this run have adapters, which new ones would "
+                    "replace; tune something else, or other layers"
+                )
         known = _svf_layers(self.model.backbone)
         factors = {
             name: svf_fast.Factors(layer.U, layer.S_in_use, layer.V)
@@ -178,3 +177,7 @@ def trains_only_singular_values(regime: RegimeConfig) -> bool:
 
 def _svf_layers(backbone: nn.Module) -> dict[str, svf_fast.SVFConv2d]:
     return {n: m for n, m in backbone.named_modules() if isinstance(m, svf_fast.SVFConv2d)}
+
+
+def _has_adapter(stage: nn.Module) -> bool:
+    return "adapter" in dict(stage.named_children())

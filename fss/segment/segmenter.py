@@ -26,7 +26,7 @@ from fss.processes import lay_out
 from fss.runs.folder import RunFolder
 from fss.segment.backbones import Backbones
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
-from fss.segment.tuning import Tuning, TuningSettings, tune
+from fss.segment.tuning import LARGEST, Tuning, TuningSettings, tune
 from fss.segment.views import Example, SupportViews, plain_view
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -272,7 +272,7 @@ class FewShotSegmenter:
                 "scale_input", "rotated_scale" or "adapter", each in layers 3 and 4; or a
                 `RegimeConfig`.
             size: longer side of the views, pixels, a multiple of 8 plus 1; by default the one at
-                which the network sees pictures. A smaller one takes less time.
+                which the network sees pictures, at most 225. Time grows with its square.
             seed: of views and episodes; the same one gives the same values on the same machine.
             progress: show a bar.
 
@@ -285,7 +285,8 @@ class FewShotSegmenter:
         if not self._pictures:
             raise ValueError("supports: expected at least one, call support(images, masks) first")
         settings = TuningSettings(steps, lr, what, seed)
-        transform = self._transform if size is None else type(self._transform)(size)
+        size = min(self._transform.size, LARGEST) if size is None else size
+        transform = type(self._transform)(size)
         shots = getattr(self.model, "shots", None)  # BAM's weights are for so many
         count = len(self._pictures)
         if shots is not None and count not in (1, shots):

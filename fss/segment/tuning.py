@@ -15,9 +15,9 @@ from tqdm import tqdm
 import svf_fast
 from fss.config import RegimeConfig
 from fss.config.checks import check_positive
-from fss.models import FewShotModel, Matching
+from fss.models import FewShotModel, Matching, Prediction
 from fss.segment.backbones import Backbones, trains_only_singular_values
-from fss.segment.views import Episodes, SupportViews
+from fss.segment.views import SupportViews
 
 LAYERS = ("layer3", "layer4")
 """What is tuned in unless a `RegimeConfig` says otherwise."""
@@ -37,6 +37,8 @@ TUNABLE: dict[str, tuple[RegimeConfig, float]] = {
 """What can be tuned, by name: the regime, and the learning rate of Adam. That of S is relative: the
 change of S in a step over the mean |S| of its layer, see `svf_fast.svf_parameter_groups`."""
 
+LARGEST = 225
+"""Side of the views, pixels, unless another one is asked for: time grows with its square."""
 _EVERY = 5
 """Steps between two measures; fewer where there are few steps."""
 _PATIENCE = 4
@@ -341,10 +343,11 @@ class _Loop:
 
     def _step(self) -> float:
         """Take a step and return its loss, or none if that is not finite."""
-        episodes = self.views.sample()
+        query_images, query_masks, *supports = self.views.sample()
         self.optimizer.zero_grad()
         with torch.enable_grad():
-            _, loss = self._predict(episodes)
+            # what heads take besides (BAM's base class) is for training mode too
+            loss = self._loss(self.model(query_images, *supports), query_masks)
         value = float(loss.detach())
         if math.isfinite(value):
             loss.backward()
@@ -353,27 +356,25 @@ class _Loop:
 
     @torch.no_grad()
     def _measure(self, losses: Sequence[float]) -> Measure:
-        found, lost = [], []
-        for episodes in self.held_out:
-            logits, loss = self._predict(episodes)
+        found: list[float] = []
+        lost: list[float] = []
+        for query_images, truth, support_images, support_masks in self.held_out:
+            supports = self.model.encode_supports(support_images[0], support_masks[0])
+            logits = self.model.segment(query_images, supports)
             mask = logits[:, 1] - logits[:, 0] > self.margin
-            valid, truth = episodes.query_masks != 255, episodes.query_masks == 1
-            both, either = (mask & truth).sum(), ((mask | truth) & valid).sum()
-            found.append(float(both / either))
-            lost.append(float(loss))
+            both = (mask & (truth == 1)).sum((1, 2))
+            either = ((mask | (truth == 1)) & (truth != 255)).sum((1, 2))
+            found += (both / either).tolist()
+            lost += [float(self._loss(Prediction(logits, ()), truth))] * len(truth)
         train_loss = sum(losses) / len(losses) if losses else None
         measure = Measure(self.done, sum(found) / len(found), sum(lost) / len(lost), train_loss)
         self.history.append(measure)
         return measure
 
-    def _predict(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """Return logits and loss of episodes."""
-        query_images, query_masks, support_images, support_masks = episodes
-        # what heads take besides (BAM's base class) is for training mode, as auxiliary logits are
-        prediction = self.model(query_images, support_images, support_masks)
+    def _loss(self, prediction: Prediction, query_masks: Tensor) -> Tensor:
+        # targets besides (BAM's base classes) are for auxiliary logits, of training mode
         others = [torch.zeros_like(query_masks) for _ in self.model.targets[1:]]
-        loss = self.model.loss(prediction, query_masks, *others, class_weight=self.class_weight)
-        return prediction.logits, loss
+        return self.model.loss(prediction, query_masks, *others, class_weight=self.class_weight)
 
     def _values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]

@@ -19,12 +19,12 @@ Example = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 
 _POOL = 16
 """Views to train on, of all supports together; of each at least three."""
-_IMAGES = 4
-"""Images of a step: queries, each with its supports."""
-_MOST_SHOTS = 3
+_IMAGES = 2
+"""Images of a step, at most, or else a single episode: each costs the same."""
+_MOST_SHOTS = 2
 """Supports of an episode, unless the model is for more."""
-_HELD_OUT = 4
-"""Queries that the measure is taken on."""
+_HELD_OUT = (4, 3)
+"""Queries that the measure is taken on: of one support, of several."""
 _TRIES = 10
 
 
@@ -32,7 +32,8 @@ class Episodes(NamedTuple):
     """Some queries with K supports each.
 
     query_images [B, 3, S, S], query_masks int64 [B, S, S], support_images [B, K, 3, S, S],
-    support_masks int64 [B, K, S, S]; 1 is the object, 255 neither object nor background.
+    support_masks int64 [B, K, S, S]; 1 is the object, 255 neither object nor background. Of those
+    held out the supports are [1, K, …], the same for all queries.
     """
 
     query_images: Tensor
@@ -94,7 +95,7 @@ class SupportViews:
             [_view(example, plain, transform, strength, train) for _ in range(each)]
             for example, plain in zip(examples, self._plain, strict=True)
         ]
-        asked = [number % count for number in range(max(_HELD_OUT, min(count, _HELD_OUT)))]
+        asked = [number % count for number in range(_HELD_OUT[count > 1])]
         self._held_out = [
             (at, _view(examples[at], self._plain[at], transform, strength, held_out))
             for at in asked
@@ -108,13 +109,18 @@ class SupportViews:
         return self._episodes([self._sample() for _ in range(self._batch)])
 
     def held_out(self) -> list[Episodes]:
-        """Return the episodes that are never trained on: an episode each, by plain supports."""
+        """Return the episodes that are never trained on, by the supports as they are."""
         count = len(self._plain)
-        result = []
+        asked: dict[int, list[Any]] = {}
         for query, view in self._held_out:
+            asked.setdefault(query, []).append(view)
+        result = []
+        for query, views in asked.items():
             others = [(query + 1 + step) % count for step in range(max(1, count - 1))]
             supports = [self._plain[others[step % len(others)]] for step in range(self._shots)]
-            result.append(self._episodes([(view, supports)]))
+            episodes = self._episodes([(view, supports) for view in views])
+            images, masks = episodes.support_images[:1], episodes.support_masks[:1]
+            result.append(episodes._replace(support_images=images, support_masks=masks))
         return result
 
     def _sample(self) -> tuple[Any, list[Any]]:

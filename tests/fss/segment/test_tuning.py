@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -79,27 +80,38 @@ def always_better(monkeypatch) -> None:
     monkeypatch.setattr(Measure, "better_than", lambda self, other: True)
 
 
-def test_the_best_measure_is_kept_and_segments(embedded, examples):
+def test_the_best_measure_is_kept_and_segments(embedded, examples, monkeypatch):
     given(embedded, examples, 2)
     query = examples[3][0]
     before = embedded(query).probability
-    tuned = embedded.tune(4, what="svf_scale", progress=False)
-    assert (
-        tuned.best_step > 0 and tuned.steps == 4 and tuned.what == "svf_scale" and tuned.shots == 2
-    )
+    scores = (0.1, 0.2, 0.5, 0.5, 0.4)  # the third at the lower loss
+    measured = tuning._Loop._measure
+
+    def scored(self, losses) -> Measure:
+        measure = measured(self, losses)
+        loss = 1.0 + (self.done == 3)
+        self.history[-1] = dataclasses.replace(measure, iou=scores[self.done], loss=loss)
+        return self.history[-1]
+
+    monkeypatch.setattr(tuning._Loop, "_measure", scored)
+    tuned = embedded.tune(4, lr=0.1, progress=False)
+    assert (tuned.before, tuned.after, tuned.best_step, tuned.steps) == (0.1, 0.5, 2, 4)
+    assert (tuned.what, tuned.shots, tuned.stopped) == ("svf", 2, "all steps are done")
     assert [each.step for each in tuned.history] == [0, 1, 2, 3, 4]
-    best = max(tuned.history, key=lambda each: (each.iou, -each.loss))
-    assert (tuned.best_step, tuned.after) == (best.step, best.iou)
-    assert tuned.before == tuned.history[0].iou < tuned.after
-    assert tuned.stopped == "all steps are done" and tuned.seconds > 0
+    assert "svf on 2 supports: held-out IoU 0.100 -> 0.500, step 2 is kept (4 steps" in str(tuned)
     after = embedded(query).probability
     assert np.abs(after - before).max() > 1e-3
-    # what is kept is what was measured
-    again = embedded.tune(4, what="svf_scale", progress=False)
-    assert again.history == tuned.history
-    np.testing.assert_array_equal(embedded(query).probability, after)
     assert not any(p.requires_grad for p in embedded.model.parameters())
-    assert f"{tuned.before:.3f} -> {tuned.after:.3f}, step {tuned.best_step} is kept" in str(tuned)
+    # starts again from the untuned values, and is the same again
+    again = embedded.tune(2, lr=0.1, progress=False)
+    assert again.best_step == 2
+    np.testing.assert_array_equal(embedded(query).probability, after)
+    assert all(torch.equal(S, tuned.adapter.S[name]) for name, S in again.adapter.S.items())
+
+
+def test_it_learns(embedded, examples):
+    tuned = given(embedded, examples, 1).tune(20, progress=False)
+    assert tuned.history[-1].train_loss < 0.8 * tuned.history[1].train_loss
 
 
 def test_another_seed_is_another_tuning(embedded, examples):
@@ -362,8 +374,17 @@ def test_supports_that_cannot_be_tuned_on(embedded, run, examples):
     bam = given(run(model={"name": "bam", "base_weights": "none"}, data={"shots": 3}), examples, 2)
     with pytest.raises(ValueError, match="supports: expected 1 or 3"):
         bam.tune()
-    with pytest.raises(ValueError, match="they are in layer2"):
-        given(run(regime={"layers": ["layer2"]}), examples, 1).tune()
+    for regime, what, message in (
+        ({"layers": ["layer2"]}, "svf", "they are in layer2"),
+        ({"name": "scale_output"}, "svf", "they are in no layer"),
+        ({"name": "scale_output"}, "full", "a convolution, 'layer3' has none"),
+        ({"name": "adapter"}, "adapter", "layer4 of this run have adapters"),
+    ):
+        segmenter = given(run(regime=regime), examples, 1)
+        before = segmenter(image).probability
+        with pytest.raises(ValueError, match=message):
+            segmenter.tune(what=what)
+        np.testing.assert_array_equal(segmenter(image).probability, before)
 
 
 def corner_of(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
