@@ -108,10 +108,10 @@ def summary(rows: Mapping[str, Row], regimes: Iterable[str]) -> dict[str, Any]:
         )
         if not sets:
             continue
-        before = _collect(done[regimes[0], *each] for each in sets)
+        before = _collect(done[(regimes[0], *each)] for each in sets)
         lines = {"untuned": _line(before, before)}
         for name in regimes:
-            chosen = [done[name, *each] for each in sets]
+            chosen = [done[(name, *each)] for each in sets]
             line = _line(before, _collect(chosen, tuned=True))
             line["seconds"] = statistics.median(r["seconds"] for r in chosen)
             line["rates"] = sorted({r["rate"] for r in chosen})
@@ -141,7 +141,9 @@ def _line(before: dict[int, list[Counts]], after: dict[int, list[Counts]]) -> di
     line: dict[str, Any] = {"miou": miou(whole), "fb_iou": fb_iou(whole)}
     if after is not before:
         line["difference"] = paired(before, after)
-        line["wins"] = wins(*(np.concatenate(sum(x.values(), [])) for x in (before, after)))
+        line["wins"] = wins(
+            *(np.concatenate([y for each in x.values() for y in each]) for x in (before, after))
+        )
     return line
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -26,7 +26,7 @@ from fss.processes import lay_out
 from fss.runs.folder import RunFolder
 from fss.segment.backbones import Backbones
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
-from fss.segment.tuning import LARGEST, Tuning, TuningSettings, tune
+from fss.segment.tuning import LARGEST, Measure, Tuning, TuningSettings, tune
 from fss.segment.views import Example, SupportViews, plain_view
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -247,6 +247,8 @@ class FewShotSegmenter:
         size: int | None = None,
         seed: int = 0,
         progress: bool = True,
+        patience: int = 4,
+        on_measure: Callable[[Measure], None] | None = None,
     ) -> Tuning:
         """Tune the backbone on the present supports; from then on the segmenter is the tuned one.
 
@@ -275,6 +277,9 @@ class FewShotSegmenter:
                 which the network sees pictures, at most 225. Time grows with its square.
             seed: of views and episodes; the same one gives the same values on the same machine.
             progress: show a bar.
+            patience: measures without a better one after which it stops; there is one every five
+                steps, more often where there are fewer than 20.
+            on_measure: called with every measure; the segmenter then segments with its values.
 
         Raises:
             ValueError: no support was given yet; a support without background; an argument out of
@@ -284,7 +289,7 @@ class FewShotSegmenter:
         begin = time.monotonic()
         if not self._pictures:
             raise ValueError("supports: expected at least one, call support(images, masks) first")
-        settings = TuningSettings(steps, lr, what, seed)
+        settings = TuningSettings(steps, lr, what, seed, patience)
         size = min(self._transform.size, LARGEST) if size is None else size
         transform = type(self._transform)(size)
         shots = getattr(self.model, "shots", None)  # BAM's weights are for so many
@@ -297,7 +302,23 @@ class FewShotSegmenter:
         views = SupportViews(self._pictures, transform, shots, seed, self.device)
         card = {"size": transform.size, "model": type(self.model).__name__.lower()}
         self._supports = None
-        return tune(self._backbones, views, settings, self.threshold, count, card, progress, begin)
+
+        def look(measure: Measure) -> None:
+            if on_measure is not None:
+                on_measure(measure)
+                self._supports = None  # as these values see them
+
+        return tune(
+            self._backbones,
+            views,
+            settings,
+            self.threshold,
+            count,
+            card,
+            progress,
+            begin,
+            look,
+        )
 
     @overload
     def __call__(self, images: Picture, batch_size: int = 8) -> Segmentation: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,6 @@ LARGEST = 225
 """Side of the views, pixels, unless another one is asked for: time grows with its square."""
 _EVERY = 5
 """Steps between two measures; fewer where there are few steps."""
-_PATIENCE = 4
-"""Measures without a better one after which it stops."""
 _UNEXPLAINED = 0.1
 """A held-out IoU below which supports do not explain each other."""
 
@@ -128,9 +126,10 @@ class TuningSettings:
     lr: float | None = None
     what: str | RegimeConfig = "svf"
     seed: int = 0
+    patience: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seed"):
+        for name in ("steps", "seed", "patience"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected an integer, got {value!r}")
@@ -140,6 +139,8 @@ class TuningSettings:
             )
         if self.seed < 0:
             raise ValueError(f"seed: expected an integer from 0 on, got {self.seed}")
+        if self.patience < 1:
+            raise ValueError(f"patience: expected at least 1 measure, got {self.patience}")
         if self.lr is not None:
             if not isinstance(self.lr, int | float) or isinstance(self.lr, bool):
                 raise TypeError(f"lr: expected a number, got {self.lr!r}")
@@ -219,6 +220,7 @@ def tune(
     card: dict[str, Any],
     progress: bool,
     begin: float,
+    on_measure: Callable[[Measure], None] | None = None,
 ) -> Tuning:
     """Tune the backbone of a model on views of supports, and leave the best values in it.
 
@@ -234,6 +236,7 @@ def tune(
         card: what to note in the adapter besides.
         progress: show a bar.
         begin: when it began, of `time.monotonic`.
+        on_measure: called with every measure, while the model has the values that it is of.
     """
     model = backbones.model
     device = backbones.device
@@ -242,7 +245,7 @@ def tune(
         try:
             backbones.train(settings.regime)
             groups = settings.groups(model.backbone)
-            loop = _Loop(model, views, groups, threshold, settings)
+            loop = _Loop(model, views, groups, threshold, settings, on_measure)
             stopped = loop.run(progress)
             best, history = loop.best, tuple(loop.history)
             card = {
@@ -285,8 +288,10 @@ class _Loop:
         groups: list[dict[str, Any]],
         threshold: float,
         settings: TuningSettings,
+        on_measure: Callable[[Measure], None] | None,
     ) -> None:
         self.model, self.views, self.settings = model, views, settings
+        self._on_measure = on_measure
         self.optimizer = torch.optim.Adam(groups)
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
         share = min(max(views.share, 1e-3), 1 - 1e-3)
@@ -339,7 +344,7 @@ class _Loop:
 
     def _is_exhausted(self, every: int) -> bool:
         waited = self.done - self.best.step
-        return self.done < self.settings.steps and waited >= _PATIENCE * every
+        return self.done < self.settings.steps and waited >= self.settings.patience * every
 
     def _step(self) -> float:
         """Take a step and return its loss, or none if that is not finite."""
@@ -369,6 +374,8 @@ class _Loop:
         train_loss = sum(losses) / len(losses) if losses else None
         measure = Measure(self.done, sum(found) / len(found), sum(lost) / len(lost), train_loss)
         self.history.append(measure)
+        if self._on_measure is not None:
+            self._on_measure(measure)
         return measure
 
     def _loss(self, prediction: Prediction, query_masks: Tensor) -> Tensor:

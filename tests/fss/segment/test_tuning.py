@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -445,3 +446,21 @@ def test_matching_is_differentiable_where_it_trains(embedded, examples):
     supports = model.encode_supports(views.support_images[0], views.support_masks[0])
     assert not supports.prototypes[0].requires_grad
     assert not model.segment(views.query_images, supports).requires_grad
+
+
+def test_every_measure_is_told_while_the_segmenter_has_its_values(embedded, examples):
+    images, masks = zip(*examples[:2], strict=True)
+    embedded.support(list(images), list(masks))
+    told, seen = [], []
+
+    def look(measure: Measure) -> None:
+        told.append(measure)
+        seen.append(embedded(images[2 % len(images)]).probability)
+
+    record = embedded.tune(4, lr=0.1, progress=False, patience=9, on_measure=look)
+    assert tuple(told) == record.history and [m.step for m in told] == [0, 1, 2, 3, 4]
+    assert all((a != b).any() for a, b in itertools.pairwise(seen))
+    kept = embedded(images[2 % len(images)]).probability
+    np.testing.assert_array_equal(kept, seen[record.best_step])
+    with pytest.raises(ValueError, match="patience: expected at least 1"):
+        embedded.tune(patience=0)

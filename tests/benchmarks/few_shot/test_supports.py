@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.few_shot import supports, supports_table
+from benchmarks.few_shot.supports import RATES, SETS, Task, counts, tasks
+
+
+def row(kind: str, class_id: int, regime: str, rate: float, tuned: list[int], **more: object):
+    """Returns a row of one query, untuned IoU a half, that kept what step 5 gave."""
+    first = {"step": 0, "iou": 0.5, "loss": 1.0, "queries": [[50, 100, 50, 100]]}
+    last = {"step": 5, "iou": 0.6, "loss": 0.9, "queries": [tuned]}
+    return {
+        "kind": kind,
+        "class_id": class_id,
+        "fold": (class_id - 1) // 5,
+        "regime": regime,
+        "rate": rate,
+        "shots": 1,
+        "number": 0,
+        "seconds": 10.0,
+        "best_step": 5,
+        "checks": [first, last],
+        **more,
+    }
+
+
+def test_every_regime_has_the_same_trials_and_tasks():
+    assert len({len(rates) for rates in RATES.values()}) == 1
+    every = list(tasks(list(range(1, 21)), [1, 5]))
+    assert len({task.name for task in every}) == len(every)
+    for regime in RATES:
+        assert sum(t.kind == "final" and t.regime == regime for t in every) == 20 * SETS * 2
+    kinds = [task.kind for task in every]
+    assert kinds.index("final") == kinds.count("search")  # rates are chosen before they are used
+
+
+def test_a_fold_chooses_its_rate_without_its_novel_classes():
+    good, bad = [90, 100, 90, 100], [10, 100, 10, 100]
+    rows = {}
+    for class_id in range(1, 21):
+        novel = class_id <= 5
+        for rate, tuned in (
+            (0.1, good if novel else bad),
+            (0.2, bad if novel else [30, 100, 0, 1]),
+        ):
+            rows[f"{class_id}{rate}"] = row("search", class_id, "svf", rate, tuned)
+    assert supports_table.chosen_rate(rows, "svf", 0) == 0.2
+    assert supports_table.chosen_rate(rows, "svf", 1) == 0.1
+    assert supports_table.base_scores(rows, "svf", 0)[0.2] == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="bias: expected trials"):
+        supports_table.chosen_rate(rows, "bias", 0)
+
+
+def test_the_table_is_paired(tmp_path):
+    rows = {"untuned": {str(c): [[50, 100, 50, 100]] for c in (1, 6)}}
+    for class_id, both in ((1, 70), (6, 60)):
+        tuned = [both, 100, 50, 100]
+        more = {"others": [[40, 100, 50, 100]]}
+        rows[f"s{class_id}"] = row("final", class_id, "svf", 0.1, tuned, **more)
+        rows[f"b{class_id}"] = row("final", class_id, "bias", 0.1, [50, 100, 50, 100])
+    rows["alone"] = row("final", 11, "svf", 0.1, [99, 100, 99, 100])  # which bias does not have
+    text = supports_table.write(rows, {"svf": (0.1,), "bias": (0.1,)}, tmp_path / "t")
+    found = json.loads((tmp_path / "t.json").read_text())["tables"]["1"]
+    assert found["sets"] == found["episodes"] == 2
+    assert found["rows"]["untuned"]["miou"] == pytest.approx(0.5)
+    svf = found["rows"]["svf"]
+    assert svf["miou"] == pytest.approx(0.65) and svf["wins"] == 1
+    middle, low, high = svf["difference"]
+    assert middle == pytest.approx(0.15) and low == pytest.approx(0.1)
+    assert high == pytest.approx(0.2) and svf["others"] == pytest.approx(-0.1)
+    assert found["rows"]["bias"]["difference"][0] == 0 and found["rows"]["bias"]["wins"] == 0.5
+    assert "| svf | 65.0 | +15.0 (+10.0 to +20.0) | 100 % |" in text
+    assert not (tmp_path / "t.png").exists()
+
+
+def test_curves_are_over_the_classes_that_all_have(tmp_path):
+    rows = {
+        "a": row("curve", 1, "svf", 0.1, [80, 100, 0, 1]),
+        "b": row("curve", 1, "full", 0.1, [20, 100, 0, 1]),
+        "c": row("curve", 2, "svf", 0.1, [80, 100, 0, 1]),
+    }
+    assert supports_table.curves(rows, 1) == {"full": {0: 0.5, 5: 0.2}, "svf": {0: 0.5, 5: 0.8}}
+    supports_table.write(rows, {"svf": (0.1,)}, tmp_path / "t")
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_counts_leave_out_ignored_pixels():
+    truth = np.array([[1, 1, 0, 255], [0, 0, 0, 255]], np.uint8)
+    mask = np.array([[True, False, True, True], [False] * 4])
+    assert counts(mask, truth) == [1, 3, 3, 5]
+
+
+class _Source:
+    def __init__(self):
+        self.class_names = {1: "a", 2: "b"}
+        self.folds = ((1,), (2,))
+
+    def name(self, index: int) -> str:
+        return f"photo{index}"
+
+
+def test_supports_of_one_shot_are_the_first_of_five_and_no_query():
+    photos = supports.Photos.__new__(supports.Photos)
+    photos.source = _Source()
+    photos._listed = {split: {1: list(range(40))} for split in ("train", "test")}
+    one, queries = photos.draw(Task("final", 1, 0, 1, "svf", None))
+    five, same = photos.draw(Task("final", 1, 0, 5, "bias", None))
+    assert one == five[:1] and queries == same and not set(five) & set(queries)
+    assert photos.draw(Task("final", 1, 1, 5, "svf", None))[0] != five
+    assert photos.draw(Task("search", 1, 0, 5, "svf", 0.1))[0] != five
