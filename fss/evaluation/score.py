@@ -98,8 +98,8 @@ def evaluate_run(
 ) -> dict:
     """Score a run on test episodes and write the result next to it, or score matching.
 
-    Matching needs no run: each pixel goes to the nearer of the mean features of object and
-    background that a pretrained backbone, `weights`, finds in the supports (`fss.models.Matching`).
+    Matching needs no run: each pixel is compared with object and background of the supports, by
+    the features of a pretrained backbone, `weights` (`fss.models.Matching`).
     Nothing is trained. What a run would say is then given here or as by default in `fss train`.
 
     On other data, which `source` names, the classes are those of their fold without the ones that
@@ -115,7 +115,7 @@ def evaluate_run(
             `ModelConfig`.
         backbone: of `weights`; by default the one that the file is of.
         stride_on: of `weights`, see `ModelConfig`; by default what the file says, else conv2.
-        size: of the input with `weights`, pixels; by default 321, with "shapes" 161.
+        size: of the input with `weights`, pixels; by default 513, with "shapes" 161.
         episodes: per seed; by default as the run was tested.
         seeds: one evaluation each; by default as the run was tested.
         shots: support photos per episode; by default as trained.
