@@ -38,7 +38,7 @@ TUNABLE: dict[str, tuple[RegimeConfig, float]] = {
 change of S in a step over the mean |S| of its layer, see `svf_fast.svf_parameter_groups`."""
 
 LARGEST = 225
-"""Side of the views, pixels, unless another one is asked for: time grows with its square."""
+"""Side of the views, pixels, for networks of output stride 8, unless another is asked for."""
 _EVERY = 5
 """Steps between two measures; fewer where there are few steps."""
 _UNEXPLAINED = 0.1
