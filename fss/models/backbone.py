@@ -171,9 +171,13 @@ class ResNet(nn.Module):
             out = self.relu(self.bn3(self.conv3(out)))
         return self.maxpool(out)
 
+    def early(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to the output of `layer2`."""
+        return self.layer2(self.layer1(self.stem(images)))
+
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images [B, 3, H, W] to the outputs of `layer2` and `layer3`."""
-        layer2 = self.layer2(self.layer1(self.stem(images)))
+        layer2 = self.early(images)
         return layer2, self.layer3(layer2)
 
     def levels(self, images: Tensor) -> list[Tensor]:

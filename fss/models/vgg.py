@@ -64,9 +64,13 @@ class VGG(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
+    def early(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to the output of `layer2`."""
+        return self.layer2(self.layer1(self.layer0(images)))
+
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images [B, 3, H, W] to the outputs of `layer2`, resized, and `layer3`."""
-        layer2 = self.layer2(self.layer1(self.layer0(images)))
+        layer2 = self.early(images)
         layer3 = self.layer3(layer2)
         return resize(layer2, layer3.shape[-2:]), layer3
 

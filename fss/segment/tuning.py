@@ -16,7 +16,7 @@ import svf_fast
 from fss.config import RegimeConfig
 from fss.config.checks import check_positive
 from fss.models import FewShotModel, Matching, Prediction
-from fss.segment.backbones import Backbones, trains_only_singular_values
+from fss.segment.backbones import Backbones, remembering, trains_only_singular_values
 from fss.segment.views import SupportViews
 
 LAYERS = ("layer3", "layer4")
@@ -246,7 +246,8 @@ def tune(
             backbones.train(settings.regime)
             groups = settings.groups(model.backbone)
             loop = _Loop(model, views, groups, threshold, settings, on_measure)
-            stopped = loop.run(progress)
+            with remembering(model.backbone):
+                stopped = loop.run(progress)
             best, history = loop.best, tuple(loop.history)
             card = {
                 **card,
