@@ -160,12 +160,14 @@ def run(task: Task, rate: float, segmenter: FewShotSegmenter, photos: Photos, si
     def look(measure: Measure) -> None:
         nonlocal waited
         begin = time.monotonic()
-        if task.kind != "curve" or measure.step in CURVE_AT:
-            found = segmenter([picture for picture, _ in asked])
-            rows = [counts(f.mask, truth) for f, (_, truth) in zip(found, asked, strict=True)]
-            at = {"step": measure.step, "iou": measure.iou, "loss": measure.loss}
-            checks.append(at | {"queries": rows})
+        if measure.step in CURVE_AT if task.kind == "curve" else measure.step == 0:
+            checks.append(check(measure))
         waited += time.monotonic() - begin
+
+    def check(measure: Measure) -> dict[str, Any]:
+        found = segmenter([picture for picture, _ in asked])
+        rows = [counts(f.mask, truth) for f, (_, truth) in zip(found, asked, strict=True)]
+        return {"step": measure.step, "iou": measure.iou, "loss": measure.loss, "queries": rows}
 
     steps = CURVE_STEPS if task.kind == "curve" else STEPS
     begin = time.monotonic()
@@ -179,6 +181,9 @@ def run(task: Task, rate: float, segmenter: FewShotSegmenter, photos: Photos, si
         on_measure=look,
     )
     seconds = time.monotonic() - begin - waited
+    if task.kind != "curve" and tuning.best_step:
+        best = next(measure for measure in tuning.history if measure.step == tuning.best_step)
+        checks.append(check(best))
     row = {
         **task._asdict(),
         "rate": rate,
@@ -189,6 +194,7 @@ def run(task: Task, rate: float, segmenter: FewShotSegmenter, photos: Photos, si
         "best_step": tuning.best_step,
         "stopped": tuning.stopped,
         "seconds": seconds,
+        "history": [[each.step, each.iou, each.loss] for each in tuning.history],
         "checks": checks,
     }
     if task.kind == "final" and task.number == 0:
