@@ -228,7 +228,7 @@ def main() -> int:
     about |= provenance(segmenter.device)
     wanted = [t for t in tasks(photos.classes, options.shots) if t.kind in options.kinds]
     untuned = out / "rows" / "untuned.json"
-    if not untuned.is_file():
+    if "final" in options.kinds and not untuned.is_file():
         first = [Task("final", c, 0, 1, "svf", None) for c in photos.classes]
         write_json(untuned, {str(t.class_id): forgetting(t, segmenter, photos) for t in first})
     todo = [task for task in wanted if task.name not in rows][options.part :: options.parts]
