@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.few_shot import supports_table
+from benchmarks.files import command
 from fss.data import IGNORE, PascalSource
 from fss.data.episodes import counting_classes
 from fss.files import parse_json, read_text, write_json
@@ -216,16 +217,20 @@ def forgetting(task: Task, segmenter: FewShotSegmenter, photos: Photos) -> list[
 def main() -> int:
     options = _arguments()
     out = Path(options.out)
+    if options.go_on:
+        unpack(Path(options.go_on), out)
     rows = read(out)
     if options.table:
-        print(supports_table.write(rows, RATES, Path(options.table)))
+        path = out / "about.json"
+        about = parse_json(read_text(path), path)
+        print(supports_table.write(rows, RATES, about, Path(options.table)))
         return 0
     photos = Photos(options.root, options.min_area)
     segmenter = FewShotSegmenter(weights=options.weights, device=options.device)
     deadline = time.monotonic() + 60 * options.minutes
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    about = {"size": options.size, "weights": Path(options.weights).name}
-    about |= provenance(segmenter.device)
+    about = {"size": options.size, "weights": Path(options.weights).name, "command": command()}
+    write_json(out / "about.json", about | provenance(segmenter.device))
     wanted = [t for t in tasks(photos.classes, options.shots) if t.kind in options.kinds]
     untuned = out / "rows" / "untuned.json"
     if "final" in options.kinds and not untuned.is_file():
@@ -240,7 +245,7 @@ def main() -> int:
             rate = supports_table.chosen_rate(read(out), task.regime, photos.fold(task.class_id))
         torch.manual_seed(0)
         row = run(task, rate, segmenter, photos, options.size)
-        write_json(out / "rows" / f"{task.name}.json", row | about)
+        write_json(out / "rows" / f"{task.name}.json", row)
     left = sum(task.name not in read(out) for task in wanted)
     print(f"done: {len(wanted) - left} of {len(wanted)} tunings")
     return 0 if left == 0 else 1
@@ -250,6 +255,17 @@ def read(out: Path) -> dict[str, Any]:
     """Read the rows that are there, by name."""
     files = sorted((out / "rows").glob("*.json"))
     return {path.stem: parse_json(read_text(path), path) for path in files}
+
+
+def unpack(path: Path, out: Path) -> None:
+    """Write the rows of a table's JSON file that are not in a folder yet."""
+    content = parse_json(read_text(path), path)
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    for name, row in content["rows"].items():
+        if not (out / "rows" / f"{name}.json").is_file():
+            write_json(out / "rows" / f"{name}.json", row)
+    if not (out / "about.json").is_file():
+        write_json(out / "about.json", content["about"])
 
 
 def _arguments() -> argparse.Namespace:
@@ -267,6 +283,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--part", type=int, default=0, help="of the tunings that are pending")
     parser.add_argument("--parts", type=int, default=1, help="processes that share them")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--go-on", metavar="FILE", help="JSON of an earlier --table, to add to")
     parser.add_argument("--table", help="write NAME.md, NAME.json and NAME.png of the rows")
     options = parser.parse_args()
     if not options.table and not (options.root and options.weights):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.gpu import tables
-from fss.files import write_json
+from fss.files import atomic_write
 from fss.report.plot import figure_style, legend_above, new_figure, series_style, write_png
 
 Row = dict[str, Any]
@@ -187,19 +188,30 @@ def curves(rows: Mapping[str, Row], shots: int) -> dict[str, dict[int, float]]:
     return result
 
 
-def write(rows: Mapping[str, Row], regimes: Mapping[str, Sequence[float]], name: Path) -> str:
-    """Write NAME.json, NAME.md and, where there are curves, NAME.png; return the table."""
+def write(
+    rows: Mapping[str, Row],
+    regimes: Mapping[str, Sequence[float]],
+    about: Mapping[str, Any],
+    name: Path,
+) -> str:
+    """Write NAME.json, NAME.md and, where there are curves, NAME.png; return the table.
+
+    Args:
+        rows: by name; the JSON file has them too, so that another machine can go on.
+        regimes: with the rates that were tried.
+        about: command, machine, commit.
+        name: path of the files without their ending.
+    """
     result = summary(rows, regimes)
     drawn = {str(k): found for k in (1, 5) if (found := curves(rows, k))}
     rates = {
         regime: {str(fold): base_scores(rows, regime, fold) for fold in range(4)}
         for regime in regimes
     }
-    about = next((r for r in rows.values() if "machine" in r), {})
-    facts = {key: about.get(key) for key in ("machine", "versions", "commit", "size", "weights")}
     name.parent.mkdir(parents=True, exist_ok=True)
-    content = {"tables": result, "curves": drawn, "rates": rates, **facts}
-    write_json(name.with_suffix(".json"), content)
+    content = {"about": about, "tables": result, "curves": drawn, "rates": rates, "rows": rows}
+    with atomic_write(name.with_suffix(".json")) as file:  # a thousand rows: not indented
+        file.write(json.dumps(content).encode())
     text = table(result)
     name.with_suffix(".md").write_text(text)
     if drawn:

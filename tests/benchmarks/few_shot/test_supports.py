@@ -63,7 +63,7 @@ def test_the_table_is_paired(tmp_path):
         rows[f"s{class_id}"] = row("final", class_id, "svf", 0.1, tuned, **more)
         rows[f"b{class_id}"] = row("final", class_id, "bias", 0.1, [50, 100, 50, 100])
     rows["alone"] = row("final", 11, "svf", 0.1, [99, 100, 99, 100])  # which bias does not have
-    text = supports_table.write(rows, {"svf": (0.1,), "bias": (0.1,)}, tmp_path / "t")
+    text = supports_table.write(rows, {"svf": (0.1,), "bias": (0.1,)}, {}, tmp_path / "t")
     found = json.loads((tmp_path / "t.json").read_text())["tables"]["1"]
     assert found["sets"] == found["episodes"] == 2
     assert found["rows"]["untuned"]["miou"] == pytest.approx(0.5)
@@ -84,8 +84,10 @@ def test_curves_are_over_the_classes_that_all_have(tmp_path):
         "c": row("curve", 2, "svf", 0.1, [80, 100, 0, 1]),
     }
     assert supports_table.curves(rows, 1) == {"full": {0: 0.5, 5: 0.2}, "svf": {0: 0.5, 5: 0.8}}
-    supports_table.write(rows, {"svf": (0.1,)}, tmp_path / "t")
+    supports_table.write(rows, {"svf": (0.1,)}, {"size": 321}, tmp_path / "t")
     assert (tmp_path / "t.png").stat().st_size > 1000
+    supports.unpack(tmp_path / "t.json", tmp_path / "out")  # on another machine
+    assert supports.read(tmp_path / "out") == rows
 
 
 def test_counts_leave_out_ignored_pixels():
