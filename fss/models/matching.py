@@ -256,18 +256,18 @@ def _dense(levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _margin(levels: Sequence[Tensor], examples: Examples, image: Tensor) -> Tensor:
     """Compute how far the score of a query [3, H, W] is above the threshold, [H, W]."""
-    height, width = _extent(image)
+    rows, columns = _covered(image)
     pasted = torch.zeros_like(image[:1])
-    pasted[:, :height, :width] = 1
+    pasted[:, rows, columns] = 1
     inside = average_bins(pasted[None], levels[0].shape[-2:])[0, 0] > 0.5
     margin = _score(levels, examples, inside) - examples.threshold
     full = resize(margin[None, None], image.shape[-2:])
-    part = full[..., :height, :width]
-    picture = colors(image[None, :, :height, :width])
-    a, b = guided_filter(part, picture, max(1, round(_RADIUS * max(height, width))))
-    full = full.clone()
-    full[..., :height, :width] = (a * picture).sum(1, keepdim=True) + b
-    return full[0, 0]
+    picture = colors(image[None, :, rows, columns])
+    radius = max(1, round(_RADIUS * max(picture.shape[-2:])))
+    a, b = guided_filter(full[..., rows, columns], picture, radius)
+    sharp = full.clone()
+    sharp[..., rows, columns] = (a * picture).sum(1, keepdim=True) + b
+    return sharp[0, 0]
 
 
 def _score(levels: Sequence[Tensor], examples: Examples, inside: Tensor) -> Tensor:
@@ -335,15 +335,18 @@ def _surest(score: Tensor, inside: Tensor) -> Tensor:
     return torch.stack([(score <= low) & inside, (score >= high) & inside])
 
 
-def _extent(image: Tensor) -> tuple[int, int]:
-    """Return the height and width of what a photo covers of its black canvas [3, H, W]."""
+def _covered(image: Tensor) -> tuple[slice, slice]:
+    """Return the rows and columns of a canvas [3, H, W] that its photo covers.
+
+    Around it is black, which the evaluation transform fills in, or the mean color, as in training.
+    """
     black = torch.as_tensor(-MEAN / STD, dtype=image.dtype, device=image.device)
-    empty = ((image - black[:, None, None]).abs() < 0.01).all(0)
-    height, width = image.shape[-2:]
-    rows, columns = (torch.nonzero(~empty.all(dim)) for dim in (1, 0))
-    if not len(rows):
-        return height, width
-    return int(rows[-1]) + 1, int(columns[-1]) + 1
+    empty = ((image - black[:, None, None]).abs() < 0.01).all(0) | (image.abs() < 1e-6).all(0)
+    parts = []
+    for dim, size in ((1, image.shape[1]), (0, image.shape[2])):
+        shown = torch.nonzero(~empty.all(dim))
+        parts.append(slice(int(shown[0]), int(shown[-1]) + 1) if len(shown) else slice(0, size))
+    return parts[0], parts[1]
 
 
 def colors(images: Tensor) -> Tensor:

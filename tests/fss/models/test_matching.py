@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from fss.data.transforms import MEAN, STD
 from fss.models import Matching, build_backbone, build_matching
-from fss.models.matching import _extent, _surest
+from fss.models.matching import _covered, _surest
 from fss.models.pooling import resize
 
 
@@ -88,12 +88,16 @@ def test_several_supports_move_the_threshold(model):
 
 
 def test_what_a_photo_covers_of_its_canvas():
-    image = torch.zeros(3, 17, 17) + torch.as_tensor(-MEAN / STD)[:, None, None]
+    black = torch.as_tensor(-MEAN / STD)
+    image = torch.zeros(3, 17, 17) + black[:, None, None]
     image[:, :9, :13] = torch.randn(3, 9, 13, generator=torch.Generator().manual_seed(0))
-    assert _extent(image) == (9, 13)
-    image[:, 2] = torch.as_tensor(-MEAN / STD)[:, None]  # a black line in the photo
-    assert _extent(image) == (9, 13)
-    assert _extent(torch.zeros(3, 5, 6)) == (5, 6)
+    assert _covered(image) == (slice(0, 9), slice(0, 13))
+    image[:, 2] = black[:, None]  # a black line in the photo
+    assert _covered(image) == (slice(0, 9), slice(0, 13))
+    centered = torch.zeros(3, 17, 17)  # as training pads
+    centered[:, 4:10, 3:] = image[:, :6, :14]
+    assert _covered(centered) == (slice(4, 10), slice(3, 17))
+    assert _covered(torch.zeros(3, 5, 6)) == (slice(0, 5), slice(0, 6))
 
 
 def test_segment_is_forward_for_one_support_set(model):
