@@ -151,7 +151,7 @@ def convert(
             follow the mode. ``SyncBatchNorm.convert_sync_batchnorm`` makes new modules: call it
             before.
         trains: what of the converted layers trains: S, or with ``"log_scale"`` s' of S·exp(s'), at
-            the same cost; see :class:`svf_fast.SVFConv2d`.
+            the same saved bytes; see :class:`svf_fast.SVFConv2d`.
 
     Returns the model.
 

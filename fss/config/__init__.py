@@ -232,7 +232,7 @@ class RegimeConfig:
       and 18). In "all" layers and with `batch_norm` "both" every parameter of the backbone trains:
       its *fully fine-tune*, see regimes/full.yaml;
     - "svf": U S Vᵀ, the paper's method; `factors` train, by default S (Tables 19, 20);
-    - "svf_scale": U S S' Vᵀ; `factors` are S' (the default, on the fast layers of "svf"), or S and
+    - "svf_scale": U S S' Vᵀ; `factors` are S' (the default, on the layers of "svf"), or S and
       S' (Table 23);
     - "scale_output": S' W, a trained factor per row, that is, output channel (Table 22);
     - "scale_input": W S', a trained factor per column, that is, weight of a filter (Table 22);

@@ -277,7 +277,8 @@ def _read_weights(
             "bring no data; got nothing"
         )
     size = matching_size(weights) if size is None else size
-    config = TrainConfig.from_dict({"data": {**data, "size": size}})
+    # no CUDA graph: the threshold is found on the host
+    config = TrainConfig.from_dict({"data": {**data, "size": size}, "graph": "off"})
     model = build_matching(weights, matching["backbone"], matching["stride_on"])
     description = {
         "model": "matching",

@@ -22,6 +22,7 @@ from fss.models.regimes import (
     FACTORS,
     apply_regime,
     convert_backbone,
+    leaves_adapter,
     trains_singular_values,
 )
 from fss.models.state_dict import read_state_dict
@@ -45,6 +46,7 @@ __all__ = [
     "build_backbone",
     "build_matching",
     "build_model",
+    "leaves_adapter",
     "load_backbone",
     "load_base_learner",
     "load_official",

@@ -59,6 +59,16 @@ def trains_singular_values(regime: RegimeConfig) -> bool:
     return trained == ({"S'"} if regime.name == "svf_scale" else {"S"})
 
 
+def leaves_adapter(regime: RegimeConfig) -> bool:
+    """Return whether an adapter holds all that the regime changes in the pretrained backbone."""
+    return (
+        regime.name in ("svf", "svf_scale")
+        and trains_singular_values(regime)
+        and regime.batch_norm == "none"
+        and regime.batch_norm_statistics == "frozen"
+    )
+
+
 def convert_backbone(
     backbone: nn.Module, layers: Collection[str], regime: RegimeConfig, **options: Any
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import svf_fast
 from fss.config import RegimeConfig
-from fss.models import FewShotModel, Matching, apply_regime, trains_singular_values
+from fss.models import FewShotModel, Matching, apply_regime, leaves_adapter
 from fss.processes import lay_out
 
 
@@ -69,7 +69,7 @@ class Backbones:
             ValueError: layers that the backbone does not have, or without what the regime trains.
         """
         self.put_back()
-        if trains_only_singular_values(regime):
+        if leaves_adapter(regime):
             layers = self._decomposed(regime)
             if regime.name == "svf" or all(each.trains == "log_scale" for each in layers):
                 for layer in layers:
@@ -105,7 +105,7 @@ class Backbones:
             card: of the adapter.
         """
         self.model.requires_grad_(False)
-        if not trains_only_singular_values(regime):
+        if not leaves_adapter(regime):
             if not changed:
                 self.put_back()
             return None
@@ -197,15 +197,6 @@ def remembering(backbone: nn.Module) -> Iterator[None]:
         yield
     finally:
         del backbone.early
-
-
-def trains_only_singular_values(regime: RegimeConfig) -> bool:
-    """Return whether an adapter holds all that the regime trains."""
-    return (
-        regime.name in ("svf", "svf_scale")
-        and trains_singular_values(regime)
-        and regime.batch_norm == "none"
-    )
 
 
 def _svf_layers(backbone: nn.Module) -> dict[str, svf_fast.SVFConv2d]:

@@ -92,7 +92,7 @@ def predict_files(
         _refuse_to_overwrite(list(results.values()))
     if not supports:
         raise ValueError("support: expected at least one picture with its mask, got none")
-    _check_tuning(tune, tune_what, tune_lr, save_adapter)
+    _check_tuning(tune, tune_what, tune_lr, save_adapter, overwrite)
     if run is None:
         segmenter = FewShotSegmenter(backbone, weights, None, size, adapter, threshold, device)
     else:
@@ -106,6 +106,7 @@ def predict_files(
         tuning = segmenter.tune(tune, tune_lr, tune_what)
         told = f"\n{tuning}"
         if save_adapter is not None and tuning.adapter is not None:
+            Path(save_adapter).parent.mkdir(parents=True, exist_ok=True)
             tuning.adapter.save(save_adapter)
             told += f"; saved to {save_adapter}"
     errors = _predict(segmenter, results, batch_size)
@@ -122,7 +123,9 @@ def predict_files(
     )
 
 
-def _check_tuning(steps: int | None, what: str, lr: float | None, save_adapter: str | None) -> None:
+def _check_tuning(
+    steps: int | None, what: str, lr: float | None, save_adapter: str | None, overwrite: bool
+) -> None:
     """Check what there is to check before anything is loaded."""
     if steps is None:
         given = {"tune_what": what != "svf", "tune_lr": lr is not None}
@@ -138,6 +141,11 @@ def _check_tuning(steps: int | None, what: str, lr: float | None, save_adapter: 
         raise ValueError(
             f"save_adapter: expected svf or svf_scale to be tuned, got tune_what {what}: an "
             "adapter holds singular values alone"
+        )
+    if save_adapter is not None and Path(save_adapter).exists() and not overwrite:
+        raise FileExistsError(
+            f"save_adapter: {save_adapter} is there already; give another file, or --overwrite to "
+            "replace it and earlier results"
         )
 
 

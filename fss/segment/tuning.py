@@ -15,8 +15,8 @@ from tqdm import tqdm
 import svf_fast
 from fss.config import RegimeConfig
 from fss.config.checks import check_positive
-from fss.models import FewShotModel, Matching, Prediction
-from fss.segment.backbones import Backbones, remembering, trains_only_singular_values
+from fss.models import FewShotModel, Matching, Prediction, leaves_adapter
+from fss.segment.backbones import Backbones, remembering
 from fss.segment.views import SupportViews
 
 LAYERS = ("layer3", "layer4")
@@ -166,7 +166,7 @@ class TuningSettings:
     @property
     def leaves_adapter(self) -> bool:
         """Whether singular values alone train, so that an adapter holds them."""
-        return trains_only_singular_values(self.regime)
+        return leaves_adapter(self.regime)
 
     def groups(self, backbone: nn.Module) -> list[dict[str, Any]]:
         """Return the groups of Adam for what trains in a backbone, with their rates."""
@@ -174,7 +174,8 @@ class TuningSettings:
         values = {id(p) for p in svf_fast.svf_parameters(backbone)}
         groups = []
         if any(id(p) in values for p in trained):
-            rate = TUNABLE["svf"][1] if self.lr is None else self.lr
+            default = TUNABLE["svf_scale" if self.regime.name == "svf_scale" else "svf"][1]
+            rate = default if self.lr is None else self.lr
             groups = svf_fast.svf_parameter_groups(backbone, rate)
             groups = [g for g in groups if any(p.requires_grad for p in g["params"])]
         others = [p for p in trained if id(p) not in values]

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 import svf_fast
-from fss.config import RegimeConfig, TrainConfig
+from fss.config import TrainConfig
+from fss.models import leaves_adapter
 
 
 def save_run_adapter(
@@ -30,7 +31,7 @@ def save_run_adapter(
         test: what `evaluate_seeds` returned, with the "step"; None for the pretrained values.
     """
     trains = any(True for _ in svf_fast.svf_parameters(network))
-    if not trains or (test is not None and not _is_adapter(config.regime)):
+    if not trains or (test is not None and not leaves_adapter(config.regime)):
         return
     model, data = config.model, config.data
     card: dict[str, Any] = {
@@ -84,11 +85,3 @@ def adapter_files(
     layers = [f"{name}: {len(values)} values" for name, values in adapters[0].S.items()]
     also = [f"{name}: {list(values.shape)}" for name, values in adapters[0].also.items()]
     return "\n  ".join([*lines, *cards[0], *layers, *also])
-
-
-def _is_adapter(regime: RegimeConfig) -> bool:
-    return (
-        (regime.name, regime.trained_factors) in (("svf", ("S",)), ("svf_scale", ("S'",)))
-        and regime.batch_norm == "none"
-        and regime.batch_norm_statistics == "frozen"
-    )

@@ -248,7 +248,7 @@ class Factored(nn.Module):
 
         What follows from U and V alone is kept, W is composed when next needed; does not
         synchronize. Values far from the present ones are as good as near ones. With log_scale they
-        must be such as :func:`svf_fast.layers.log_scale.unreachable` finds nothing wrong with.
+        must be such as :func:`svf_fast.layers.log_scale.out_of_reach` finds nothing wrong with.
         """
         trained = self.trained
         wanted = S if self.trains == "S" else log_scale_of(S, gathered(self.S))

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.few_shot import supports, supports_table
+from benchmarks.few_shot.rows import read_rows
 from benchmarks.few_shot.supports import RATES, SETS, Task, counts, tasks
+from fss.segment.tuning import TUNABLE
 
 
 def row(kind: str, class_id: int, regime: str, rate: float, tuned: list[int], **more: object):
@@ -29,7 +31,7 @@ def row(kind: str, class_id: int, regime: str, rate: float, tuned: list[int], **
 
 
 def test_every_regime_has_the_same_trials_and_tasks():
-    assert len({len(rates) for rates in RATES.values()}) == 1
+    assert len({len(rates) for rates in RATES.values()}) == 1 and RATES.keys() <= TUNABLE.keys()
     every = list(tasks(list(range(1, 21)), [1, 5]))
     assert len({task.name for task in every}) == len(every)
     for regime in RATES:
@@ -87,7 +89,7 @@ def test_curves_are_over_the_classes_that_all_have(tmp_path):
     supports_table.write(rows, {"svf": (0.1,)}, {"size": 321}, tmp_path / "t")
     assert (tmp_path / "t.png").stat().st_size > 1000
     supports.unpack(tmp_path / "t.json", tmp_path / "out")  # on another machine
-    assert supports.read(tmp_path / "out") == rows
+    assert read_rows(tmp_path / "out") == rows
 
 
 def test_counts_leave_out_ignored_pixels():

@@ -14,8 +14,7 @@ import svf_fast
 from fss.config import TrainConfig
 from fss.data import ShapesSource, build_episodes, collate_episodes
 from fss.evaluation.evaluate import predict
-from fss.models import Baseline, FewShotModel, build_backbone, build_model
-from fss.models.regimes import apply_regime
+from fss.models import Baseline, FewShotModel, build_backbone
 from fss.runs.checkpoint import save_checkpoint
 from fss.segment.segmenter import FewShotSegmenter
 
@@ -43,18 +42,11 @@ def undecided(network: FewShotModel, episode: dict) -> None:
 
 
 @pytest.fixture
-def run(tmp_path, tiny):
+def run(tmp_path, untrained):
     """Writes the checkpoint of an untrained run whose mask is about half of a photo."""
 
     def make(**overrides: object) -> tuple[TrainConfig, FewShotModel]:
-        config = tiny(**overrides)
-        torch.manual_seed(0)
-        names = {number: str(number) for number in range(1, 16)}
-        network = build_model(config.model, names, config.data.shots)
-        apply_regime(network, config.regime)
-        with torch.no_grad():
-            for parameter in svf_fast.svf_parameters(network):
-                parameter.mul_(1.2)
+        config, network = untrained(**overrides)
         undecided(network, build_episodes(config.data, "test", 1, 0)[0])
         save_checkpoint(tmp_path / "best.pt", config, {"model": network.state_dict(), "step": 1})
         return config, network

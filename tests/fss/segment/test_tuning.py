@@ -12,8 +12,7 @@ import torch
 import svf_fast
 from fss.config import RegimeConfig
 from fss.data import EvalTransform, ShapesSource, SquareTransform
-from fss.models import FewShotModel, build_backbone, build_model
-from fss.models.regimes import apply_regime
+from fss.models import FewShotModel, build_backbone
 from fss.runs.checkpoint import save_checkpoint
 from fss.segment import tuning
 from fss.segment.backbones import remembering
@@ -50,18 +49,11 @@ def embedded(_embedded):
 
 
 @pytest.fixture
-def run(tmp_path, tiny):
+def run(tmp_path, untrained):
     """Loads the segmenter of a run of a few random weights."""
 
     def make(**overrides: object) -> FewShotSegmenter:
-        config = tiny(**overrides)
-        torch.manual_seed(0)
-        names = {number: str(number) for number in range(1, 16)}
-        network = build_model(config.model, names, config.data.shots)
-        apply_regime(network, config.regime)
-        with torch.no_grad():
-            for parameter in svf_fast.svf_parameters(network):
-                parameter.mul_(1.2)
+        config, network = untrained(**overrides)
         save_checkpoint(tmp_path / "best.pt", config, {"model": network.state_dict(), "step": 1})
         return FewShotSegmenter.load(tmp_path, device="cpu")
 
