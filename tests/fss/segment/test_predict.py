@@ -284,6 +284,9 @@ def test_tuning_on_the_supports_first(photos, tmp_path, capsys):
     assert svf_fast.Adapter.load(file).card["tuned"] == "svf"
     assert predict(photos, *query, "--overwrite", "--adapter", str(file)) == 0
     np.testing.assert_allclose(Image.open(tmp_path / "a.probability.png"), tuned, atol=1)
+    again = ["--query", query[1], "--out", str(tmp_path / "other"), *tune]
+    assert predict(photos, *again) == 2  # a tuned file is not replaced unasked
+    assert f"save_adapter: {file} is there already" in capsys.readouterr().err
     # from there on
     more = ["--tune", "1", "--tune_what", "bias", "--adapter", str(file), "--overwrite"]
     assert predict(photos, *query, *more) == 0
