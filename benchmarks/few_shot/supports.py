@@ -29,27 +29,44 @@ from tqdm import tqdm
 from benchmarks.few_shot import supports_table
 from benchmarks.few_shot.rows import read_rows
 from benchmarks.files import command
+from fss.config import RegimeConfig
 from fss.data import IGNORE, PascalSource
 from fss.data.episodes import counting_classes
 from fss.files import parse_json, read_text, write_json
+from fss.segment.backbones import remembering
 from fss.segment.segmenter import FewShotSegmenter
 from fss.segment.tuning import Measure
 from fss.training.provenance import provenance
 
-RATES = {
-    "svf": (0.007, 0.02, 0.06),
-    "svf_scale": (0.007, 0.02, 0.06),
-    "batch_norm": (0.001, 0.004, 0.016),
-    "bias": (0.001, 0.004, 0.016),
-    "layer4": (3e-6, 1e-5, 3e-5),
-    "full": (3e-6, 1e-5, 3e-5),
+
+class Regime(NamedTuple):
+    """What is tuned.
+
+    what: see `FewShotSegmenter.tune`.
+    rates: that are tried, as many for each regime.
+    """
+
+    what: str | RegimeConfig
+    rates: tuple[float, ...]
+
+
+REGIMES = {
+    "svf": Regime("svf", (0.007, 0.02, 0.06)),
+    "svf_scale": Regime("svf_scale", (0.007, 0.02, 0.06)),
+    "batch_norm": Regime("batch_norm", (0.001, 0.004, 0.016)),
+    "bias": Regime("bias", (0.001, 0.004, 0.016)),
+    "layer4": Regime("layer4", (1e-5, 3e-5, 1e-4)),
+    "layers2-4": Regime(RegimeConfig("full", ("layer2", "layer3", "layer4")), (1e-5, 3e-5, 1e-4)),
 }
-"""Regimes, each with as many trials; those of layers 3 and 4, "layer4" of layer 4 alone."""
+"""By name; of layers 3 and 4 where the name does not say otherwise."""
 STEPS = 20
 CURVE_STEPS = 200
-CURVES = ("svf", "batch_norm", "full")
+CURVES = ("svf", "batch_norm", "layers2-4")
 CURVE_AT = (0, 5, 10, 20, 40, 60, 100, 150, 200)
-SETS, QUERIES = 5, 4
+SETS, QUERIES = 2, 10
+CLASSES_OF_A_FOLD = 5
+SEARCHED = (1, 3)
+"""Places in a fold of the classes that rates are tried on, and that curves are of."""
 KINDS = ["search", "final", "curve"]
 SEED = 510
 
@@ -83,17 +100,20 @@ class Task(NamedTuple):
 
 
 def tasks(classes: list[int], shots: list[int]) -> Iterator[Task]:
-    """Yield all tunings in the order of their worth."""
-    for class_id in classes:
-        for regime, rates in RATES.items():
-            for rate in rates:
-                yield Task("search", class_id, 0, 1, regime, rate)
+    """Yield all tunings, in the order of their worth; those of the same supports are together."""
+    searched = [c for n, c in enumerate(classes) if n % CLASSES_OF_A_FOLD in SEARCHED]
+    for k in shots:
+        for class_id in searched:
+            for regime, (_, rates) in REGIMES.items():
+                for rate in rates:
+                    yield Task("search", class_id, 0, k, regime, rate)
     for k in shots:
         for number in range(SETS):
             for class_id in classes:
-                for regime in RATES:
+                for regime in REGIMES:
                     yield Task("final", class_id, number, k, regime, None)
-        for class_id in classes:
+    for k in shots:
+        for class_id in searched:
             for regime in CURVES:
                 yield Task("curve", class_id, 0, k, regime, None)
 
@@ -150,70 +170,100 @@ def counts(mask: NDArray[np.bool_], truth: NDArray[np.uint8]) -> list[int]:
     return [both, either, int((~mask & ~found).sum()), int((~mask | ~found).sum())]
 
 
-def run(task: Task, rate: float, segmenter: FewShotSegmenter, photos: Photos, size: int) -> dict:
+class Example:
+    """A support set, and what is asked by it.
+
+    Args:
+        task: whose supports and queries these are.
+
+    Attributes:
+        untuned: counts of the queries before any tuning, see `counts`; computed once.
+        others_untuned: those of other classes, see `ask_others`.
+    """
+
+    def __init__(self, task: Task, photos: Photos) -> None:
+        self._photos, self._class_id = photos, task.class_id
+        self._asks_others = task.kind == "final" and task.number == 0
+        self._supports, self._queries = photos.draw(task)
+        self._examples = [photos.load(index, task.class_id) for index in self._supports]
+        self._asked = [photos.load(index, task.class_id) for index in self._queries]
+        self.untuned: list[list[int]] = []
+        self.others_untuned: list[list[int]] = []
+
+    def give(self, segmenter: FewShotSegmenter) -> None:
+        """Give the supports to the segmenter, untuned."""
+        segmenter.adapter(None)
+        if self._asks_others and not self.others_untuned:
+            self.others_untuned = self.ask_others(segmenter)
+        segmenter.support([p for p, _ in self._examples], [m == 1 for _, m in self._examples])
+        if not self.untuned:
+            self.untuned = self.ask(segmenter)
+
+    def ask(self, segmenter: FewShotSegmenter) -> list[list[int]]:
+        """Return the counts of each query, by the segmenter as it is now."""
+        found = segmenter([picture for picture, _ in self._asked])
+        return [counts(f.mask, truth) for f, (_, truth) in zip(found, self._asked, strict=True)]
+
+    def ask_others(self, segmenter: FewShotSegmenter) -> list[list[int]]:
+        """Return the counts of a query of five other classes, each by a support of its own."""
+        if not self._asks_others:
+            return []
+        result = []
+        for other, support, query in self._photos.others(self._class_id):
+            picture, mask = self._photos.load(support, other)
+            segmenter.support(picture, mask == 1)
+            picture, truth = self._photos.load(query, other)
+            result.append(counts(segmenter(picture).mask, truth))
+        return result
+
+    def about(self) -> dict[str, Any]:
+        """Return the names of class and photos, for a row."""
+        source = self._photos.source
+        return {
+            "fold": self._photos.fold(self._class_id),
+            "class": source.class_names[self._class_id],
+            "supports": [source.name(i) for i in self._supports],
+            "query_names": [source.name(i) for i in self._queries],
+        }
+
+
+def run(
+    task: Task, rate: float, segmenter: FewShotSegmenter, example: Example, size: int
+) -> dict[str, Any]:
     """Tune once; return its row: what was measured, and the counts of each query at each time."""
-    supports, queries = photos.draw(task)
-    examples = [photos.load(index, task.class_id) for index in supports]
-    asked = [photos.load(index, task.class_id) for index in queries]
-    segmenter.adapter(None)
-    segmenter.support([p for p, _ in examples], [m == 1 for _, m in examples])
-    checks: list[dict[str, Any]] = []
-    waited = 0.0
+    torch.manual_seed(0)
+    example.give(segmenter)
+    checks = [{"step": 0, "queries": example.untuned}]
 
     def look(measure: Measure) -> None:
-        nonlocal waited
-        begin = time.monotonic()
-        if measure.step in CURVE_AT if task.kind == "curve" else measure.step == 0:
-            checks.append(check(measure))
-        waited += time.monotonic() - begin
+        if measure.step in CURVE_AT[1:]:
+            checks.append({"step": measure.step, "queries": example.ask(segmenter)})
 
-    def check(measure: Measure) -> dict[str, Any]:
-        found = segmenter([picture for picture, _ in asked])
-        rows = [counts(f.mask, truth) for f, (_, truth) in zip(found, asked, strict=True)]
-        return {"step": measure.step, "iou": measure.iou, "loss": measure.loss, "queries": rows}
-
-    steps = CURVE_STEPS if task.kind == "curve" else STEPS
-    begin = time.monotonic()
+    curve = task.kind == "curve"
+    steps = CURVE_STEPS if curve else STEPS
+    what = REGIMES[task.regime].what
     tuning = segmenter.tune(
         steps,
         rate,
-        task.regime,
+        what,
         size,
         progress=False,
         patience=steps,
-        on_measure=look,
+        on_measure=look if curve else None,
     )
-    seconds = time.monotonic() - begin - waited
-    if task.kind != "curve" and tuning.best_step:
-        best = next(measure for measure in tuning.history if measure.step == tuning.best_step)
-        checks.append(check(best))
-    row = {
+    if not curve and tuning.best_step:
+        checks.append({"step": tuning.best_step, "queries": example.ask(segmenter)})
+    return {
         **task._asdict(),
         "rate": rate,
-        "fold": photos.fold(task.class_id),
-        "class": photos.source.class_names[task.class_id],
-        "supports": [photos.source.name(i) for i in supports],
-        "query_names": [photos.source.name(i) for i in queries],
+        **example.about(),
         "best_step": tuning.best_step,
         "stopped": tuning.stopped,
-        "seconds": seconds,
         "history": [[each.step, each.iou, each.loss] for each in tuning.history],
         "checks": checks,
+        "others_untuned": example.others_untuned,
+        "others": example.ask_others(segmenter),
     }
-    if task.kind == "final" and task.number == 0:
-        row["others"] = forgetting(task, segmenter, photos)
-    return row
-
-
-def forgetting(task: Task, segmenter: FewShotSegmenter, photos: Photos) -> list[list[int]]:
-    """Count for one query of five other classes what the segmenter as it is now makes of them."""
-    result = []
-    for other, support, query in photos.others(task.class_id):
-        picture, mask = photos.load(support, other)
-        segmenter.support(picture, mask == 1)
-        picture, truth = photos.load(query, other)
-        result.append(counts(segmenter(picture).mask, truth))
-    return result
 
 
 def main() -> int:
@@ -227,7 +277,7 @@ def main() -> int:
         if not path.is_file():
             raise SystemExit(f"--out: expected rows of an earlier run in {out}, found none")
         about = parse_json(read_text(path), path)
-        print(supports_table.write(rows, RATES, about, Path(options.table)))
+        print(supports_table.write(rows, list(REGIMES), about, Path(options.table)))
         return 0
     photos = Photos(options.root, options.min_area)
     segmenter = FewShotSegmenter(weights=options.weights, device=options.device)
@@ -236,24 +286,50 @@ def main() -> int:
     about = {"size": options.size, "weights": Path(options.weights).name, "command": command()}
     write_json(out / "about.json", about | provenance(segmenter.device))
     wanted = [t for t in tasks(photos.classes, options.shots) if t.kind in options.kinds]
-    untuned = out / "rows" / "untuned.json"
-    if "final" in options.kinds and not untuned.is_file():
-        first = [Task("final", c, 0, 1, "svf", None) for c in photos.classes]
-        write_json(untuned, {str(t.class_id): forgetting(t, segmenter, photos) for t in first})
-    todo = [task for task in wanted if task.name not in rows][options.part :: options.parts]
-    for task in tqdm(todo, "tunings"):
+    groups: dict[tuple[Any, ...], list[Task]] = {}
+    for task in wanted:
+        if task.name not in rows:
+            groups.setdefault(task[:4], []).append(task)
+    shared = list(groups.values())[options.part :: options.parts]
+    bar = tqdm(total=sum(map(len, shared)), desc="tunings")
+    for task, example in _with_examples(shared, photos, segmenter):
         if time.monotonic() > deadline:
             break
         rate = task.rate
         if rate is None:
             fold = photos.fold(task.class_id)
-            rate = supports_table.chosen_rate(read_rows(out), task.regime, fold)
-        torch.manual_seed(0)
-        row = run(task, rate, segmenter, photos, options.size)
+            rate = supports_table.chosen_rate(read_rows(out), task.regime, task.shots, fold)
+        row = run(task, rate, segmenter, example, options.size)
         write_json(out / "rows" / f"{task.name}.json", row)
+        bar.update()
     left = sum(task.name not in read_rows(out) for task in wanted)
     print(f"done: {len(wanted) - left} of {len(wanted)} tunings")
     return 0 if left == 0 else 1
+
+
+def _with_examples(
+    groups: list[list[Task]], photos: Photos, segmenter: FewShotSegmenter
+) -> Iterator[tuple[Task, Example]]:
+    """Yield each task with its supports and queries.
+
+    Those of the same supports have the layers up to layer 2 computed once, unless these train.
+    """
+    for group in groups:
+        example = Example(group[0], photos)
+        frozen = [task for task in group if not _trains_early(task)]
+        segmenter.adapter(None)
+        with remembering(segmenter.model.backbone):
+            for task in frozen:
+                yield task, example
+            segmenter.adapter(None)
+        for task in group:
+            if _trains_early(task):
+                yield task, example
+
+
+def _trains_early(task: Task) -> bool:
+    what = REGIMES[task.regime].what
+    return isinstance(what, RegimeConfig) and "layer2" in what.layers
 
 
 def unpack(path: Path, out: Path) -> None:
@@ -273,8 +349,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--root", help="of Pascal-5i")
     parser.add_argument("--weights", help="of a backbone")
     parser.add_argument("--min-area", type=float, default=2048)
-    parser.add_argument("--size", type=int, default=321, help="of the views that are tuned on")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5], choices=[1, 5])
+    parser.add_argument("--size", type=int, default=225, help="of the views that are tuned on")
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 1], choices=[1, 5])
     parser.add_argument(
         "--kinds", nargs="+", default=KINDS, choices=KINDS, help="of tunings, all by default"
     )

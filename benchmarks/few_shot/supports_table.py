@@ -23,26 +23,40 @@ Counts = NDArray[np.int64]
 RESAMPLES = 2000
 
 
-def chosen_rate(rows: Mapping[str, Row], regime: str, fold: int) -> float:
+def chosen_rate(rows: Mapping[str, Row], regime: str, shots: int, fold: int) -> float:
     """Return the rate with the highest mIoU over the base classes of a fold, on training photos.
 
     Raises:
-        ValueError: a rate without a trial.
+        ValueError: a rate without a trial, or with fewer than others.
     """
-    score = base_scores(rows, regime, fold)
-    if not score:
-        raise ValueError(f"{regime}: expected trials of its rates, found none; run --kinds search")
+    trials = _trials(rows, regime, shots, fold)
+    if not trials or len({frozenset(classes) for classes in trials.values()}) > 1:
+        found = ", ".join(f"{len(classes)} of {rate:g}" for rate, classes in trials.items())
+        raise ValueError(
+            f"{regime}: expected as many trials of each of its rates, found {found or 'none'}; "
+            "run --kinds search to its end"
+        )
+    score = base_scores(rows, regime, shots, fold)
     return max(score, key=lambda rate: score[rate])
 
 
-def base_scores(rows: Mapping[str, Row], regime: str, fold: int) -> dict[float, float]:
+def base_scores(rows: Mapping[str, Row], regime: str, shots: int, fold: int) -> dict[float, float]:
     """Return mIoU over a fold's base classes by rate, of what the held-out views chose."""
+    trials = _trials(rows, regime, shots, fold)
+    return {rate: miou(classes) for rate, classes in sorted(trials.items())}
+
+
+def _trials(
+    rows: Mapping[str, Row], regime: str, shots: int, fold: int
+) -> dict[float, dict[int, list[list[int]]]]:
+    """Return the counts of the queries of a fold's base classes by rate, then by class."""
     trials: dict[float, dict[int, list[list[int]]]] = {}
     for row in rows.values():
-        if row.get("kind") == "search" and row["regime"] == regime and row["fold"] != fold:
+        kinds = (row.get("kind"), row.get("regime"), row.get("shots"))
+        if kinds == ("search", regime, shots) and row["fold"] != fold:
             classes = trials.setdefault(row["rate"], {})
             classes.setdefault(row["class_id"], []).extend(kept(row)["queries"])
-    return {rate: miou(classes) for rate, classes in trials.items()}
+    return trials
 
 
 def kept(row: Row) -> dict[str, Any]:
@@ -93,8 +107,13 @@ def paired(
 
 def wins(before: Counts, after: Counts) -> float:
     """Return the share of episodes with a higher IoU of the object; equal ones count a half."""
-    first, second = (x[:, 0] / np.maximum(1, x[:, 1]) for x in (before, after))
+    first, second = _ious(before), _ious(after)
     return float(((second > first) + 0.5 * (second == first)).mean())
+
+
+def _ious(counts: Counts | list[list[int]]) -> NDArray[np.float64]:
+    rows = np.asarray(counts)
+    return rows[:, 0] / np.maximum(1, rows[:, 1])
 
 
 def summary(rows: Mapping[str, Row], regimes: Iterable[str]) -> dict[str, Any]:
@@ -114,15 +133,15 @@ def summary(rows: Mapping[str, Row], regimes: Iterable[str]) -> dict[str, Any]:
         for name in regimes:
             chosen = [done[(name, *each)] for each in sets]
             line = _line(before, _collect(chosen, tuned=True))
-            line["seconds"] = statistics.median(r["seconds"] for r in chosen)
             line["rates"] = sorted({r["rate"] for r in chosen})
             line["best_step"] = statistics.mean(r["best_step"] for r in chosen)
-            forgot = [r for r in chosen if "others" in r]
-            if forgot and "untuned" in rows:
-                first = np.concatenate([rows["untuned"][str(r["class_id"])] for r in forgot])
-                second = np.concatenate([r["others"] for r in forgot])
-                ious = (x[:, 0] / np.maximum(1, x[:, 1]) for x in (first, second))
-                line["others"] = float(np.subtract(*ious).mean()) * -1
+            forgot = [r for r in chosen if r["others"]]
+            if forgot:
+                ious = [
+                    np.concatenate([_ious(r[key]) for r in forgot])
+                    for key in ("others", "others_untuned")
+                ]
+                line["others"] = float(np.subtract(*ious).mean())
             lines[name] = line
         episodes = sum(len(x) for each in before.values() for x in each)
         result[str(shots)] = {"sets": len(sets), "episodes": episodes, "rows": lines}
@@ -152,15 +171,14 @@ def table(result: Mapping[str, Any]) -> str:
     """Return the tables as Markdown, percent."""
     parts = []
     for shots, each in result.items():
-        head = ["tuned", "mIoU", "difference, 95 %", "episodes won", "FB-IoU", "other classes", "s"]
+        head = ["tuned", "mIoU", "difference, 95 %", "episodes won", "FB-IoU", "other classes"]
         lines = []
         for name, row in each["rows"].items():
-            cells = [name, f"{100 * row['miou']:.1f}", "", "", f"{100 * row['fb_iou']:.1f}", "", ""]
+            cells = [name, f"{100 * row['miou']:.1f}", "", "", f"{100 * row['fb_iou']:.1f}", ""]
             if "difference" in row:
                 middle, low, high = (100 * x for x in row["difference"])
                 cells[2] = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
                 cells[3] = f"{100 * row['wins']:.0f} %"
-                cells[6] = f"{row['seconds']:.0f}"
             if "others" in row:
                 cells[5] = f"{100 * row['others']:+.1f}"
             lines.append(cells)
@@ -190,7 +208,7 @@ def curves(rows: Mapping[str, Row], shots: int) -> dict[str, dict[int, float]]:
 
 def write(
     rows: Mapping[str, Row],
-    regimes: Mapping[str, Sequence[float]],
+    regimes: Sequence[str],
     about: Mapping[str, Any],
     name: Path,
 ) -> str:
@@ -198,15 +216,18 @@ def write(
 
     Args:
         rows: by name; the JSON file has them too, so that another machine can go on.
-        regimes: with the rates that were tried.
+        regimes: names, in the order of the table.
         about: command, machine, commit.
         name: path of the files without their ending.
     """
     result = summary(rows, regimes)
     drawn = {str(k): found for k in (1, 5) if (found := curves(rows, k))}
     rates = {
-        regime: {str(fold): base_scores(rows, regime, fold) for fold in range(4)}
-        for regime in regimes
+        f"{shots}-shot": {
+            regime: {str(fold): base_scores(rows, regime, shots, fold) for fold in range(4)}
+            for regime in regimes
+        }
+        for shots in (1, 5)
     }
     name.parent.mkdir(parents=True, exist_ok=True)
     content = {"about": about, "tables": result, "curves": drawn, "rates": rates, "rows": rows}

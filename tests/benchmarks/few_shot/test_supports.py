@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.few_shot import supports, supports_table
 from benchmarks.few_shot.rows import read_rows
-from benchmarks.few_shot.supports import RATES, SETS, Task, counts, tasks
+from benchmarks.few_shot.supports import REGIMES, SEARCHED, SETS, Task, counts, tasks
+from fss.config import RegimeConfig
 from fss.segment.tuning import TUNABLE
 
 
@@ -23,7 +24,8 @@ def row(kind: str, class_id: int, regime: str, rate: float, tuned: list[int], **
         "rate": rate,
         "shots": 1,
         "number": 0,
-        "seconds": 10.0,
+        "others": [],
+        "others_untuned": [],
         "best_step": 5,
         "checks": [first, last],
         **more,
@@ -31,11 +33,14 @@ def row(kind: str, class_id: int, regime: str, rate: float, tuned: list[int], **
 
 
 def test_every_regime_has_the_same_trials_and_tasks():
-    assert len({len(rates) for rates in RATES.values()}) == 1 and RATES.keys() <= TUNABLE.keys()
-    every = list(tasks(list(range(1, 21)), [1, 5]))
+    assert len({len(regime.rates) for regime in REGIMES.values()}) == 1
+    assert all(isinstance(what, RegimeConfig) or what in TUNABLE for what, _ in REGIMES.values())
+    every = list(tasks(list(range(1, 21)), [5, 1]))
     assert len({task.name for task in every}) == len(every)
-    for regime in RATES:
-        assert sum(t.kind == "final" and t.regime == regime for t in every) == 20 * SETS * 2
+    for regime in REGIMES:
+        of = [task for task in every if task.regime == regime]
+        assert sum(task.kind == "final" for task in of) == 20 * SETS * 2
+        assert sum(task.kind == "search" for task in of) == 4 * len(SEARCHED) * 3 * 2
     kinds = [task.kind for task in every]
     assert kinds.index("final") == kinds.count("search")  # rates are chosen before they are used
 
@@ -50,22 +55,26 @@ def test_a_fold_chooses_its_rate_without_its_novel_classes():
             (0.2, bad if novel else [30, 100, 0, 1]),
         ):
             rows[f"{class_id}{rate}"] = row("search", class_id, "svf", rate, tuned)
-    assert supports_table.chosen_rate(rows, "svf", 0) == 0.2
-    assert supports_table.chosen_rate(rows, "svf", 1) == 0.1
-    assert supports_table.base_scores(rows, "svf", 0)[0.2] == pytest.approx(0.3)
-    with pytest.raises(ValueError, match="bias: expected trials"):
-        supports_table.chosen_rate(rows, "bias", 0)
+    assert supports_table.chosen_rate(rows, "svf", 1, 0) == 0.2
+    assert supports_table.chosen_rate(rows, "svf", 1, 1) == 0.1
+    assert supports_table.base_scores(rows, "svf", 1, 0)[0.2] == pytest.approx(0.3)
+    for regime, shots in (("bias", 1), ("svf", 5)):
+        with pytest.raises(ValueError, match=f"{regime}: expected as many trials.*found none"):
+            supports_table.chosen_rate(rows, regime, shots, 0)
+    del rows["200.2"]  # a rate with one trial fewer
+    with pytest.raises(ValueError, match="15 of 0.1, 14 of 0.2; run --kinds search"):
+        supports_table.chosen_rate(rows, "svf", 1, 0)
 
 
 def test_the_table_is_paired(tmp_path):
-    rows = {"untuned": {str(c): [[50, 100, 50, 100]] for c in (1, 6)}}
+    rows = {}
     for class_id, both in ((1, 70), (6, 60)):
         tuned = [both, 100, 50, 100]
-        more = {"others": [[40, 100, 50, 100]]}
+        more = {"others": [[40, 100, 50, 100]], "others_untuned": [[50, 100, 50, 100]]}
         rows[f"s{class_id}"] = row("final", class_id, "svf", 0.1, tuned, **more)
         rows[f"b{class_id}"] = row("final", class_id, "bias", 0.1, [50, 100, 50, 100])
     rows["alone"] = row("final", 11, "svf", 0.1, [99, 100, 99, 100])  # which bias does not have
-    text = supports_table.write(rows, {"svf": (0.1,), "bias": (0.1,)}, {}, tmp_path / "t")
+    text = supports_table.write(rows, ["svf", "bias"], {}, tmp_path / "t")
     found = json.loads((tmp_path / "t.json").read_text())["tables"]["1"]
     assert found["sets"] == found["episodes"] == 2
     assert found["rows"]["untuned"]["miou"] == pytest.approx(0.5)
@@ -86,7 +95,7 @@ def test_curves_are_over_the_classes_that_all_have(tmp_path):
         "c": row("curve", 2, "svf", 0.1, [80, 100, 0, 1]),
     }
     assert supports_table.curves(rows, 1) == {"full": {0: 0.5, 5: 0.2}, "svf": {0: 0.5, 5: 0.8}}
-    supports_table.write(rows, {"svf": (0.1,)}, {"size": 321}, tmp_path / "t")
+    supports_table.write(rows, ["svf"], {"size": 321}, tmp_path / "t")
     assert (tmp_path / "t.png").stat().st_size > 1000
     supports.unpack(tmp_path / "t.json", tmp_path / "out")  # on another machine
     assert read_rows(tmp_path / "out") == rows
