@@ -156,12 +156,9 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
     ) -> list[tuple[Image.Image, str]]:
         if not supports:
             supports = [_support(editor, mask, value, gradio)]
-        paths = [item[0] for item in queries or []]
-        if not paths:
+        pictures = _queries(queries)
+        if not pictures:
             raise ValueError("Queries: drop in at least one picture.")
-        if len(paths) > MAX_PICTURES:
-            raise ValueError(f"Queries: at most {MAX_PICTURES} at a time, got {len(paths)}.")
-        pictures = [read_picture(path, "query") for path in paths]
         with lock:
             segmenter.adapter(tuned[choice] if choice in tuned else choices[choice])
             segmenter.threshold = limit
@@ -183,6 +180,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
         editor: Any,
         mask: str | None,
         value: str,
+        queries: Any,
         limit: float,
         tuned: dict[str, svf_fast.Adapter],
         steps: float,
@@ -190,11 +188,12 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
     ) -> tuple[Any, ...]:
         if not supports:
             supports = [_support(editor, mask, value, gradio)]
+        pictures = _queries(queries)
         with lock:
             segmenter.adapter(None)
             segmenter.threshold = limit
             segmenter.support([image for image, _ in supports], [found for _, found in supports])
-            tuning = segmenter.tune(int(steps))
+            tuning = segmenter.tune(int(steps), unlabeled=pictures)
         assert tuning.adapter is not None  # singular values are what is tuned by default
         name = f"tuned {len(tuned) + 1}"
         tuned = tuned | {name: tuning.adapter}
@@ -309,7 +308,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
         gradio.on([button.click, choice.input, limit.release], run, inputs, results)
         tune_button.click(
             _told(tune, gradio),
-            [supports, editor, mask, value, limit, tuned, steps],
+            [supports, editor, mask, value, queries, limit, tuned, steps],
             [tuned, choice, told, file],
         )
         add_button.click(
@@ -322,6 +321,14 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             run, inputs, results
         )
     return page
+
+
+def _queries(gallery: Any) -> list[NDArray[np.uint8]]:
+    """Read the pictures of the gallery of queries."""
+    paths = [item[0] for item in gallery or []]
+    if len(paths) > MAX_PICTURES:
+        raise ValueError(f"Queries: at most {MAX_PICTURES} at a time, got {len(paths)}.")
+    return [read_picture(path, "query") for path in paths]
 
 
 def _support(editor: Any, mask: str | None, value: str, gradio: Any) -> Support:

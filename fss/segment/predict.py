@@ -18,6 +18,7 @@ from fss.files import atomic_write
 from fss.segment.pictures import MaskLike, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter, Segmentation
 from fss.segment.tuning import TuningSettings
+from fss.segment.views import SCENES
 
 KINDS = ("mask", "probability", "overlay")
 """What is written of each query."""
@@ -70,8 +71,9 @@ def predict_files(
         overwrite: replace earlier results.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         tune: first tune the backbone on the supports, in at most so many steps (30 are usual); the
-            values that are best on views that are not trained on are kept. It starts from the
-            adapter, if one is given. Ctrl-C ends the tuning, not the command.
+            values that are best on views that are not trained on are kept. Some of the queries
+            serve as backgrounds. It starts from the adapter, if one is given. Ctrl-C ends the
+            tuning, not the command.
         tune_what: what is tuned: svf (singular values), svf_scale, batch_norm, bias, scale_output,
             scale_input, rotated_scale, adapter, full or layer4.
         tune_lr: learning rate; by default one for each of these.
@@ -103,7 +105,7 @@ def predict_files(
     segmenter.support(list(images), [parse_mask(mask) for mask in masks], mask_value)
     told = ""
     if tune is not None:
-        tuning = segmenter.tune(tune, tune_lr, tune_what)
+        tuning = segmenter.tune(tune, tune_lr, tune_what, unlabeled=_some_readable(paths))
         told = f"\n{tuning}"
         if save_adapter is not None and tuning.adapter is not None:
             Path(save_adapter).parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,19 @@ def _check_tuning(
             f"save_adapter: {save_adapter} is there already; give another file, or --overwrite to "
             "replace it and earlier results"
         )
+
+
+def _some_readable(paths: Sequence[Path]) -> list[NDArray[np.uint8]]:
+    """Read as many pictures as tuning uses, drawn from all; those that cannot be read are left."""
+    found: list[NDArray[np.uint8]] = []
+    for number in np.random.default_rng(0).permutation(len(paths)):
+        try:
+            found.append(read_picture(paths[number]))
+        except (ValueError, OSError):
+            continue  # it is named when its turn comes
+        if len(found) == SCENES:
+            break
+    return found
 
 
 def find_pictures(queries: Sequence[str], out: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from fss.runs.folder import RunFolder
 from fss.segment.backbones import Backbones
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
 from fss.segment.tuning import LARGEST, Measure, Tuning, TuningSettings, tune
-from fss.segment.views import Example, SupportViews, plain_view
+from fss.segment.views import SCENES, Example, Scene, SupportViews, plain_view, surely_background
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -249,14 +249,18 @@ class FewShotSegmenter:
         progress: bool = True,
         patience: int = 4,
         on_measure: Callable[[Measure], None] | None = None,
+        unlabeled: Picture | Sequence[Picture] = (),
     ) -> Tuning:
         """Tune the backbone on the present supports; from then on the segmenter is the tuned one.
 
-        Nothing but the supports is used: one in turn is the query of the others, and of a single
-        support augmented views are each other's. The head of a run stays as trained, and so do
-        batch norms unless they are what is tuned. Views that are never trained on are measured
-        before the first step and every few: the best values are kept, the untuned ones if none are
-        better, and it stops once it does not get better. Ctrl-C stops too, and keeps the best.
+        One support in turn is the query of the others, and of a single support augmented views are
+        each other's. Pictures without a mask help, such as those that will be segmented: what
+        looks least like the object in them is background to paste the supports' objects into; a
+        single support has no other background to tell, and rarely gains without them. The head of
+        a run stays as trained, and so do batch norms unless they are what is tuned. Views that are
+        never trained on are measured before the first step and every few: the best values are
+        kept, the untuned ones if none are better, and it stops once it does not get better. Ctrl-C
+        stops too, and keeps the best.
 
         It starts from the network as it came, or from the adapter that was set last; tuning twice
         starts again from there. `adapter(None)` goes back, `adapter(tuning.adapter)` to what was
@@ -280,6 +284,8 @@ class FewShotSegmenter:
             patience: measures without a better one after which it stops; there is one every five
                 steps, more often where there are fewer than 20.
             on_measure: called with every measure; the segmenter then segments with its values.
+            unlabeled: pictures without a mask, with the object in them or not; of more than 16,
+                16 are drawn. They are segmented before the first step.
 
         Raises:
             ValueError: no support was given yet; a support without background; an argument out of
@@ -302,9 +308,10 @@ class FewShotSegmenter:
                 f"supports: expected {' or '.join(sorted({'1', str(shots)}))}, which this model "
                 f"can weigh, got {count}"
             )
-        views = SupportViews(self._pictures, transform, shots, seed, self.device)
-        card = {"size": transform.size, "model": type(self.model).__name__.lower()}
+        scenes = self._scenes(unlabeled, seed)
         self._supports = None
+        views = SupportViews(self._pictures, transform, shots, seed, self.device, scenes)
+        card = {"size": transform.size, "model": type(self.model).__name__.lower()}
 
         def look(measure: Measure) -> None:
             if on_measure is not None:
@@ -322,6 +329,18 @@ class FewShotSegmenter:
             begin,
             look,
         )
+
+    def _scenes(self, pictures: Picture | Sequence[Picture], seed: int) -> list[Scene]:
+        """Segment pictures as the untuned network does; keep those with background for sure."""
+        if not isinstance(pictures, (list, tuple)):
+            pictures = [pictures]  # type: ignore[list-item]
+        drawn = np.random.default_rng([seed, 2]).permutation(len(pictures))[:SCENES]
+        read = [read_picture(pictures[n], f"unlabeled picture {n + 1}") for n in drawn]
+        self._backbones.put_back()
+        self._supports = None
+        found = self(read) if read else []
+        scenes = [Scene(f.picture, surely_background(f.probability, f.mask)) for f in found]
+        return [scene for scene in scenes if scene.background.any()]
 
     @overload
     def __call__(self, images: Picture, batch_size: int = 8) -> Segmentation: ...

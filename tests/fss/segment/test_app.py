@@ -270,15 +270,15 @@ def test_tuned_classes_are_switched_between(photos, monkeypatch):
     )
     support = pixels(photos / "support.png"), pixels(photos / "mask.png") > 0
     tuned: dict = {}
+    queries = [(photos / "query.png", None)]
     for count in (1, 2):
-        tuned, switch, told, file = tune([support], None, None, "", 0.5, tuned, 1)
+        tuned, switch, told, file = tune([support], None, None, "", queries, 0.5, tuned, 1)
         assert list(tuned) == [f"tuned {number + 1}" for number in range(count)]
         assert switch["choices"] == ["pretrained", *tuned] and switch["value"] == f"tuned {count}"
         assert f"tuned {count}: tuned svf on 1 support: held-out IoU" in told
         assert svf_fast.Adapter.load(file["value"]).card["shots"] == 1
     # from here on nothing is decomposed
     monkeypatch.setattr(torch.linalg, "svd", None)
-    queries = [(photos / "query.png", None)]
     for choice in ("pretrained", "tuned 2", "tuned 1"):
         shown = segment([support], None, None, "", queries, choice, 0.5, tuned)
         expected = own(photos / "query.png").overlay()

@@ -273,7 +273,7 @@ def test_a_run_predicts(photos, tmp_path, tiny):
     assert "1 picture segmented" in with_adapter and len(pictures(out)) == 3
 
 
-def test_tuning_on_the_supports_first(photos, tmp_path, capsys):
+def test_tuning_on_the_supports_first(photos, tmp_path, capsys, monkeypatch):
     query = ["--query", str(photos / "queries" / "a.png"), "--out", str(tmp_path)]
     file = tmp_path / "tuned.safetensors"
     tune = ["--tune", "2", "--tune_lr", "0.05", "--save_adapter", str(file)]
@@ -287,7 +287,20 @@ def test_tuning_on_the_supports_first(photos, tmp_path, capsys):
     again = ["--query", query[1], "--out", str(tmp_path / "other"), *tune]
     assert predict(photos, *again) == 2  # a tuned file is not replaced unasked
     assert f"save_adapter: {file} is there already" in capsys.readouterr().err
-    # from there on
+    # from there on, with the queries as backgrounds; what is no picture is named in the end
+    seen = []
+    own = FewShotSegmenter.tune
+
+    def spied(self, *arguments, **named):
+        seen.append([image.shape for image in named["unlabeled"]])
+        return own(self, *arguments, **named)
+
+    monkeypatch.setattr(FewShotSegmenter, "tune", spied)
+    (tmp_path / "bad.png").write_bytes(b"none")
+    both = [*query[:2], str(tmp_path / "bad.png"), *query[2:]]
+    assert predict(photos, *both, "--overwrite", "--tune", "1") == 2
+    assert str(tmp_path / "bad.png") in capsys.readouterr().err
+    assert seen == [[np.array(Image.open(query[1])).shape]]
     more = ["--tune", "1", "--tune_what", "bias", "--adapter", str(file), "--overwrite"]
     assert predict(photos, *query, *more) == 0
     assert "tuned bias on 1 support" in capsys.readouterr().out

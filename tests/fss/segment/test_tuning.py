@@ -18,7 +18,7 @@ from fss.segment import tuning
 from fss.segment.backbones import remembering
 from fss.segment.segmenter import FewShotSegmenter
 from fss.segment.tuning import TUNABLE, Measure, Tuning, TuningSettings
-from fss.segment.views import SupportViews
+from fss.segment.views import SCENES, Scene, SupportViews, surely_background
 
 SIZE = 49
 
@@ -104,8 +104,11 @@ def test_the_best_measure_is_kept_and_segments(embedded, examples, monkeypatch):
 
 
 def test_it_learns(embedded, examples):
-    tuned = given(embedded, examples, 1).tune(20, progress=False)
-    assert tuned.history[-1].train_loss < 0.8 * tuned.history[1].train_loss
+    given(embedded, examples, 3)
+    for seed in (1, 2):
+        history = embedded.tune(30, seed=seed, progress=False).history
+        assert history[-1].loss < 0.9 * history[0].loss  # of views that are not trained on
+        assert history[-1].iou > 2 * history[0].iou
 
 
 def test_another_seed_is_another_tuning(embedded, examples):
@@ -346,6 +349,7 @@ def test_supports_that_do_not_explain_each_other_are_named(embedded, examples):
         ({"what": RegimeConfig("svf", ("layer9",))}, ValueError, "got 'layer9'"),
         ({"what": RegimeConfig("full", ("layer9",))}, ValueError, "got 'layer9'"),
         ({"size": 100}, ValueError, "size: expected a multiple of 8 plus 1"),
+        ({"unlabeled": ["none.jpg"]}, FileNotFoundError, "unlabeled picture 1"),
     ],
 )
 def test_wrong_arguments_are_explained(embedded, examples, options, error, message):
@@ -425,6 +429,84 @@ def test_queries_are_never_among_their_supports(examples):
     # a fixed number of supports is reached by repeating them
     assert SupportViews(flat, EvalTransform(SIZE), 5).sample().support_images.shape[1] == 5
     assert SupportViews(flat[:1], EvalTransform(SIZE), 5).sample().support_images.shape[1] == 1
+
+
+def normalized(value: int) -> torch.Tensor:
+    image = np.full((SIZE, SIZE, 3), value, np.uint8)
+    return EvalTransform(SIZE)(image, np.zeros((SIZE, SIZE), np.uint8)).image[:, 0, 0]
+
+
+@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
+@pytest.mark.parametrize("count", [1, 2])
+def test_objects_are_pasted_into_pictures_without_a_mask(make, count, monkeypatch):
+    """Objects are white, supports gray, scenes black, with a left half that may be the object."""
+    monkeypatch.setattr("fss.segment.views._recolored", lambda pixels, strength, rng: pixels)
+    mask = np.zeros((60, 80), bool)
+    mask[10:30, 20:60] = True
+    image = np.where(mask[..., None], np.uint8(255), np.uint8(100)).repeat(3, 2)
+    background = np.arange(90)[None] >= np.full(70, 45)[:, None]
+    scene = Scene(np.zeros((70, 90, 3), np.uint8), background)
+    views = SupportViews([(image, mask)] * count, make(SIZE), scenes=[scene])
+    white, gray, black = (normalized(value)[:, None] for value in (255, 100, 0))
+    pasted = 0
+    episodes = [views.sample() for _ in range(12)]
+    for query, label, supports, _ in episodes + views.held_out():
+        assert supports.shape[1] == 1
+        for each in supports[0]:
+            assert torch.isclose(each, gray[..., None]).all(0).float().mean() > 0.1
+        for image_, mask_ in zip(query, label):
+            if torch.isclose(image_, gray[..., None]).all(0).float().mean() > 0.1:
+                continue  # a view of a support
+            pasted += 1
+            inside = image_[:, mask_ == 1]  # a blur and warping mix colors along the edge
+            assert torch.isclose(inside, white, atol=0.5).all(0).float().mean() > 0.5
+            outside = image_[:, mask_ == 0]
+            assert torch.isclose(outside, black, atol=0.5).all(0).float().mean() > 0.8
+            assert (mask_ == 255).any()
+    # all queries of a single support, every other one of several, and two to measure on
+    assert pasted == (12 if count == 1 else 6) + 2
+    assert len({float(each.query_images.sum()) for each in episodes}) > 4
+
+
+def test_what_is_surely_background():
+    probability = np.linspace(0, 1, 20, dtype=np.float32).reshape(4, 5)
+    mask = probability > 0.5
+    found = surely_background(probability, mask)
+    assert found.sum() == 7 and found.ravel()[:7].all()
+    assert not surely_background(probability, np.ones((4, 5), bool)).any()
+    np.testing.assert_array_equal(surely_background(np.zeros((4, 5)), mask), ~mask)  # all alike
+
+
+def test_pictures_without_a_mask_are_tuned_on(embedded, examples, monkeypatch):
+    always_better(monkeypatch)
+    pictures = [image for image, _ in examples[1:]]
+    given(embedded, examples, 1)
+    alone = embedded.tune(2, 0.05, progress=False)
+    first = embedded.tune(2, 0.05, progress=False, unlabeled=pictures)
+    after = embedded(pictures[0]).probability
+    # before the first step the network is the untuned one, whatever it was tuned to meanwhile
+    again = embedded.tune(2, 0.05, progress=False, unlabeled=pictures)
+    assert again.history == first.history != alone.history
+    np.testing.assert_array_equal(embedded(pictures[0]).probability, after)
+    one = embedded.tune(2, 0.05, progress=False, unlabeled=pictures[0])
+    assert one.history == embedded.tune(2, 0.05, progress=False, unlabeled=pictures[:1]).history
+
+
+def test_not_more_pictures_without_a_mask_than_needed(embedded, examples, monkeypatch):
+    """And none that looks like the object everywhere."""
+    seen = []
+
+    def views(*arguments, **named):
+        seen.append(arguments[5])
+        return SupportViews(*arguments, **named)
+
+    monkeypatch.setattr("fss.segment.segmenter.SupportViews", views)
+    given(embedded, examples, 1).tune(1, progress=False, unlabeled=[examples[1][0]] * 20)
+    embedded.threshold = 1e-9
+    alone = embedded.tune(1, progress=False)
+    history = embedded.tune(1, progress=False, unlabeled=[examples[1][0]]).history
+    assert [len(scenes) for scenes in seen] == [SCENES, 0, 0]
+    assert history == alone.history
 
 
 def test_matching_is_differentiable_where_it_trains(embedded, examples):
