@@ -44,7 +44,7 @@ _POLICY = (
 _HELP = """\
 1. **Support**: drop in a picture and paint the object, or upload its mask. *Add* it to give more.
 2. **Queries**: drop in the pictures to look for the object in.
-3. **Segment**. If the result is poor, **Tune** on the supports first, and segment again.
+3. **Segment**. If the result is poor, **Tune** on supports and queries first, and segment again.
 """
 
 

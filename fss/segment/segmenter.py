@@ -278,7 +278,7 @@ class FewShotSegmenter:
                 "scale_input", "rotated_scale" or "adapter", each in layers 3 and 4; or a
                 `RegimeConfig`.
             size: longer side of the views, pixels, a multiple of 8 plus 1; by default the one at
-                which the network sees pictures, of a run at most 225. Time grows with its square.
+                which the network sees pictures, at most 225. Time grows with its square.
             seed: of views and episodes; the same one gives the same values on the same machine.
             progress: show a bar.
             patience: measures without a better one after which it stops; there is one every five
@@ -297,9 +297,7 @@ class FewShotSegmenter:
             raise ValueError("supports: expected at least one, call support(images, masks) first")
         settings = TuningSettings(steps, lr, what, seed, patience)
         if size is None:
-            size = self._transform.size
-            if not isinstance(self.model, Matching):  # which has fewer positions
-                size = min(size, LARGEST)
+            size = min(self._transform.size, LARGEST)
         transform = type(self._transform)(size)
         shots = getattr(self.model, "shots", None)  # BAM's weights are for so many
         count = len(self._pictures)

@@ -38,7 +38,7 @@ TUNABLE: dict[str, tuple[RegimeConfig, float]] = {
 change of S in a step over the mean |S| of its layer, see `svf_fast.svf_parameter_groups`."""
 
 LARGEST = 225
-"""Side of the views, pixels, for networks of output stride 8, unless another is asked for."""
+"""Side of the views, pixels, unless another is asked for."""
 _EVERY = 5
 """Steps between two measures; fewer where there are few steps."""
 _UNEXPLAINED = 0.1
@@ -72,8 +72,8 @@ class Tuning:
 
     what: its name, or the regime's.
     shots: number of supports.
-    before, after: mean IoU of the object over views of the supports that are not trained on, at the
-        segmenter's threshold, before the first step and with the values that are kept.
+    before, after: mean IoU of the object over views that are not trained on, at the segmenter's
+        threshold, before the first step and with the values that are kept.
     best_step: after which step these were; 0 if nothing was better than untuned, which is kept.
     steps: done.
     seconds: of all of it, decomposing included.

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.few_shot import supports, supports_table
+from benchmarks.few_shot import supports, supports_cost, supports_table
 from benchmarks.few_shot.rows import read_rows
 from benchmarks.few_shot.supports import REGIMES, SETS, Task, counts, tasks
+from benchmarks.race.peers import official
 from fss.config import RegimeConfig
-from fss.segment.tuning import TUNABLE
+from fss.segment.segmenter import FewShotSegmenter
+from fss.segment.tuning import LAYERS, TUNABLE
 
 
 def row(kind: str, class_id: int, regime: str, rate: float, tuned: list[int], **more: object):
@@ -125,3 +127,35 @@ def test_supports_of_one_shot_are_the_first_of_five_and_no_query():
     assert one == five[:1] and queries == same and not set(five) & set(queries)
     assert photos.draw(Task("final", 1, 1, 5, "svf", None))[0] != five
     assert photos.draw(Task("search", 1, 0, 5, "svf", 0.1))[0] != five
+
+
+def test_costs_of_a_step_and_of_what_is_kept(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (49, 49, 3), np.uint8)
+    mask = np.zeros((49, 49), bool)
+    mask[10:30, 10:30] = True
+    found = {}
+    for name in ("svf", "the paper's layers", "batch_norm"):
+        segmenter = FewShotSegmenter(size=49, device="cpu")
+        if name == "the paper's layers":
+            official(segmenter.model.backbone, LAYERS).requires_grad_(False)
+        segmenter.support(image, mask)
+        tuning, saved, trained = supports_cost._first(segmenter, supports_cost.what_of(name))
+        assert tuning.steps == 1 and supports_cost._kept(tuning, trained) >= 4 * trained
+        found[name] = saved, trained
+    assert 0 < found["svf"][0] < 0.5 * found["the paper's layers"][0]
+    assert found["svf"][1] == found["the paper's layers"][1] != found["batch_norm"][1]
+    rows = [
+        {
+            "name": name,
+            "shots": shots,
+            "seconds": [3.0, 1.0, 2.0],
+            "saved_bytes": shots * 2**20,
+            "trained": 12544,
+            "kept_bytes": 54321,
+        }
+        for name in supports_cost.ROWS
+        for shots in (1, 5)
+    ]
+    assert "| svf | 12 544 | 2.0 (1.0-3.0) | 1 | 2.0 (1.0-3.0) | 5 | 54 KB |" in (
+        supports_cost.table(rows)
+    )
