@@ -173,7 +173,7 @@ def remembering(backbone: nn.Module) -> Iterator[None]:
     """Compute the layers up to layer 2 once for each image within, where nothing in them trains.
 
     Images are told apart by their bytes. Does nothing where one of these layers trains, or takes
-    statistics of its batch.
+    statistics of its batch. May be nested.
     """
     early = [m for name, m in backbone.named_children() if name not in ("layer3", "layer4")]
     modules = [m for child in early for m in child.modules()]
@@ -182,6 +182,7 @@ def remembering(backbone: nn.Module) -> Iterator[None]:
         yield
         return
     compute, known = backbone.early, {}
+    outer = vars(backbone).get("early")
 
     def recall(images: Tensor) -> Tensor:
         keys = [image.cpu().numpy().tobytes() for image in images]
@@ -196,7 +197,10 @@ def remembering(backbone: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del backbone.early
+        if outer is None:
+            del backbone.early
+        else:
+            backbone.early = outer
 
 
 def _svf_layers(backbone: nn.Module) -> dict[str, svf_fast.SVFConv2d]:

@@ -553,6 +553,9 @@ def test_early_layers_are_computed_once_for_each_image(name, monkeypatch):
         for chosen in ([0, 1], [1, 2], [0, 1, 2], [2, 2]):
             for one, other in zip(backbone.features(images[chosen]), expected, strict=True):
                 torch.testing.assert_close(one, other[chosen])
+        with remembering(backbone):
+            backbone.features(images)
+        backbone.features(images)  # what is remembered outside stays so
         assert asked == [2, 1]
     backbone.features(images)
     assert asked == [2, 1, 3]
