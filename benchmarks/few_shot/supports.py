@@ -44,14 +44,17 @@ class Regime(NamedTuple):
 
     what: see `FewShotSegmenter.tune`.
     rates: that are tried, as many for each regime.
+    sees_queries: whether the queries are among what it tunes on, without their masks.
     """
 
     what: str | RegimeConfig
     rates: tuple[float, ...]
+    sees_queries: bool = False
 
 
 REGIMES = {
     "svf": Regime("svf", (0.007, 0.02, 0.06)),
+    "svf, sees the queries": Regime("svf", (0.007, 0.02, 0.06), sees_queries=True),
     "svf_scale": Regime("svf_scale", (0.007, 0.02, 0.06)),
     "batch_norm": Regime("batch_norm", (0.001, 0.004, 0.016)),
     "bias": Regime("bias", (0.001, 0.004, 0.016)),
@@ -95,7 +98,7 @@ class Task(NamedTuple):
         rate = "" if self.rate is None else f"-{self.rate:g}"
         return (
             f"{self.kind}-{self.shots}shot-class{self.class_id:02d}-{self.number}-"
-            f"{self.regime}{rate}"
+            f"{self.regime.replace(', ', '-').replace(' ', '-')}{rate}"
         )
 
 
@@ -104,9 +107,9 @@ def tasks(classes: list[int], shots: list[int]) -> Iterator[Task]:
     searched = [c for n, c in enumerate(classes) if n % CLASSES_OF_A_FOLD == SEARCHED]
     for k in shots:
         for class_id in searched:
-            for regime, (_, rates) in REGIMES.items():
-                for rate in rates:
-                    yield Task("search", class_id, 0, k, regime, rate)
+            for name, regime in REGIMES.items():
+                for rate in regime.rates:
+                    yield Task("search", class_id, 0, k, name, rate)
     for k in shots:
         for number in range(SETS):
             for class_id in classes:
@@ -177,6 +180,7 @@ class Example:
         task: whose supports and queries these are.
 
     Attributes:
+        queries: pictures with their masks.
         untuned: counts of the queries before any tuning, see `counts`; computed once.
         others_untuned: those of other classes, see `ask_others`.
     """
@@ -186,7 +190,7 @@ class Example:
         self._asks_others = task.kind == "final" and task.number == 0
         self._supports, self._queries = photos.draw(task)
         self._examples = [photos.load(index, task.class_id) for index in self._supports]
-        self._asked = [photos.load(index, task.class_id) for index in self._queries]
+        self.queries = [photos.load(index, task.class_id) for index in self._queries]
         self.untuned: list[list[int]] = []
         self.others_untuned: list[list[int]] = []
 
@@ -201,8 +205,8 @@ class Example:
 
     def ask(self, segmenter: FewShotSegmenter) -> list[list[int]]:
         """Return the counts of each query, by the segmenter as it is now."""
-        found = segmenter([picture for picture, _ in self._asked])
-        return [counts(f.mask, truth) for f, (_, truth) in zip(found, self._asked, strict=True)]
+        found = segmenter([picture for picture, _ in self.queries])
+        return [counts(f.mask, truth) for f, (_, truth) in zip(found, self.queries, strict=True)]
 
     def ask_others(self, segmenter: FewShotSegmenter) -> list[list[int]]:
         """Return the counts of a query of five other classes, each by a support of its own."""
@@ -241,7 +245,7 @@ def run(
 
     curve = task.kind == "curve"
     steps = CURVE_STEPS if curve else STEPS
-    what = REGIMES[task.regime].what
+    what, _, sees_queries = REGIMES[task.regime]
     tuning = segmenter.tune(
         steps,
         rate,
@@ -250,6 +254,7 @@ def run(
         progress=False,
         patience=steps,
         on_measure=look if curve else None,
+        unlabeled=[picture for picture, _ in example.queries] if sees_queries else (),
     )
     if not curve and tuning.best_step:
         checks.append({"step": tuning.best_step, "queries": example.ask(segmenter)})

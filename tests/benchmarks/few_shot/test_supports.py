@@ -36,7 +36,7 @@ def row(kind: str, class_id: int, regime: str, rate: float, tuned: list[int], **
 
 def test_every_regime_has_the_same_trials_and_tasks():
     assert len({len(regime.rates) for regime in REGIMES.values()}) == 1
-    assert all(isinstance(what, RegimeConfig) or what in TUNABLE for what, _ in REGIMES.values())
+    assert all(isinstance(what, RegimeConfig) or what in TUNABLE for what, *_ in REGIMES.values())
     every = list(tasks(list(range(1, 21)), [5, 1]))
     assert len({task.name for task in every}) == len(every)
     for regime in REGIMES:
