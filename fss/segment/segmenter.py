@@ -45,9 +45,9 @@ class Segmentation:
     probability: NDArray[np.float32]
     mask: NDArray[np.bool_]
 
-    def overlay(self, colour: str = ORANGE, opacity: float = 0.5) -> Image.Image:
+    def overlay(self, color: str = ORANGE, opacity: float = 0.5) -> Image.Image:
         """Draw the mask over the picture in a color, "#RRGGBB", with a line around it."""
-        return overlay(self.picture, self.mask, colour, opacity)
+        return overlay(self.picture, self.mask, color, opacity)
 
 
 class FewShotSegmenter:
