@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from fss.data.transforms import MEAN, STD
 from fss.models.backbone import Backbone
-from fss.models.episode import Prediction, check_episode, check_target
-from fss.models.features import cross_entropy
+from fss.models.episode import Prediction, check_episode
 from fss.models.pooling import average_bins, resize
 from fss.models.sharpen import box_mean, guided_filter, sharpen
 from fss.models.weights import backbone_of
@@ -91,7 +90,6 @@ class Matching(nn.Module):
     """
 
     inputs = ("query_image", "support_images", "support_masks")
-    targets = ("query_mask",)
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -124,15 +122,31 @@ class Matching(nn.Module):
         trains = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             images = torch.cat([query_image, support_images.flatten(0, 1)])
-            levels = self._levels(images)
+            unknown = torch.full_like(support_masks[:, 0], 255)  # a query's mask is not read
+            masks = torch.cat([unknown, support_masks.flatten(0, 1)])
             batch, shots = support_masks.shape[:2]
-            margins = []
-            for n in range(batch):
-                first = batch + n * shots
-                examples = _examples([x[first : first + shots] for x in levels], support_masks[n])
-                query = [x[n] for x in levels]
-                margins.append(_margin(query, examples, query_image[n]))
-            return Prediction(_logits(torch.stack(margins)), ())
+            supports = torch.arange(batch, batch + batch * shots).reshape(batch, shots).tolist()
+            return Prediction(self.compare(images, masks, list(enumerate(supports))), ())
+
+    def compare(
+        self, images: Tensor, masks: Tensor, episodes: Sequence[tuple[int, Sequence[int]]]
+    ) -> Tensor:
+        """Segment some of the images by the example of others, each image computed once.
+
+        Args:
+            images: normalized [N, 3, H, W], H-1 and W-1 multiples of 8.
+            masks: integers or bool [N, H, W], see `forward`; a query's is not read.
+            episodes: E queries with their supports, by their places among the images.
+
+        Returns logits [E, 2, H, W]. Differentiable in what trains in the backbone.
+        """
+        levels = self._levels(images)
+        margins = []
+        for query, supports in episodes:
+            chosen = list(supports)
+            examples = _examples([x[chosen] for x in levels], masks[chosen])
+            margins.append(_margin([x[query] for x in levels], examples, images[query]))
+        return _logits(torch.stack(margins))
 
     @torch.no_grad()
     def encode_supports(self, images: Tensor, masks: Tensor) -> Examples:
@@ -164,13 +178,6 @@ class Matching(nn.Module):
         margin = (logits[1] - logits[0])[None, None]
         (found,) = sharpen(margin, colors(image[None]), picture)
         return torch.cat([torch.zeros_like(found), found])
-
-    def loss(
-        self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
-    ) -> Tensor:
-        """Average the cross-entropy over the pixels that are not 255; see `FewShotModel.loss`."""
-        check_target(prediction, query_mask, class_weight)
-        return cross_entropy(prediction.logits, query_mask, class_weight)
 
     def _levels(self, images: Tensor) -> list[Tensor]:
         """Compute the levels of images [B, 3, H, W]: [B, C, h, w], of length 1 at each position."""

@@ -277,8 +277,9 @@ class FewShotSegmenter:
             what: "svf", "svf_scale", "full", "layer4", "batch_norm", "bias", "scale_output",
                 "scale_input", "rotated_scale" or "adapter", each in layers 3 and 4; or a
                 `RegimeConfig`.
-            size: longer side of the views, pixels, a multiple of 8 plus 1; by default the one at
-                which the network sees pictures, at most 225. Time grows with its square.
+            size: side of the views, pixels, a multiple of 8 plus 1: crops of the supports as large
+                as the network sees them; by default that of whole pictures, at most 225. Time
+                grows with its square.
             seed: of views and episodes; the same one gives the same values on the same machine.
             progress: show a bar.
             patience: measures without a better one after which it stops; there is one every five
@@ -296,9 +297,12 @@ class FewShotSegmenter:
         if not self._pictures:
             raise ValueError("supports: expected at least one, call support(images, masks) first")
         settings = TuningSettings(steps, lr, what, seed, patience)
-        if size is None:
-            size = min(self._transform.size, LARGEST)
-        transform = type(self._transform)(size)
+        most = self._transform.size
+        size = min(most, LARGEST) if size is None else size
+        if type(self._transform)(size).size > most:
+            raise ValueError(
+                f"size: expected at most {most}, at which the network sees pictures, got {size}"
+            )
         shots = getattr(self.model, "shots", None)  # BAM's weights are for so many
         count = len(self._pictures)
         if shots is not None and count not in (1, shots):
@@ -308,8 +312,17 @@ class FewShotSegmenter:
             )
         scenes = self._scenes(unlabeled, seed)
         self._supports = None
-        views = SupportViews(self._pictures, transform, shots, seed, self.device, scenes)
-        card = {"size": transform.size, "model": type(self.model).__name__.lower()}
+        views = SupportViews(
+            self._pictures,
+            self._transform,
+            size,
+            shots,
+            isinstance(self.model, Matching),
+            seed,
+            self.device,
+            scenes,
+        )
+        card = {"size": size, "model": type(self.model).__name__.lower()}
 
         def look(measure: Measure) -> None:
             if on_measure is not None:

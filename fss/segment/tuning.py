@@ -15,9 +15,9 @@ from tqdm import tqdm
 import svf_fast
 from fss.config import RegimeConfig
 from fss.config.checks import check_positive
-from fss.models import FewShotModel, Matching, Prediction, leaves_adapter
+from fss.models import FewShotModel, Matching, leaves_adapter
 from fss.segment.backbones import Backbones, remembering
-from fss.segment.views import SupportViews
+from fss.segment.views import Round, SupportViews
 
 LAYERS = ("layer3", "layer4")
 """What is tuned in unless a `RegimeConfig` says otherwise."""
@@ -212,6 +212,23 @@ def _check_regime(regime: RegimeConfig) -> None:
         )
 
 
+def soft_iou_loss(margins: Tensor, masks: Tensor) -> Tensor:
+    """Average 1 - IoU of masks as probabilities, sigmoid(margins), with the true ones.
+
+    Source: Rahman and Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks for Image
+    Segmentation", 2016, equations 3 to 5.
+
+    Args:
+        margins: logits of the object, [E, H, W].
+        masks: integers [E, H, W]; 1 is the object, 255 is left out.
+    """
+    found = margins.sigmoid() * (masks != 255)
+    truth = (masks == 1).to(found)
+    both = (found * truth).sum((1, 2))
+    either = (found + truth - found * truth).sum((1, 2))
+    return (1 - both / either.clamp(min=1)).mean()
+
+
 def tune(
     backbones: Backbones,
     views: SupportViews,
@@ -296,10 +313,6 @@ class _Loop:
         self._on_measure = on_measure
         self.optimizer = torch.optim.Adam(groups)
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
-        share = min(max(views.share, 1e-3), 1 - 1e-3)
-        # object and background count the same, however small the object is
-        weights = torch.tensor([0.5 / (1 - share), 0.5 / share])
-        self.class_weight = weights.to(self.parameters[0].device)
         self.margin = math.log(threshold / (1 - threshold))
         self.held_out = views.held_out()
         self.history: list[Measure] = []
@@ -350,11 +363,9 @@ class _Loop:
 
     def _step(self) -> float:
         """Take a step and return its loss, or none if that is not finite."""
-        query_images, query_masks, *supports = self.views.sample()
         self.optimizer.zero_grad()
         with torch.enable_grad():
-            # what heads take besides (BAM's base class) is for training mode too
-            loss = self._loss(self.model(query_images, *supports), query_masks)
+            loss = soft_iou_loss(*self._margins(self.views.sample()))
         value = float(loss.detach())
         if math.isfinite(value):
             loss.backward()
@@ -363,27 +374,28 @@ class _Loop:
 
     @torch.no_grad()
     def _measure(self, losses: Sequence[float]) -> Measure:
-        found: list[float] = []
-        lost: list[float] = []
-        for query_images, truth, support_images, support_masks in self.held_out:
-            supports = self.model.encode_supports(support_images[0], support_masks[0])
-            logits = self.model.segment(query_images, supports)
-            mask = logits[:, 1] - logits[:, 0] > self.margin
-            both = (mask & (truth == 1)).sum((1, 2))
-            either = ((mask | (truth == 1)) & (truth != 255)).sum((1, 2))
-            found += (both / either).tolist()
-            lost += [float(self._loss(Prediction(logits, ()), truth))] * len(truth)
+        margins, truth = self._margins(self.held_out)
+        mask = margins > 0
+        both = (mask & (truth == 1)).sum((1, 2))
+        either = ((mask | (truth == 1)) & (truth != 255)).sum((1, 2))
         train_loss = sum(losses) / len(losses) if losses else None
-        measure = Measure(self.done, sum(found) / len(found), sum(lost) / len(lost), train_loss)
+        loss = float(soft_iou_loss(margins, truth))
+        measure = Measure(self.done, float((both / either).mean()), loss, train_loss)
         self.history.append(measure)
         if self._on_measure is not None:
             self._on_measure(measure)
         return measure
 
-    def _loss(self, prediction: Prediction, query_masks: Tensor) -> Tensor:
-        # targets besides (BAM's base classes) are for auxiliary logits, of training mode
-        others = [torch.zeros_like(query_masks) for _ in self.model.targets[1:]]
-        return self.model.loss(prediction, query_masks, *others, class_weight=self.class_weight)
+    def _margins(self, views: Round) -> tuple[Tensor, Tensor]:
+        """Compute how far the queries' logits are above the threshold [E, S, S]; also the masks."""
+        images, masks, episodes = views
+        queries = [query for query, _ in episodes]
+        if isinstance(self.model, Matching):
+            logits = self.model.compare(images, masks, episodes)
+        else:
+            supports = torch.tensor([supports for _, supports in episodes], device=images.device)
+            logits = self.model(images[queries], images[supports], masks[supports]).logits
+        return logits[:, 1] - logits[:, 0] - self.margin, masks[queries]
 
     def _values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]

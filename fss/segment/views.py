@@ -21,16 +21,18 @@ View = tuple[Tensor, Tensor]
 
 _POOL = 16
 """Views to train on, of all supports together; of each at least three."""
-_IMAGES = 2
-"""Images of a step, at most, or else a single episode: each costs the same."""
+_SUPPORTS, _VIEWS = 5, 4
+"""Supports of a round, at most, and views of them, at least."""
+_EPISODES_HELD_OUT = 3
+"""Episodes that are measured, at most, where each costs its own time."""
 _MOST_SHOTS = 2
-"""Supports of an episode, unless the model is for more."""
-_HELD_OUT = (4, 3)
-"""Queries that the measure is taken on: of one support, of several."""
+"""Supports of an episode there, unless the model is for more."""
 SCENES = 16
 """Pictures without a mask that are used, at most."""
 _PASTED, _PASTED_HELD_OUT = 24, 2
 """Views of these with a pasted object, to train on and to measure on."""
+_PASTED_OF_ONE, _PASTED_OF_SEVERAL = 3, 2
+"""Of these in a round."""
 _SIDES = (0.3, 0.7)
 """Longer side of a pasted object over that of the picture."""
 _SURE = 0.7
@@ -49,45 +51,42 @@ class Scene(NamedTuple):
     background: NDArray[np.bool_]
 
 
-class Episodes(NamedTuple):
-    """Some queries with K supports each.
+class Round(NamedTuple):
+    """Views, and which of them are segmented by the example of which others.
 
-    query_images [B, 3, S, S], query_masks int64 [B, S, S], support_images [B, K, 3, S, S],
-    support_masks int64 [B, K, S, S]; 1 is the object, 255 neither object nor background. Of those
-    held out the supports are [1, K, …], the same for all queries.
+    images [N, 3, S, S], masks int64 [N, S, S]; 1 is the object, 255 neither object nor background.
+    episodes: of each the query and its supports, by their places among the views.
     """
 
-    query_images: Tensor
-    query_masks: Tensor
-    support_images: Tensor
-    support_masks: Tensor
+    images: Tensor
+    masks: Tensor
+    episodes: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 class SupportViews:
     """Episodes made of supports alone.
 
-    Of several supports each in turn is the query of others, of a single one its views are each
-    other's: scaled, cropped, turned, flipped, blurred and recolored, more strongly than views of
-    several. A fixed pool of views to train on is made once, and one to measure on from another
-    random stream.
+    A view is a crop of a support at the size at which the segmenter sees pictures: scaled, turned,
+    flipped, blurred and recolored, more strongly where there is a single support. Of several
+    supports each in turn is the query of all others, of a single one its views are each other's. A
+    fixed pool of views to train on is made once, and one to measure on from another random stream.
 
     Into pictures without a mask the object of a support is pasted, at another size and place, and
     the pictures are queries too: they bring other backgrounds. What is not surely background there
-    is left out. With one support all queries are such, with several every other one. Source: Ghiasi
-    et al., "Simple Copy-Paste Is a Strong Data Augmentation Method for Instance Segmentation",
-    2021.
+    is left out. With one support all queries are such. Source: Ghiasi et al., "Simple Copy-Paste Is
+    a Strong Data Augmentation Method for Instance Segmentation", 2021.
 
     Args:
         examples: the supports.
-        transform: how the segmenter prepares pictures, at the size S of the views.
+        transform: how the segmenter prepares pictures.
+        size: side S of the views, not larger than that of the transform.
         shots: supports that the model is for, where it is for a fixed number; supports are then
-            repeated, in other views, until there are so many.
+            repeated until there are so many.
+        together: all views of a round are computed once, so that it has as many episodes as it can
+            have; else one to train on.
         seed: of both random streams.
-        device: of the episodes.
+        device: of the views.
         scenes: pictures without a mask.
-
-    Attributes:
-        share: mean share of the object in what the views show.
 
     Raises:
         ValueError: a support without background.
@@ -97,7 +96,9 @@ class SupportViews:
         self,
         examples: Sequence[Example],
         transform: EvalTransform | SquareTransform,
+        size: int,
         shots: int | None = None,
+        together: bool = True,
         seed: int = 0,
         device: torch.device | str = "cpu",
         scenes: Sequence[Scene] = (),
@@ -110,89 +111,87 @@ class SupportViews:
                     "this support out to tune"
                 )
         count = len(examples)
-        others = max(1, count - 1)
-        self._shots = min(others, _MOST_SHOTS)
-        if shots is not None and count > 1:
-            self._shots = shots
-        self._batch = max(1, _IMAGES // (1 + self._shots))
+        self._shots = shots if count > 1 else None
+        self._together = together
         train, held_out = (np.random.default_rng([seed, stream]) for stream in (0, 1))
         self._rng, self._device = train, device
         strength = 1.0 if count == 1 else 0.5
-        self._plain = [plain_view(*example, transform) for example in examples]
-        each = max(3, _POOL // count)
-        self._pool = [
-            [_view(example, plain, transform, strength, train) for _ in range(each)]
-            for example, plain in zip(examples, self._plain, strict=True)
-        ]
-        asked = [number % count for number in range(_HELD_OUT[count > 1])]
-        self._held_out = [
-            (at, _view(examples[at], self._plain[at], transform, strength, held_out))
-            for at in asked
-        ]
-        self._pasted: list[tuple[int, View]] = []
-        for random, wanted, into in (
-            (train, _PASTED, self._pasted),
-            (held_out, _PASTED_HELD_OUT, self._held_out),
-        ):
+
+        def view(at: int, rng: np.random.Generator) -> View:
+            return _view(examples[at], transform, size, strength, rng)
+
+        def pasted(wanted: int, rng: np.random.Generator) -> list[tuple[int, View]]:
+            found = []
             for number in range(wanted if scenes else 0):
                 at = number % count
-                view = _pasted(scenes[number % len(scenes)], examples[at], transform, random)
-                if view is not None:
-                    into.append((at, view))
-        every = [view for views in self._pool for view in views]
-        masks = torch.stack([mask for _, mask in every + [view for _, view in self._pasted]])
-        self.share = float((masks == 1).sum() / (masks != 255).sum())
-        self._turn: list[int] = []
-        self._drawn = 0
+                scene = scenes[number % len(scenes)]
+                made = _pasted(scene, examples[at], transform, size, rng)
+                if made is not None:
+                    found.append((at, made))
+            return found
 
-    def sample(self) -> Episodes:
+        each = max(3, _POOL // count)
+        self._pool = [[view(at, train) for _ in range(each)] for at in range(count)]
+        self._pasted = pasted(_PASTED, train)
+        asked = [at for at in range(min(count, _SUPPORTS)) for _ in range(_views_of_each(count))]
+        self._held_out = [(at, view(at, held_out)) for at in asked]
+        self._pasted_held_out = pasted(_PASTED_HELD_OUT, held_out)
+
+    def sample(self) -> Round:
         """Return the episodes of a step."""
-        return self._episodes([self._sample() for _ in range(self._batch)])
-
-    def held_out(self) -> list[Episodes]:
-        """Return the episodes that are never trained on, by the supports as they are."""
-        count = len(self._plain)
-        asked: dict[int, list[View]] = {}
-        for query, view in self._held_out:
-            asked.setdefault(query, []).append(view)
-        result = []
-        for query, views in asked.items():
-            others = [(query + 1 + step) % count for step in range(max(1, count - 1))]
-            supports = [self._plain[others[step % len(others)]] for step in range(self._shots)]
-            episodes = self._episodes([(view, supports) for view in views])
-            images, masks = episodes.support_images[:1], episodes.support_masks[:1]
-            result.append(episodes._replace(support_images=images, support_masks=masks))
-        return result
-
-    def _sample(self) -> tuple[View, list[View]]:
         count = len(self._pool)
-        self._drawn += 1
-        pasted = None
-        if self._pasted and (count == 1 or self._drawn % 2 == 0):
-            query, pasted = self._pasted[self._rng.integers(len(self._pasted))]
-        else:
-            if not self._turn:
-                self._turn = self._rng.permutation(count).tolist()
-            query = self._turn.pop()
-        others = [number for number in self._rng.permutation(count).tolist() if number != query]
-        own = [self._pool[query][n] for n in self._rng.permutation(len(self._pool[query]))]
-        view = own.pop(0) if pasted is None else pasted
-        if not others:  # views of a single support are each other's
-            plain = pasted is not None and self._rng.random() < 0.5  # as a segmenter has it
-            return view, [self._plain[query]] if plain else own[: self._shots]
-        supports = []
-        for step in range(self._shots):
-            pool = self._pool[others[step % len(others)]]
-            supports.append(pool[self._rng.integers(len(pool))])
-        return view, supports
+        alone = count == 1 and bool(self._pasted)
+        chosen = [
+            (at, self._pool[at][number])
+            for at in self._rng.permutation(count)[:_SUPPORTS].tolist()
+            for number in self._permutation(len(self._pool[at]))[: _views_of_each(count, alone)]
+        ]
+        wanted = _PASTED_OF_ONE if count == 1 else _PASTED_OF_SEVERAL
+        drawn = self._permutation(len(self._pasted))[:wanted]
+        return self._round(chosen, [self._pasted[number] for number in drawn], 1)
 
-    def _episodes(self, episodes: list[tuple[View, list[View]]]) -> Episodes:
-        queries, supports = zip(*episodes, strict=True)
-        query_images, query_masks = (torch.stack(part) for part in zip(*queries, strict=True))
-        pairs = [[torch.stack(part) for part in zip(*each, strict=True)] for each in supports]
-        support_images, support_masks = (torch.stack(part) for part in zip(*pairs, strict=True))
-        parts = (query_images, query_masks, support_images, support_masks)
-        return Episodes(*(part.to(self._device) for part in parts))
+    def held_out(self) -> Round:
+        """Return the episodes that are never trained on."""
+        return self._round(self._held_out, self._pasted_held_out, _EPISODES_HELD_OUT)
+
+    def _permutation(self, count: int) -> list[int]:
+        return self._rng.permutation(count).tolist()
+
+    def _round(
+        self, views: list[tuple[int, View]], pasted: list[tuple[int, View]], most: int
+    ) -> Round:
+        """Make the episodes of views of supports, of `most` if not all are computed together."""
+        count = len(self._pool)
+        episodes = []
+        for query, (at, _) in enumerate([*views, *pasted]):
+            supports = [number for number, (other, _) in enumerate(views) if other != at]
+            if count == 1:  # one of its other views
+                supports = [(query + 1) % len(views)] if query < len(views) else [0]
+            if supports != [query]:
+                episodes.append((query, supports))
+        if not self._together:
+            drawn = self._permutation(len(episodes))[:most]
+            episodes = [
+                (query, self._some(supports))
+                for query, supports in map(episodes.__getitem__, drawn)
+            ]
+        images, masks = (
+            torch.stack(part).to(self._device)
+            for part in zip(*[view for _, view in [*views, *pasted]], strict=True)
+        )
+        return Round(images, masks, tuple((query, tuple(each)) for query, each in episodes))
+
+    def _some(self, supports: list[int]) -> list[int]:
+        """Draw as many supports as an episode has, again where there are too few."""
+        drawn = [supports[number] for number in self._permutation(len(supports))]
+        if self._shots is None:
+            return drawn[:_MOST_SHOTS]
+        return [drawn[step % len(drawn)] for step in range(self._shots)]
+
+
+def _views_of_each(count: int, alone: bool = False) -> int:
+    """Return how many views of each of some supports a round has."""
+    return 1 if alone else max(1, _VIEWS // count)
 
 
 def plain_view(
@@ -226,24 +225,26 @@ def surely_background(
 
 def _view(
     example: Example,
-    plain: View,
     transform: EvalTransform | SquareTransform,
+    size: int,
     strength: float,
     rng: np.random.Generator,
 ) -> View:
-    """Return a random view that shows object and background; the plain one if none is found.
+    """Return a random view that shows object and background; the whole picture if none is found.
 
     Args:
         strength: see `_warped`.
     """
     pixels, found = example
-    return _warped(pixels, found.astype(np.uint8), transform, strength, rng) or plain
+    view = _warped(pixels, found.astype(np.uint8), transform, size, strength, rng)
+    return view or plain_view(pixels, found, type(transform)(size))
 
 
 def _pasted(
     scene: Scene,
     example: Example,
     transform: EvalTransform | SquareTransform,
+    size: int,
     rng: np.random.Generator,
 ) -> View | None:
     """Return a random view of a picture with the object of a support in it; None if none is found.
@@ -257,39 +258,41 @@ def _pasted(
     image, found = image[box], found[box]
     height, width = mask.shape
     scale = rng.uniform(*_SIDES) * max(height, width) / max(found.shape)
-    size = tuple(
+    sides = tuple(
         int(np.clip(round(side * scale), 1, most))
         for side, most in zip(found.shape[::-1], (width, height), strict=True)
     )
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    found = cv2.resize(found.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) == 1
+    image = cv2.resize(image, sides, interpolation=cv2.INTER_AREA)
+    found = cv2.resize(found.astype(np.uint8), sides, interpolation=cv2.INTER_NEAREST) == 1
     if rng.random() < 0.5:
         image, found = image[:, ::-1], found[:, ::-1]
-    y, x = rng.integers(height - size[1] + 1), rng.integers(width - size[0] + 1)
-    place = slice(y, y + size[1]), slice(x, x + size[0])
+    y, x = rng.integers(height - sides[1] + 1), rng.integers(width - sides[0] + 1)
+    place = slice(y, y + sides[1]), slice(x, x + sides[0])
     soft = cv2.GaussianBlur(found.astype(np.float32), (3, 3), 0)[..., None]
     pixels[place] = np.rint(soft * image + (1 - soft) * pixels[place]).astype(np.uint8)
     mask[place][found] = 1
-    return _warped(pixels, mask, transform, 0.5, rng)
+    return _warped(pixels, mask, transform, size, 0.5, rng)
 
 
 def _warped(
     pixels: NDArray[np.uint8],
     mask: NDArray[np.uint8],
     transform: EvalTransform | SquareTransform,
+    size: int,
     strength: float,
     rng: np.random.Generator,
 ) -> View | None:
     """Return a random view that shows object and background, None if none is found.
 
     Args:
+        size: side of the view; the picture is scaled as the transform does it.
         strength: 1 for scales from 0.5 to 2, turns by 30 degrees and colors from 0.5 to 1.5.
     """
-    size = transform.size
+    side = transform.size
     if isinstance(transform, SquareTransform):
-        mask = np.asarray(cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST), np.uint8)
-        pixels = np.asarray(cv2.resize(pixels, (size, size)), np.uint8)
-    fitted = size / max(mask.shape)
+        mask = np.asarray(cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST), np.uint8)
+        pixels = np.asarray(cv2.resize(pixels, (side, side)), np.uint8)
+    fitted = side / max(mask.shape)
     scale = (fitted * 2**-strength, fitted * 2**strength)
     warp = TrainTransform(size, scale, 30 * strength)
     for _ in range(_TRIES):

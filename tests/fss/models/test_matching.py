@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from fss.data.transforms import MEAN, STD
 from fss.models import Matching, build_backbone, build_matching
+from fss.models.features import cross_entropy
 from fss.models.matching import _covered, _surest
 
 
@@ -115,19 +116,34 @@ def test_a_batch_is_its_episodes(model):
         torch.testing.assert_close(together[n : n + 1], alone)
 
 
+def test_images_are_queries_and_supports_of_each_other(model, monkeypatch):
+    queries, supports, masks = episode(1, 2)
+    images = torch.cat([queries, supports[0]])
+    marks = torch.cat([masks[0, :1], masks[0]])
+    seen = []
+    levels = model.backbone.levels
+    monkeypatch.setattr(model.backbone, "levels", lambda x: seen.append(len(x)) or levels(x))
+    found = model.compare(images, marks, [(0, (1, 2)), (2, [0, 1]), (1, (2,))])
+    assert seen == [3]
+    for logits, query, chosen in zip(found, (0, 2, 1), ([1, 2], [0, 1], [2]), strict=True):
+        alone = model(images[query][None], images[chosen][None], marks[chosen][None]).logits
+        torch.testing.assert_close(logits[None], alone)
+
+
 def test_gradients_reach_what_trains_and_nothing_else_is_recorded(model):
     queries, supports, masks = episode(1, 2)
     assert not model(queries, supports, masks).logits.requires_grad
     weight = model.backbone.layer4[0].conv1.weight.requires_grad_(True)
     try:
         prediction = model(queries, supports, masks)
-        (slope,) = torch.autograd.grad(model.loss(prediction, masks[:, 0]), weight)
+        (slope,) = torch.autograd.grad(cross_entropy(prediction.logits, masks[:, 0]), weight)
         step = 1e-6 * slope / slope.norm()
         with torch.no_grad():
             losses = []
             for sign in (1, -1):
                 weight += sign * step
-                losses.append(model.loss(model(queries, supports, masks), masks[:, 0]))
+                logits = model(queries, supports, masks).logits
+                losses.append(cross_entropy(logits, masks[:, 0]))
                 weight -= sign * step
         assert slope.norm() > 0
         expected = (losses[0] - losses[1]) / 2e-6

@@ -12,12 +12,12 @@ import torch
 import svf_fast
 from fss.config import RegimeConfig
 from fss.data import EvalTransform, ShapesSource, SquareTransform
-from fss.models import FewShotModel, build_backbone
+from fss.models import Matching, build_backbone
 from fss.runs.checkpoint import save_checkpoint
 from fss.segment import tuning
 from fss.segment.backbones import remembering
 from fss.segment.segmenter import FewShotSegmenter
-from fss.segment.tuning import TUNABLE, Measure, Tuning, TuningSettings
+from fss.segment.tuning import TUNABLE, Measure, Tuning, TuningSettings, soft_iou_loss
 from fss.segment.views import SCENES, Scene, SupportViews, surely_background
 
 SIZE = 49
@@ -349,6 +349,7 @@ def test_supports_that_do_not_explain_each_other_are_named(embedded, examples):
         ({"what": RegimeConfig("svf", ("layer9",))}, ValueError, "got 'layer9'"),
         ({"what": RegimeConfig("full", ("layer9",))}, ValueError, "got 'layer9'"),
         ({"size": 100}, ValueError, "size: expected a multiple of 8 plus 1"),
+        ({"size": 57}, ValueError, "size: expected at most 49, at which the network sees pictures"),
         ({"unlabeled": ["none.jpg"]}, FileNotFoundError, "unlabeled picture 1"),
     ],
 )
@@ -396,39 +397,71 @@ def corner_of(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("size, side", [((400, 300), 1), ((48, 48), 5), ((20, 90), 19)])
 def test_views_show_object_and_background(make, size, side):
     """Also of an object of a pixel in a corner, and of a picture that is almost all object."""
-    views = SupportViews([corner_of(size, side)], make(SIZE))
-    for episodes in [views.sample() for _ in range(8)] + views.held_out():
-        for masks in (episodes.query_masks, episodes.support_masks.flatten(0, 1)):
-            assert masks.unique().tolist() in ([0, 1], [0, 1, 255])
-            assert (masks == 1).flatten(1).any(1).all() and (masks == 0).flatten(1).any(1).all()
-    assert 0 < views.share < 1
+    views = SupportViews([corner_of(size, side)], make(65), SIZE)
+    for images, masks, episodes in [views.sample() for _ in range(8)] + [views.held_out()]:
+        assert images.shape == (4, 3, SIZE, SIZE) and masks.shape == (4, SIZE, SIZE)
+        assert masks.unique().tolist() in ([0, 1], [0, 1, 255])
+        assert (masks == 1).flatten(1).any(1).all() and (masks == 0).flatten(1).any(1).all()
+        assert episodes == ((0, (1,)), (1, (2,)), (2, (3,)), (3, (0,)))
 
 
-def test_queries_are_never_among_their_supports(examples):
-    """Of each support a color of its own tells its views."""
-    flat = [
-        (np.full((40, 40, 3), value, np.uint8), mask[:40, :40])
-        for value, (_, mask) in zip((20, 120, 220), examples)
-    ]
-    for _, mask in flat:
+@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
+def test_views_are_as_large_as_the_network_sees_pictures(make):
+    """A circle of a quarter of the side has an eighth of a picture's 257 pixels as its radius."""
+    y, x = np.mgrid[:400, :400]
+    mask = (y - 200) ** 2 + (x - 200) ** 2 < 50**2
+    image = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
+    for count, most in ((1, 2.0), (2, 2**0.5)):
+        views = SupportViews([(image, mask)] * count, make(257), 129)
+        found = [views.sample().masks for _ in range(6)] + [views.held_out().masks]
+        areas = (torch.cat(found) == 1).sum((1, 2)) / (np.pi * (257 / 8) ** 2)
+        assert areas.max() < 1.1 * most**2 and areas.min() > 0.9 / most**2
+        assert areas.max() > 1.3 and areas.min() < 0.8
+
+
+def colors_of(examples) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Gives each support a color of its own."""
+    flat = []
+    for value, (_, mask) in zip((20, 120, 220), examples):
+        mask = mask[:40, :40].copy()
         mask[0, 0], mask[20, 20] = False, True
-    views = SupportViews(flat, EvalTransform(SIZE))
-    seen = set()
-    for episodes in [views.sample() for _ in range(9)] + views.held_out():
-        assert episodes.support_images.shape[1] == 2
-        numbers = [
-            [round(float(image[0][mask != 255].mean()), 3) for image, mask in zip(images, masks)]
-            for images, masks in (
-                (episodes.query_images, episodes.query_masks),
-                (episodes.support_images[0], episodes.support_masks[0]),
-            )
-        ]
-        assert numbers[0][0] not in numbers[1]
-        seen.add(numbers[0][0])
-    assert len(seen) > 3
+        flat.append((np.full((40, 40, 3), value, np.uint8), mask))
+    return flat
+
+
+def numbers_of(views) -> list[float]:
+    """Returns the color of each view."""
+    return [round(float(i[0][m != 255].mean()), 3) for i, m in zip(views.images, views.masks)]
+
+
+def test_each_support_is_the_query_of_all_others(examples, monkeypatch):
+    monkeypatch.setattr("fss.segment.views._recolored", lambda pixels, strength, rng: pixels)
+    views = SupportViews(colors_of(examples), EvalTransform(SIZE), SIZE)
+    for each in [views.sample() for _ in range(9)] + [views.held_out()]:
+        numbers = numbers_of(each)
+        assert len(set(numbers)) == 3 and [query for query, _ in each.episodes] == [0, 1, 2]
+        assert [supports for _, supports in each.episodes] == [(1, 2), (0, 2), (0, 1)]
+    # of two supports two views each
+    each = SupportViews(colors_of(examples)[:2], EvalTransform(SIZE), SIZE).sample()
+    numbers = numbers_of(each)
+    assert len(numbers) == 4
+    for query, supports in each.episodes:
+        assert len(supports) == 2 and numbers[query] not in [numbers[s] for s in supports]
+    # of many, some
+    each = SupportViews(colors_of(examples) * 3, EvalTransform(SIZE), SIZE).sample()
+    assert len(each.images) == 5 == len(each.episodes)
+
+
+def test_episodes_that_are_computed_one_by_one(examples):
+    views = SupportViews(colors_of(examples), EvalTransform(SIZE), SIZE, together=False)
+    assert [len(supports) for _, supports in views.sample().episodes] == [2]
+    assert [len(supports) for _, supports in views.held_out().episodes] == [2, 2, 2]
+    assert len({views.sample().episodes for _ in range(20)}) > 3
     # a fixed number of supports is reached by repeating them
-    assert SupportViews(flat, EvalTransform(SIZE), 5).sample().support_images.shape[1] == 5
-    assert SupportViews(flat[:1], EvalTransform(SIZE), 5).sample().support_images.shape[1] == 1
+    views = SupportViews(colors_of(examples), EvalTransform(SIZE), SIZE, 5, False)
+    assert [len(supports) for _, supports in views.sample().episodes] == [5]
+    views = SupportViews(colors_of(examples)[:1], EvalTransform(SIZE), SIZE, 5, False)
+    assert [len(supports) for _, supports in views.sample().episodes] == [1]
 
 
 def normalized(value: int) -> torch.Tensor:
@@ -446,26 +479,29 @@ def test_objects_are_pasted_into_pictures_without_a_mask(make, count, monkeypatc
     image = np.where(mask[..., None], np.uint8(255), np.uint8(100)).repeat(3, 2)
     background = np.arange(90)[None] >= np.full(70, 45)[:, None]
     scene = Scene(np.zeros((70, 90, 3), np.uint8), background)
-    views = SupportViews([(image, mask)] * count, make(SIZE), scenes=[scene])
+    views = SupportViews([(image, mask)] * count, make(SIZE), SIZE, scenes=[scene])
     white, gray, black = (normalized(value)[:, None] for value in (255, 100, 0))
-    pasted = 0
-    episodes = [views.sample() for _ in range(12)]
-    for query, label, supports, _ in episodes + views.held_out():
-        assert supports.shape[1] == 1
-        for each in supports[0]:
-            assert torch.isclose(each, gray[..., None]).all(0).float().mean() > 0.1
-        for image_, mask_ in zip(query, label):
-            if torch.isclose(image_, gray[..., None]).all(0).float().mean() > 0.1:
-                continue  # a view of a support
-            pasted += 1
+    rounds = [views.sample() for _ in range(6)]
+    own = 1 if count == 1 else 4
+    for images, masks, episodes in [*rounds, views.held_out()]:
+        held_out = len(images) == 6 and count == 1
+        first = 4 if held_out else own
+        assert len(images) == first + (3 if count == 1 and not held_out else 2)
+        # with one support all queries of a step are such
+        queries = [query for query, _ in episodes]
+        assert queries == list(range(own if count == 1 and not held_out else 0, len(images)))
+        for image_ in images[:first]:
+            assert torch.isclose(image_, gray[..., None]).all(0).float().mean() > 0.1
+        for image_, mask_ in zip(images[first:], masks[first:]):
             inside = image_[:, mask_ == 1]  # a blur and warping mix colors along the edge
             assert torch.isclose(inside, white, atol=0.5).all(0).float().mean() > 0.5
             outside = image_[:, mask_ == 0]
             assert torch.isclose(outside, black, atol=0.5).all(0).float().mean() > 0.8
             assert (mask_ == 255).any()
-    # all queries of a single support, every other one of several, and two to measure on
-    assert pasted == (12 if count == 1 else 6) + 2
-    assert len({float(each.query_images.sum()) for each in episodes}) > 4
+        for _, supports in episodes[first:] if own > 1 else episodes[-2:]:
+            assert all(number < first for number in supports)
+            assert len(supports) == (1 if count == 1 else 2)
+    assert len({float(each.images.sum()) for each in rounds}) > 4
 
 
 def test_what_is_surely_background():
@@ -497,7 +533,7 @@ def test_not_more_pictures_without_a_mask_than_needed(embedded, examples, monkey
     seen = []
 
     def views(*arguments, **named):
-        seen.append(arguments[5])
+        seen.append(arguments[7])
         return SupportViews(*arguments, **named)
 
     monkeypatch.setattr("fss.segment.segmenter.SupportViews", views)
@@ -510,17 +546,26 @@ def test_not_more_pictures_without_a_mask_than_needed(embedded, examples, monkey
 
 
 def test_matching_is_differentiable_where_it_trains(embedded, examples):
-    model: FewShotModel = embedded.model
-    views = SupportViews(examples[:2], EvalTransform(SIZE)).sample()
-    inputs = views.query_images, views.support_images, views.support_masks
-    assert not model(*inputs).logits.requires_grad
+    model: Matching = embedded.model
+    images, masks, episodes = SupportViews(examples[:2], EvalTransform(SIZE), SIZE).sample()
+    assert not model.compare(images, masks, episodes).requires_grad
     weight = model.backbone.layer4[-1].conv2.weight.requires_grad_(True)
-    loss = model.loss(model(*inputs), views.query_masks)
-    loss.backward()
+    logits = model.compare(images, masks, episodes)
+    soft_iou_loss(logits[:, 1] - logits[:, 0], masks).backward()
     assert weight.grad.abs().max() > 0
-    supports = model.encode_supports(views.support_images[0], views.support_masks[0])
+    supports = model.encode_supports(images[:1], masks[:1])
     assert not supports.prototypes[0].requires_grad
-    assert not model.segment(views.query_images, supports).requires_grad
+    assert not model.segment(images, supports).requires_grad
+
+
+def test_the_loss_is_one_minus_the_iou():
+    masks = torch.tensor([[[1, 1, 0, 255]], [[0, 0, 1, 1]]])
+    sure = torch.tensor([[[90.0, -90.0, 90.0, 90.0]], [[-90.0, -90.0, 90.0, 90.0]]])
+    torch.testing.assert_close(soft_iou_loss(sure, masks), torch.tensor((2 / 3 + 0) / 2))
+    unsure = torch.zeros(1, 1, 4)  # everywhere a half: 1 of 1 + 2 · ½ + ½
+    torch.testing.assert_close(soft_iou_loss(unsure, masks[:1]), torch.tensor(1 - 1 / 2.5))
+    margins = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: soft_iou_loss(x, masks), margins)
 
 
 def test_every_measure_is_told_while_the_segmenter_has_its_values(embedded, examples):
