@@ -253,14 +253,14 @@ class FewShotSegmenter:
     ) -> Tuning:
         """Tune the backbone on the present supports; from then on the segmenter is the tuned one.
 
-        One support in turn is the query of the others, and of a single support augmented views are
-        each other's. Pictures without a mask help, such as those that will be segmented: what
-        looks least like the object in them is background to paste the supports' objects into; a
-        single support has no other background to tell, and rarely gains without them. The head of
-        a run stays as trained, and so do batch norms unless they are what is tuned. Views that are
-        never trained on are measured before the first step and every few: the best values are
-        kept, the untuned ones if none are better, and it stops once it does not get better. Ctrl-C
-        stops too, and keeps the best.
+        Crops of the supports are each other's queries, at the size at which the segmenter sees
+        pictures: of several supports those of one by the example of all others. Pictures without a
+        mask can help, such as those that will be segmented: what looks least like the object in
+        them is background to paste the supports' objects into. The head of a run stays as trained,
+        and so do batch norms unless they are what is tuned. Views that are never trained on are
+        measured before the first step and every few: the best values are kept, the untuned ones if
+        none are better, and it stops once it does not get better. Ctrl-C stops too, and keeps the
+        best.
 
         It starts from the network as it came, or from the adapter that was set last; tuning twice
         starts again from there. `adapter(None)` goes back, `adapter(tuning.adapter)` to what was
