@@ -22,7 +22,7 @@ from fss.segment.segmenter import FewShotSegmenter, Segmentation
 IMAGES = Path(__file__).with_name("images")
 SUPPORTS = ((1,), (1, 8))
 QUERIES = (2, 3, 4, 5, 6)
-STEPS = 30
+STEPS = 20
 COLOR = "#0072B2"
 
 Row = tuple[str, list[int], list[Segmentation]]

@@ -3,7 +3,7 @@
     python -m benchmarks.few_shot.supports_cost --root ../shared/data/pascal \
         --weights ../shared/weights/resnet50_imagenet.safetensors --min-area 1311
 
-Matching is tuned in 30 steps, no stop before, on views of the default size. Nothing else should
+Matching is tuned in 20 steps, no stop before, on views of the default size. Nothing else should
 run beside. Writes results/supports-cost.json and .md.
 """
 
@@ -31,7 +31,7 @@ from fss.segment.tuning import LAYERS, Measure, Tuning
 from fss.training.measure import SavedBytes
 from fss.training.provenance import provenance
 
-STEPS, REPEATS = 30, 3
+STEPS, REPEATS = 20, 3
 CLASS = 2
 ROWS = ("svf", "the paper's layers", "batch_norm", "layer4", "layers2-4")
 """Regimes; the second is S as the paper computes it."""

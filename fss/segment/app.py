@@ -288,7 +288,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
                     example_button = gradio.Button("Show an example", elem_id="example")
                     tune_button = gradio.Button("Tune", elem_id="tune")
                     button = gradio.Button("Segment", variant="primary", elem_id="segment")
-                steps = gradio.Slider(5, 200, 30, step=5, label="Steps of tuning")
+                steps = gradio.Slider(5, 200, 20, step=5, label="Steps of tuning")
                 told = gradio.Markdown(elem_id="tuning")
                 file = gradio.File(
                     label="What was tuned, for --adapters", visible=False, elem_id="tuned"

@@ -70,7 +70,7 @@ def predict_files(
         batch_size: pictures at a time.
         overwrite: replace earlier results.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        tune: first tune the backbone on the supports, in at most so many steps (30 are usual); the
+        tune: first tune the backbone on the supports, in at most so many steps (20 are usual); the
             values that are best on views that are not trained on are kept. Some of the queries
             serve as backgrounds. It starts from the adapter, if one is given. Ctrl-C ends the
             tuning, not the command.

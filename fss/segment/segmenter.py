@@ -241,7 +241,7 @@ class FewShotSegmenter:
 
     def tune(
         self,
-        steps: int = 30,
+        steps: int = 20,
         lr: float | None = None,
         what: str | RegimeConfig = "svf",
         size: int | None = None,

@@ -122,7 +122,7 @@ class Tuning:
 class TuningSettings:
     """What `FewShotSegmenter.tune` is asked for, checked; see there."""
 
-    steps: int = 30
+    steps: int = 20
     lr: float | None = None
     what: str | RegimeConfig = "svf"
     seed: int = 0
