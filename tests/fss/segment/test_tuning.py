@@ -11,14 +11,14 @@ import torch
 
 import svf_fast
 from fss.config import RegimeConfig
-from fss.data import EvalTransform, ShapesSource, SquareTransform
+from fss.data import EvalTransform, ShapesSource
 from fss.models import Matching, build_backbone
 from fss.runs.checkpoint import save_checkpoint
 from fss.segment import tuning
 from fss.segment.backbones import remembering
 from fss.segment.segmenter import FewShotSegmenter
 from fss.segment.tuning import TUNABLE, Measure, Tuning, TuningSettings, soft_iou_loss
-from fss.segment.views import SCENES, Scene, SupportViews, surely_background
+from fss.segment.views import SCENES, SupportViews
 
 SIZE = 49
 
@@ -384,133 +384,6 @@ def test_supports_that_cannot_be_tuned_on(embedded, run, examples):
         with pytest.raises(ValueError, match=message):
             segmenter.tune(what=what)
         np.testing.assert_array_equal(segmenter(image).probability, before)
-
-
-def corner_of(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
-    image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
-    mask = np.zeros(size, bool)
-    mask[-side:, -side:] = True
-    return image, mask
-
-
-@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
-@pytest.mark.parametrize("size, side", [((400, 300), 1), ((48, 48), 5), ((20, 90), 19)])
-def test_views_show_object_and_background(make, size, side):
-    """Also of an object of a pixel in a corner, and of a picture that is almost all object."""
-    views = SupportViews([corner_of(size, side)], make(65), SIZE)
-    for images, masks, episodes in [views.sample() for _ in range(8)] + [views.held_out()]:
-        assert images.shape == (4, 3, SIZE, SIZE) and masks.shape == (4, SIZE, SIZE)
-        assert masks.unique().tolist() in ([0, 1], [0, 1, 255])
-        assert (masks == 1).flatten(1).any(1).all() and (masks == 0).flatten(1).any(1).all()
-        assert episodes == ((0, (1,)), (1, (2,)), (2, (3,)), (3, (0,)))
-
-
-@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
-def test_views_are_as_large_as_the_network_sees_pictures(make):
-    """A circle of a quarter of the side has an eighth of a picture's 257 pixels as its radius."""
-    y, x = np.mgrid[:400, :400]
-    mask = (y - 200) ** 2 + (x - 200) ** 2 < 50**2
-    image = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
-    for count, most in ((1, 2.0), (2, 2**0.5)):
-        views = SupportViews([(image, mask)] * count, make(257), 129)
-        found = [views.sample().masks for _ in range(6)] + [views.held_out().masks]
-        areas = (torch.cat(found) == 1).sum((1, 2)) / (np.pi * (257 / 8) ** 2)
-        assert areas.max() < 1.1 * most**2 and areas.min() > 0.9 / most**2
-        assert areas.max() > 1.3 and areas.min() < 0.8
-
-
-def colors_of(examples) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Gives each support a color of its own."""
-    flat = []
-    for value, (_, mask) in zip((20, 120, 220), examples):
-        mask = mask[:40, :40].copy()
-        mask[0, 0], mask[20, 20] = False, True
-        flat.append((np.full((40, 40, 3), value, np.uint8), mask))
-    return flat
-
-
-def numbers_of(views) -> list[float]:
-    """Returns the color of each view."""
-    return [round(float(i[0][m != 255].mean()), 3) for i, m in zip(views.images, views.masks)]
-
-
-def test_each_support_is_the_query_of_all_others(examples, monkeypatch):
-    monkeypatch.setattr("fss.segment.views._recolored", lambda pixels, strength, rng: pixels)
-    views = SupportViews(colors_of(examples), EvalTransform(SIZE), SIZE)
-    for each in [views.sample() for _ in range(9)] + [views.held_out()]:
-        numbers = numbers_of(each)
-        assert len(set(numbers)) == 3 and [query for query, _ in each.episodes] == [0, 1, 2]
-        assert [supports for _, supports in each.episodes] == [(1, 2), (0, 2), (0, 1)]
-    # of two supports two views each
-    each = SupportViews(colors_of(examples)[:2], EvalTransform(SIZE), SIZE).sample()
-    numbers = numbers_of(each)
-    assert len(numbers) == 4
-    for query, supports in each.episodes:
-        assert len(supports) == 2 and numbers[query] not in [numbers[s] for s in supports]
-    # of many, some
-    each = SupportViews(colors_of(examples) * 3, EvalTransform(SIZE), SIZE).sample()
-    assert len(each.images) == 5 == len(each.episodes)
-
-
-def test_episodes_that_are_computed_one_by_one(examples):
-    views = SupportViews(colors_of(examples), EvalTransform(SIZE), SIZE, together=False)
-    assert [len(supports) for _, supports in views.sample().episodes] == [2]
-    assert [len(supports) for _, supports in views.held_out().episodes] == [2, 2, 2]
-    assert len({views.sample().episodes for _ in range(20)}) > 3
-    # a fixed number of supports is reached by repeating them
-    views = SupportViews(colors_of(examples), EvalTransform(SIZE), SIZE, 5, False)
-    assert [len(supports) for _, supports in views.sample().episodes] == [5]
-    views = SupportViews(colors_of(examples)[:1], EvalTransform(SIZE), SIZE, 5, False)
-    assert [len(supports) for _, supports in views.sample().episodes] == [1]
-
-
-def normalized(value: int) -> torch.Tensor:
-    image = np.full((SIZE, SIZE, 3), value, np.uint8)
-    return EvalTransform(SIZE)(image, np.zeros((SIZE, SIZE), np.uint8)).image[:, 0, 0]
-
-
-@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
-@pytest.mark.parametrize("count", [1, 2])
-def test_objects_are_pasted_into_pictures_without_a_mask(make, count, monkeypatch):
-    """Objects are white, supports gray, scenes black, with a left half that may be the object."""
-    monkeypatch.setattr("fss.segment.views._recolored", lambda pixels, strength, rng: pixels)
-    mask = np.zeros((60, 80), bool)
-    mask[10:30, 20:60] = True
-    image = np.where(mask[..., None], np.uint8(255), np.uint8(100)).repeat(3, 2)
-    background = np.arange(90)[None] >= np.full(70, 45)[:, None]
-    scene = Scene(np.zeros((70, 90, 3), np.uint8), background)
-    views = SupportViews([(image, mask)] * count, make(SIZE), SIZE, scenes=[scene])
-    white, gray, black = (normalized(value)[:, None] for value in (255, 100, 0))
-    rounds = [views.sample() for _ in range(6)]
-    own = 1 if count == 1 else 4
-    for images, masks, episodes in [*rounds, views.held_out()]:
-        held_out = len(images) == 6 and count == 1
-        first = 4 if held_out else own
-        assert len(images) == first + (3 if count == 1 and not held_out else 2)
-        # with one support all queries of a step are such
-        queries = [query for query, _ in episodes]
-        assert queries == list(range(own if count == 1 and not held_out else 0, len(images)))
-        for image_ in images[:first]:
-            assert torch.isclose(image_, gray[..., None]).all(0).float().mean() > 0.1
-        for image_, mask_ in zip(images[first:], masks[first:]):
-            inside = image_[:, mask_ == 1]  # a blur and warping mix colors along the edge
-            assert torch.isclose(inside, white, atol=0.5).all(0).float().mean() > 0.5
-            outside = image_[:, mask_ == 0]
-            assert torch.isclose(outside, black, atol=0.5).all(0).float().mean() > 0.8
-            assert (mask_ == 255).any()
-        for _, supports in episodes[first:] if own > 1 else episodes[-2:]:
-            assert all(number < first for number in supports)
-            assert len(supports) == (1 if count == 1 else 2)
-    assert len({float(each.images.sum()) for each in rounds}) > 4
-
-
-def test_what_is_surely_background():
-    probability = np.linspace(0, 1, 20, dtype=np.float32).reshape(4, 5)
-    mask = probability > 0.5
-    found = surely_background(probability, mask)
-    assert found.sum() == 7 and found.ravel()[:7].all()
-    assert not surely_background(probability, np.ones((4, 5), bool)).any()
-    np.testing.assert_array_equal(surely_background(np.zeros((4, 5)), mask), ~mask)  # all alike
 
 
 def test_pictures_without_a_mask_are_tuned_on(embedded, examples, monkeypatch):
