@@ -1,4 +1,4 @@
-"""What mkdocs adds to the pages: the measured tables, and the help texts of the command line."""
+"""What mkdocs adds to the pages: measured tables, the log, plans, and the commands' help."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """benchmarks/results as pages and pictures in results/."""
-    for path in sorted(RESULTS.iterdir()):
-        if path.suffix in (".md", ".png"):
-            file = File.generated(config, f"results/{path.name}", abs_src_path=str(path))
-            files.append(file)
+    """What pages link to in benchmarks, under the same names: results, the log, plans."""
+    results = sorted((BENCHMARKS / "results").iterdir())
+    shown = [path for path in results if path.suffix in (".md", ".png")]
+    for path in [*shown, BENCHMARKS / "LOG.md", *sorted(BENCHMARKS.glob("few_shot/*.yaml"))]:
+        name = path.relative_to(BENCHMARKS).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     if page.file.src_uri.startswith("results/"):
         return f"# {Path(page.file.src_uri).stem}\n\n{markdown}"
-    markdown = markdown.replace("](../benchmarks/results/", "](results/")
+    if page.file.src_uri != "LOG.md":
+        markdown = markdown.replace("](../benchmarks/", "](")
     return re.sub(r"^<!-- help: ([a-z -]+) -->$", _help, markdown, flags=re.MULTILINE)
 
 
