@@ -30,9 +30,9 @@ Row = tuple[str, list[int], list[Segmentation]]
 
 def load(number: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Load a photo and its mask."""
-    path = IMAGES / "sunflowers" / f"{number}.jpg"
-    mask = np.array(Image.open(path.with_suffix(".png"))) > 0
-    return np.array(Image.open(path).convert("RGB")), mask
+    mask = Image.open(IMAGES / "sunflower-masks" / f"{number}.png")
+    photo = Image.open(IMAGES / "sunflowers" / f"{number}.jpg")
+    return np.array(photo.convert("RGB")), np.array(mask) > 0
 
 
 def iou(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
@@ -64,10 +64,10 @@ def draw(rows: list[Row]) -> Figure:
             shown = [np.array(overlay(*load(number), color=COLOR)) for number in supports]
             gap = np.full_like(shown[0][:12], 255)
             line[0].imshow(np.concatenate([part for each in shown for part in (each, gap)][:-1]))
-            line[0].set_title(f"{len(supports)} shown: {name}", fontsize=8)
+            line[0].set_title(f"{len(supports)} shown: {name}", fontsize=11)
             for axes, number, result in zip(line[1:], QUERIES, found, strict=True):
                 axes.imshow(np.array(result.overlay(COLOR)))
-                axes.set_title(f"IoU {iou(result.mask, load(number)[1]):.2f}", fontsize=8)
+                axes.set_title(f"IoU {iou(result.mask, load(number)[1]):.2f}", fontsize=11)
             for axes in line:
                 axes.set_axis_off()
     return figure
