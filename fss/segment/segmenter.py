@@ -27,7 +27,15 @@ from fss.runs.folder import RunFolder
 from fss.segment.backbones import Backbones
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
 from fss.segment.tuning import LARGEST, Measure, Tuning, TuningSettings, tune
-from fss.segment.views import SCENES, Example, Scene, SupportViews, plain_view, surely_background
+from fss.segment.views import (
+    SCENES,
+    Example,
+    Scene,
+    SupportViews,
+    plain_view,
+    shrunk,
+    surely_background,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -347,6 +355,8 @@ class FewShotSegmenter:
             pictures = [pictures]  # type: ignore[list-item]
         drawn = np.random.default_rng([seed, 2]).permutation(len(pictures))[:SCENES]
         read = [read_picture(pictures[n], f"unlabeled picture {n + 1}") for n in drawn]
+        largest = 2 * self._transform.size  # what views need
+        read = [shrunk(x, np.ones(x.shape[:2], bool), largest)[0] for x in read]
         self._backbones.put_back()
         self._supports = None
         found = self(read) if read else []

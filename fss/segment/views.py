@@ -110,6 +110,9 @@ class SupportViews:
                     "background to tell the object from, got a mask that covers its image; leave "
                     "this support out to tune"
                 )
+        largest = 2 * transform.size  # views show less: large photos would only take time
+        examples = [shrunk(*example, largest) for example in examples]
+        scenes = [Scene(*shrunk(*scene, largest)) for scene in scenes]
         count = len(examples)
         self._shots = shots if count > 1 else None
         self._together = together
@@ -211,6 +214,19 @@ def plain_view(
         y, x = np.argwhere(found).mean(0) / found.shape
         result[int(y * height), int(x * width)] = 1
     return sample.image, result
+
+
+def shrunk(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], largest: int) -> Example:
+    """Scale a picture and its mask so that no side is longer, unless the mask would be lost."""
+    height, width = mask.shape
+    scale = largest / max(height, width)
+    if scale >= 1:
+        return pixels, mask
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    smaller = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) == 1
+    if not smaller.any():
+        return pixels, mask
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8), smaller
 
 
 def surely_background(

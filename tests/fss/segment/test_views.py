@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fss.data import EvalTransform, SquareTransform
+from fss.segment import views as views_module
 from fss.segment.views import Scene, SupportViews, surely_background
 
 SIZE = 49
@@ -41,6 +42,23 @@ def test_views_are_as_large_as_the_network_sees_pictures(make):
         areas = (torch.cat(found) == 1).sum((1, 2)) / (np.pi * (257 / 8) ** 2)
         assert areas.max() < 1.1 * most**2 and areas.min() > 0.9 / most**2
         assert areas.max() > 1.3 and areas.min() < 0.8
+
+
+def test_large_photos_are_scaled_once(monkeypatch):
+    """Not a photo whose object would be lost."""
+    sizes = []
+    warped = views_module._warped
+    monkeypatch.setattr(
+        "fss.segment.views._warped",
+        lambda pixels, mask, *more: sizes.append(mask.shape) or warped(pixels, mask, *more),
+    )
+    image, mask = corner_of((1600, 1200), 500)
+    scene = Scene(image[:, :400], ~mask[:, :400])
+    SupportViews([(image, mask)], EvalTransform(65), SIZE, scenes=[scene])
+    assert set(sizes) == {(130, 98), (130, 32)}
+    sizes.clear()
+    SupportViews([corner_of((1600, 1200), 1)], EvalTransform(65), SIZE)
+    assert set(sizes) == {(1600, 1200)}
 
 
 def colors_of(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
