@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fss.segment.segmenter import FewShotSegmenter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,3 +22,21 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert {"index.html", "own-pictures.html", "LOG.html", "results/memory.html"} <= pages
     for name in ("few_shot/pascal.yaml", "images/own-pictures.jpg", "results/race.png"):
         assert (tmp_path / name).is_file()
+
+
+def test_the_figure_of_own_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the embedded backbone and a step, which is enough to draw it."""
+    spec = importlib.util.spec_from_file_location("own_pictures", ROOT / "docs/own_pictures.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "STEPS", 1)
+    rows = script.segment(FewShotSegmenter(size=65, device="cpu"))
+    assert [name for name, *_ in rows] == ["untuned", "S tuned"] * 2
+    figure = script.draw(rows)
+    photo, truth = script.load(6)
+    assert photo.shape == (*truth.shape, 3) and 0.02 < truth.mean() < 0.1
+    assert len(figure.axes) == 4 * 6
+    shown = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
+    assert shown[0] == "1 shown: untuned" and shown[-1].startswith("IoU 0.")
+    assert script.iou(truth, truth) == 1
