@@ -212,7 +212,7 @@ def write(
     about: Mapping[str, Any],
     name: Path,
 ) -> str:
-    """Write NAME.json, NAME.md and, where there are curves, NAME.png; return the table.
+    """Write NAME.json, and what there is of NAME.md and NAME.png (curves); return the table.
 
     Args:
         rows: by name; the JSON file has them too, so that another machine can go on.
@@ -234,7 +234,8 @@ def write(
     with atomic_write(name.with_suffix(".json")) as file:  # a thousand rows: not indented
         file.write(json.dumps(content).encode())
     text = table(result)
-    name.with_suffix(".md").write_text(text)
+    if result:
+        name.with_suffix(".md").write_text(text)
     if drawn:
         write_png(plot_curves(drawn), name.with_suffix(".png"))
     return text
