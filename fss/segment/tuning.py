@@ -24,18 +24,20 @@ LAYERS = ("layer3", "layer4")
 
 TUNABLE: dict[str, tuple[RegimeConfig, float]] = {
     "svf": (RegimeConfig("svf", LAYERS), 0.02),
-    "svf_scale": (RegimeConfig("svf_scale", LAYERS), 0.02),
+    "svf_scale": (RegimeConfig("svf_scale", LAYERS), 0.007),
     "full": (RegimeConfig("full", LAYERS), 1e-5),
-    "layer4": (RegimeConfig("full", ("layer4",)), 1e-5),
-    "batch_norm": (RegimeConfig("freeze", LAYERS, batch_norm="both"), 0.01),
-    "bias": (RegimeConfig("bias", LAYERS), 0.01),
+    "layer4": (RegimeConfig("full", ("layer4",)), 3e-5),
+    "batch_norm": (RegimeConfig("freeze", LAYERS, batch_norm="both"), 0.004),
+    "bias": (RegimeConfig("bias", LAYERS), 0.004),
     "scale_output": (RegimeConfig("scale_output", LAYERS), 0.02),
     "scale_input": (RegimeConfig("scale_input", LAYERS), 0.02),
     "rotated_scale": (RegimeConfig("rotated_scale", LAYERS), 0.02),
     "adapter": (RegimeConfig("adapter", LAYERS), 1e-3),
 }
 """What can be tuned, by name: the regime, and the learning rate of Adam. That of S is relative: the
-change of S in a step over the mean |S| of its layer, see `svf_fast.svf_parameter_groups`."""
+change of S in a step over the mean |S| of its layer, see `svf_fast.svf_parameter_groups`. The first
+six are the best of three with five supports (benchmarks/results/supports.json; "full" of layers 2
+to 4 there), the others were not searched."""
 
 LARGEST = 225
 """Side of the views, pixels, unless another is asked for."""
