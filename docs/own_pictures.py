@@ -64,10 +64,10 @@ def draw(rows: list[Row]) -> Figure:
             shown = [np.array(overlay(*load(number), color=COLOR)) for number in supports]
             gap = np.full_like(shown[0][:12], 255)
             line[0].imshow(np.concatenate([part for each in shown for part in (each, gap)][:-1]))
-            line[0].set_title(f"{len(supports)} shown: {name}", fontsize=11)
+            line[0].set_title(f"{len(supports)} shown: {name}", fontsize=9)
             for axes, number, result in zip(line[1:], QUERIES, found, strict=True):
                 axes.imshow(np.array(result.overlay(COLOR)))
-                axes.set_title(f"IoU {iou(result.mask, load(number)[1]):.2f}", fontsize=11)
+                axes.set_title(f"IoU {iou(result.mask, load(number)[1]):.2f}", fontsize=9)
             for axes in line:
                 axes.set_axis_off()
     return figure
