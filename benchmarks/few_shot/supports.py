@@ -289,7 +289,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * options.minutes
     (out / "rows").mkdir(parents=True, exist_ok=True)
     about = {"size": options.size, "weights": Path(options.weights).name, "command": command()}
-    write_json(out / "about.json", about | provenance(segmenter.device))
+    write_json(out / "about.json", provenance(segmenter.device) | about)
     wanted = [t for t in tasks(photos.classes, options.shots) if t.kind in options.kinds]
     groups: dict[tuple[Any, ...], list[Task]] = {}
     for task in wanted:

@@ -28,8 +28,9 @@ from fss.config import RegimeConfig
 from fss.files import write_json
 from fss.segment.segmenter import FewShotSegmenter
 from fss.segment.tuning import LAYERS, Measure, Tuning
-from fss.training.measure import SavedBytes
+from fss.training.measure import SavedBytes, saved_bytes
 from fss.training.provenance import provenance
+from svf_fast.budget import format_bytes
 
 STEPS, REPEATS = 20, 3
 CLASS = 2
@@ -77,11 +78,9 @@ def _first(segmenter: FewShotSegmenter, what: str | RegimeConfig) -> tuple[Tunin
                 saved = counter[0].total
                 stack.close()
                 return
-            model = segmenter.model
-            counter.append(SavedBytes(model))  # what the copy that is tuned has, does not count
+            model = segmenter.model  # by now the copy that is tuned, whose own does not count
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            hooks = torch.autograd.graph.saved_tensors_hooks(counter[0].count, lambda x: x)
-            stack.enter_context(hooks)
+            counter.append(stack.enter_context(saved_bytes(model)))
 
         counter: list[SavedBytes] = []
         tuning = segmenter.tune(1, what=what, progress=False, on_measure=look)
@@ -111,12 +110,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             spread = f"{min(seconds):.1f}-{max(seconds):.1f}"
             cells.append(f"{statistics.median(seconds):.1f} ({spread})")
             cells.append(f"{found[shots]['saved_bytes'] / 2**20:.0f}")
-        lines.append([*cells, _size(found[1]["kept_bytes"])])
+        lines.append([*cells, format_bytes(found[1]["kept_bytes"])])
     return tables.table([*head, "kept"], lines)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e3:.0f} KB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
 def main() -> int:
@@ -129,11 +124,19 @@ def main() -> int:
     photos = Photos(options.root, options.min_area)
     every = [(name, shots) for name in ROWS for shots in (1, 5)]
     rows = [cost(*each, photos, options.weights) for each in tqdm(every, "costs")]
-    about = {"weights": Path(options.weights).name, "command": command()}
-    about |= provenance(torch.device("cpu"))
+    about = provenance(torch.device("cpu"))
+    about |= {"weights": Path(options.weights).name, "command": command()}
     write_json(options.out, {"about": about, "steps": STEPS, "rows": rows})
-    machine, text = about["machine"], table(rows)
-    told = (
+    text = table(rows)
+    options.out.with_suffix(".md").write_text(f"{text}\n\n{_told(about)}\n")
+    print(text)
+    return 0
+
+
+def _told(about: dict[str, Any]) -> str:
+    """Return what the cells are, and how they were measured."""
+    machine = about["machine"]
+    return (
         f"Tuning matching, ResNet-50, {STEPS} steps without a stop, views of the default size. "
         "Seconds: median of three (least and most), with what a measure takes, without decomposing "
         "once. Saved: what autograd keeps from the forward pass of a step, parameters left out. "
@@ -141,9 +144,6 @@ def main() -> int:
         f"{machine['cpu']}, {machine['threads']} threads, torch {about['versions']['torch']}, "
         f"commit {about['commit']}, `{about['command']}`."
     )
-    options.out.with_suffix(".md").write_text(f"{text}\n\n{told}\n")
-    print(text)
-    return 0
 
 
 if __name__ == "__main__":

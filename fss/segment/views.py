@@ -173,11 +173,8 @@ class SupportViews:
             if supports != [query]:
                 episodes.append((query, supports))
         if not self._together:
-            drawn = self._permutation(len(episodes))[:most]
-            episodes = [
-                (query, self._some(supports))
-                for query, supports in map(episodes.__getitem__, drawn)
-            ]
+            drawn = [episodes[number] for number in self._permutation(len(episodes))[:most]]
+            episodes = [(query, self._some(supports)) for query, supports in drawn]
         images, masks = (
             torch.stack(part).to(self._device)
             for part in zip(*[view for _, view in [*views, *pasted]], strict=True)

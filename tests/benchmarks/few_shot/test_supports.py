@@ -156,6 +156,6 @@ def test_costs_of_a_step_and_of_what_is_kept(tmp_path):
         for name in supports_cost.ROWS
         for shots in (1, 5)
     ]
-    assert "| svf | 12 544 | 2.0 (1.0-3.0) | 1 | 2.0 (1.0-3.0) | 5 | 54 KB |" in (
+    assert "| svf | 12 544 | 2.0 (1.0-3.0) | 1 | 2.0 (1.0-3.0) | 5 | 53.05 KiB |" in (
         supports_cost.table(rows)
     )
