@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,34 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Check that a file can be written, before the work whose result it is for.
+
+    Args:
+        path: of the file; an earlier one stays as it is, and no folder is made.
+        name: of the argument, for the error.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file, {path} is a folder")
+    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: {path} cannot be written ({error.strerror}); give another place"
+        ) from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

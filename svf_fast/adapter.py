@@ -257,7 +257,8 @@ class Adapter:
         for name, layer in own.items():
             if len(self.S[name]) != (count := _count(layer)):
                 return (
-                    f"{name}.S: expected {[count]} singular values, got {list(self.S[name].shape)}"
+                    f"{name}.S: expected {[count]} singular values, got {list(self.S[name].shape)}:"
+                    " trained on another backbone; load the one that the adapter was trained on"
                 )
         prints = [_fingerprint(layer, known.get(layer)) for layer in own.values()]
         if any(each.is_meta for each in prints):

@@ -184,7 +184,10 @@ def _overriding(extra: Sequence[str]) -> Settings:
         name, equals, value = word.partition("=")
         if not (name.startswith("--") and equals):
             raise ValueError(f"{word}: expected a setting as --NAME=VALUE, or an option of --help")
-        settings[name[2:]] = yaml.safe_load(value)
+        try:
+            settings[name[2:]] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{word}: expected a value as in YAML, {value!r} is none") from error
     return settings
 
 

@@ -136,6 +136,9 @@ def read_plan(path: Path, overriding: Settings | None = None) -> Plan:
     for stage in read:
         if not isinstance(stage["values"], list) or not stage["values"]:
             raise ValueError(f"search.stages: expected a list of values, got {stage['values']!r}")
+        for key in ("regime", "setting"):
+            _check_text(stage[key], f"search.stages: {key}")
+    _check_text(content["config"], "config")
     plan = Plan(
         **content
         | {
@@ -155,6 +158,8 @@ def _keys(values: Any, part: type | None, where: str) -> dict[str, Any]:
     """Return a mapping of a plan; its keys are the fields of a dataclass, if one is given."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected keys with values, got {values!r:.200}")
+    for name in values:
+        _check_text(name, where)
     if part is not None:
         fields = {each.name: each for each in dataclasses.fields(part)}
         for name in values:
@@ -165,6 +170,11 @@ def _keys(values: Any, part: type | None, where: str) -> dict[str, Any]:
             if name not in values and needed and each.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{where}: expected {name}, found none")
     return dict(values)
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: expected a name, got {value!r:.200}")
 
 
 def _overridden(plan: Plan, settings: Settings) -> Plan:
@@ -181,10 +191,10 @@ def _overridden(plan: Plan, settings: Settings) -> Plan:
 
 def _check_plan(plan: Plan) -> None:
     fold = plan.search.fold
-    if fold != "each" and not isinstance(fold, int):
+    if fold != "each" and not _is_number(fold):
         raise ValueError(f'search.fold: expected a number or "each", got {fold!r}')
     for name, values in (("folds", plan.final.folds), ("seeds", plan.final.seeds)):
-        if not isinstance(values, tuple) or not all(isinstance(each, int) for each in values):
+        if not isinstance(values, tuple) or not all(map(_is_number, values)):
             raise ValueError(f"final.{name}: expected a list of numbers, got {values!r}")
     if not plan.final.seeds:
         raise ValueError("final.seeds: expected at least one, got none; trials take the first")
@@ -201,10 +211,19 @@ def _check_plan(plan: Plan) -> None:
         seen.add(stage.regime)
     runs = runs_of(plan, {})
     names = [run.name for run in runs]
+    for name in names:
+        if name != Path(name).name:
+            raise ValueError(
+                f"plan: expected regimes that can be part of a file's name, got the run {name!r}"
+            )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice or not runs:
         got = f"{twice} twice" if twice else "none"
         raise ValueError(f"plan: expected different runs, got {got}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_runs(plan: Plan, paths: Mapping[str, str]) -> None:
@@ -346,4 +365,4 @@ def as_word(value: Any) -> str:
 
 def _plain(value: Any) -> str:
     """Return a value as a part of a file name."""
-    return as_word(value).translate(str.maketrans(dict.fromkeys(' []"', "")))
+    return as_word(value).translate(str.maketrans(dict.fromkeys(' []"', "") | {"/": "-"}))

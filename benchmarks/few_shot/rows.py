@@ -132,9 +132,21 @@ def check_settings_are(run: Run, had: Mapping[str, Any], what_to_do: str) -> Non
 
 
 def read_rows(out: Path) -> dict[str, Row]:
-    """Read the rows of all finished runs, by name."""
-    paths = sorted((out / "rows").glob("*.json"))
-    return {path.stem: parse_json(read_text(path), path) for path in paths}
+    """Read the rows of all finished runs, by name.
+
+    Raises:
+        ValueError: a file that is no row.
+    """
+    rows: dict[str, Row] = {}
+    for path in sorted((out / "rows").glob("*.json")):
+        row = parse_json(read_text(path), path)
+        if not isinstance(row, dict) or not {"kind", "regime"} <= row.keys():
+            raise ValueError(
+                f"{path}: expected the row of a finished run, got {row!r:.80}; remove the file to "
+                "have it made again"
+            )
+        rows[path.stem] = row
+    return rows
 
 
 def estimate(rows: Mapping[str, Row], run: Run) -> float:

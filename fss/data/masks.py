@@ -37,10 +37,24 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 class ObjectMask(NamedTuple):
-    """A mask of one object, bool [H, W], and the convention in which it was given."""
+    """A mask of one object, and how it was given.
+
+    pixels: bool [H, W], where the object is.
+    convention: in which the mask was read, for users.
+    ignored: bool [H, W], what is neither object nor background; None if there is nothing such.
+    """
 
     pixels: NDArray[np.bool_]
     convention: str
+    ignored: NDArray[np.bool_] | None = None
+
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        """Return the mask as uint8 [H, W]: 1 the object, 255 ignored, else 0."""
+        labels = self.pixels.astype(np.uint8)
+        if self.ignored is not None:
+            labels[self.ignored & ~self.pixels] = IGNORE
+        return labels
 
 
 def read_object(mask: Picture, name: str = "mask", value: MaskValue | None = None) -> ObjectMask:
@@ -215,7 +229,8 @@ def _of_gray(
         trace = is_lossy and k <= _TRACE
         if is_palette or (k < half - 1 and not soft and not trace):
             where = " of a palette" if is_palette else ""
-            return ObjectMask(values == k, f"class id {k}{where}, {white} ignored")
+            convention = f"class id {k}{where}, {white} ignored"
+            return ObjectMask(values == k, convention, values == white)
         if trace or k in (half - 1, half):  # these are a trimap's "unknown"
             raise _several(others, name)
     if is_palette:
@@ -246,12 +261,13 @@ def _of_colors(
         colors = np.where(border[..., None], 0, colors)
         codes = color_codes(colors)
         others = np.unique(codes[codes != 0]).tolist()
-    ignored = ", VOC's border ignored" if border.any() else ""
+    said, ignored = (", VOC's border ignored", border) if border.any() else ("", None)
     if len(others) == 1:
-        return ObjectMask(codes == others[0], f"color {_text(_vector(others[0], 3))}{ignored}")
+        color = _text(_vector(others[0], 3))
+        return ObjectMask(codes == others[0], f"color {color}{said}", ignored)
     levels = _levels(codes)
-    found, convention = _of_levels(colors, levels, others, 255, name, is_lossy, border.any())
-    return ObjectMask(found, convention + ignored)
+    found = _of_levels(colors, levels, others, 255, name, is_lossy, border.any())
+    return ObjectMask(found.pixels, found.convention + said, ignored)
 
 
 def _of_levels(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,7 +22,7 @@ from fss.config import (
 )
 from fss.data import Source, build_source
 from fss.evaluation.evaluate import episode_classes, evaluate_seeds
-from fss.files import write_json
+from fss.files import check_writable, write_json
 from fss.models import (
     backbone_name,
     build_matching,
@@ -167,7 +168,13 @@ def evaluate_run(
         data = _data_of_run(tested.config.data, data, elsewhere, classes)
     test = {"test_episodes": episodes, "test_seeds": seeds, "batch_size": batch_size}
     test = _given(test | {"resize": resize, "feature_cache": feature_cache})
-    config = _configure(tested.config, data, test, protocol)
+    with _named_as_here():
+        config = _configure(tested.config, data, test, protocol)
+    path = Path(out) if out else None
+    if path is None and tested.folder is not None:
+        path = tested.folder.score_file(source, config.data.fold)
+    if path is not None:
+        check_writable(path, "out")
 
     devices, nodes = torchrun_layout() or (1, 1)
     fabric = launch(accelerator, devices, nodes, config.precision)
@@ -199,13 +206,19 @@ def evaluate_run(
             config.feature_cache,
             config.graph,
         )
-    path = Path(out) if out else None
-    if path is None and tested.folder is not None:
-        path = tested.folder.score_file(source, config.data.fold)
     if path is not None and fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     return result
+
+
+@contextmanager
+def _named_as_here() -> Iterator[None]:
+    """Call the settings of data in errors as the options are called here."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).removeprefix("data.").replace("--data.", "--")) from error
 
 
 def _data_of_run(
@@ -278,7 +291,8 @@ def _read_weights(
         )
     size = matching_size(weights) if size is None else size
     # no CUDA graph: the threshold is found on the host
-    config = TrainConfig.from_dict({"data": {**data, "size": size}, "graph": "off"})
+    with _named_as_here():
+        config = TrainConfig.from_dict({"data": {**data, "size": size}, "graph": "off"})
     model = build_matching(weights, matching["backbone"], matching["stride_on"])
     description = {
         "model": "matching",

@@ -183,8 +183,12 @@ class ResNet(nn.Module):
     def levels(self, images: Tensor) -> list[Tensor]:
         """Map images [B, 3, H, W] to the outputs of `layer3` and of each block of `layer4`."""
         maps = [self.features(images)[1]]
-        for block in self.layer4:
-            maps.append(block(maps[-1]))
+        for name, block in self.layer4.named_children():
+            out = block(maps[-1])
+            if name == "adapter":  # of a regime: the last block's map is what leaves it
+                maps[-1] = out
+            else:
+                maps.append(out)
         return maps
 
     def forward(self, images: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class FactoredConv2d(ComposedConv2d):
         super().__init__(conv)
         for name, value in {"U": U, "S": S, "V": V}.items():
             factor = value.detach().to(conv.weight).contiguous()
-            if name in trained:
-                self.register_parameter(name, nn.Parameter(factor))
+            if name in trained:  # the one that was given stays as it is
+                self.register_parameter(name, nn.Parameter(factor.clone()))
             else:
                 self.register_buffer(name, factor)
         log_scale = nn.Parameter(torch.zeros_like(self.S)) if "S'" in trained else None

@@ -32,7 +32,7 @@ MAX_PIXELS = 25_000_000
 MAX_PICTURES = 16
 """Supports, and queries of one click."""
 
-Support = tuple[NDArray[np.uint8], NDArray[np.bool_]]
+Support = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 # The page, its pictures and its socket come from this program; a browser asks nobody else.
 _POLICY = (
@@ -193,7 +193,10 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             segmenter.adapter(None)
             segmenter.threshold = limit
             segmenter.support([image for image, _ in supports], [found for _, found in supports])
-            tuning = segmenter.tune(int(steps), unlabeled=pictures)
+            try:
+                tuning = segmenter.tune(int(steps), unlabeled=pictures)
+            except ValueError as error:  # the page has no such argument
+                raise ValueError(str(error).removeprefix("what: ")) from error
         assert tuning.adapter is not None  # singular values are what is tuned by default
         name = f"tuned {len(tuned) + 1}"
         tuned = tuned | {name: tuning.adapter}
@@ -211,8 +214,8 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
     def example() -> tuple[Any, ...]:
         (support, mask), *others = _example()
         layer = np.zeros((*mask.shape, 4), np.uint8)
-        layer[mask] = (*ImageColor.getrgb(ORANGE), 160)
-        composite = np.array(overlay(support, mask))
+        layer[mask == 1] = (*ImageColor.getrgb(ORANGE), 160)
+        composite = np.array(overlay(support, mask == 1))
         editor = {"background": support, "layers": [layer], "composite": composite}
         return [], _shown([], gradio), editor, None, [(image, "") for image, _ in others]
 
@@ -341,17 +344,17 @@ def _support(editor: Any, mask: str | None, value: str, gradio: Any) -> Support:
     if mask is not None:
         found = find_object(mask, size, "mask", value.strip() or None)
         gradio.Info(f"Mask read as: {found.convention}")
-        return picture, found.pixels
+        return picture, found.labels
     painted = np.zeros(size, bool)
     for layer in editor["layers"]:
         painted |= layer[..., 3] > 0
     if not painted.any():
         raise ValueError("Support: paint the object in the picture, or upload a mask of it.")
-    return picture, painted
+    return picture, painted.astype(np.uint8)
 
 
 def _shown(supports: list[Support], gradio: Any) -> Any:
-    pictures = [overlay(picture, mask) for picture, mask in supports]
+    pictures = [overlay(picture, mask == 1) for picture, mask in supports]
     return gradio.update(value=pictures, visible=bool(supports))
 
 
@@ -362,7 +365,7 @@ def _example() -> list[Support]:
     large = 0.07 * source.image_size**2
     shown = [i for i in source.indices("test") if source.class_areas(i).get(gear, 0) > large]
     loaded = [source.load(i) for i in shown[:4]]
-    return [(picture, classes == gear) for picture, classes in loaded]
+    return [(picture, (classes == gear).astype(np.uint8)) for picture, classes in loaded]
 
 
 def _told(function: Callable[..., Any], gradio: Any) -> Callable[..., Any]:

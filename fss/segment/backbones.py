@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 import svf_fast
 from fss.config import RegimeConfig
-from fss.models import FewShotModel, Matching, apply_regime, leaves_adapter
+from fss.models import (
+    FewShotModel,
+    Matching,
+    apply_regime,
+    convert_backbone,
+    leaves_adapter,
+)
 from fss.processes import lay_out
 
 
@@ -43,11 +49,7 @@ class Backbones:
         """
         backbone = self.model.backbone if self._untuned is None else self._untuned
         if adapter is not None:
-            if self._own is None:
-                if not _svf_layers(backbone):
-                    adapter.convert(backbone, fuse=False)
-                    lay_out(backbone, self.device).requires_grad_(False)
-                self._own = svf_fast.Adapter.of(backbone)
+            self._decompose_for(adapter, backbone)
             self._completed(adapter).apply(backbone)
         elif self._own is not None:
             self._own.apply(backbone)
@@ -69,10 +71,11 @@ class Backbones:
             ValueError: layers that the backbone does not have, or without what the regime trains.
         """
         self.put_back()
+        layers: dict[str, svf_fast.SVFConv2d] = {}
         if leaves_adapter(regime):
             layers = self._decomposed(regime)
-            if regime.name == "svf" or all(each.trains == "log_scale" for each in layers):
-                for layer in layers:
+            if regime.name == "svf" or all(x.trains == "log_scale" for x in layers.values()):
+                for layer in layers.values():
                     layer.trained.requires_grad_(True)
                 return
         elif regime.name == "adapter":
@@ -90,9 +93,17 @@ class Backbones:
         self._untuned = self.model.backbone
         copied = copy.deepcopy(self._untuned)
         self.model.backbone = svf_fast.merge(copied) if known else copied
-        svf = regime.name in ("svf", "svf_scale")
-        apply_regime(self.model, regime, factors if factors and svf else None)
-        lay_out(self.model.backbone.to(self.device), self.device)
+        try:
+            if layers:  # those that have singular values, no others
+                chosen = {name: factors[name] for name in layers}
+                options = {"strategy": regime.strategy, "keep_norms_frozen": True}
+                convert_backbone(self.model.backbone, layers, regime, factors=chosen, **options)
+            else:
+                svf = regime.name in ("svf", "svf_scale")
+                apply_regime(self.model, regime, factors if factors and svf else None)
+        except ValueError as error:
+            raise ValueError(f"what: {error}") from error
+        lay_out(self.model.backbone.to(self.device).eval(), self.device)
 
     def keep(
         self, regime: RegimeConfig, changed: bool, card: dict[str, Any]
@@ -129,11 +140,44 @@ class Backbones:
         fingerprints = {**own.fingerprints, **adapter.fingerprints}
         return dataclasses.replace(adapter, S={**own.S, **adapter.S}, fingerprints=fingerprints)
 
-    def _decomposed(self, regime: RegimeConfig) -> list[svf_fast.SVFConv2d]:
+    def _decompose_for(self, adapter: svf_fast.Adapter, backbone: nn.Module) -> None:
+        """Decompose the layers of an adapter that are still plain; the values stay."""
+        if self._own is None:
+            if not _svf_layers(backbone):
+                adapter.convert(backbone, fuse=False)
+                lay_out(backbone, self.device).requires_grad_(False)
+            self._own = svf_fast.Adapter.of(backbone)
+            return
+        there = {name for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
+        missing = sorted(adapter.S.keys() & there - self._own.S.keys())
+        if self._was_plain and missing:
+            with self._decomposing(backbone):
+                svf_fast.convert(backbone, missing, fuse=False)
+
+    @contextmanager
+    def _decomposing(self, backbone: nn.Module) -> Iterator[None]:
+        """Note what more is decomposed within, of a backbone that was plain; the values stay."""
+        present = None
+        if self._own is not None:
+            present = svf_fast.Adapter.of(backbone)
+            self._own.apply(backbone)
+        yield
+        lay_out(backbone, self.device).requires_grad_(False)
+        self._own = svf_fast.Adapter.of(backbone)
+        if present is not None:
+            self._completed(present).apply(backbone)
+
+    def _decomposed(self, regime: RegimeConfig) -> dict[str, svf_fast.SVFConv2d]:
         """Return the SVF layers that the regime is about, decomposing what is not yet."""
         backbone = self.model.backbone
         children = [name for name, _ in backbone.named_children()]
         chosen = children if regime.layers == ("all",) else list(regime.layers)
+        unknown = [name for name in chosen if name not in children]
+        if unknown:
+            raise ValueError(
+                f"what: expected layers of the backbone, which are {', '.join(children)}; got "
+                f"{', '.join(map(repr, unknown))}"
+            )
 
         def fits(name: str, kernel: tuple[int, ...]) -> bool:
             sizes = ("all", "x".join(map(str, kernel)))
@@ -144,19 +188,13 @@ class Backbones:
             for name, module in backbone.named_modules()
             if isinstance(module, nn.Conv2d) and fits(name, module.kernel_size)
         }
-        unknown = [name for name in chosen if name not in children]
-        if self._was_plain and (plain or unknown):
-            if self._own is not None:
-                self._own.apply(backbone)
-            layers = tuple(name for name in chosen if name in plain or name in unknown)
+        if self._was_plain and plain:
+            layers = tuple(name for name in chosen if name in plain)
             settings = {"name": "svf", "factors": None, "layers": layers}
-            apply_regime(self.model, dataclasses.replace(regime, **settings))
-            lay_out(backbone, self.device).requires_grad_(False)
-            self._own = svf_fast.Adapter.of(backbone)
-            if self._start is not None:
-                self._completed(self._start).apply(backbone)
+            with self._decomposing(backbone):
+                apply_regime(self.model, dataclasses.replace(regime, **settings))
         there = _svf_layers(backbone)
-        found = [layer for name, layer in there.items() if fits(name, layer.kernel_size)]
+        found = {name: x for name, x in there.items() if fits(name, x.kernel_size)}
         if not found:
             where = sorted({name.split(".")[0] for name in there})
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import svf_fast
 from fss.data import MEAN, STD
-from fss.files import atomic_write
+from fss.files import atomic_write, check_writable
 from fss.models import FewShotModel
 from fss.runs.folder import RunFolder
 
@@ -113,6 +113,7 @@ def export_run(
         ImportError, ValueError, RuntimeError: see `export_onnx`.
     """
     folder, name = RunFolder.find(run, checkpoint)
+    check_writable(Path(out), "out")
     model, config = folder.network(name)
     data = config.data
     metadata = {"data": data.source, "fold": data.fold, "model": config.model.name}

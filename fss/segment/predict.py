@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fss.data.images import ENDINGS, OTHER_ENDINGS
-from fss.files import atomic_write
+from fss.files import atomic_write, check_writable
 from fss.segment.pictures import MaskLike, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter, Segmentation
 from fss.segment.tuning import TuningSettings
@@ -94,7 +95,9 @@ def predict_files(
         _refuse_to_overwrite(list(results.values()))
     if not supports:
         raise ValueError("support: expected at least one picture with its mask, got none")
-    _check_tuning(tune, tune_what, tune_lr, save_adapter, overwrite)
+    with _named_as_here():
+        _check_tuning(tune, tune_what, tune_lr, save_adapter, overwrite)
+    check_writable(_files(next(iter(results.values())))[0], "out")
     if run is None:
         segmenter = FewShotSegmenter(backbone, weights, None, size, adapter, threshold, device)
     else:
@@ -105,7 +108,8 @@ def predict_files(
     segmenter.support(list(images), [parse_mask(mask) for mask in masks], mask_value)
     told = ""
     if tune is not None:
-        tuning = segmenter.tune(tune, tune_lr, tune_what, unlabeled=_some_readable(paths))
+        with _named_as_here():
+            tuning = segmenter.tune(tune, tune_lr, tune_what, unlabeled=_some_readable(paths))
         told = f"\n{tuning}"
         if save_adapter is not None and tuning.adapter is not None:
             Path(save_adapter).parent.mkdir(parents=True, exist_ok=True)
@@ -144,11 +148,27 @@ def _check_tuning(
             f"save_adapter: expected svf or svf_scale to be tuned, got tune_what {what}: an "
             "adapter holds singular values alone"
         )
+    if save_adapter is not None:
+        check_writable(Path(save_adapter), "save_adapter")
     if save_adapter is not None and Path(save_adapter).exists() and not overwrite:
         raise FileExistsError(
             f"save_adapter: {save_adapter} is there already; give another file, or --overwrite to "
             "replace it and earlier results"
         )
+
+
+@contextmanager
+def _named_as_here() -> Iterator[None]:
+    """Call the arguments of `FewShotSegmenter.tune` in errors as they are called here."""
+    names = {"steps": "tune", "lr": "tune_lr", "what": "tune_what"}
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        name, _, said = str(error).partition(":")
+        if name not in names:
+            raise
+        said = said.replace(", or a RegimeConfig", "")
+        raise type(error)(f"{names[name]}:{said}") from error
 
 
 def _some_readable(paths: Sequence[Path]) -> list[NDArray[np.uint8]]:

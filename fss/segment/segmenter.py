@@ -32,6 +32,7 @@ from fss.segment.views import (
     Example,
     Scene,
     SupportViews,
+    check_supports,
     plain_view,
     shrunk,
     surely_background,
@@ -155,6 +156,7 @@ class FewShotSegmenter:
         self.conventions: list[str] = []
         self._resize = config.resize if config else "photo"
         self._backbones = Backbones(self.model, self.device)
+        self._is_tuning = False
         self._pictures: list[Example] = []
         self._examples: tuple[Tensor, Tensor] | None = None
         self._supports: Any = None  # what the model keeps of the examples
@@ -172,20 +174,29 @@ class FewShotSegmenter:
             raise ValueError(f"threshold: expected a probability between 0 and 1, got {value}")
         self._threshold = value
 
-    def adapter(self, adapter: str | os.PathLike[str] | svf_fast.Adapter | None) -> None:
+    def adapter(self, adapter: str | os.PathLike[str] | svf_fast.Adapter | Tuning | None) -> None:
         """Set the backbone's singular values, without decomposing it anew; supports stay.
 
         A backbone without SVF layers, as in a run of another regime, is decomposed the first time.
         What `tune` did is undone; its adapter brings it back.
 
         Args:
-            adapter: a file of `svf_fast.save_adapter`, as runs leave it, or one that was loaded;
-                None for the values that the segmenter came with.
+            adapter: a file of `svf_fast.save_adapter`, as runs leave it, one that was loaded, or
+                the record of a tuning of singular values; None for the values that the segmenter
+                came with.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: no adapter, or one of another backbone.
+            ValueError: no adapter, or one of another backbone; a tuning of something else.
         """
+        self._refuse_while_tuning("adapter")
+        if isinstance(adapter, Tuning):
+            if adapter.adapter is None:
+                raise ValueError(
+                    f"adapter: expected a tuning of singular values, got one of {adapter.what}, "
+                    "whose values are nowhere kept but in the segmenter; tune again"
+                )
+            adapter = adapter.adapter
         if adapter is not None and not isinstance(adapter, svf_fast.Adapter):
             adapter = svf_fast.Adapter.load(adapter)
         if adapter is not None and adapter.also:
@@ -195,6 +206,13 @@ class FewShotSegmenter:
             )
         self._backbones.set(adapter)
         self._supports = None
+
+    def _refuse_while_tuning(self, name: str) -> None:
+        if self._is_tuning:
+            raise RuntimeError(
+                f"on_measure: {name}() was called in it, which would change what is being tuned; "
+                "expected at most support() and segmenting"
+            )
 
     def support(
         self,
@@ -224,19 +242,15 @@ class FewShotSegmenter:
             )
         pictures: list[Example] = []
         samples, conventions = [], []
-        everywhere = True
         for number, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
             where = f" {number}" if len(images) > 1 else ""
             pixels = read_picture(image, f"support image{where}")
             height, width = pixels.shape[:2]
-            found, convention = find_object(
-                mask, (height, width), f"support mask{where}", mask_value
-            )
-            conventions.append(convention)
-            everywhere &= bool(found.all())
-            pictures.append((pixels, found))
-            samples.append(plain_view(pixels, found, self._transform))
-        if everywhere and isinstance(self.model, Matching):
+            found = find_object(mask, (height, width), f"support mask{where}", mask_value)
+            conventions.append(found.convention)
+            pictures.append((pixels, found.labels))
+            samples.append(plain_view(*pictures[-1], self._transform))
+        if isinstance(self.model, Matching) and not any((mask == 0).any() for _, mask in pictures):
             raise ValueError(
                 "support mask: expected some background to tell the object from, got masks that "
                 "cover all of their images; a trained run can do without"
@@ -247,6 +261,7 @@ class FewShotSegmenter:
         self._pictures, self.conventions = pictures, conventions
         return self
 
+    @torch.inference_mode(False)
     def tune(
         self,
         steps: int = 20,
@@ -271,9 +286,10 @@ class FewShotSegmenter:
         best.
 
         It starts from the network as it came, or from the adapter that was set last; tuning twice
-        starts again from there. `adapter(None)` goes back, `adapter(tuning.adapter)` to what was
-        tuned, both without decomposing. Of a run, singular values train where it has them, from
-        their present values. What else is tuned is a copy of the backbone.
+        starts again from there. `adapter(None)` goes back; where singular values were tuned,
+        `adapter(tuning)` to what they became, both without decomposing. Of a run, singular values
+        train where it has them, from their present values. What else is tuned is a copy of the
+        backbone.
 
         BAM weighs a fixed number of supports: where episodes would have one less, views of one are
         among them twice.
@@ -292,7 +308,8 @@ class FewShotSegmenter:
             progress: show a bar.
             patience: measures without a better one after which it stops; there is one every five
                 steps, more often where there are fewer than 20.
-            on_measure: called with every measure; the segmenter then segments with its values.
+            on_measure: called with every measure; the segmenter then segments with its values, but
+                cannot be tuned, nor take an adapter.
             unlabeled: pictures without a mask, with the object in them or not; of more than 16,
                 16 are drawn. They are segmented before the first step.
 
@@ -302,12 +319,15 @@ class FewShotSegmenter:
             TypeError: an argument of another type.
         """
         begin = time.monotonic()
+        self._refuse_while_tuning("tune")
         if not self._pictures:
             raise ValueError("supports: expected at least one, call support(images, masks) first")
-        settings = TuningSettings(steps, lr, what, seed, patience)
+        settings = TuningSettings(steps, lr, what, size, seed, patience)
+        if on_measure is not None and not callable(on_measure):
+            raise TypeError(f"on_measure: expected a function, got {on_measure!r}")
         most = self._transform.size
-        size = min(most, LARGEST) if size is None else size
-        if type(self._transform)(size).size > most:
+        size = min(most, LARGEST) if size is None else int(size)
+        if size > most:
             raise ValueError(
                 f"size: expected at most {most}, at which the network sees pictures, got {size}"
             )
@@ -318,7 +338,8 @@ class FewShotSegmenter:
                 f"supports: expected {' or '.join(sorted({'1', str(shots)}))}, which this model "
                 f"can weigh, got {count}"
             )
-        scenes = self._scenes(unlabeled, seed)
+        check_supports(self._pictures)
+        scenes, given = self._scenes(unlabeled, seed)
         self._supports = None
         views = SupportViews(
             self._pictures,
@@ -337,20 +358,28 @@ class FewShotSegmenter:
                 on_measure(measure)
                 self._supports = None  # as these values see them
 
-        return tune(
-            self._backbones,
-            views,
-            settings,
-            self.threshold,
-            count,
-            card,
-            progress,
-            begin,
-            look,
-        )
+        self._is_tuning = True
+        try:
+            return tune(
+                self._backbones,
+                views,
+                settings,
+                self.threshold,
+                count,
+                card,
+                progress,
+                begin,
+                look,
+                (len(scenes), given),
+            )
+        finally:
+            self._is_tuning = False
 
-    def _scenes(self, pictures: Picture | Sequence[Picture], seed: int) -> list[Scene]:
-        """Segment pictures as the untuned network does; keep those with background for sure."""
+    def _scenes(self, pictures: Picture | Sequence[Picture], seed: int) -> tuple[list[Scene], int]:
+        """Segment pictures as the untuned network does; keep those with background for sure.
+
+        Returns these, and how many were given.
+        """
         if not isinstance(pictures, (list, tuple)):
             pictures = [pictures]  # type: ignore[list-item]
         drawn = np.random.default_rng([seed, 2]).permutation(len(pictures))[:SCENES]
@@ -361,7 +390,7 @@ class FewShotSegmenter:
         self._supports = None
         found = self(read) if read else []
         scenes = [Scene(f.picture, surely_background(f.probability, f.mask)) for f in found]
-        return [scene for scene in scenes if scene.background.any()]
+        return [scene for scene in scenes if scene.background.any()], len(pictures)
 
     @overload
     def __call__(self, images: Picture, batch_size: int = 8) -> Segmentation: ...
@@ -419,7 +448,7 @@ class FewShotSegmenter:
         height, width = sample.size
         if isinstance(self.model, Matching) and max(picture.shape[:2]) > max(height, width):
             part = sample.image[:, :height, :width].to(logits)
-            whole = torch.from_numpy(picture).to(logits.device)
+            whole = torch.tensor(picture, device=logits.device)  # it may be read-only
             return self.model.sharpen(logits[:, :height, :width], part, whole)
         return enlarge(logits, sample.size, picture.shape[:2], self._resize)
 

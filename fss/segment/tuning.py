@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import svf_fast
 from fss.config import RegimeConfig
-from fss.config.checks import check_positive
+from fss.config.checks import check_positive, check_settings, check_side
 from fss.models import FewShotModel, Matching, leaves_adapter
 from fss.segment.backbones import Backbones, remembering
 from fss.segment.views import Round, SupportViews
@@ -83,6 +83,8 @@ class Tuning:
     stopped: why no further step was taken.
     history: every measure.
     adapter: the singular values, where these alone were tuned: to save, and to go back to.
+    unlabeled: how many pictures without a mask helped, and of how many; those without a place that
+        is background for sure do not.
     """
 
     what: str
@@ -95,6 +97,7 @@ class Tuning:
     stopped: str
     history: tuple[Measure, ...]
     adapter: svf_fast.Adapter | None = field(default=None, repr=False)
+    unlabeled: tuple[int, int] = (0, 0)
 
     @property
     def advice(self) -> str:
@@ -114,6 +117,10 @@ class Tuning:
     def __str__(self) -> str:
         kept = f"step {self.best_step} is kept" if self.best_step else "the untuned values are kept"
         supports = "1 support" if self.shots == 1 else f"{self.shots} supports"
+        used, given = self.unlabeled
+        if given:
+            of = str(used) if used == given else f"{used} of {given}"
+            supports += f" and {of} picture{'s' if given > 1 else ''} without a mask"
         text = (
             f"tuned {self.what} on {supports}: held-out IoU {self.before:.3f} -> {self.after:.3f}, "
             f"{kept} ({self.steps} steps, {self.seconds:.1f} s; {self.stopped})"
@@ -128,26 +135,24 @@ class TuningSettings:
     steps: int = 20
     lr: float | None = None
     what: str | RegimeConfig = "svf"
+    size: int | None = None
     seed: int = 0
     patience: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seed", "patience"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an integer, got {value!r}")
+        check_settings(self)
         if self.steps < 1:
             raise ValueError(
                 f"steps: expected at least 1, got {self.steps}; to segment untuned, do not tune"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed: expected an integer from 0 on, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, got {self.seed}")
         if self.patience < 1:
             raise ValueError(f"patience: expected at least 1 measure, got {self.patience}")
         if self.lr is not None:
-            if not isinstance(self.lr, int | float) or isinstance(self.lr, bool):
-                raise TypeError(f"lr: expected a number, got {self.lr!r}")
             check_positive("lr", self.lr)
+        if self.size is not None:
+            check_side("size", self.size)
         _check_regime(self.regime)
 
     @property
@@ -242,6 +247,7 @@ def tune(
     progress: bool,
     begin: float,
     on_measure: Callable[[Measure], None] | None = None,
+    unlabeled: tuple[int, int] = (0, 0),
 ) -> Tuning:
     """Tune the backbone of a model on views of supports, and leave the best values in it.
 
@@ -258,11 +264,12 @@ def tune(
         progress: show a bar.
         begin: when it began, of `time.monotonic`.
         on_measure: called with every measure, while the model has the values that it is of.
+        unlabeled: of the record.
     """
     model = backbones.model
     device = backbones.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)  # of what a regime adds
+        torch.manual_seed(int(settings.seed))  # of what a regime adds
         try:
             backbones.train(settings.regime)
             groups = settings.groups(model.backbone)
@@ -292,6 +299,7 @@ def tune(
         stopped,
         history,
         adapter,
+        unlabeled,
     )
 
 
@@ -325,8 +333,7 @@ class _Loop:
         """Take the steps, leave the best values in the parameters, and return why it stopped."""
         every = min(_EVERY, max(1, self.settings.steps // 4))
         losses: list[float] = []
-        self.best = self._measure(losses)
-        kept = self._values()
+        self._look(losses)
         stopped = "all steps are done"
         bar = tqdm(
             total=self.settings.steps, desc="tune", unit="step", disable=not progress, leave=False
@@ -343,10 +350,8 @@ class _Loop:
                     losses.append(loss)
                     self.done += 1
                     if self.done % every == 0 or self.done == self.settings.steps:
-                        measure = self._measure(losses)
+                        self._look(losses)
                         losses = []
-                        if measure.better_than(self.best):
-                            self.best, kept = measure, self._values()
                     bar.set_postfix(loss=f"{loss:.3f}", iou=f"{self.history[-1].iou:.3f}")
                     bar.update()
                     if self._is_exhausted(every):
@@ -355,7 +360,7 @@ class _Loop:
         except KeyboardInterrupt:
             stopped = f"stopped by ctrl-C after {self.done} steps"
         with torch.no_grad():
-            for parameter, values in zip(self.parameters, kept, strict=True):
+            for parameter, values in zip(self.parameters, self._kept, strict=True):
                 parameter.copy_(values)
                 parameter.grad = None
         return stopped
@@ -375,6 +380,15 @@ class _Loop:
             self.optimizer.step()
         return value
 
+    def _look(self, losses: Sequence[float]) -> None:
+        """Measure, keep the values if they are the best so far, and tell."""
+        measure = self._measure(losses)
+        if not self.history or measure.better_than(self.best):
+            self.best, self._kept = measure, [p.detach().clone() for p in self.parameters]
+        self.history.append(measure)
+        if self._on_measure is not None:
+            self._on_measure(measure)
+
     @torch.no_grad()
     def _measure(self, losses: Sequence[float]) -> Measure:
         margins, truth = self._margins(self.held_out)
@@ -383,11 +397,7 @@ class _Loop:
         either = ((mask | (truth == 1)) & (truth != 255)).sum((1, 2))
         train_loss = sum(losses) / len(losses) if losses else None
         loss = float(soft_iou_loss(margins, truth))
-        measure = Measure(self.done, float((both / either).mean()), loss, train_loss)
-        self.history.append(measure)
-        if self._on_measure is not None:
-            self._on_measure(measure)
-        return measure
+        return Measure(self.done, float((both / either).mean()), loss, train_loss)
 
     def _margins(self, views: Round) -> tuple[Tensor, Tensor]:
         """Compute how far the queries' logits are above the threshold [E, S, S]; also the masks."""
@@ -399,6 +409,3 @@ class _Loop:
             supports = torch.tensor([supports for _, supports in episodes], device=images.device)
             logits = self.model(images[queries], images[supports], masks[supports]).logits
         return logits[:, 1] - logits[:, 0] - self.margin, masks[queries]
-
-    def _values(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fss.data import EvalTransform, SquareTransform, TrainTransform
 
-Example = tuple[NDArray[np.uint8], NDArray[np.bool_]]
-"""A picture RGB uint8 [H, W, 3] and where in it the object is, bool [H, W]."""
+Example = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""A picture RGB uint8 [H, W, 3] and its mask [H, W]: 1 the object, 255 ignored, else 0."""
 View = tuple[Tensor, Tensor]
 """An image [3, S, S], normalized, and its mask int64 [S, S]."""
 
@@ -89,7 +89,7 @@ class SupportViews:
         scenes: pictures without a mask.
 
     Raises:
-        ValueError: a support without background.
+        ValueError: see `check_supports`.
     """
 
     def __init__(
@@ -103,13 +103,7 @@ class SupportViews:
         device: torch.device | str = "cpu",
         scenes: Sequence[Scene] = (),
     ) -> None:
-        for number, (_, found) in enumerate(examples, start=1):
-            if found.all():
-                raise ValueError(
-                    f"support mask{f' {number}' if len(examples) > 1 else ''}: expected some "
-                    "background to tell the object from, got a mask that covers its image; leave "
-                    "this support out to tune"
-                )
+        check_supports(examples)
         largest = 2 * transform.size  # views show less: large photos would only take time
         examples = [shrunk(*example, largest) for example in examples]
         scenes = [Scene(*shrunk(*scene, largest)) for scene in scenes]
@@ -194,36 +188,60 @@ def _views_of_each(count: int, alone: bool = False) -> int:
     return 1 if alone else max(1, _VIEWS // count)
 
 
+def check_supports(examples: Sequence[Example]) -> None:
+    """Check that there are supports, and that each shows object and background.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not examples:
+        raise ValueError("supports: expected at least one, got none")
+    for number, (_, mask) in enumerate(examples, start=1):
+        name = f"support mask{f' {number}' if len(examples) > 1 else ''}"
+        if not (mask == 1).any():
+            raise ValueError(f"{name}: expected a pixel of the object, got an empty mask")
+        if not (mask == 0).any():
+            raise ValueError(
+                f"{name}: expected some background to tell the object from, got a mask that "
+                "covers its image; leave this support out to tune"
+            )
+
+
 def plain_view(
     pixels: NDArray[np.uint8],
-    found: NDArray[np.bool_],
+    mask: NDArray[np.uint8],
     transform: EvalTransform | SquareTransform,
 ) -> View:
     """Prepare a support as the network sees it: image [3, S, S], mask int64 [S, S].
 
-    The mask has at least a pixel of the object.
+    Of object and background the result has a pixel at least, where the mask has one.
     """
-    sample = transform(pixels, found.astype(np.uint8))
+    sample = transform(pixels, mask)
     result = sample.mask.long()
-    if not (result == 1).any():  # nearest-neighbor scaling can drop an object of a few pixels
-        valid = result != 255
-        height, width = int(valid.any(1).sum()), int(valid.any(0).sum())
-        y, x = np.argwhere(found).mean(0) / found.shape
-        result[int(y * height), int(x * width)] = 1
+    assert sample.size is not None
+    height, width = sample.size
+    for value in (0, 1):  # nearest-neighbor scaling can drop what has a few pixels
+        if (mask == value).any() and not (result == value).any():
+            there = np.argwhere(mask == value)
+            y, x = there[len(there) // 2] / mask.shape
+            result[int(y * height), int(x * width)] = value
     return sample.image, result
 
 
-def shrunk(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], largest: int) -> Example:
-    """Scale a picture and its mask so that no side is longer, unless the mask would be lost."""
+def shrunk(
+    pixels: NDArray[np.uint8], mask: NDArray[Any], largest: int
+) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Scale a picture and its mask so that no side is longer, unless all of a value is lost."""
     height, width = mask.shape
     scale = largest / max(height, width)
     if scale >= 1:
         return pixels, mask
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    smaller = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) == 1
-    if not smaller.any():
+    smaller = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    if any((mask == value).any() and not (smaller == value).any() for value in (0, 1)):
         return pixels, mask
-    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8), smaller
+    pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    return pixels, smaller.astype(mask.dtype)
 
 
 def surely_background(
@@ -248,9 +266,8 @@ def _view(
     Args:
         strength: see `_warped`.
     """
-    pixels, found = example
-    view = _warped(pixels, found.astype(np.uint8), transform, size, strength, rng)
-    return view or plain_view(pixels, found, type(transform)(size))
+    view = _warped(*example, transform, size, strength, rng)
+    return view or plain_view(*example, type(transform)(size))
 
 
 def _pasted(
@@ -265,7 +282,7 @@ def _pasted(
     255 is where neither the object nor what is surely background is.
     """
     pixels, mask = scene.pixels.copy(), np.where(scene.background, 0, 255).astype(np.uint8)
-    image, found = example
+    image, found = example[0], example[1] == 1
     rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     image, found = image[box], found[box]

@@ -223,6 +223,11 @@ def test_what_another_plan_made_is_refused(main, trained, written, tmp_path, mon
         ({"search": {"stages": STAGES[:1] * 2}}, "different runs, got trial-fold0-freeze-lr=0.01"),
         ({"search": {"fold": "all"}}, 'search.fold: expected a number or "each"'),
         ({"final": {"folds": 0}}, "final.folds: expected a list of numbers, got 0"),
+        ({"final": {"folds": [True]}}, "final.folds: expected a list of numbers"),
+        ({"search": {"fold": True}}, 'search.fold: expected a number or "each"'),
+        ({"config": 3}, "config: expected a name, got 3"),
+        ({"settings": {1: 2}}, "settings: expected a name, got 1"),
+        ({"regimes": {"a/b": {}}, "search": {}}, "part of a file's name, got the run 'fold0-a/b"),
         ({"settings": {"data": {"sise": 33}}}, "demo: data: 'sise' is no setting"),
         ({"settings": {"data.size": 32}}, "data.size: expected a multiple of 8 plus 1"),
         ({"settings": {LR: "1e-5"}}, "optimizer.lr: expected a number, got '1e-5'"),
@@ -240,6 +245,17 @@ def test_a_plan_that_does_not_fit_is_refused(main, trained, written, changes, me
 def test_options_are_settings(main, trained):
     with pytest.raises(SystemExit, match="--data.size: expected a setting as --NAME=VALUE"):
         main("--data.size", "161")
+    with pytest.raises(SystemExit, match=r"--steps=\[: expected a value as in YAML, '\[' is none"):
+        main("--steps=[")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]"])
+def test_a_file_that_is_no_row_is_named(main, trained, tmp_path, text):
+    (tmp_path / "out" / "rows").mkdir(parents=True)
+    (tmp_path / "out" / "rows" / "fold0-svf-seed1.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"fold0-svf-seed1.json: expected the row of a finished"):
+        main()
+    assert not trained
 
 
 def test_a_folder_belongs_to_one_process(main, trained, tmp_path):

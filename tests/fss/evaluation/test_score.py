@@ -105,7 +105,7 @@ def test_training_data_that_are_gone_are_said_to_be(tiny, elsewhere):
         ({"folds": "panet"}, "fold, folds: expected them with --source"),
         ({"source": "coco", "root": "there", "classes": "base"}, 'classes: expected "novel"'),
         ({"source": "coco", "root": "there", "fold": 4}, "fold: expected 0 to 3 with these data"),
-        ({"source": "coco"}, "data.root: expected the folder"),
+        ({"source": "coco"}, "^root: expected the folder.* give --root, or --source shapes"),
         ({"source": "shapes"}, "training saw every class"),
         ({"official": "authors.pth"}, "official: expected a YAML file"),
     ],
@@ -265,10 +265,11 @@ def test_matching_sees_what_the_segmenter_sees():
         ({"run": "a.yaml", "weights": None}, "size: expected only without .*size 97, omit it"),
         ({"official": "bam.pth"}, "official: expected only with a run or its settings"),
         ({"checkpoint": "last"}, "checkpoint: expected only with a run.*got checkpoint last"),
-        ({"source": "pascal"}, "data.root: expected the folder"),
+        ({"source": "pascal"}, "^root: expected the folder.* give --root, or --source shapes"),
+        ({"source": "shapes", "out": "/proc/x/a.json"}, "out: /proc/x/a.json cannot be written"),
         ({"fold": 4}, "fold: expected 0 to 3 with these data, got 4"),
         ({"backbone": "resnet50"}, "weights: expected those of resnet50, .* weights of resnet18"),
-        ({"size": 32}, "data.size: expected a multiple of 8 plus 1"),
+        ({"size": 32}, "^size: expected a multiple of 8 plus 1"),
     ],
 )
 def test_what_does_not_fit_matching_is_refused(options, message):

@@ -279,7 +279,8 @@ def test_tuning_on_the_supports_first(photos, tmp_path, capsys, monkeypatch):
     tune = ["--tune", "2", "--tune_lr", "0.05", "--save_adapter", str(file)]
     assert predict(photos, *query, *tune) == 0
     (line,) = [each for each in capsys.readouterr().out.splitlines() if "held-out IoU" in each]
-    assert line.startswith("tuned svf on 1 support: held-out IoU 0.") and str(file) in line
+    begin = "tuned svf on 1 support and 1 picture without a mask: held-out IoU 0."
+    assert line.startswith(begin) and str(file) in line
     tuned = np.array(Image.open(tmp_path / "a.probability.png"))
     assert svf_fast.Adapter.load(file).card["tuned"] == "svf"
     assert predict(photos, *query, "--overwrite", "--adapter", str(file)) == 0
@@ -303,15 +304,17 @@ def test_tuning_on_the_supports_first(photos, tmp_path, capsys, monkeypatch):
     assert seen == [[np.array(Image.open(query[1])).shape]]
     more = ["--tune", "1", "--tune_what", "bias", "--adapter", str(file), "--overwrite"]
     assert predict(photos, *query, *more) == 0
-    assert "tuned bias on 1 support" in capsys.readouterr().out
+    assert "tuned bias on 1 support and 1 picture" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--tune", "0"], "steps: expected at least 1, got 0"),
-        (["--tune", "3", "--tune_what", "svd"], "what: expected one of svf, svf_scale"),
-        (["--tune", "3", "--tune_lr", "-1"], "lr: expected a number above 0"),
+        (["--tune", "0"], "tune: expected at least 1, got 0"),
+        (["--tune", "3", "--tune_what", "svd"], "tune_what: expected one of svf, svf_scale"),
+        (["--tune", "3", "--tune_lr", "-1"], "tune_lr: expected a number above 0"),
+        (["--tune", "3", "--save_adapter", "."], "save_adapter: expected a file, . is a folder"),
+        (["--tune", "3", "--save_adapter", "/proc/x/a.st"], "save_adapter: /proc/x/a.st cannot be"),
         (["--save_adapter", "a.st"], "save_adapter: expected with --tune STEPS"),
         (["--tune_what", "full"], "tune_what: expected with --tune STEPS"),
         (["--tune", "3", "--tune_what", "full", "--save_adapter", "a.st"], "singular values alone"),
@@ -322,3 +325,12 @@ def test_wrong_tuning_is_explained(photos, tmp_path, capsys, options, message):
     assert predict(photos, "--query", query, "--out", str(tmp_path), *options) == 2
     assert message in capsys.readouterr().err
     assert not pictures(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_told_first(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(FewShotSegmenter, "support", None)  # not so far
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "results"
+    assert predict(photos, "--query", str(photos / "queries"), "--out", str(out)) == 2
+    error = capsys.readouterr().err
+    assert f"out: {out}" in error and "cannot be written (Not a directory)" in error

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
@@ -11,9 +10,8 @@ import torch
 
 import svf_fast
 from fss.config import RegimeConfig
-from fss.data import EvalTransform, ShapesSource
+from fss.data import EvalTransform
 from fss.models import Matching, build_backbone
-from fss.runs.checkpoint import save_checkpoint
 from fss.segment import tuning
 from fss.segment.backbones import remembering
 from fss.segment.segmenter import FewShotSegmenter
@@ -21,43 +19,6 @@ from fss.segment.tuning import TUNABLE, Measure, Tuning, TuningSettings, soft_io
 from fss.segment.views import SCENES, SupportViews
 
 SIZE = 49
-
-
-@pytest.fixture(scope="module")
-def examples():
-    """Photos of 65 px that show one class, with its mask."""
-    source = ShapesSource(size=65)
-    found = []
-    for index in source.indices("test"):
-        if source.class_areas(index).get(1, 0) > 0.1 * source.image_size**2:
-            image, mask = source.load(index)
-            found.append((image, mask == 1))
-        if len(found) == 4:
-            return found
-    raise AssertionError("too few photos")
-
-
-@pytest.fixture(scope="module")
-def _embedded():
-    return FewShotSegmenter(size=SIZE, device="cpu")
-
-
-@pytest.fixture
-def embedded(_embedded):
-    """The embedded backbone, as it came."""
-    return copy.deepcopy(_embedded)
-
-
-@pytest.fixture
-def run(tmp_path, untrained):
-    """Loads the segmenter of a run of a few random weights."""
-
-    def make(**overrides: object) -> FewShotSegmenter:
-        config, network = untrained(**overrides)
-        save_checkpoint(tmp_path / "best.pt", config, {"model": network.state_dict(), "step": 1})
-        return FewShotSegmenter.load(tmp_path, device="cpu")
-
-    return make
 
 
 def given(segmenter: FewShotSegmenter, examples, count: int) -> FewShotSegmenter:
@@ -84,8 +45,7 @@ def test_the_best_measure_is_kept_and_segments(embedded, examples, monkeypatch):
     def scored(self, losses) -> Measure:
         measure = measured(self, losses)
         loss = 1.0 + (self.done == 3)
-        self.history[-1] = dataclasses.replace(measure, iou=scores[self.done], loss=loss)
-        return self.history[-1]
+        return dataclasses.replace(measure, iou=scores[self.done], loss=loss)
 
     monkeypatch.setattr(tuning._Loop, "_measure", scored)
     tuned = embedded.tune(4, lr=0.1, progress=False)
@@ -337,7 +297,12 @@ def test_supports_that_do_not_explain_each_other_are_named(embedded, examples):
         ({"lr": -1.0}, ValueError, "lr: expected a number above 0, got -1"),
         ({"lr": math.nan}, ValueError, "lr: expected a number above 0"),
         ({"lr": "fast"}, TypeError, "lr: expected a number"),
-        ({"seed": -1}, ValueError, "seed: expected an integer from 0 on"),
+        ({"seed": -1}, ValueError, "seed: expected an integer from 0 to 2"),
+        ({"seed": 2**64}, ValueError, "seed: expected an integer from 0 to 2"),
+        ({"what": ["svf"]}, TypeError, "what: expected a text or RegimeConfig"),
+        ({"size": 49.0}, TypeError, "size: expected an integer or null, got 49.0"),
+        ({"size": "49"}, TypeError, "size: expected an integer or null, got '49'"),
+        ({"on_measure": 3}, TypeError, "on_measure: expected a function, got 3"),
         ({"what": "svd"}, ValueError, "what: expected one of svf, svf_scale, full, .*got 'svd'"),
         ({"what": RegimeConfig("freeze")}, ValueError, "trains something in the backbone"),
         ({"what": RegimeConfig("rotated_svf")}, ValueError, "another network"),
@@ -365,9 +330,12 @@ def test_supports_that_cannot_be_tuned_on(embedded, run, examples):
     with pytest.raises(ValueError, match=r"call support\(images, masks\) first"):
         embedded.tune()
     image, mask = examples[0]
+    given(embedded, examples, 1).tune(1, lr=0.1, what="bias", progress=False)
     embedded.support([image, image], [mask, mask | True])
+    tuned = embedded(image).probability
     with pytest.raises(ValueError, match="support mask 2: expected some background"):
         embedded.tune()
+    np.testing.assert_array_equal(embedded(image).probability, tuned)
     with pytest.raises(ValueError, match="NaN|0 to 1"):
         embedded.support(np.full((48, 48, 3), np.nan, np.float32), mask)
     bam = given(run(model={"name": "bam", "base_weights": "none"}, data={"shots": 3}), examples, 2)
@@ -413,14 +381,48 @@ def test_not_more_pictures_without_a_mask_than_needed(embedded, examples, monkey
     given(embedded, examples, 1).tune(1, progress=False, unlabeled=[examples[1][0]] * 20)
     embedded.threshold = 1e-9
     alone = embedded.tune(1, progress=False)
-    history = embedded.tune(1, progress=False, unlabeled=[examples[1][0]]).history
+    none = embedded.tune(1, progress=False, unlabeled=[examples[1][0]])
     assert [len(scenes) for scenes in seen] == [SCENES, 0, 0]
-    assert history == alone.history
+    assert none.history == alone.history
+    assert "on 1 support and 0 of 1 picture without a mask: held-out" in str(none)
+
+
+def test_numbers_of_numpy_and_inference_mode(embedded, examples):
+    """The card of an adapter is plain JSON all the same."""
+    given(embedded, examples, 1)
+    first = embedded.tune(2, 0.01, size=33, seed=1, patience=2, progress=False)
+    with torch.inference_mode():
+        again = embedded.tune(
+            np.int64(2), np.float64(0.01), "svf", np.int64(33), np.int64(1), False, np.int64(2)
+        )
+    assert again.history == first.history and again.adapter.card == first.adapter.card
+
+
+def test_ignored_pixels_are_neither_object_nor_background(embedded, examples, monkeypatch):
+    image, mask = examples[0]
+    ids = mask.astype(np.uint8)
+    ring = np.zeros_like(mask)
+    ring[:8] = ids[:8] == 0
+    ids[ring] = 255
+    seen = []
+    monkeypatch.setattr(
+        "fss.segment.segmenter.SupportViews",
+        lambda examples, *more: seen.extend(examples) or SupportViews(examples, *more),
+    )
+    embedded.support(image, ids).tune(1, progress=False)
+    assert embedded.conventions == ["class id 1, 255 ignored"]
+    np.testing.assert_array_equal(seen[0][1], ids)
+    network = embedded._examples[1][0]  # what the network reads
+    assert (network[0, :48] == 255).all()
+    ids[ids == 0] = 255
+    with pytest.raises(ValueError, match="expected some background"):
+        embedded.support(image, ids)
 
 
 def test_matching_is_differentiable_where_it_trains(embedded, examples):
     model: Matching = embedded.model
-    images, masks, episodes = SupportViews(examples[:2], EvalTransform(SIZE), SIZE).sample()
+    pairs = [(image, mask.astype(np.uint8)) for image, mask in examples[:2]]
+    images, masks, episodes = SupportViews(pairs, EvalTransform(SIZE), SIZE).sample()
     assert not model.compare(images, masks, episodes).requires_grad
     weight = model.backbone.layer4[-1].conv2.weight.requires_grad_(True)
     logits = model.compare(images, masks, episodes)

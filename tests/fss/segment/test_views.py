@@ -13,8 +13,8 @@ SIZE = 49
 
 def corner_of(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
     image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
-    mask = np.zeros(size, bool)
-    mask[-side:, -side:] = True
+    mask = np.zeros(size, np.uint8)
+    mask[-side:, -side:] = 1
     return image, mask
 
 
@@ -34,7 +34,7 @@ def test_views_show_object_and_background(make, size, side):
 def test_views_are_as_large_as_the_network_sees_pictures(make):
     """A circle of a quarter of the side has an eighth of a picture's 257 pixels as its radius."""
     y, x = np.mgrid[:400, :400]
-    mask = (y - 200) ** 2 + (x - 200) ** 2 < 50**2
+    mask = ((y - 200) ** 2 + (x - 200) ** 2 < 50**2).astype(np.uint8)
     image = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
     for count, most in ((1, 2.0), (2, 2**0.5)):
         views = SupportViews([(image, mask)] * count, make(257), 129)
@@ -42,6 +42,34 @@ def test_views_are_as_large_as_the_network_sees_pictures(make):
         areas = (torch.cat(found) == 1).sum((1, 2)) / (np.pi * (257 / 8) ** 2)
         assert areas.max() < 1.1 * most**2 and areas.min() > 0.9 / most**2
         assert areas.max() > 1.3 and areas.min() < 0.8
+
+
+@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
+def test_a_pixel_of_background_is_not_lost(make):
+    """Nor one of the object: scaling takes every twentieth pixel."""
+    for value in (0, 1):
+        image, mask = corner_of((1000, 1000), 0)
+        mask[:] = 1 - value
+        mask[501, 501] = value
+        views = SupportViews([(image, mask)], make(65), SIZE)
+        for _, masks, _ in (views.sample(), views.held_out()):
+            assert (masks == 0).flatten(1).any(1).all() and (masks == 1).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize(
+    "examples, message",
+    [
+        ([], "supports: expected at least one, got none"),
+        ([corner_of((20, 20), 20)], "support mask: expected some background"),
+        (
+            [corner_of((20, 20), 5), (corner_of((20, 20), 5)[0], np.zeros((20, 20), np.uint8))],
+            "support mask 2: expected a pixel of the object",
+        ),
+    ],
+)
+def test_supports_without_object_or_background(examples, message):
+    with pytest.raises(ValueError, match=message):
+        SupportViews(examples, EvalTransform(65), SIZE)
 
 
 def test_large_photos_are_scaled_once(monkeypatch):
@@ -53,7 +81,7 @@ def test_large_photos_are_scaled_once(monkeypatch):
         lambda pixels, mask, *more: sizes.append(mask.shape) or warped(pixels, mask, *more),
     )
     image, mask = corner_of((1600, 1200), 500)
-    scene = Scene(image[:, :400], ~mask[:, :400])
+    scene = Scene(image[:, :400], mask[:, :400] == 0)
     SupportViews([(image, mask)], EvalTransform(65), SIZE, scenes=[scene])
     assert set(sizes) == {(130, 98), (130, 32)}
     sizes.clear()
@@ -63,8 +91,8 @@ def test_large_photos_are_scaled_once(monkeypatch):
 
 def colors_of(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Makes supports with a square each, every one in a color of its own."""
-    mask = np.zeros((40, 40), bool)
-    mask[10:25, 12:30] = True
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:25, 12:30] = 1
     values = range(20, 240, 220 // count)
     return [(np.full((40, 40, 3), value, np.uint8), mask) for value in values[:count]]
 
@@ -114,9 +142,9 @@ def normalized(value: int) -> torch.Tensor:
 def test_objects_are_pasted_into_pictures_without_a_mask(make, count, monkeypatch):
     """Objects are white, supports gray, scenes black, with a left half that may be the object."""
     monkeypatch.setattr("fss.segment.views._recolored", lambda pixels, strength, rng: pixels)
-    mask = np.zeros((60, 80), bool)
-    mask[10:30, 20:60] = True
-    image = np.where(mask[..., None], np.uint8(255), np.uint8(100)).repeat(3, 2)
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:30, 20:60] = 1
+    image = np.where(mask[..., None] == 1, np.uint8(255), np.uint8(100)).repeat(3, 2)
     background = np.arange(90)[None] >= np.full(70, 45)[:, None]
     scene = Scene(np.zeros((70, 90, 3), np.uint8), background)
     views = SupportViews([(image, mask)] * count, make(SIZE), SIZE, scenes=[scene])
