@@ -67,6 +67,8 @@ CURVE_STEPS = 200
 CURVES = ("svf", "batch_norm", "layers2-4")
 CURVE_AT = (0, 5, 10, 20, 40, 60, 100, 150, 200)
 SETS, QUERIES = 2, 10
+FIRST = 1
+"""Number of the first support set of the finals: set 0 was seen while the recipe was made."""
 CLASSES_OF_A_FOLD = 5
 SEARCHED = 1
 """Place in a fold of the class that rates are tried on, and that curves are of."""
@@ -111,7 +113,7 @@ def tasks(classes: list[int], shots: list[int]) -> Iterator[Task]:
                 for rate in regime.rates:
                     yield Task("search", class_id, 0, k, name, rate)
     for k in shots:
-        for number in range(SETS):
+        for number in range(FIRST, FIRST + SETS):
             for class_id in classes:
                 for regime in REGIMES:
                     yield Task("final", class_id, number, k, regime, None)
@@ -187,7 +189,7 @@ class Example:
 
     def __init__(self, task: Task, photos: Photos) -> None:
         self._photos, self._class_id = photos, task.class_id
-        self._asks_others = task.kind == "final" and task.number == 0
+        self._asks_others = task.kind == "final" and task.number == FIRST
         self._supports, self._queries = photos.draw(task)
         self._examples = [photos.load(index, task.class_id) for index in self._supports]
         self.queries = [photos.load(index, task.class_id) for index in self._queries]

@@ -26,7 +26,7 @@ from fss.processes import lay_out
 from fss.runs.folder import RunFolder
 from fss.segment.backbones import Backbones
 from fss.segment.pictures import MaskLike, Picture, find_object, overlay, read_picture
-from fss.segment.tuning import LARGEST, Measure, Tuning, TuningSettings, tune
+from fss.segment.tuning import LARGEST, SHARE, Measure, Tuning, TuningSettings, tune
 from fss.segment.views import (
     SCENES,
     Example,
@@ -273,6 +273,7 @@ class FewShotSegmenter:
         patience: int = 4,
         on_measure: Callable[[Measure], None] | None = None,
         unlabeled: Picture | Sequence[Picture] = (),
+        share: float = SHARE,
     ) -> Tuning:
         """Tune the backbone on the present supports; from then on the segmenter is the tuned one.
 
@@ -312,6 +313,8 @@ class FewShotSegmenter:
                 cannot be tuned, nor take an adapter.
             unlabeled: pictures without a mask, with the object in them or not; of more than 16,
                 16 are drawn. They are segmented before the first step.
+            share: how far the values that are measured and kept lie from the untuned (0) to the
+                trained ones (1): less is safer for pictures that are unlike the supports.
 
         Raises:
             ValueError: no support was given yet; a support without background; an argument out of
@@ -322,7 +325,7 @@ class FewShotSegmenter:
         self._refuse_while_tuning("tune")
         if not self._pictures:
             raise ValueError("supports: expected at least one, call support(images, masks) first")
-        settings = TuningSettings(steps, lr, what, size, seed, patience)
+        settings = TuningSettings(steps, lr, what, size, seed, patience, share)
         if on_measure is not None and not callable(on_measure):
             raise TypeError(f"on_measure: expected a function, got {on_measure!r}")
         most = self._transform.size

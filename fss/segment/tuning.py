@@ -42,6 +42,9 @@ where W costs more to compose than to convolve with (benchmarks/LOG.md)."""
 
 LARGEST = 225
 """Side of the views, pixels, unless another is asked for."""
+SHARE = 0.6
+"""How far the values that are kept lie from the untuned to the trained ones, unless it is said.
+What is fitted to few supports carries over better so (benchmarks/LOG.md)."""
 _EVERY = 5
 """Steps between two measures; fewer where there are few steps."""
 _UNEXPLAINED = 0.1
@@ -138,6 +141,7 @@ class TuningSettings:
     size: int | None = None
     seed: int = 0
     patience: int = 4
+    share: float = SHARE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -153,6 +157,8 @@ class TuningSettings:
             check_positive("lr", self.lr)
         if self.size is not None:
             check_side("size", self.size)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected more than 0, at most 1, got {self.share}")
         _check_regime(self.regime)
 
     @property
@@ -282,6 +288,7 @@ def tune(
                 "tuned": settings.name,
                 "shots": shots,
                 "steps": best.step,
+                "share": float(settings.share),
                 "metric": {"IoU before": history[0].iou, "IoU after": best.iou},
             }
             adapter = backbones.keep(settings.regime, best.step > 0, card)
@@ -304,7 +311,10 @@ def tune(
 
 
 class _Loop:
-    """Steps with a measure now and then.
+    """Steps with a measure now and then, of values between the untuned and the trained ones.
+
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (weight-space
+    ensembles).
 
     Attributes:
         history: all measures; best: the best of them.
@@ -324,6 +334,7 @@ class _Loop:
         self._on_measure = on_measure
         self.optimizer = torch.optim.Adam(groups)
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._untuned = self._values()
         self.margin = math.log(threshold / (1 - threshold))
         self.held_out = views.held_out()
         self.history: list[Measure] = []
@@ -359,10 +370,9 @@ class _Loop:
                         break
         except KeyboardInterrupt:
             stopped = f"stopped by ctrl-C after {self.done} steps"
-        with torch.no_grad():
-            for parameter, values in zip(self.parameters, self._kept, strict=True):
-                parameter.copy_(values)
-                parameter.grad = None
+        self._set(self._kept)
+        for parameter in self.parameters:
+            parameter.grad = None
         return stopped
 
     def _is_exhausted(self, every: int) -> bool:
@@ -381,13 +391,27 @@ class _Loop:
         return value
 
     def _look(self, losses: Sequence[float]) -> None:
-        """Measure, keep the values if they are the best so far, and tell."""
-        measure = self._measure(losses)
-        if not self.history or measure.better_than(self.best):
-            self.best, self._kept = measure, [p.detach().clone() for p in self.parameters]
-        self.history.append(measure)
-        if self._on_measure is not None:
-            self._on_measure(measure)
+        """Measure the values at the share, keep them if they are the best so far, and tell."""
+        trained = self._values()
+        pairs = zip(self._untuned, trained, strict=True)
+        self._set([a.lerp(b, self.settings.share) for a, b in pairs])
+        try:
+            measure = self._measure(losses)
+            if not self.history or measure.better_than(self.best):
+                self.best, self._kept = measure, self._values()
+            self.history.append(measure)
+            if self._on_measure is not None:
+                self._on_measure(measure)
+        finally:
+            self._set(trained)
+
+    def _values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     @torch.no_grad()
     def _measure(self, losses: Sequence[float]) -> Measure:

@@ -142,7 +142,7 @@ def test_costs_of_a_step_and_of_what_is_kept(tmp_path):
         tuning, saved, trained = supports_cost._first(segmenter, supports_cost.what_of(name))
         assert tuning.steps == 1 and supports_cost._kept(tuning, trained) >= 4 * trained
         found[name] = saved, trained
-    assert 0 < found["svf"][0] < 0.5 * found["the paper's layers"][0]
+    assert 0 < found["svf"][0] < 0.6 * found["the paper's layers"][0]
     assert found["svf"][1] == found["the paper's layers"][1] != found["batch_norm"][1]
     rows = [
         {

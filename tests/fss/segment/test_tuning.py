@@ -15,7 +15,14 @@ from fss.models import Matching, build_backbone
 from fss.segment import tuning
 from fss.segment.backbones import remembering
 from fss.segment.segmenter import FewShotSegmenter
-from fss.segment.tuning import TUNABLE, Measure, Tuning, TuningSettings, soft_iou_loss
+from fss.segment.tuning import (
+    SHARE,
+    TUNABLE,
+    Measure,
+    Tuning,
+    TuningSettings,
+    soft_iou_loss,
+)
 from fss.segment.views import SCENES, SupportViews
 
 SIZE = 49
@@ -66,9 +73,19 @@ def test_the_best_measure_is_kept_and_segments(embedded, examples, monkeypatch):
 def test_it_learns(embedded, examples):
     given(embedded, examples, 3)
     for seed in (1, 2):
-        history = embedded.tune(30, seed=seed, progress=False).history
+        history = embedded.tune(30, seed=seed, share=1.0, progress=False).history
         assert history[-1].loss < 0.9 * history[0].loss  # of views that are not trained on
         assert history[-1].iou > 2 * history[0].iou
+
+
+def test_the_trained_values_go_on_whatever_share_is_measured(embedded, examples):
+    """The losses of the steps are those of share 1, the measures are not."""
+    given(embedded, examples, 2)
+    few, all_of_it = (
+        embedded.tune(4, lr=0.05, share=share, progress=False).history for share in (0.1, 1.0)
+    )
+    assert [m.train_loss for m in few] == [m.train_loss for m in all_of_it]
+    assert few[0] == all_of_it[0] and few[-1].loss != all_of_it[-1].loss
 
 
 def test_another_seed_is_another_tuning(embedded, examples):
@@ -155,17 +172,18 @@ def test_runs_of_every_kind(run, examples, monkeypatch, overrides, what):
         np.testing.assert_allclose(segmenter(query).probability, after, atol=1e-5)
 
 
-def test_values_of_a_run_train_from_where_they_are(run, examples, monkeypatch):
+@pytest.mark.parametrize("share", [SHARE, 1.0])
+def test_values_of_a_run_train_from_where_they_are(run, examples, monkeypatch, share):
     """Also those of layers that are not tuned stay, and the file fits the run."""
     always_better(monkeypatch)
     segmenter = given(run(), examples, 2)
     before = {n: p.clone() for n, p in segmenter.model.backbone.state_dict().items()}
-    tuned = segmenter.tune(1, lr=0.01, progress=False)
+    tuned = segmenter.tune(1, lr=0.01, progress=False, share=share)
     assert {name.split(".")[0] for name in tuned.adapter.S} == {"layer2", "layer3", "layer4"}
     for name, values in tuned.adapter.S.items():
         own = before[f"{name}.S"]
         # a step of Adam is as large as its rate
-        moved = 0.0 if name.startswith("layer2") else 0.01 * float(own.abs().mean())
+        moved = 0.0 if name.startswith("layer2") else share * 0.01 * float(own.abs().mean())
         assert float((values - own).abs().max()) == pytest.approx(moved, rel=0.02)
 
 
@@ -302,6 +320,8 @@ def test_supports_that_do_not_explain_each_other_are_named(embedded, examples):
         ({"what": ["svf"]}, TypeError, "what: expected a text or RegimeConfig"),
         ({"size": 49.0}, TypeError, "size: expected an integer or null, got 49.0"),
         ({"size": "49"}, TypeError, "size: expected an integer or null, got '49'"),
+        ({"share": 0.0}, ValueError, "share: expected more than 0, at most 1, got 0"),
+        ({"share": math.nan}, ValueError, "share: expected more than 0"),
         ({"on_measure": 3}, TypeError, "on_measure: expected a function, got 3"),
         ({"what": "svd"}, ValueError, "what: expected one of svf, svf_scale, full, .*got 'svd'"),
         ({"what": RegimeConfig("freeze")}, ValueError, "trains something in the backbone"),
