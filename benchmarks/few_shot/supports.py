@@ -35,7 +35,7 @@ from fss.data.episodes import counting_classes
 from fss.files import parse_json, read_text, write_json
 from fss.segment.backbones import remembering
 from fss.segment.segmenter import FewShotSegmenter
-from fss.segment.tuning import Measure
+from fss.segment.tuning import SHARE, Measure
 from fss.training.provenance import provenance
 
 
@@ -201,7 +201,7 @@ class Example:
         segmenter.adapter(None)
         if self._asks_others and not self.others_untuned:
             self.others_untuned = self.ask_others(segmenter)
-        segmenter.support([p for p, _ in self._examples], [m == 1 for _, m in self._examples])
+        segmenter.support(*map(list, zip(*self._examples, strict=True)))
         if not self.untuned:
             self.untuned = self.ask(segmenter)
 
@@ -217,7 +217,7 @@ class Example:
         result = []
         for other, support, query in self._photos.others(self._class_id):
             picture, mask = self._photos.load(support, other)
-            segmenter.support(picture, mask == 1)
+            segmenter.support(picture, mask)
             picture, truth = self._photos.load(query, other)
             result.append(counts(segmenter(picture).mask, truth))
         return result
@@ -263,6 +263,7 @@ def run(
     return {
         **task._asdict(),
         "rate": rate,
+        "share": SHARE,
         **example.about(),
         "best_step": tuning.best_step,
         "stopped": tuning.stopped,
@@ -286,6 +287,8 @@ def main() -> int:
         about = parse_json(read_text(path), path)
         print(supports_table.write(rows, list(REGIMES), about, Path(options.table)))
         return 0
+    if any(row.get("share", 1.0) != SHARE for row in rows.values()):
+        raise SystemExit(f"--out: {out} has rows of another share than {SHARE}; give an empty one")
     photos = Photos(options.root, options.min_area)
     segmenter = FewShotSegmenter(weights=options.weights, device=options.device)
     deadline = time.monotonic() + 60 * options.minutes

@@ -173,11 +173,11 @@ def evaluate_run(
     path = Path(out) if out else None
     if path is None and tested.folder is not None:
         path = tested.folder.score_file(source, config.data.fold)
-    if path is not None:
-        check_writable(path, "out")
 
     devices, nodes = torchrun_layout() or (1, 1)
     fabric = launch(accelerator, devices, nodes, config.precision)
+    if path is not None and fabric.is_global_zero:
+        check_writable(path, "out")
     photos, described = build_source(config.data), tested.description
     if source is not None:
         described |= {"source": source}

@@ -357,9 +357,9 @@ class FewShotSegmenter:
         card = {"size": size, "model": type(self.model).__name__.lower()}
 
         def look(measure: Measure) -> None:
+            self._supports = None  # as these values see them
             if on_measure is not None:
                 on_measure(measure)
-                self._supports = None  # as these values see them
 
         self._is_tuning = True
         try:
@@ -376,7 +376,7 @@ class FewShotSegmenter:
                 (len(scenes), given),
             )
         finally:
-            self._is_tuning = False
+            self._is_tuning, self._supports = False, None
 
     def _scenes(self, pictures: Picture | Sequence[Picture], seed: int) -> tuple[list[Scene], int]:
         """Segment pictures as the untuned network does; keep those with background for sure.

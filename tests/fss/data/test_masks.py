@@ -78,6 +78,8 @@ def test_class_ids_with_255_ignored(tmp_path, k, ignored):
         found = read_object(mask)
         np.testing.assert_array_equal(found.pixels, OBJECT)
         assert found.convention == f"class id {k}, 255 ignored"
+        np.testing.assert_array_equal(found.labels == 255, ids == 255)
+        np.testing.assert_array_equal(found.labels == 1, found.pixels)
 
 
 ONE = {
@@ -124,6 +126,7 @@ def test_one_color_whatever_its_brightness(tmp_path, rgb):
         found = read_object(mask)
         np.testing.assert_array_equal(found.pixels, OBJECT)
         assert "VOC's border ignored" in found.convention
+        assert found.labels[~found.pixels].max() == 255
 
 
 TWO = {

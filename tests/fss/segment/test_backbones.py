@@ -135,6 +135,21 @@ def test_nothing_is_exchanged_while_it_is_tuned(embedded, examples, what, call):
     embedded.adapter(None)  # afterwards it can
 
 
+def test_a_callback_that_segments_and_fails_leaves_nothing_of_it(embedded, examples):
+    given(embedded, examples, 1).tune(1, progress=False)
+    embedded.adapter(None)
+    own = embedded(examples[3][0]).probability
+
+    def look(measure: Measure) -> None:
+        embedded(examples[3][0])
+        if measure.step:
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        embedded.tune(2, lr=0.1, progress=False, on_measure=look)
+    np.testing.assert_array_equal(embedded(examples[3][0]).probability, own)
+
+
 def test_unknown_layers_of_a_run_are_refused(run, examples):
     segmenter = given(run(), examples, 1)
     with pytest.raises(ValueError, match="what: expected layers of the backbone.*got 'layer9'"):
