@@ -234,11 +234,24 @@ def write(
     with atomic_write(name.with_suffix(".json")) as file:  # a thousand rows: not indented
         file.write(json.dumps(content).encode())
     text = table(result)
+    if "machine" in about:
+        text += f"\n{_told(rows, about)}\n"
     if result:
         name.with_suffix(".md").write_text(text)
     if drawn:
         write_png(plot_curves(drawn), name.with_suffix(".png"))
     return text
+
+
+def _told(rows: Mapping[str, Row], about: Mapping[str, Any]) -> str:
+    """Return what was kept of the trained values, and how it was measured."""
+    shares = ", ".join(sorted({f"{row.get('share', 1.0):g}" for row in rows.values()}))
+    machine = about["machine"]
+    return (
+        f"Kept at a share of {shares} of the way from the untuned to the trained values. The last "
+        f"session of those that made the rows: {machine['cpu']}, {machine['threads']} threads, "
+        f"torch {about['versions']['torch']}, commit {about['commit']}, `{about['command']}`."
+    )
 
 
 def plot_curves(drawn: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
