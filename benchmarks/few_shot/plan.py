@@ -32,6 +32,7 @@ from benchmarks.few_shot.planned import (
     Run,
     Settings,
     as_word,
+    check_folds,
     check_rows,
     check_runs,
     chosen_settings,
@@ -63,6 +64,7 @@ def main() -> int:
             words = shlex.join([_in_repository(Path(options.plan)), *extra])
             print(write_table(plan, rows, Path(options.table or out / "table"), words))
             return 0
+        check_folds(plan, paths)
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
             return run_plan(plan, out, paths, options.minutes)

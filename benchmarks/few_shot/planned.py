@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from benchmarks.few_shot.rows import Row, check_settings_are
 from fss.config import TrainConfig
+from fss.data import build_source
 from fss.files import read_yaml
 from fss.settings import check_names, config_file, flat_settings, merged
 
@@ -252,6 +253,24 @@ def check_runs(plan: Plan, paths: Mapping[str, str]) -> None:
                         'validation_classes: expected "base", which choose the settings, got '
                         f'"{config.validation_classes}"; rows have the novel ones too'
                     )
+
+
+def check_folds(plan: Plan, paths: Mapping[str, str]) -> None:
+    """Check that the data have the folds of a plan.
+
+    Raises:
+        ValueError, FileNotFoundError: they have fewer; data that cannot be read.
+    """
+    regime = next(iter(plan.regimes))
+    flat = _settings(plan, plan.final.settings, regime, 0, 0, {}) | paths
+    values = merged(read_yaml(config_file(plan.config)), nested(flat))
+    count = len(build_source(TrainConfig.from_dict(values).data).folds)
+    for name, folds in (("search.fold", plan.search_folds), ("final.folds", plan.final.folds)):
+        if max(folds, default=0) >= count:
+            raise ValueError(
+                f"{name}: expected 0 to {count - 1}, as the data have {count} folds; "
+                f"got {max(folds)}"
+            )
 
 
 def check_rows(plan: Plan, rows: Mapping[str, Row], out: Path) -> None:

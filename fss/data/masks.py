@@ -74,7 +74,8 @@ def read_object(mask: Picture, name: str = "mask", value: MaskValue | None = Non
     Args:
         mask: a file, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4] RGBA.
         name: what to call it in an error; a file is called by its path.
-        value: which value is the object; needed where there are several.
+        value: which value is the object; needed where there are several. Beside class ids (below
+            127, or of a palette) 255 is ignored, beside colors Pascal VOC's border.
 
     Raises:
         FileNotFoundError: no such file.
@@ -209,7 +210,7 @@ def _of_gray(
     if kind not in "buif":
         raise TypeError(f"{name}: expected bool, integers or floating, got {values.dtype}")
     if value is not None:
-        return _chosen(values, name, value, False)
+        return _chosen(values, name, value, False, _ignored_id(values, is_palette))
     if kind == "b":
         return ObjectMask(values, "true and false")
     if kind == "f":
@@ -243,7 +244,7 @@ def _of_colors(
 ) -> ObjectMask:
     codes = color_codes(colors)
     if value is not None:
-        return _chosen(codes, name, value, True)
+        return _chosen(codes, name, value, True, VOC_BORDER)
     found = np.unique(codes)
     others = found[found != 0].tolist()
     border = codes == VOC_BORDER
@@ -371,8 +372,21 @@ def _levels(codes: NDArray[Any]) -> dict[int, int]:
     return {code: count for code, count in pairs if code}
 
 
-def _chosen(values: NDArray[Any], name: str, value: MaskValue, is_color: bool) -> ObjectMask:
-    """Find the pixels of one value, or of one color among codes 0xRRGGBB."""
+def _ignored_id(values: NDArray[Any], is_palette: bool) -> int | None:
+    """Return 255 if it is no object beside class ids: these come from a palette, or are small."""
+    if is_palette or (values.dtype.kind in "ui" and values[values != IGNORE].max(initial=0) < 127):
+        return IGNORE
+    return None
+
+
+def _chosen(
+    values: NDArray[Any], name: str, value: MaskValue, is_color: bool, ignored: int | None
+) -> ObjectMask:
+    """Find the pixels of one value, or of one color among codes 0xRRGGBB.
+
+    Args:
+        ignored: code of what is neither object nor background, unless it is asked for.
+    """
     wanted = _parsed(value)
     convention = f"the value {value}" if isinstance(wanted, int) else f"the color {_text(wanted)}"
     if is_color and isinstance(wanted, int):
@@ -386,15 +400,25 @@ def _chosen(values: NDArray[Any], name: str, value: MaskValue, is_color: bool) -
             code = -1
     found = values == code
     others = np.unique(values)
+    left_out = values == ignored if ignored is not None else np.zeros_like(found)
     if len(others) > _FEW and code >= 0:
         channels = 3 if is_color else 1
         known = np.array([_vector(other, channels) for other in others.tolist()])
-        near = np.abs(known - _vector(code, channels)).max(1) <= _NOISE
-        found = np.isin(values, others[near])
+
+        def near(code: int) -> NDArray[np.bool_]:
+            distance = np.abs(known - _vector(code, channels)).max(1)
+            return np.isin(values, others[distance <= _NOISE])
+
+        found = near(code)
+        if ignored is not None and is_color:
+            left_out = near(ignored)
     if not found.any():
         texts = [_text(_vector(c, 3)) if is_color else str(c) for c in others.tolist() if c]
         raise ValueError(f"mask_value: {name} has no {value}, but {_listed(texts)}")
-    return ObjectMask(found, convention)
+    if code == ignored or not left_out.any():
+        return ObjectMask(found, convention)
+    said = "VOC's border ignored" if is_color else f"{ignored} ignored"
+    return ObjectMask(found, f"{convention}, {said}", left_out & ~found)
 
 
 def _parsed(value: MaskValue) -> int | tuple[int, ...]:

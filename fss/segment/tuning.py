@@ -190,6 +190,13 @@ class TuningSettings:
         if any(id(p) in values for p in trained):
             default = TUNABLE["svf_scale" if self.regime.name == "svf_scale" else "svf"][1]
             rate = default if self.lr is None else self.lr
+            for name, layer in backbone.named_modules():
+                is_svf = isinstance(layer, svf_fast.SVFConv2d) and layer.trains == "S"
+                if is_svf and not layer.S.any():
+                    raise ValueError(
+                        f"what: expected singular values to start from, but those of {name} are "
+                        "all 0; go back by adapter(None), or take another adapter or run"
+                    )
             groups = svf_fast.svf_parameter_groups(backbone, rate)
             groups = [g for g in groups if any(p.requires_grad for p in g["params"])]
         others = [p for p in trained if id(p) not in values]

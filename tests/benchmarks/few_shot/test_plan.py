@@ -232,6 +232,8 @@ def test_what_another_plan_made_is_refused(main, trained, written, tmp_path, mon
         ({"settings": {"data.size": 32}}, "data.size: expected a multiple of 8 plus 1"),
         ({"settings": {LR: "1e-5"}}, "optimizer.lr: expected a number, got '1e-5'"),
         ({"settings": {"validation_classes": "novel"}}, 'validation_classes: expected "base"'),
+        ({"final": {"folds": [0, 4]}}, "final.folds: expected 0 to 3, .* have 4 folds; got 4"),
+        ({"search": {"fold": 9, "stages": STAGES}}, "search.fold: expected 0 to 3, .*; got 9"),
         ({"config": "nothing"}, "config: expected a YAML file"),
         ({"regimes": ["svf"]}, r"regimes: expected keys with values, got \['svf'\]"),
     ],

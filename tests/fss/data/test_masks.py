@@ -180,6 +180,38 @@ def test_a_value_decides(kind, value, expected):
     np.testing.assert_array_equal(read_object(TWO[kind], value=value).pixels, expected)
 
 
+@pytest.mark.parametrize(
+    "mask, value, convention",
+    [
+        (TWO["ids and ignored"], 3, "the value 3, 255 ignored"),
+        (palette(gray((OBJECT, 150), (SECOND, 15), (BORDER, 255))), 150, "the value 150, 255"),
+        (color((OBJECT, VOC[8]), (SECOND, VOC[15]), (BORDER, (224, 224, 192))), 8, "class id 8"),
+        (
+            saved(
+                color((OBJECT, VOC[8]), (SECOND, VOC[15]), (BORDER, (224, 224, 192))),
+                "JPEG",
+                quality=95,
+                subsampling=0,
+            ),
+            "64,0,0",
+            "the color 64,0,0, VOC's border ignored",
+        ),
+    ],
+)
+def test_what_is_ignored_stays_so_beside_the_value(mask, value, convention):
+    found = read_object(mask, value=value)
+    assert found.convention.startswith(convention) and "ignored" in found.convention
+    assert (found.pixels & OBJECT).sum() > 0.95 * (found.pixels | OBJECT).sum()
+    border = BORDER & ~OBJECT & ~SECOND
+    assert (found.labels[border] == 255).mean() > 0.8
+    assert not (found.labels[SECOND] == 255).any()
+
+
+@pytest.mark.parametrize("mask, value", [(TWO["bright grays"], 200), (TWO["ids"], 1)])
+def test_beside_grays_white_is_no_ignored_pixel(mask, value):
+    assert read_object(mask, value=value).ignored is None
+
+
 @pytest.mark.parametrize("value", [200, "100"])
 def test_a_value_of_a_compressed_mask(value):
     expected = OBJECT if value == 200 else SECOND

@@ -224,6 +224,18 @@ def test_it_starts_from_the_adapter_that_was_set(embedded, examples, monkeypatch
         assert two.history[0].loss == pytest.approx(one.history[-1].loss, rel=1e-4)
 
 
+def test_singular_values_of_zero_are_no_start(embedded, examples, monkeypatch):
+    always_better(monkeypatch)
+    tuned = given(embedded, examples, 1).tune(1, lr=0.1, progress=False)
+    for values in tuned.adapter.S.values():
+        values.zero_()
+    embedded.adapter(tuned.adapter)
+    with pytest.raises(ValueError, match=r"expected singular .* of layer3\..* all 0; go back"):
+        embedded.tune(progress=False)
+    embedded.adapter(None)
+    assert embedded.tune(1, progress=False).steps == 1
+
+
 def test_layers_of_another_choice(embedded, examples, monkeypatch):
     always_better(monkeypatch)
     given(embedded, examples, 1)
