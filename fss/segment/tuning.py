@@ -37,8 +37,9 @@ TUNABLE: dict[str, tuple[RegimeConfig, float]] = {
 """What can be tuned, by name: the regime, and the learning rate of Adam. That of S is relative: the
 change of S in a step over the mean |S| of its layer, see `svf_fast.svf_parameter_groups`. The first
 six are within half a point of mIoU of the best of three, with five supports of training photos
-(benchmarks/results/supports.json; "full" of layers 2 to 4 there); the others were not searched. "chain" is faster than "auto" on views as small as these,
-where W costs more to compose than to convolve with (benchmarks/LOG.md)."""
+(benchmarks/results/supports.json; "full" of layers 2 to 4 there); the others were not searched.
+"chain" is faster than "auto" on views as small as these, where W costs more to compose than to
+convolve with (benchmarks/LOG.md)."""
 
 LARGEST = 225
 """Side of the views, pixels, unless another is asked for."""
