@@ -133,8 +133,8 @@ def cosine_max_compare_kernel(
 ):
     """Find the largest cosine of each query to a split of the list, and the first place of it.
 
-    NaN counts as infinity, which no cosine is. Rows beyond the last are the last one again: of
-    equals the first counts.
+    NaN counts as infinity, which no cosine is. Columns beyond the last are the last one again, and
+    count as it: their products may be rounded in another way.
     """
     image = tl.program_id(2).to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -167,7 +167,7 @@ def cosine_max_compare_kernel(
         at = tl.min(tl.where(cosine == top[:, None], lane[None, :], SUPPORTS), axis=1)
         better = top > largest
         largest = tl.where(better, top, largest)
-        place = tl.where(better, tile * SUPPORTS + at, place)
+        place = tl.where(better, tl.minimum(tile * SUPPORTS + at, count - 1), place)
     out = (image * splits + split) * queries + i
     tl.store(best + out, largest, mask=i < queries)
     tl.store(places + out, place, mask=i < queries)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from svf_fast.ops.cosine_max import paired_cosine_max_backward, tiled_cosine_max
 from svf_fast.reference.cosine_max import cosine_max as reference_cosine_max
@@ -10,6 +12,7 @@ from svf_fast.triton import cosine_max_backward as backward_kernels
 from svf_fast.triton import tuning
 from svf_fast.triton.cosine_max import cosine_max
 from svf_fast.triton.cosine_max_backward import cosine_max_backward
+from svf_fast.triton.language import dot
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -141,6 +144,21 @@ def test_of_equal_cosines_the_first_counts(dtype, splits, device):
     values, index = cosine_max(query, support, mask, config={**SMALL, "SPLITS": splits})
     assert torch.equal(index, expected[1])
     torch.testing.assert_close(values.double(), expected[0], rtol=1e-6, atol=0)
+
+
+@triton.jit
+def _rounded_by_column(a, b, acc, PRECISION: tl.constexpr):
+    column = tl.arange(0, b.shape[1])[None, :].to(tl.float32)
+    product = dot(a, b, acc, PRECISION)
+    return product + tl.abs(product) * column * 2**-23
+
+
+@pytest.mark.skipif(not tuning.INTERPRETED, reason="a product of its own needs the interpreter")
+def test_positions_are_listed_ones_where_columns_of_equals_are_rounded_apart(monkeypatch):
+    monkeypatch.setattr(forward_kernels, "dot", _rounded_by_column)
+    query, support, mask = _inputs((2, 5, 40, 11), torch.float32, "cpu")
+    index = cosine_max(query, support, mask)[1]
+    assert torch.equal(index, tiled_cosine_max(query, support, mask)[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
