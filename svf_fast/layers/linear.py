@@ -70,8 +70,10 @@ class SVFLinear(Factored):
             raise ValueError(
                 f"SVFLinear: expected x of shape [..., {self.in_features}], got {list(x.shape)}"
             )
-        # a 1×1 convolution over a batch of single positions
-        positions = x.to(dtype).reshape(-1, self.in_features, 1, 1)
+        # a 1×1 convolution of one image: over images, CPUs without bfloat16 sum a gradient in it
+        count = x.numel() // self.in_features
+        images, height = (1, count) if count else (0, 1)  # no convolution takes a height of 0
+        positions = x.to(dtype).reshape(images, height, 1, self.in_features).permute(0, 3, 1, 2)
         conv = self.convolution(dtype)
         if conv is not None:
             y = svf_conv2d(positions, conv, self.bias)
@@ -79,7 +81,7 @@ class SVFLinear(Factored):
             y = paper_layers(
                 positions, self.U, self.differentiable_S, self.kernel, self.bias, Geometry()
             )
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
     def merged(self) -> nn.Linear:
         """Return the plain ``nn.Linear`` with the composed weight; shares no memory with it."""
