@@ -117,7 +117,11 @@ def _ious(counts: Counts | list[list[int]]) -> NDArray[np.float64]:
 
 
 def summary(rows: Mapping[str, Row], regimes: Iterable[str]) -> dict[str, Any]:
-    """Compute the table of each number of shots, over the support sets that all regimes have."""
+    """Compute the table of each number of shots, over the support sets that all regimes have.
+
+    Every regime is paired with no tuning (``difference``), and the first one with the others
+    (``first_ahead``).
+    """
     result: dict[str, Any] = {}
     for shots in (1, 5):
         final = [r for r in rows.values() if r.get("kind") == "final" and r["shots"] == shots]
@@ -129,10 +133,14 @@ def summary(rows: Mapping[str, Row], regimes: Iterable[str]) -> dict[str, Any]:
         if not sets:
             continue
         before = _collect(done[(regimes[0], *each)] for each in sets)
+        first = _collect((done[(regimes[0], *each)] for each in sets), tuned=True)
         lines = {"untuned": _line(before, before)}
         for name in regimes:
             chosen = [done[(name, *each)] for each in sets]
-            line = _line(before, _collect(chosen, tuned=True))
+            after = _collect(chosen, tuned=True)
+            line = _line(before, after)
+            if name != regimes[0]:
+                line["first_ahead"] = paired(after, first)
             line["rates"] = sorted({r["rate"] for r in chosen})
             line["best_step"] = statistics.mean(r["best_step"] for r in chosen)
             forgot = [r for r in chosen if r["others"]]
@@ -172,12 +180,16 @@ def table(result: Mapping[str, Any]) -> str:
     parts = []
     for shots, each in result.items():
         head = ["tuned", "mIoU", "difference, 95 %", "episodes won", "FB-IoU", "other classes"]
+        first = next(name for name in each["rows"] if name != "untuned")
+        head.append(f"{first} ahead by, 95 %")
         lines = []
         for name, row in each["rows"].items():
-            cells = [name, f"{100 * row['miou']:.1f}", "", "", f"{100 * row['fb_iou']:.1f}", ""]
-            if "difference" in row:
-                middle, low, high = (100 * x for x in row["difference"])
-                cells[2] = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+            cells = [name, f"{100 * row['miou']:.1f}", "", "", f"{100 * row['fb_iou']:.1f}", "", ""]
+            for column, key in ((2, "difference"), (6, "first_ahead")):
+                if key in row:
+                    middle, low, high = (100 * x for x in row[key])
+                    cells[column] = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+            if "wins" in row:
                 cells[3] = f"{100 * row['wins']:.0f} %"
             if "others" in row:
                 cells[5] = f"{100 * row['others']:+.1f}"
@@ -247,9 +259,10 @@ def _told(rows: Mapping[str, Row], about: Mapping[str, Any]) -> str:
     """Return what was kept of the trained values, and how it was measured."""
     shares = ", ".join(sorted({f"{row.get('share', 1.0):g}" for row in rows.values()}))
     machine = about["machine"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
         f"Kept at a share of {shares} of the way from the untuned to the trained values. The last "
-        f"session of those that made the rows: {machine['cpu']}, {machine['threads']} threads, "
+        f"session of those that made the rows: {machine['cpu']}, {threads} a process, "
         f"torch {about['versions']['torch']}, commit {about['commit']}, `{about['command']}`."
     )
 

@@ -89,6 +89,11 @@ def test_the_table_is_paired(tmp_path):
     assert high == pytest.approx(0.2) and svf["others"] == pytest.approx(-0.1)
     assert found["rows"]["bias"]["difference"][0] == 0 and found["rows"]["bias"]["wins"] == 0.5
     assert "| svf | 65.0 | +15.0 (+10.0 to +20.0) | 100 % |" in text
+    assert "first_ahead" not in svf
+    assert found["rows"]["bias"]["first_ahead"] == pytest.approx([0.15, 0.1, 0.2])
+    assert text.splitlines()[2].endswith("| svf ahead by, 95 % |")
+    bias = next(line for line in text.splitlines() if line.startswith("| bias |"))
+    assert bias.endswith("| +15.0 (+10.0 to +20.0) |")
     assert not (tmp_path / "t.png").exists()
 
 
