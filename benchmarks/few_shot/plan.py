@@ -1,4 +1,4 @@
-"""Runs of a written plan, one after the other: settings are chosen on base classes, then tested.
+"""Runs of a written plan: settings are chosen on base classes, then tested.
 
     python -m benchmarks.few_shot.plan benchmarks/few_shot/pascal.yaml --out runs/pascal \
         --root ../shared/data/pascal --weights ../shared/weights/resnet50_imagenet.safetensors \
@@ -6,7 +6,8 @@
     python -m benchmarks.few_shot.plan benchmarks/few_shot/pascal.yaml --out runs/pascal --table
 
 The first command is repeated until nothing is pending. It may be killed at any time: a run goes on
-from its last checkpoint, a finished one has its row in OUT/rows and is not made again. The second
+from its last checkpoint, a finished one has its row in OUT/rows and is not made again. Given again
+beside itself, on another GPU for example, it takes the runs that no other process is at. The second
 makes table and curves from the rows. Options like --data.size=161 or --steps=300 change the plan
 for all runs of an OUT; the keys of a plan are those of `Plan`.
 """
@@ -48,6 +49,7 @@ from fss.runs.folder import RunFolder
 from fss.settings import config_file, flat_settings, merged
 
 ROOT = Path(__file__).resolve().parents[2]
+WAITING = 5.0  # seconds between two looks for a run that no other process holds
 
 
 def main() -> int:
@@ -66,8 +68,7 @@ def main() -> int:
             return 0
         check_folds(plan, paths)
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
-            return run_plan(plan, out, paths, options.minutes)
+        return run_plan(plan, out, paths, options.minutes)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{Path(options.plan).name}: {error}") from error
 
@@ -83,38 +84,60 @@ def run_plan(plan: Plan, out: Path, paths: Mapping[str, str], minutes: float = m
             only if, by the time of finished ones, it ends before.
     """
     deadline = time.monotonic() + 60 * minutes
+    (out / "rows").mkdir(exist_ok=True)
+    waits = False
     try:
-        while (run := next_run(plan, out)) is not None:
-            left = (deadline - time.monotonic()) / 60
-            begun = RunFolder(out / run.name).state != "not started"
-            if left <= 0 or (not begun and estimate(read_rows(out), run) > left):
-                break
-            assert run.settings is not None
-            watch = Stopwatch(out / "times" / f"{run.name}.json", out / run.name)
-            watch.start()
-            given = run.settings | paths
-            if root := _view_root(plan, paths):
-                given["data.root"] = str(held_out(root, run.fold, out / f"photos-fold{run.fold}"))
-            words = {name: as_word(value) for name, value in given.items()}
-            config = str(config_file(plan.config).resolve())
-            result = make_run(config, out / run.name, words, deadline=deadline)
-            watch.stop()
-            if result is None:
-                break
-            row = rows_of_runs.row_of(run, result, RunFolder(out / run.name), watch.seconds)
-            (out / "rows").mkdir(exist_ok=True)
-            write_json(out / "rows" / f"{run.name}.json", row)
-            watch.forget()
+        while pending := pending_runs(plan, out):
+            with _taken(pending, out) as run:
+                left = (deadline - time.monotonic()) / 60
+                if left <= 0:
+                    break
+                if run is None:
+                    if not waits:
+                        print("waiting for runs of other processes", flush=True)
+                    waits = True
+                    time.sleep(WAITING)
+                    continue
+                waits = False
+                if not _begun(out, run) and estimate(read_rows(out), run) > left:
+                    break
+                if not _finished(plan, run, out, paths, deadline):
+                    break
     finally:
         print(status(plan, out))
-    return 0 if next_run(plan, out) is None else 1
+    return 1 if pending_runs(plan, out) else 0
 
 
-def next_run(plan: Plan, out: Path) -> Run | None:
-    """Return the first run without a row, None when all have one."""
+def _finished(plan: Plan, run: Run, out: Path, paths: Mapping[str, str], deadline: float) -> bool:
+    """Make a run and its row, or go on with it; tell whether it ended before the deadline."""
+    assert run.settings is not None
+    watch = Stopwatch(out / "times" / f"{run.name}.json", out / run.name)
+    watch.start()
+    given = run.settings | paths
+    if root := _view_root(plan, paths):
+        given["data.root"] = str(_view(root, run.fold, out))
+    words = {name: as_word(value) for name, value in given.items()}
+    config = str(config_file(plan.config).resolve())
+    result = make_run(config, out / run.name, words, deadline=deadline)
+    watch.stop()
+    if result is None:
+        return False
+    row = rows_of_runs.row_of(run, result, RunFolder(out / run.name), watch.seconds)
+    write_json(out / "rows" / f"{run.name}.json", row)
+    watch.forget()
+    return True
+
+
+def pending_runs(plan: Plan, out: Path) -> list[Run]:
+    """List the runs without a row, those that were begun first."""
     rows = read_rows(out)
     check_rows(plan, rows, out)
-    return next((run for run in runs_of(plan, rows) if run.name not in rows), None)
+    left = [run for run in runs_of(plan, rows) if run.name not in rows]
+    return sorted(left, key=lambda run: not _begun(out, run))
+
+
+def _begun(out: Path, run: Run) -> bool:
+    return RunFolder(out / run.name).state != "not started"
 
 
 def status(plan: Plan, out: Path) -> str:
@@ -122,7 +145,7 @@ def status(plan: Plan, out: Path) -> str:
     rows = read_rows(out)
     runs = runs_of(plan, rows)
     left = [run for run in runs if run.name not in rows]
-    running = [run for run in left if RunFolder(out / run.name).state != "not started"]
+    running = [run for run in left if _begun(out, run)]
     pending = [run for run in left if run not in running]
     took = sum(rows[run.name]["minutes"] for run in runs if run.name in rows)
     expected = [estimate(rows, run) for run in left]
@@ -193,19 +216,32 @@ def _overriding(extra: Sequence[str]) -> Settings:
     return settings
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder; it is free again when this process ends, however it does.
-
-    Raises:
-        ValueError: another process holds it.
-    """
+def _view(root: str, fold: int, out: Path) -> Path:
+    """Return the photos of a fold by `held_out`; one process makes them at a time."""
     with (out / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out: {out} is in use by another process; wait for it") from None
-        yield
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return held_out(root, fold, out / f"photos-fold{fold}")
+
+
+@contextmanager
+def _taken(runs: Sequence[Run], out: Path) -> Iterator[Run | None]:
+    """Hold the first run that can begin and no other process holds; None where there is none.
+
+    It is free again when this process ends, however it does.
+    """
+    (out / "locks").mkdir(exist_ok=True)
+    for run in runs:
+        if run.settings is None:
+            continue
+        with (out / "locks" / run.name).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if not (out / "rows" / f"{run.name}.json").exists():  # finished by another meanwhile
+                yield run
+                return
+    yield None
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:

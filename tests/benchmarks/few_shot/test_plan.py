@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -260,11 +261,33 @@ def test_a_file_that_is_no_row_is_named(main, trained, tmp_path, text):
     assert not trained
 
 
-def test_a_folder_belongs_to_one_process(main, trained, tmp_path):
+def test_processes_share_the_runs(main, trained, written, tmp_path, capsys, monkeypatch):
+    """A run that another process holds is left to it; what waits for its row waits."""
+    plan = planned.read_plan(written())
     (tmp_path / "out").mkdir()
-    with plans._alone(tmp_path / "out"), pytest.raises(SystemExit, match="in use by another"):
-        main()
-    assert main() == 0
+    waited = []
+    with contextlib.ExitStack() as other:
+        first = other.enter_context(plans._taken(planned.runs_of(plan, {}), tmp_path / "out"))
+        assert first.name == TRIALS[0]
+
+        def sleep(seconds):
+            waited.append(list(trained))
+            other.close()  # it is killed before it ends
+
+        monkeypatch.setattr(plans.time, "sleep", sleep)
+        assert main() == 0
+    # the rate of freezing holds for all others
+    assert waited == [[TRIALS[1]]]
+    assert list(trained) == [TRIALS[1], TRIALS[0], *TRIALS[2:], *FINALS]
+    assert "waiting for runs of other processes" in capsys.readouterr().out
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_not_made_again(written, tmp_path):
+    run = planned.runs_of(planned.read_plan(written()), {})[0]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / f"{run.name}.json").write_text("{}")
+    with plans._taken([run], tmp_path) as taken:
+        assert taken is None
 
 
 def test_time_after_the_last_checkpoint_of_a_killed_session_does_not_count(tmp_path):
