@@ -13,8 +13,17 @@ from tests.svf_fast.tolerance import accumulated, assert_error_within
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("strategy", ("fold", "chain", "gram"))
 @pytest.mark.parametrize("features", ((12, 5), (5, 12)))
-@pytest.mark.parametrize("leading", ((7,), (2, 3), (40, 9), (), (0, 4)))
+@pytest.mark.parametrize("leading", ((7,), (2, 3), (), (0, 4)))
 def test_gradients(features, strategy, dtype, leading, poisoned_memory):
+    _check_gradients(features, strategy, dtype, leading)
+
+
+@pytest.mark.parametrize("features", ((12, 5), (5, 12)))
+def test_gradients_of_many_positions_are_not_summed_in_bfloat16(features):
+    _check_gradients(features, "fold", torch.bfloat16, (40, 9))
+
+
+def _check_gradients(features, strategy, dtype, leading):
     torch.manual_seed(0)
     layer = SVFLinear(*features, strategy="reference").to(dtype)
     layer.bias.requires_grad_()
@@ -37,8 +46,7 @@ def test_gradients(features, strategy, dtype, leading, poisoned_memory):
     ):
         if values[0].numel():
             magnitude = accumulated(values[2], dtype)
-            # dS is float32, but of maps in the dtype of x
-            assert_error_within(*values, magnitude=magnitude, dtype=dtype, name=name)
+            assert_error_within(*values, magnitude=magnitude, name=name)
 
 
 def test_conversion_and_back():
