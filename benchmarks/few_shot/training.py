@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.gpu.processes import run
 from fss.data import FolderSource
+from fss.files import atomic_write
 from fss.runs.folder import RunFolder
 
 SAVING = 20.0  # seconds that a stopped run has to finish its step and save
@@ -105,5 +106,6 @@ def held_out(root: str, fold: int, view: Path) -> Path:
         shown = novel & source.class_areas(index).keys()
         names["val" if shown else "train"].append(Path(source.name(index)).stem)
     for name, stems in names.items():
-        (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+        with atomic_write(lists / f"{name}.txt") as file:  # another process may read it
+            file.write("".join(f"{stem}\n" for stem in stems).encode())
     return view
