@@ -44,7 +44,7 @@ _POLICY = (
 _HELP = """\
 1. **Support**: drop in a picture and paint the object, or upload its mask. *Add* it to give more.
 2. **Queries**: drop in the pictures to look for the object in.
-3. **Segment**. If the result is poor, **Tune** on supports and queries first, and segment again.
+3. **Segment**. If the result is poor, **Tune** on supports and queries: the results follow.
 """
 
 
@@ -313,7 +313,7 @@ def build_page(segmenter: FewShotSegmenter, choices: dict[str, str | None], titl
             _told(tune, gradio),
             [supports, editor, mask, value, queries, limit, tuned, steps],
             [tuned, choice, told, file],
-        )
+        ).success(run, inputs, results)
         add_button.click(
             _told(add, gradio), [supports, editor, mask, value], [supports, added, editor, mask]
         )

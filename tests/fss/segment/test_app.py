@@ -15,6 +15,7 @@ from shutil import which
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 import svf_fast
@@ -257,6 +258,40 @@ def test_a_run_and_its_pretrained_backbone_by_a_click(driver, tiny, photos):
         seen.append(page.results(3)[1].convert("RGB").tobytes())
     served.close()
     assert seen[0] == seen[2] != seen[1]
+
+
+def test_a_click_tunes_and_shows_what_it_finds(driver, photos):
+    pytest.importorskip("gradio", reason='gradio is not installed: pip install "svf-fast[app]"')
+    own = FewShotSegmenter(size=65, device="cpu")
+    served = app.build_page(own, {"pretrained": None}, "a test")
+    driver.get(app.launch(served))
+    page = Page(driver)
+    page.upload("queries", photos / "query.png")
+    page.until(lambda: page.all("#queries img"))
+    page.click("tune")
+    assert "Support: " in page.error() and not page.sources()
+    page.upload_support(photos / "support.png")
+    page.upload("mask", photos / "mask.png")
+    page.until(page.mask)
+    page.click("tune")
+    page.until(lambda: "tuned 1: tuned svf on 1 support" in page.all("#tuning")[0].text)
+    shown = [label.text for label in page.all("#choice label")]
+    assert shown == ["pretrained", "tuned 1"]
+    assert page.all("#choice input")[1].is_selected()
+    (link,) = page.until(lambda: page.all("#tuned a[download]"))
+    saved = urllib.request.urlopen(link.get_attribute("href")).read()
+    (photos / "tuned.safetensors").write_bytes(saved)
+    after = page.results(3)[1].convert("RGB").tobytes()  # without another click
+    page.all("#choice input")[0].click()
+    page.until(lambda: page.results(3)[1].convert("RGB").tobytes() != after)
+    before = page.results(3)[1].convert("RGB").tobytes()
+    served.close()
+    other = FewShotSegmenter(size=65, device="cpu")
+    other.support([pixels(photos / "support.png")], [pixels(photos / "mask.png") > 0])
+    for adapter, expected in (None, before), (photos / "tuned.safetensors", after):
+        other.adapter(adapter)
+        found = other(pixels(photos / "query.png")).probability
+        assert colormaps["viridis"](found, bytes=True)[..., :3].tobytes() == expected
 
 
 def test_tuned_classes_are_switched_between(photos, monkeypatch):
