@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(command.show(result))
         return 0 if getattr(result, "passed", True) else 1
     except KeyboardInterrupt as stop:
-        print(f"fss: {stop or 'stopped'}", file=sys.stderr)
+        print(f"fss: {str(stop) or 'stopped'}", file=sys.stderr)
         return getattr(stop, "status", _INTERRUPTED)
     except (ArgumentError, *_USER_ERRORS) as error:
         if debug or not _expected(error):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from fss.models.episode import Prediction, check_episode
 from fss.models.pooling import average_bins, resize
 from fss.models.sharpen import box_mean, guided_filter, sharpen
 from fss.models.weights import backbone_of
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 # Chosen on training photos of Pascal-5i, one support each; benchmarks/LOG.md has what was tried.
 _SHARPNESS = 15.0
@@ -175,13 +178,31 @@ class Matching(nn.Module):
 
         Returns [2, H, W].
         """
-        margin = (logits[1] - logits[0])[None, None]
+        margin = _at_least_float32(logits[1] - logits[0])[None, None]
         (found,) = sharpen(margin, colors(image[None]), picture)
         return torch.cat([torch.zeros_like(found), found])
 
     def _levels(self, images: Tensor) -> list[Tensor]:
         """Compute the levels of images [B, 3, H, W]: [B, C, h, w], of length 1 at each position."""
-        return [functional.normalize(x, dim=1) for x in self.backbone.levels(images)]
+        return [
+            functional.normalize(_at_least_float32(x), dim=1) for x in self.backbone.levels(images)
+        ]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Compute in the dtype of the levels, which come first: differences of sums need its digits."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        (first, *_), *_ = arguments
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*arguments, **named)
+
+    return call
 
 
 def _logits(margins: Tensor) -> Tensor:
@@ -189,6 +210,7 @@ def _logits(margins: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(margins), _SHARPNESS * margins], dim=1)
 
 
+@_outside_autocast
 def _examples(levels: Sequence[Tensor], masks: Tensor) -> Examples:
     """Compute what is kept of supports from their levels [K, C, h, w] and masks [K, H, W]."""
     shares = [_shares(masks, x) for x in levels]
@@ -261,6 +283,7 @@ def _dense(levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return levels[0], levels[-1]
 
 
+@_outside_autocast
 def _margin(levels: Sequence[Tensor], examples: Examples, image: Tensor) -> Tensor:
     """Compute how far the score of a query [3, H, W] is above the threshold, [H, W]."""
     rows, columns = _covered(image)

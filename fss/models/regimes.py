@@ -17,7 +17,10 @@ FACTORS = ("U", "S", "V")
 
 
 def apply_regime(
-    model: nn.Module, regime: RegimeConfig, factors: Mapping[str, Factors] | None = None
+    model: nn.Module,
+    regime: RegimeConfig,
+    factors: Mapping[str, Factors] | None = None,
+    progress: bool = True,
 ) -> None:
     """Freeze `model.backbone` but for what the regime trains, in place; the head is left alone.
 
@@ -30,6 +33,7 @@ def apply_regime(
         factors: U, S and V by the name of their convolution in the backbone, where the state dict
             of a trained network has them: with it nothing is decomposed or rotated. By default
             those of the file that the weights are from, see `load_backbone`.
+        progress: show a bar where decomposing takes seconds.
 
     Raises:
         ValueError: a layer that the backbone does not have, or one without what the regime trains.
@@ -40,7 +44,7 @@ def apply_regime(
     if factors is None and regime.name in ("svf", "svf_scale"):
         factors = loaded
     if regime.name in _COMPOSED or regime.name in ("full", "svf", "rotated_svf"):
-        _train_convolutions(backbone, regime, factors)
+        _train_convolutions(backbone, regime, factors, progress)
     elif regime.name == "adapter":
         for layer in _layers(backbone, regime):
             _append_adapter(backbone, layer, regime.adapter_reduction)
@@ -89,7 +93,10 @@ def _complete_fingerprints(
 
 
 def _train_convolutions(
-    backbone: nn.Module, regime: RegimeConfig, factors: Mapping[str, Factors] | None
+    backbone: nn.Module,
+    regime: RegimeConfig,
+    factors: Mapping[str, Factors] | None,
+    progress: bool,
 ) -> None:
     convolutions = _convolutions(backbone, regime)
     if regime.name == "full":
@@ -111,6 +118,7 @@ def _train_convolutions(
             regime,
             strategy=regime.strategy,
             factors=known,
+            progress=progress,
             keep_norms_frozen=regime.batch_norm_statistics == "frozen",
         )
     elif regime.name in _COMPOSED:

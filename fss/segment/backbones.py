@@ -22,6 +22,9 @@ from fss.models import (
 )
 from fss.processes import lay_out
 
+_STRATEGY = "chain"
+"""Of layers that are decomposed for an adapter: the one that suits tuning, see `TUNABLE`."""
+
 
 class Backbones:
     """Exchanges what the backbone of a model computes, and always finds back.
@@ -64,8 +67,30 @@ class Backbones:
         if values is not None:
             values.apply(self.model.backbone)
 
-    def train(self, regime: RegimeConfig) -> None:
+    @contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """Put back what was there before, tuned or not, if what is done within raises anything."""
+        backbone = self.model.backbone if self._untuned is None else self._untuned
+        tuned = None if self._untuned is None else self.model.backbone
+        values = svf_fast.Adapter.of(backbone) if _svf_layers(backbone) else None
+        try:
+            yield
+        except BaseException:
+            self._drop_copy()
+            self.model.requires_grad_(False).zero_grad()
+            before = self._own if values is None else self._completed(values)
+            if before is not None:
+                before.apply(backbone)
+            if tuned is not None:
+                self._untuned, self.model.backbone = backbone, tuned
+            raise
+
+    def train(self, regime: RegimeConfig, progress: bool = True) -> None:
         """Let what the regime says train in the untuned backbone; the model stays as it is else.
+
+        Args:
+            regime: what trains.
+            progress: show a bar where decomposing takes seconds.
 
         Raises:
             ValueError: layers that the backbone does not have, or without what the regime trains.
@@ -73,10 +98,12 @@ class Backbones:
         self.put_back()
         layers: dict[str, svf_fast.SVFConv2d] = {}
         if leaves_adapter(regime):
-            layers = self._decomposed(regime)
+            layers = self._decomposed(regime, progress)
             if regime.name == "svf" or all(x.trains == "log_scale" for x in layers.values()):
                 for layer in layers.values():
                     layer.trained.requires_grad_(True)
+                    if regime.strategy != "auto":  # it may have been decomposed for another regime
+                        layer.strategy = regime.strategy
                 return
         elif regime.name == "adapter":
             own = [n for n, child in self.model.backbone.named_children() if _has_adapter(child)]
@@ -96,11 +123,11 @@ class Backbones:
         try:
             if layers:  # those that have singular values, no others
                 chosen = {name: factors[name] for name in layers}
-                options = {"strategy": regime.strategy, "keep_norms_frozen": True}
+                options = {"strategy": regime.strategy, "progress": progress}
                 convert_backbone(self.model.backbone, layers, regime, factors=chosen, **options)
             else:
                 svf = regime.name in ("svf", "svf_scale")
-                apply_regime(self.model, regime, factors if factors and svf else None)
+                apply_regime(self.model, regime, factors if factors and svf else None, progress)
         except ValueError as error:
             raise ValueError(f"what: {error}") from error
         lay_out(self.model.backbone.to(self.device).eval(), self.device)
@@ -142,32 +169,37 @@ class Backbones:
 
     def _decompose_for(self, adapter: svf_fast.Adapter, backbone: nn.Module) -> None:
         """Decompose the layers of an adapter that are still plain; the values stay."""
-        if self._own is None:
-            if not _svf_layers(backbone):
-                adapter.convert(backbone, fuse=False)
-                lay_out(backbone, self.device).requires_grad_(False)
-            self._own = svf_fast.Adapter.of(backbone)
-            return
         there = {name for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
-        missing = sorted(adapter.S.keys() & there - self._own.S.keys())
-        if self._was_plain and missing:
+        missing = sorted(adapter.S.keys() & there - _svf_layers(backbone).keys())
+        if self._was_plain and not _svf_layers(backbone):
             with self._decomposing(backbone):
-                svf_fast.convert(backbone, missing, fuse=False)
+                adapter.convert(backbone, strategy=_STRATEGY)
+        elif self._was_plain and missing:
+            with self._decomposing(backbone):
+                svf_fast.convert(backbone, missing, strategy=_STRATEGY)
+        if self._own is None:
+            self._own = svf_fast.Adapter.of(backbone)
 
     @contextmanager
     def _decomposing(self, backbone: nn.Module) -> Iterator[None]:
-        """Note what more is decomposed within, of a backbone that was plain; the values stay."""
+        """Note what more is decomposed within, of a backbone that was plain; the values stay.
+
+        Also if it is stopped in the middle.
+        """
         present = None
         if self._own is not None:
             present = svf_fast.Adapter.of(backbone)
             self._own.apply(backbone)
-        yield
-        lay_out(backbone, self.device).requires_grad_(False)
-        self._own = svf_fast.Adapter.of(backbone)
-        if present is not None:
-            self._completed(present).apply(backbone)
+        try:
+            yield
+        finally:
+            lay_out(backbone, self.device).requires_grad_(False)
+            if _svf_layers(backbone):
+                self._own = svf_fast.Adapter.of(backbone)
+            if present is not None:
+                self._completed(present).apply(backbone)
 
-    def _decomposed(self, regime: RegimeConfig) -> dict[str, svf_fast.SVFConv2d]:
+    def _decomposed(self, regime: RegimeConfig, progress: bool) -> dict[str, svf_fast.SVFConv2d]:
         """Return the SVF layers that the regime is about, decomposing what is not yet."""
         backbone = self.model.backbone
         children = [name for name, _ in backbone.named_children()]
@@ -192,7 +224,7 @@ class Backbones:
             layers = tuple(name for name in chosen if name in plain)
             settings = {"name": "svf", "factors": None, "layers": layers}
             with self._decomposing(backbone):
-                apply_regime(self.model, dataclasses.replace(regime, **settings))
+                apply_regime(self.model, dataclasses.replace(regime, **settings), None, progress)
         there = _svf_layers(backbone)
         found = {name: x for name, x in there.items() if fits(name, x.kernel_size)}
         if not found:

@@ -18,7 +18,7 @@ from fss.data.images import ENDINGS, OTHER_ENDINGS
 from fss.files import atomic_write, check_writable
 from fss.segment.pictures import MaskLike, read_picture
 from fss.segment.segmenter import Device, FewShotSegmenter, Segmentation
-from fss.segment.tuning import TuningSettings
+from fss.segment.tuning import Tuning, TuningSettings
 from fss.segment.views import SCENES
 
 KINDS = ("mask", "probability", "overlay")
@@ -74,7 +74,7 @@ def predict_files(
         tune: first tune the backbone on the supports, in at most so many steps (20 are usual); the
             values that are best on views that are not trained on are kept. Some of the queries
             serve as backgrounds. It starts from the adapter, if one is given. Ctrl-C ends the
-            tuning, not the command.
+            tuning, not the command, which segments with the best so far.
         tune_what: what is tuned: svf (singular values), svf_scale, batch_norm, bias, scale_output,
             scale_input, rotated_scale, adapter, full or layer4.
         tune_lr: learning rate; by default one for each of these.
@@ -86,7 +86,8 @@ def predict_files(
     Raises:
         FileNotFoundError: no such query, support or run.
         FileExistsError: a result is there already.
-        ValueError: pictures that cannot be read, named; results of the others are written.
+        ValueError: pictures that cannot be read, or an adapter that cannot be written, named;
+            results of the others are written.
     """
     paths = find_pictures(queries, Path(out))
     names = _names(queries, paths)
@@ -106,27 +107,45 @@ def predict_files(
         segmenter = FewShotSegmenter.load(run, checkpoint, adapter, threshold, device)
     images, masks = zip(*supports, strict=True)
     segmenter.support(list(images), [parse_mask(mask) for mask in masks], mask_value)
-    told = ""
+    told, failed = "", ""
     if tune is not None:
-        with _named_as_here():
-            tuning = segmenter.tune(tune, tune_lr, tune_what, unlabeled=_some_readable(paths))
-        told = f"\n{tuning}"
-        if save_adapter is not None and tuning.adapter is not None:
-            Path(save_adapter).parent.mkdir(parents=True, exist_ok=True)
-            tuning.adapter.save(save_adapter)
-            told += f"; saved to {save_adapter}"
+        unlabeled = _some_readable(paths)
+        try:
+            with _named_as_here():
+                tuning = segmenter.tune(tune, tune_lr, tune_what, unlabeled=unlabeled)
+        except KeyboardInterrupt:
+            told = "\nnot tuned: stopped by ctrl-C before the first step"
+        else:
+            told, failed = _saved(tuning, save_adapter)
     errors = _predict(segmenter, results, batch_size)
     if errors:
-        raise ValueError(
-            f"{len(errors)} of {len(paths)} pictures cannot be read and are left out, results of "
-            f"the others are in {out}:\n  " + "\n  ".join(errors)
-        )
+        left = f"are left out, results of the others are in {out}"
+        if len(errors) == len(paths):
+            left = "nothing is segmented"
+        count = f"{len(errors)} of {len(paths)} pictures"
+        failed += f"\n{count} cannot be read and {left}:\n  "
+        failed += "\n  ".join(errors)
+    if failed:
+        raise ValueError(f"{failed}{told}".strip())
     count = f"{len(paths)} pictures" if len(paths) > 1 else "1 picture"
     read = "; ".join(dict.fromkeys(segmenter.conventions))
     return (
         f"{count} segmented: {out} has of each .mask.png, .probability.png and .overlay.png\n"
         f"support masks read as: {read}{told}"
     )
+
+
+def _saved(tuning: Tuning, file: str | None) -> tuple[str, str]:
+    """Write what was tuned to a file, if there is one; return what to tell, and what failed."""
+    told = f"\n{tuning}"
+    if file is None or tuning.adapter is None:
+        return told, ""
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        tuning.adapter.save(file)
+    except OSError as error:  # the pictures are segmented nevertheless
+        return told, f"save_adapter: {file} cannot be written, {error}"
+    return f"{told}; saved to {file}", ""
 
 
 def _check_tuning(

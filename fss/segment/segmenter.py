@@ -96,6 +96,7 @@ class FewShotSegmenter:
             readable or do not fit, see `load_backbone`; an argument out of range.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         backbone: str | None = None,
@@ -114,6 +115,7 @@ class FewShotSegmenter:
         self._prepare(model, None, EvalTransform(size), adapter, threshold, device)
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls,
         run: str | os.PathLike[str],
@@ -174,6 +176,7 @@ class FewShotSegmenter:
             raise ValueError(f"threshold: expected a probability between 0 and 1, got {value}")
         self._threshold = value
 
+    @torch.inference_mode(False)
     def adapter(self, adapter: str | os.PathLike[str] | svf_fast.Adapter | Tuning | None) -> None:
         """Set the backbone's singular values, without decomposing it anew; supports stay.
 
@@ -210,8 +213,9 @@ class FewShotSegmenter:
     def _refuse_while_tuning(self, name: str) -> None:
         if self._is_tuning:
             raise RuntimeError(
-                f"on_measure: {name}() was called in it, which would change what is being tuned; "
-                "expected at most support() and segmenting"
+                f"{name}(): was called while the segmenter is being tuned, by on_measure or in "
+                "another thread; on_measure can call support() and segment, for anything else wait "
+                "until tune() has returned"
             )
 
     def support(
@@ -282,9 +286,10 @@ class FewShotSegmenter:
         mask can help, such as those that will be segmented: what looks least like the object in
         them is background to paste the supports' objects into. The head of a run stays as trained,
         and so do batch norms unless they are what is tuned. Views that are never trained on are
-        measured before the first step and every few: the best values are kept, the untuned ones if
-        none are better, and it stops once it does not get better. Ctrl-C stops too, and keeps the
-        best.
+        measured before the first step and every few: the best values are kept (of the highest IoU,
+        and of these the lowest loss), the untuned ones if none are better, and it stops once it
+        does not get better. Ctrl-C stops too, and keeps the best; before the first step it is
+        raised. Whatever is raised leaves the segmenter as it was.
 
         It starts from the network as it came, or from the adapter that was set last; tuning twice
         starts again from there. `adapter(None)` goes back; where singular values were tuned,
@@ -323,13 +328,28 @@ class FewShotSegmenter:
         """
         begin = time.monotonic()
         self._refuse_while_tuning("tune")
+        self._is_tuning = True
+        try:
+            settings = TuningSettings(steps, lr, what, size, seed, patience, share)
+            if on_measure is not None and not callable(on_measure):
+                raise TypeError(f"on_measure: expected a function, got {on_measure!r}")
+            with self._backbones.unless_it_fails():
+                return self._tune(settings, unlabeled, on_measure, progress, begin)
+        finally:
+            self._is_tuning, self._supports = False, None
+
+    def _tune(
+        self,
+        settings: TuningSettings,
+        unlabeled: Picture | Sequence[Picture],
+        on_measure: Callable[[Measure], None] | None,
+        progress: bool,
+        begin: float,
+    ) -> Tuning:
         if not self._pictures:
             raise ValueError("supports: expected at least one, call support(images, masks) first")
-        settings = TuningSettings(steps, lr, what, size, seed, patience, share)
-        if on_measure is not None and not callable(on_measure):
-            raise TypeError(f"on_measure: expected a function, got {on_measure!r}")
         most = self._transform.size
-        size = min(most, LARGEST) if size is None else int(size)
+        size = min(most, LARGEST) if settings.size is None else int(settings.size)
         if size > most:
             raise ValueError(
                 f"size: expected at most {most}, at which the network sees pictures, got {size}"
@@ -342,7 +362,7 @@ class FewShotSegmenter:
                 f"can weigh, got {count}"
             )
         check_supports(self._pictures)
-        scenes, given = self._scenes(unlabeled, seed)
+        scenes, given = self._scenes(unlabeled, settings.seed)
         self._supports = None
         views = SupportViews(
             self._pictures,
@@ -350,7 +370,7 @@ class FewShotSegmenter:
             size,
             shots,
             isinstance(self.model, Matching),
-            seed,
+            settings.seed,
             self.device,
             scenes,
         )
@@ -361,22 +381,18 @@ class FewShotSegmenter:
             if on_measure is not None:
                 on_measure(measure)
 
-        self._is_tuning = True
-        try:
-            return tune(
-                self._backbones,
-                views,
-                settings,
-                self.threshold,
-                count,
-                card,
-                progress,
-                begin,
-                look,
-                (len(scenes), given),
-            )
-        finally:
-            self._is_tuning, self._supports = False, None
+        return tune(
+            self._backbones,
+            views,
+            settings,
+            self.threshold,
+            count,
+            card,
+            progress,
+            begin,
+            look,
+            (len(scenes), given),
+        )
 
     def _scenes(self, pictures: Picture | Sequence[Picture], seed: int) -> tuple[list[Scene], int]:
         """Segment pictures as the untuned network does; keep those with background for sure.
@@ -438,7 +454,7 @@ class FewShotSegmenter:
         results = []
         for picture, sample, one in zip(pictures, samples, logits, strict=True):
             background, foreground = self._enlarge(one, sample, picture)
-            margin = foreground - background
+            margin = (foreground - background).float()  # under autocast it is less
             limit = math.log(self.threshold / (1 - self.threshold))
             # of the margin: a probability rounds
             mask = (margin > limit).cpu().numpy()

@@ -189,11 +189,17 @@ class TuningSettings:
         values = {id(p) for p in svf_fast.svf_parameters(backbone)}
         groups = []
         if any(id(p) in values for p in trained):
-            default = TUNABLE["svf_scale" if self.regime.name == "svf_scale" else "svf"][1]
+            layers = {
+                name: layer
+                for name, layer in backbone.named_modules()
+                if isinstance(layer, svf_fast.SVFConv2d)
+            }
+            # as in the layers: a run has one or the other, whatever is asked for
+            scaled = any(x.trains == "log_scale" for x in layers.values())
+            default = TUNABLE["svf_scale" if scaled else "svf"][1]
             rate = default if self.lr is None else self.lr
-            for name, layer in backbone.named_modules():
-                is_svf = isinstance(layer, svf_fast.SVFConv2d) and layer.trains == "S"
-                if is_svf and not layer.S.any():
+            for name, layer in layers.items():
+                if layer.trains == "S" and not layer.S.any():
                     raise ValueError(
                         f"what: expected singular values to start from, but those of {name} are "
                         "all 0; go back by adapter(None), or take another adapter or run"
@@ -265,8 +271,8 @@ def tune(
 ) -> Tuning:
     """Tune the backbone of a model on views of supports, and leave the best values in it.
 
-    The model stays in evaluation mode. If it fails, or is stopped before the first measure, the
-    untuned backbone is put back.
+    The model stays in evaluation mode. What was there before is put back by the caller where this
+    raises, see `Backbones.unless_it_fails`.
 
     Args:
         backbones: of the model.
@@ -284,25 +290,21 @@ def tune(
     device = backbones.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(settings.seed))  # of what a regime adds
-        try:
-            backbones.train(settings.regime)
-            groups = settings.groups(model.backbone)
-            loop = _Loop(model, views, groups, threshold, settings, on_measure)
-            with remembering(model.backbone):
-                stopped = loop.run(progress)
-            best, history = loop.best, tuple(loop.history)
-            card = {
-                **card,
-                "tuned": settings.name,
-                "shots": shots,
-                "steps": best.step,
-                "share": float(settings.share),
-                "metric": {"IoU before": history[0].iou, "IoU after": best.iou},
-            }
-            adapter = backbones.keep(settings.regime, best.step > 0, card)
-        except BaseException:
-            backbones.put_back()
-            raise
+        backbones.train(settings.regime, progress)
+        groups = settings.groups(model.backbone)
+        loop = _Loop(model, views, groups, threshold, settings, on_measure)
+        with remembering(model.backbone):
+            stopped = loop.run(progress)
+        best, history = loop.best, tuple(loop.history)
+        card = {
+            **card,
+            "tuned": settings.name,
+            "shots": shots,
+            "steps": best.step,
+            "share": float(settings.share),
+            "metric": {"IoU before": history[0].iou, "IoU after": best.iou},
+        }
+        adapter = backbones.keep(settings.regime, best.step > 0, card)
     return Tuning(
         settings.name,
         shots,

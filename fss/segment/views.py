@@ -23,6 +23,8 @@ _POOL = 16
 """Views to train on, of all supports together; of each at least three."""
 _SUPPORTS, _VIEWS = 5, 4
 """Supports of a round, at most, and views of them, at least."""
+_SUPPORTS_HELD_OUT = 10
+"""Supports that are measured, at most."""
 _EPISODES_HELD_OUT = 3
 """Episodes that are measured, at most, where each costs its own time."""
 _MOST_SHOTS = 2
@@ -130,7 +132,10 @@ class SupportViews:
         each = max(3, _POOL // count)
         self._pool = [[view(at, train) for _ in range(each)] for at in range(count)]
         self._pasted = pasted(_PASTED, train)
-        asked = [at for at in range(min(count, _SUPPORTS)) for _ in range(_views_of_each(count))]
+        measured: Sequence[int] = range(count)
+        if count > _SUPPORTS_HELD_OUT:
+            measured = held_out.permutation(count)[:_SUPPORTS_HELD_OUT].tolist()
+        asked = [at for at in measured for _ in range(_views_of_each(count))]
         self._held_out = [(at, view(at, held_out)) for at in asked]
         self._pasted_held_out = pasted(_PASTED_HELD_OUT, held_out)
 
@@ -261,13 +266,21 @@ def _view(
     strength: float,
     rng: np.random.Generator,
 ) -> View:
-    """Return a random view that shows object and background; the whole picture if none is found.
+    """Return a random view that shows object and background.
+
+    Where the object fills the picture but for an edge, crops seldom show background: then it is a
+    view of the whole picture, smaller. No two are the same.
 
     Args:
         strength: see `_warped`.
     """
     view = _warped(*example, transform, size, strength, rng)
-    return view or plain_view(*example, type(transform)(size))
+    view = view or _warped(*example, transform, size, strength, rng, whole=True)
+    if view is None:
+        pixels, mask = example
+        pixels = _recolored(pixels, 0.5 * strength, rng)
+        view = plain_view(pixels, mask, type(transform)(size))
+    return view
 
 
 def _pasted(
@@ -311,19 +324,21 @@ def _warped(
     size: int,
     strength: float,
     rng: np.random.Generator,
+    whole: bool = False,
 ) -> View | None:
     """Return a random view that shows object and background, None if none is found.
 
     Args:
         size: side of the view; the picture is scaled as the transform does it.
         strength: 1 for scales from 0.5 to 2, turns by 30 degrees and colors from 0.5 to 1.5.
+        whole: show the whole picture, or more, instead of a crop.
     """
     side = transform.size
     if isinstance(transform, SquareTransform):
         mask = np.asarray(cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST), np.uint8)
         pixels = np.asarray(cv2.resize(pixels, (side, side)), np.uint8)
-    fitted = side / max(mask.shape)
-    scale = (fitted * 2**-strength, fitted * 2**strength)
+    fitted = (size if whole else side) / max(mask.shape)
+    scale = (fitted * 2**-strength, fitted * (1 if whole else 2**strength))
     warp = TrainTransform(size, scale, 30 * strength)
     for _ in range(_TRIES):
         sample = warp(_recolored(pixels, 0.5 * strength, rng), mask, rng)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
+import svf_fast
 from fss.config import RegimeConfig
 from fss.segment.tuning import TUNABLE, Measure
 from tests.fss.segment.test_tuning import always_better, given, state
@@ -129,7 +131,7 @@ def test_nothing_is_exchanged_while_it_is_tuned(embedded, examples, what, call):
     def look(measure: Measure) -> None:
         call(embedded)
 
-    with pytest.raises(RuntimeError, match=r"on_measure: (adapter|tune)\(\) was called in it"):
+    with pytest.raises(RuntimeError, match=r"(adapter|tune)\(\): was called while the segmenter"):
         embedded.tune(2, what=what, progress=False, on_measure=look)
     np.testing.assert_allclose(embedded(examples[3][0]).probability, own, atol=1e-6)
     embedded.adapter(None)  # afterwards it can
@@ -148,6 +150,90 @@ def test_a_callback_that_segments_and_fails_leaves_nothing_of_it(embedded, examp
     with pytest.raises(OSError, match="no space"):
         embedded.tune(2, lr=0.1, progress=False, on_measure=look)
     np.testing.assert_array_equal(embedded(examples[3][0]).probability, own)
+
+
+@pytest.mark.parametrize("first", ["svf", "batch_norm", "svf_scale"])
+@pytest.mark.parametrize("second", ["svf", "bias", RegimeConfig("svf", ("layer9",)), "a picture"])
+def test_what_was_tuned_stays_where_another_tuning_fails(
+    embedded, examples, monkeypatch, first, second
+):
+    always_better(monkeypatch)
+    query = examples[3][0]
+    given(embedded, examples, 1).tune(2, lr=0.1, what=first, progress=False)
+    expected = embedded(query).probability
+
+    def look(measure: Measure) -> None:
+        if measure.step:
+            raise OSError("no space")
+
+    options = {"what": second, "on_measure": look}
+    if second == "a picture":
+        options = {"unlabeled": ["none.png"]}
+    with pytest.raises((OSError, ValueError), match="no space|layer9|none.png"):
+        embedded.tune(2, lr=0.1, progress=False, **options)
+    np.testing.assert_array_equal(embedded(query).probability, expected)
+    assert not [p for p in embedded.model.parameters() if p.requires_grad or p.grad is not None]
+    embedded.adapter(None)
+    own = given(type(embedded)(size=49, device="cpu"), examples, 1)(query).probability
+    np.testing.assert_allclose(embedded(query).probability, own, atol=1e-4)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("call", ["tune", "adapter"])
+def test_an_interrupted_decomposition_leaves_the_values(
+    embedded, examples, monkeypatch, late, call
+):
+    """Before and after layers have been replaced."""
+    always_better(monkeypatch)
+    query = examples[3][0]
+    few = RegimeConfig("svf", ("layer4",))
+    given(embedded, examples, 1)
+    more = copy.deepcopy(embedded).tune(1, lr=0.1, progress=False)
+    own = embedded(query).probability
+    embedded.adapter(embedded.tune(1, lr=0.1, what=few, progress=False))
+    expected = embedded(query).probability
+    convert = svf_fast.convert
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        if late:
+            convert(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(svf_fast, "convert", interrupted)
+        embedded.tune(1, progress=False) if call == "tune" else embedded.adapter(more)
+    np.testing.assert_allclose(embedded(query).probability, expected, atol=1e-5)
+    embedded.adapter(None)
+    np.testing.assert_allclose(embedded(query).probability, own, atol=1e-4)
+    embedded.adapter(more)
+    embedded.tune(1, progress=False)
+
+
+def test_a_tuning_does_not_depend_on_what_was_set_before(embedded, examples, monkeypatch):
+    """Nor do its memory and time: the same blocks are fused."""
+    always_better(monkeypatch)
+    fresh = copy.deepcopy(given(embedded, examples, 1))
+    first = embedded.tune(2, lr=0.1, progress=False, seed=1)
+    expected = fresh.tune(2, lr=0.1, progress=False)
+    other = given(type(embedded)(size=49, device="cpu"), examples, 1)
+    other.adapter(first)
+    np.testing.assert_array_equal(
+        other(examples[3][0]).probability, embedded(examples[3][0]).probability
+    )
+    other.adapter(None)
+    tuned = other.tune(2, lr=0.1, progress=False)
+    assert all(torch.equal(values, expected.adapter.S[n]) for n, values in tuned.adapter.S.items())
+    kinds = [[type(m).__name__ for m in s.model.backbone.modules()] for s in (fresh, other)]
+    assert kinds[0] == kinds[1] and "SVFBasicBlock" in kinds[0]
+
+
+def test_an_adapter_that_was_set_in_inference_mode(embedded, examples):
+    tuned = given(embedded, examples, 1).tune(1, progress=False)
+    with torch.inference_mode():
+        other = type(embedded)(size=49, device="cpu")
+        other.adapter(tuned.adapter)
+        given(other, examples, 1)
+    assert other.tune(1, progress=False).steps == 1
 
 
 def test_unknown_layers_of_a_run_are_refused(run, examples):

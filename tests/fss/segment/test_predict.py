@@ -300,11 +300,45 @@ def test_tuning_on_the_supports_first(photos, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.png").write_bytes(b"none")
     both = [*query[:2], str(tmp_path / "bad.png"), *query[2:]]
     assert predict(photos, *both, "--overwrite", "--tune", "1") == 2
-    assert str(tmp_path / "bad.png") in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(tmp_path / "bad.png") in error and "held-out IoU" in error
     assert seen == [[np.array(Image.open(query[1])).shape]]
     more = ["--tune", "1", "--tune_what", "bias", "--adapter", str(file), "--overwrite"]
     assert predict(photos, *query, *more) == 0
     assert "tuned bias on 1 support and 1 picture" in capsys.readouterr().out
+
+
+def test_nothing_that_goes_wrong_with_tuning_keeps_pictures_back(
+    photos, tmp_path, capsys, monkeypatch
+):
+    query = ["--query", str(photos / "queries" / "a.png"), "--overwrite", "--out"]
+    assert predict(photos, *query, str(tmp_path / "untuned")) == 0
+    capsys.readouterr()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    tune = ["--tune", "1", "--save_adapter", str(tmp_path / "a.safetensors")]
+    with monkeypatch.context() as patch:
+        patch.setattr("fss.segment.tuning._Loop._measure", stopped)
+        assert predict(photos, *query, str(tmp_path / "stopped"), *tune) == 0
+    assert "not tuned: stopped by ctrl-C before the first step" in capsys.readouterr().out
+    expected = (tmp_path / "untuned" / "a.probability.png").read_bytes()
+    assert (tmp_path / "stopped" / "a.probability.png").read_bytes() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(svf_fast.Adapter, "save", full)
+        assert predict(photos, *query, str(tmp_path / "full"), *tune) == 2
+    error = capsys.readouterr().err
+    assert "save_adapter: " in error and "No space left" in error and "held-out IoU" in error
+    assert len(pictures(tmp_path / "full")) == 3
+    (tmp_path / "bad.png").write_bytes(b"none")
+    bad = ["--query", str(tmp_path / "bad.png"), "--out", str(tmp_path / "none")]
+    assert predict(photos, *bad, "--tune", "1") == 2
+    error = capsys.readouterr().err
+    assert "1 of 1 pictures cannot be read and nothing is segmented" in error
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,24 @@ def test_values_of_a_run_train_from_where_they_are(run, examples, monkeypatch, s
         assert float((values - own).abs().max()) == pytest.approx(moved, rel=0.02)
 
 
+def test_scales_of_a_run_have_their_own_rate(run, examples, monkeypatch):
+    """Also by the name "svf": the run says what its singular values are made of."""
+    always_better(monkeypatch)
+    segmenter = given(run(regime={"name": "svf_scale"}), examples, 2)
+    first, second = (
+        segmenter.tune(1, lr=lr, progress=False).adapter.S for lr in (None, TUNABLE["svf_scale"][1])
+    )
+    assert all(torch.equal(values, second[name]) for name, values in first.items())
+
+
+def test_under_autocast_it_segments(embedded, examples):
+    given(embedded, examples, 1)
+    expected = embedded(examples[3][0]).probability
+    with torch.autocast("cpu", torch.bfloat16):
+        found = embedded(examples[3][0]).probability
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
 def test_classes_take_turns_without_decomposing(embedded, examples, monkeypatch, tmp_path):
     always_better(monkeypatch)
     query = examples[3][0]

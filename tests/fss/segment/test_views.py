@@ -56,6 +56,28 @@ def test_a_pixel_of_background_is_not_lost(make):
             assert (masks == 0).flatten(1).any(1).all() and (masks == 1).flatten(1).any(1).all()
 
 
+@pytest.mark.parametrize("make", [EvalTransform, SquareTransform])
+@pytest.mark.parametrize("share", [0.8, 0.95, 0.9999])
+def test_no_view_of_a_large_object_is_measured_and_trained_on(make, share):
+    """Few crops of it show background: then it is the whole picture, each time in another way."""
+    noise = np.random.default_rng(0)
+    side = round(200 * share**0.5)
+    examples = []
+    for _ in range(3):
+        mask = np.zeros((200, 200), np.uint8)
+        mask[:side, :side] = 1
+        mask[-1, -1] = 0
+        examples.append((noise.integers(0, 255, (200, 200, 3), np.uint8), mask))
+    views = SupportViews(examples, make(129), SIZE)
+    trained = [image for each in views._pool for image, _ in each]
+    seen = {image.numpy().tobytes() for image in trained}
+    assert len(seen) == len(trained) == 15
+    held_out = views.held_out()
+    assert not [image for image in held_out.images if image.numpy().tobytes() in seen]
+    for value in (0, 1):
+        assert (held_out.masks == value).flatten(1).any(1).all()
+
+
 @pytest.mark.parametrize(
     "examples, message",
     [
@@ -118,6 +140,10 @@ def test_each_support_is_the_query_of_all_others(monkeypatch):
     # of many, some
     each = SupportViews(colors_of(9), EvalTransform(SIZE), SIZE).sample()
     assert len(each.images) == 5 == len(each.episodes)
+    # of up to ten all are measured, of more as many
+    for count in (9, 10, 11):
+        each = SupportViews(colors_of(count), EvalTransform(SIZE), SIZE).held_out()
+        assert len(set(numbers_of(each))) == min(count, 10) == len(each.episodes)
 
 
 def test_episodes_that_are_computed_one_by_one():
