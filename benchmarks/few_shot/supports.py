@@ -192,6 +192,7 @@ class Example:
         self._asks_others = task.kind == "final" and task.number == FIRST
         self._supports, self._queries = photos.draw(task)
         self._examples = [photos.load(index, task.class_id) for index in self._supports]
+        self._tunable = [each for each in self._examples if (each[1] == 0).any()]
         self.queries = [photos.load(index, task.class_id) for index in self._queries]
         self.untuned: list[list[int]] = []
         self.others_untuned: list[list[int]] = []
@@ -201,12 +202,14 @@ class Example:
         segmenter.adapter(None)
         if self._asks_others and not self.others_untuned:
             self.others_untuned = self.ask_others(segmenter)
-        segmenter.support(*map(list, zip(*self._examples, strict=True)))
         if not self.untuned:
             self.untuned = self.ask(segmenter)
+        # a support without a pixel that is surely background segments, but cannot be tuned on
+        segmenter.support(*map(list, zip(*self._tunable, strict=True)))
 
     def ask(self, segmenter: FewShotSegmenter) -> list[list[int]]:
-        """Return the counts of each query, by the segmenter as it is now."""
+        """Return the counts of each query, by all supports, by the network as it is now."""
+        segmenter.support(*map(list, zip(*self._examples, strict=True)))
         found = segmenter([picture for picture, _ in self.queries])
         return [counts(f.mask, truth) for f, (_, truth) in zip(found, self.queries, strict=True)]
 

@@ -257,7 +257,7 @@ class FewShotSegmenter:
         if isinstance(self.model, Matching) and not any((mask == 0).any() for _, mask in pictures):
             raise ValueError(
                 "support mask: expected some background to tell the object from, got masks that "
-                "cover all of their images; a trained run can do without"
+                "cover all of their images, ignored pixels aside; a trained run can do without"
             )
         image, mask = (torch.stack(parts).to(self.device) for parts in zip(*samples, strict=True))
         supports = self.model.encode_supports(image, mask)

@@ -208,7 +208,7 @@ def check_supports(examples: Sequence[Example]) -> None:
         if not (mask == 0).any():
             raise ValueError(
                 f"{name}: expected some background to tell the object from, got a mask that "
-                "covers its image; leave this support out to tune"
+                "covers its image, ignored pixels aside; leave this support out to tune"
             )
 
 
