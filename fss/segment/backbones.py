@@ -102,8 +102,6 @@ class Backbones:
             if regime.name == "svf" or all(x.trains == "log_scale" for x in layers.values()):
                 for layer in layers.values():
                     layer.trained.requires_grad_(True)
-                    if regime.strategy != "auto":  # it may have been decomposed for another regime
-                        layer.strategy = regime.strategy
                 return
         elif regime.name == "adapter":
             own = [n for n, child in self.model.backbone.named_children() if _has_adapter(child)]
