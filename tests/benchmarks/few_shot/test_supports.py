@@ -146,6 +146,30 @@ def test_supports_of_one_shot_are_the_first_of_five_and_no_query():
     assert photos.draw(Task("search", 1, 0, 5, "svf", 0.1))[0] != five
 
 
+def test_a_support_without_background_segments_and_is_not_tuned_on():
+    """As of a bottle whose rest of the photo is ignored."""
+    image = np.random.default_rng(0).integers(0, 255, (65, 65, 3), np.uint8)
+    mask = np.zeros((65, 65), np.uint8)
+    mask[10:40, 10:40] = 1
+    bare = np.where(mask == 1, mask, 255).astype(np.uint8)
+
+    class Two:
+        def draw(self, task: Task) -> tuple[list[int], list[int]]:
+            return [0, 1], [0]
+
+        def load(self, index: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
+            return image, (mask, bare)[index]
+
+    segmenter, given = FewShotSegmenter(size=49, device="cpu"), []
+    support = segmenter.support
+    segmenter.support = lambda images, masks: given.append(len(masks)) or support(images, masks)
+    example = supports.Example(Task("final", 1, 2, 2, "svf", None), Two())
+    example.give(segmenter)
+    assert segmenter.tune(1, progress=False).shots == 1  # with both it is an error
+    example.ask(segmenter)
+    assert given == [2, 1, 2]
+
+
 def test_costs_of_a_step_and_of_what_is_kept(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (97, 97, 3), np.uint8)
     mask = np.zeros((97, 97), bool)
