@@ -40,9 +40,10 @@ from benchmarks.few_shot.planned import (
     nested,
     read_plan,
     runs_of,
+    untrained_config,
 )
 from benchmarks.few_shot.rows import Row, Stopwatch, estimate, read_rows
-from benchmarks.few_shot.training import held_out, make_run
+from benchmarks.few_shot.training import held_out, make_run, score_matching
 from fss.data.folder import LISTS
 from fss.files import read_yaml, write_json
 from fss.runs.folder import RunFolder
@@ -113,16 +114,22 @@ def _finished(plan: Plan, run: Run, out: Path, paths: Mapping[str, str], deadlin
     assert run.settings is not None
     watch = Stopwatch(out / "times" / f"{run.name}.json", out / run.name)
     watch.start()
-    given = run.settings | paths
     if root := _view_root(plan, paths):
-        given["data.root"] = str(_view(root, run.fold, out))
-    words = {name: as_word(value) for name, value in given.items()}
-    config = str(config_file(plan.config).resolve())
-    result = make_run(config, out / run.name, words, deadline=deadline)
+        paths = {**paths, "data.root": str(_view(root, run.fold, out))}
+    folder = out / run.name
+    if run.kind == "untrained":
+        result = score_matching(folder, untrained_config(plan, run, paths), deadline)
+    else:
+        words = {name: as_word(value) for name, value in {**run.settings, **paths}.items()}
+        config = str(config_file(plan.config).resolve())
+        result = make_run(config, folder, words, deadline=deadline)
     watch.stop()
     if result is None:
         return False
-    row = rows_of_runs.row_of(run, result, RunFolder(out / run.name), watch.seconds)
+    if run.kind == "untrained":
+        row = rows_of_runs.row_of_matching(run, result, watch.seconds)
+    else:
+        row = rows_of_runs.row_of(run, result, RunFolder(folder), watch.seconds)
     write_json(out / "rows" / f"{run.name}.json", row)
     watch.forget()
     return True
@@ -168,7 +175,7 @@ def write_table(plan: Plan, rows: Mapping[str, Row], name: Path, words: str) -> 
         words: of the command that ran the plan, without paths of this machine.
     """
     runs = runs_of(plan, rows)
-    if not any(run.name in rows for run in runs):
+    if not any(run.name in rows for run in runs if run.kind != "untrained"):
         raise ValueError("--table: expected at least one finished run, found none; run the plan")
     chosen = {fold: chosen_settings(plan, rows, fold) for fold in plan.final.folds}
     for fold in plan.search_folds:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.few_shot.rows import Row, check_settings_are
+from benchmarks.few_shot.training import check_matching
 from fss.config import TrainConfig
 from fss.data import build_source
 from fss.files import read_yaml
 from fss.settings import check_names, config_file, flat_settings, merged
 
 Settings = dict[str, Any]
-Kind = Literal["trial", "final"]
+Kind = Literal["trial", "final", "untrained"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ class Final:
         folds: of each regime.
         seeds: of head and training episodes.
         settings: of these runs besides.
+        untrained: sizes of photos, pixels, at which the backbone's pretrained weights are matched
+            without training, on the test episodes of these runs.
     """
 
     folds: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (321,)
     settings: Settings = field(default_factory=dict)
+    untrained: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,9 @@ class Run(NamedTuple):
 
     Args:
         name: of its row and folder.
-        kind: "trial" or "final".
+        kind: "trial" or "final"; "untrained" is a test of matching, which trains nothing.
+        regime: of the plan; of matching the name of its row.
+        fold: of the data.
         settings: by dotted name; None as long as they wait for the trials before.
     """
 
@@ -197,6 +203,9 @@ def _check_plan(plan: Plan) -> None:
     for name, values in (("folds", plan.final.folds), ("seeds", plan.final.seeds)):
         if not isinstance(values, tuple) or not all(map(_is_number, values)):
             raise ValueError(f"final.{name}: expected a list of numbers, got {values!r}")
+    sizes = plan.final.untrained
+    if not isinstance(sizes, tuple) or not all(map(_is_number, sizes)):
+        raise ValueError(f"final.untrained: expected a list of sizes in pixels, got {sizes!r}")
     if not plan.final.seeds:
         raise ValueError("final.seeds: expected at least one, got none; trials take the first")
     seen: set[str] = set()
@@ -253,6 +262,9 @@ def check_runs(plan: Plan, paths: Mapping[str, str]) -> None:
                         'validation_classes: expected "base", which choose the settings, got '
                         f'"{config.validation_classes}"; rows have the novel ones too'
                     )
+    for run in runs_of(plan, {}):
+        if run.kind == "untrained":
+            check_matching(untrained_config(plan, run, paths))
 
 
 def check_folds(plan: Plan, paths: Mapping[str, str]) -> None:
@@ -306,7 +318,24 @@ def runs_of(plan: Plan, rows: Mapping[str, Row]) -> list[Run]:
                 if own is not None:
                     own = _settings(plan, plan.final.settings, regime, fold, seed, own)
                 runs.append(Run(f"fold{fold}-{regime}-seed{seed}", "final", regime, fold, own))
+    for size in plan.final.untrained:
+        for fold in plan.final.folds:
+            regime = f"nothing trained, {size} px"
+            own = _settings(plan, plan.final.settings, None, fold, plan.final.seeds[0], {})
+            own["data.size"] = size
+            runs.append(Run(f"fold{fold}-untrained-{size}px", "untrained", regime, fold, own))
     return runs
+
+
+def untrained_config(plan: Plan, run: Run, paths: Mapping[str, str]) -> TrainConfig:
+    """Return the settings of a test of matching as `fss train` has them.
+
+    Raises:
+        ValueError: a value that does not fit.
+    """
+    assert run.settings is not None
+    values = merged(read_yaml(config_file(plan.config)), nested(run.settings | paths))
+    return TrainConfig.from_dict(values)
 
 
 def chosen_settings(plan: Plan, rows: Mapping[str, Row], fold: int) -> dict[str, Settings | None]:
@@ -358,11 +387,12 @@ def _search(
 
 
 def _settings(
-    plan: Plan, of_kind: Settings, regime: str, fold: int, seed: int, chosen: Settings
+    plan: Plan, of_kind: Settings, regime: str | None, fold: int, seed: int, chosen: Settings
 ) -> Settings:
     """Return the settings of a run by dotted name; the later ones win."""
     settings = {"validation_classes": "base", "checkpoint": "last"}
-    for part in (plan.settings, of_kind, plan.regimes[regime], chosen):
+    own = {} if regime is None else plan.regimes[regime]
+    for part in (plan.settings, of_kind, own, chosen):
         settings |= flat_settings(part)
     return settings | {"data.fold": fold, "seed": seed, "data.seed": seed}
 

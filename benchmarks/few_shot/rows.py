@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from benchmarks.gpu import tables
 from fss.config import TrainConfig
 from fss.files import parse_json, read_text, write_json
@@ -17,6 +19,7 @@ from fss.report.plot import write_png
 from fss.report.runs import ReportedRun
 from fss.runs.folder import RunFolder
 from fss.settings import flat_settings
+from fss.training.provenance import provenance
 
 if TYPE_CHECKING:
     from benchmarks.few_shot.planned import Plan, Run, Settings
@@ -121,6 +124,24 @@ def row_of(run: Run, result: Mapping[str, Any], folder: RunFolder, seconds: floa
     }
 
 
+def row_of_matching(run: Run, result: Mapping[str, Any], seconds: float) -> Row:
+    """Return the row of a test of matching, from the result of `fss eval --weights`.
+
+    Args:
+        run: of the plan.
+        result: of the evaluation.
+        seconds: that it took.
+    """
+    tested = {name: result[name] for name in ("weights", "backbone", "stride_on", "size", "seeds")}
+    return {
+        **{name: getattr(run, name) for name in ("name", "kind", "regime", "fold", "settings")},
+        "novel": {name: result[name] for name in ("miou", "fb_iou", "iou", "episodes")},
+        "tested": tested,
+        "minutes": seconds / 60,
+        "commit": provenance(torch.device("cpu"))["commit"],
+    }
+
+
 def check_settings_are(run: Run, had: Mapping[str, Any], what_to_do: str) -> None:
     """Raise ValueError unless what was made has the settings of the run as the plan is now."""
     now = json.loads(json.dumps(run.settings))
@@ -174,8 +195,9 @@ def table(
         chosen: by fold and regime; None where the trials are not done.
         arguments: of the command that ran them, without paths.
     """
-    first = next(rows[run.name] for run in runs if run.name in rows)
-    finals = [run for run in runs if run.kind == "final"]
+    first = next(rows[run.name] for run in runs if run.name in rows and run.kind != "untrained")
+    finals = [run for run in runs if run.kind in ("final", "untrained")]
+    _check_episodes(finals, rows)
     trials = [run for run in runs if run.kind == "trial"]
     parts = []
     if finals:
@@ -209,31 +231,48 @@ def _finals(
     head += [*["mean", "FB-IoU"][: 2 if len(folds) > 1 else 0], *(f"fold {f}, base" for f in folds)]
     head += ["s/step", "saved MiB", "minutes"]
     lines = []
-    for regime in plan.regimes:
+    untrained = [run.regime for run in finals if run.kind == "untrained"]
+    for regime in dict.fromkeys([*untrained, *plan.regimes]):
         own = [
             [rows[run.name] for run in finals if run[2:4] == (regime, fold) and run.name in rows]
             for fold in folds
         ]
         every = [row for of_fold in own for row in of_fold]
         whole = all(own)
-        cells = [regime, f"{every[0]['parameters']['trained_backbone']:,}" if every else "–"]
+        trained = [row for row in every if row["kind"] == "final"]
+        cells = [regime, "0" if regime in untrained else "–"]
+        if trained:
+            cells[1] = f"{trained[0]['parameters']['trained_backbone']:,}"
         cells += [_spread(of_fold) for of_fold in own]
         if len(folds) > 1:
             for metric in ("miou", "fb_iou"):
                 means = [statistics.fmean(_scores(of_fold, metric)) for of_fold in own if of_fold]
                 cells.append(f"{100 * statistics.fmean(means):.1f}" if whole else "–")
         for of_fold in own:
-            base = [row["base"]["miou"] for row in of_fold]
+            base = [row["base"]["miou"] for row in of_fold if row["kind"] == "final"]
             cells.append(f"{100 * statistics.fmean(base):.1f}" if base else "–")
-        if every:
-            seconds = statistics.median(row["step_seconds_median"] for row in every)
-            saved = max(row["saved_bytes_per_step"] for row in every)
-            minutes = statistics.fmean(row["minutes"] for row in every)
-            cells += [f"{seconds:.2f}", f"{saved / MIB:.0f}", f"{minutes:.1f}"]
+        if trained:
+            seconds = statistics.median(row["step_seconds_median"] for row in trained)
+            saved = max(row["saved_bytes_per_step"] for row in trained)
+            cells += [f"{seconds:.2f}", f"{saved / MIB:.0f}"]
         else:
-            cells += ["–"] * 3
+            cells += ["–"] * 2
+        cells.append(f"{statistics.fmean(row['minutes'] for row in every):.1f}" if every else "–")
         lines.append(cells)
     return tables.table(head, lines)
+
+
+def _check_episodes(finals: Sequence[Run], rows: Mapping[str, Row]) -> None:
+    """Raise ValueError unless all runs of a fold were tested on as many episodes of each class."""
+    tested: dict[int, tuple[str, Any]] = {}
+    for run in finals:
+        if run.name in rows:
+            own = rows[run.name]["novel"]["episodes"]
+            name, first = tested.setdefault(run.fold, (run.name, own))
+            if own != first:
+                raise ValueError(
+                    f"{run.name}: expected the test episodes of {name}, {first}; got {own}"
+                )
 
 
 def _scores(rows: Iterable[Row], metric: str) -> list[float]:
@@ -251,15 +290,18 @@ def _spread(rows: Sequence[Row]) -> str:
 
 
 def _about_finals(plan: Plan, finals: Sequence[Run], rows: Mapping[str, Row]) -> str:
-    done = [rows[run.name] for run in finals if run.name in rows]
+    done = [rows[run.name] for run in finals if run.name in rows and run.kind == "final"]
     if not done:
         return "No run with the chosen settings is done yet."
     config, seeds = done[0]["config"], len(plan.final.seeds)
     over = f"{seeds} training seeds" if seeds > 1 else "the seeds of the test, of one training"
-    return (
+    text = (
         f"mIoU in percent; {config['test_episodes']} novel episodes for each of "
         f"{len(config['test_seeds'])} seeds; ± the standard deviation over {over}."
     )
+    if any(run.kind == "untrained" for run in finals):
+        text += " Nothing trained: matching of the pretrained backbone on the same episodes."
+    return text
 
 
 def _trials(

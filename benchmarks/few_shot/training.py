@@ -1,4 +1,4 @@
-"""Runs of `fss train` as processes of their own: a finished one is kept, an interrupted resumes."""
+"""Runs of `fss train` and tests of `fss eval` as processes of their own; what is done is kept."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.processes import run
+from fss.config import DataConfig, TrainConfig
 from fss.data import FolderSource
 from fss.files import atomic_write
 from fss.runs.folder import RunFolder
@@ -82,6 +84,65 @@ def score_elsewhere(folder: Path, arguments: str) -> dict:
         if status:
             raise SystemExit(f"{folder}: the evaluation ended with {status}")
     return json.loads(result.read_text())
+
+
+def check_matching(config: TrainConfig) -> None:
+    """Raise ValueError for settings with which `score_matching` cannot test the same episodes."""
+    model, data = config.model, config.data
+    if model.weights == "none":
+        raise ValueError(
+            "final.untrained: expected model.weights of a pretrained backbone, which is all that "
+            'matching has, got "none"'
+        )
+    for name in ("protocol", "shuffle_test"):
+        value, default = getattr(data, name), getattr(DataConfig, name)
+        if value != default:
+            raise ValueError(
+                f"final.untrained: expected data.{name} {default}, got {value}, which fss eval "
+                "--weights does not have"
+            )
+
+
+def score_matching(folder: Path, config: TrainConfig, deadline: float) -> dict | None:
+    """Return the result of `fss eval --weights`: the backbone's weights matched, nothing trained.
+
+    Args:
+        folder: of the result; what is printed goes to a file beside it.
+        config: of runs, on whose test episodes the weights are tested.
+        deadline: of `time.monotonic`, at which the test is stopped.
+
+    Returns None for one that was stopped.
+
+    Raises:
+        SystemExit: the test failed.
+    """
+    data, model = config.data, config.model
+    options: dict[str, Any] = {
+        "weights": model.weights,
+        "backbone": model.backbone,
+        "stride_on": model.stride_on,
+        "size": data.size,
+        "episodes": config.test_episodes,
+        "seeds": config.test_seeds,
+        "resize": config.resize,
+        "accelerator": config.accelerator,
+    }
+    same = ("source", "root", "fold", "folds", "train_list", "val_list", "shots", "min_area")
+    options |= {name: getattr(data, name) for name in (*same, "drop_small_classes", "workers")}
+    if data.source != "coco":
+        del options["folds"]
+    file = folder / "eval.json"
+    command = [sys.executable, "-m", "fss.cli", "eval"]
+    for name, value in options.items():
+        if value is not None:
+            command.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    command.append(f"--out={file}")
+    print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
+    log = folder.with_name(f"{folder.name}.log")
+    status = run(command, log, deadline - time.monotonic()).status
+    if status:
+        raise SystemExit(f"{folder}: the test ended with {status}; {log} says why")
+    return None if status is None else json.loads(file.read_text())
 
 
 def held_out(root: str, fold: int, view: Path) -> Path:

@@ -167,6 +167,71 @@ def test_table_and_curves_come_from_the_rows(main, trained, written, tmp_path, c
     assert "| svf | 12 | 90.0 | – | – | – | 10.0 | – |" in shown and "7 of 9 runs" in shown
 
 
+@pytest.fixture
+def matched(monkeypatch):
+    """Stands for `fss eval --weights`: the settings of each test, and 0.45 mIoU."""
+    asked: dict[str, TrainConfig] = {}
+
+    def score(folder, config, deadline):
+        asked[folder.name] = config
+        spread = {"mean": 0.45, "std": 0.01, "values": [0.44, 0.46]}
+        result = {"miou": spread, "fb_iou": spread, "iou": {}, "episodes": {}, "seeds": [1]}
+        return result | {"weights": "w", "backbone": "b", "stride_on": "conv2", "size": 33}
+
+    monkeypatch.setattr(plans, "score_matching", score)
+    return asked
+
+
+MODEL = TINY["model"] | {"width": 24, "weights": "shapes"}
+UNTRAINED = {
+    "settings": TINY | {"model": MODEL},
+    "final": {"folds": [0, 2], "untrained": [33, 65]},
+}
+
+
+def test_the_row_without_training_stands_in_the_table(main, trained, matched, written, tmp_path):
+    path = written(**UNTRAINED)
+    assert main(path=path) == 0
+    names = [f"fold{fold}-untrained-{size}px" for size in (33, 65) for fold in (0, 2)]
+    assert list(matched) == names and list(trained) == [*TRIALS, *FINALS]
+    config = matched["fold2-untrained-65px"]
+    assert (config.data.size, config.data.fold, config.test_episodes) == (65, 2, 2)
+    assert main("--table", path=path) == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    row = "| nothing trained, 65 px | 0 | 45.0 ± 1.0 | 45.0 ± 1.0 | 45.0 | 45.0 | – | – | – | – |"
+    assert row in text and "13 of 13 runs" in text and "on the same episodes" in text
+    file = tmp_path / "out" / "rows" / f"{names[3]}.json"
+    row = json.loads(file.read_text())
+    row["novel"]["episodes"] = {"cat": 1}
+    file.write_text(json.dumps(row))
+    with pytest.raises(SystemExit, match=rf"{names[3]}: expected the test episodes of fold2"):
+        main("--table", path=path)
+
+
+def test_matching_is_tested_on_the_episodes_of_the_runs(
+    main, in_process, written, tmp_path, monkeypatch
+):
+    """As `fss eval` counts them; a test that is stopped leaves no row."""
+    settings = TINY | {"model": MODEL, "test_episodes": 8, "steps": 1, "test_seeds": [3, 1]}
+    final = {"folds": [2], "untrained": [33]}
+    regimes = {"freeze": {"regime.name": "freeze"}}
+    path = written(settings=settings, regimes=regimes, search={}, final=final)
+    make = plans.score_matching
+    monkeypatch.setattr(plans, "score_matching", lambda *_: None)
+    assert main(path=path) == 1
+    assert list(read_rows(tmp_path / "out")) == ["fold2-freeze-seed321"]
+    monkeypatch.setattr(plans, "score_matching", make)
+    assert main(path=path) == 0
+    trained, matched = read_rows(tmp_path / "out").values()
+    assert matched["novel"]["episodes"] == trained["novel"]["episodes"]
+    assert sum(matched["novel"]["episodes"].values()) == 16
+    assert len(matched["novel"]["miou"]["values"]) == 2
+    assert matched["novel"]["miou"] != trained["novel"]["miou"]
+    assert matched["tested"]["weights"] == "shapes" and matched["tested"]["size"] == 33
+    assert str(tmp_path) not in json.dumps(matched)
+    assert main("--table", path=path) == 0
+
+
 def test_no_run_begins_that_does_not_fit(main, trained, tmp_path, capsys, monkeypatch):
     assert main("--minutes", "0") == 1
     assert not trained
@@ -224,6 +289,16 @@ def test_what_another_plan_made_is_refused(main, trained, written, tmp_path, mon
         ({"search": {"stages": STAGES[:1] * 2}}, "different runs, got trial-fold0-freeze-lr=0.01"),
         ({"search": {"fold": "all"}}, 'search.fold: expected a number or "each"'),
         ({"final": {"folds": 0}}, "final.folds: expected a list of numbers, got 0"),
+        ({"final": {"untrained": 129}}, "final.untrained: expected a list of sizes in pixels, got"),
+        ({"final": {"folds": [0], "untrained": [33]}}, 'final.untrained: .*, got "none"'),
+        (
+            {"final": {"folds": [0], "untrained": [32]}, "settings": UNTRAINED["settings"]},
+            "data.size: expected a multiple of 8 plus 1 .* got 32",
+        ),
+        (
+            UNTRAINED | {"settings": UNTRAINED["settings"] | {"data.protocol": "hsnet"}},
+            "final.untrained: expected data.protocol pfenet, got hsnet, which fss eval",
+        ),
         ({"final": {"folds": [True]}}, "final.folds: expected a list of numbers"),
         ({"search": {"fold": True}}, 'search.fold: expected a number or "each"'),
         ({"config": 3}, "config: expected a name, got 3"),
@@ -330,7 +405,7 @@ def in_process(monkeypatch):
 
     monkeypatch.setattr(fss.training.loop, "build_source", built_once)
 
-    def run(command, log, limit, grace):
+    def run(command, log, limit, grace=0.0):
         return Ended(fss.cli.main(command[3:]), 1.0)
 
     monkeypatch.setattr(training, "run", run)
