@@ -32,7 +32,6 @@ from benchmarks.few_shot.planned import (
     Plan,
     Run,
     Settings,
-    as_word,
     check_folds,
     check_rows,
     check_runs,
@@ -43,7 +42,7 @@ from benchmarks.few_shot.planned import (
     untrained_config,
 )
 from benchmarks.few_shot.rows import Row, Stopwatch, estimate, read_rows
-from benchmarks.few_shot.training import held_out, make_run, score_matching
+from benchmarks.few_shot.training import as_word, held_out, make_run, score_matching
 from fss.data.folder import LISTS
 from fss.files import read_yaml, write_json
 from fss.runs.folder import RunFolder

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.few_shot.rows import Row, check_settings_are
-from benchmarks.few_shot.training import check_matching
+from benchmarks.few_shot.training import as_word, check_matching
 from fss.config import TrainConfig
 from fss.data import build_source
 from fss.files import read_yaml
@@ -405,11 +404,6 @@ def nested(flat: Mapping[str, Any]) -> Settings:
             value = {key: value}
         result = merged(result, value)
     return result
-
-
-def as_word(value: Any) -> str:
-    """Return a value as `fss train` reads it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(value: Any) -> str:

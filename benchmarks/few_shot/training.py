@@ -86,6 +86,11 @@ def score_elsewhere(folder: Path, arguments: str) -> dict:
     return json.loads(result.read_text())
 
 
+def as_word(value: Any) -> str:
+    """Return a value as fss reads it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def check_matching(config: TrainConfig) -> None:
     """Raise ValueError for settings with which `score_matching` cannot test the same episodes."""
     model, data = config.model, config.data
@@ -133,9 +138,9 @@ def score_matching(folder: Path, config: TrainConfig, deadline: float) -> dict |
         del options["folds"]
     file = folder / "eval.json"
     command = [sys.executable, "-m", "fss.cli", "eval"]
-    for name, value in options.items():
-        if value is not None:
-            command.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    command += [
+        f"--{name}={as_word(value)}" for name, value in options.items() if value is not None
+    ]
     command.append(f"--out={file}")
     print(f"\n[{folder.name}] fss {shlex.join(command[3:])}", flush=True)
     log = folder.with_name(f"{folder.name}.log")
