@@ -21,6 +21,8 @@ from fss.config.checks import (
     check_steps,
     hints,
 )
+from fss.config.fields import free
+from fss.config.model import COCO_BINS, METHODS, PASCAL_BINS, ModelConfig
 
 SourceName = Literal["folder", "pascal", "coco", "fss1000", "shapes"]
 Folds = Literal["fwb", "panet"]
@@ -29,15 +31,11 @@ RegimeName = Literal[
     "rotated_svf", "adapter", "bias",
 ]  # fmt: skip
 Checkpoint = Literal["best", "last"]
+Schedule = Literal["cosine", "poly", "step", "constant"]
 Resize = Literal["photo", "canvas", "network"]
 Precision = Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"]
 TF32 = Literal["none", "convolutions", "all"]
 Accelerator = Literal["auto", "cpu", "cuda"]
-
-
-def free(default: Any, *between: str) -> Any:
-    """Return the field of a setting that may differ between two runs, see `free_settings`."""
-    return field(default=default, metadata={"free": between})
 
 
 def free_settings(config: type, between: str, prefix: str = "") -> set[str]:
@@ -77,7 +75,8 @@ class DataConfig:
         folds: of "coco": "fwb" (novel classes k + 1, k + 5, …) or "panet" (20k + 1 to 20k + 20).
         fold: which classes are novel, from 0.
         shots: support photos per episode (K).
-        size: side of the network's square input, pixels; size - 1 is a multiple of 8.
+        size: side of the network's square input, pixels; size - 1 is a multiple of 8, unless the
+            model takes any.
         min_area: smallest area of a class for a photo to be listed under it: pixels at original
             size if at least 1 (PFENet and BAM: 2·32·32 = 2048), a share of the photo if below 1.
         exclude_novel: train only on photos without any novel class (the paper's † filter).
@@ -139,82 +138,12 @@ class DataConfig:
             )
         check_at_least("data.fold", self.fold, 0)
         check_at_least("data.shots", self.shots, 1)
-        check_side("data.size", self.size)
+        check_at_least("data.size", self.size, 9)
         check_positive("data.min_area", self.min_area)
         check_scale("data.scale", self.scale)
         check_rotation("data.rotate", self.rotate)
         check_at_least("data.workers", self.workers, 0)
         check_at_least("data.seed", self.seed, 0)
-
-
-@dataclass
-class ModelConfig:
-    """The network.
-
-    Args:
-        name: "baseline", the paper's: PFENet with an ASPP instead of its FEM and only the main
-            loss; "pfenet"; or "bam".
-        backbone: the feature extractor.
-        stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
-        stride_on: the bottleneck convolution that has the stride: "conv2" (torchvision) or "conv1"
-            (Caffe, Keras).
-        width: channels of the backbone's stem; 64 in every published ResNet and VGG.
-        weights: pretrained weights of the backbone: a file, "torchvision" (downloaded by name),
-            "shapes" (embedded, for resnet18 of width 24) or "none" (random). A base learner brings
-            its own backbone.
-        base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
-            folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
-        official: the authors' PFENet or BAM checkpoint, to start the whole network from.
-        channels: channels of the head.
-        dropout: probability that the head drops a channel while training.
-        bins: for "pfenet", the side of the feature map at each scale: cells if above 1, a share of
-            the full side up to 1. By default those published for the data: (1, 0.5, 0.25, 0.125)
-            with "coco", else Pascal's (60, 30, 15, 8). An `official` file does not tell which.
-    """
-
-    name: Literal["baseline", "pfenet", "bam"] = "baseline"
-    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn"] = "resnet50"
-    stem: Literal["plain", "deep"] = "plain"
-    stride_on: Literal["conv1", "conv2"] = "conv2"
-    width: int = 64
-    weights: str = free("torchvision", "resume", "finished")
-    base_weights: str | None = free(None, "resume", "finished", "mean")
-    official: str | None = free(None, "resume", "finished")
-    channels: int = 256
-    dropout: float = 0.5
-    bins: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        check_settings(self, "model.")
-        if self.bins is not None:
-            self.bins = tuple(self.bins)
-        check_at_least("model.width", self.width, 1)
-        check_at_least("model.channels", self.channels, 1)
-        if not self.weights:
-            raise ValueError('model.weights: expected a file, "torchvision", "shapes" or "none"')
-        if self.name == "bam" and not self.base_weights and not self.official:
-            raise ValueError(
-                "model.base_weights: expected BAM's base learner, got nothing; train one with "
-                "fss train-base and give its folder, or give the authors' PSPNet checkpoint"
-            )
-        if self.name != "bam" and self.base_weights not in (None, "none"):
-            raise ValueError(
-                f"model.base_weights: expected nothing, {self.name} has no base learner; "
-                f"got {self.base_weights!r}"
-            )
-        if self.name == "baseline" and self.official:
-            raise ValueError(
-                "model.official: expected nothing, baseline has no checkpoint of its authors' that "
-                f"fits; got {self.official!r}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout: expected 0 up to below 1, got {self.dropout}")
-
-
-PASCAL_BINS = (60, 30, 15, 8)
-"""PFENet's `bins` as published for Pascal-5i."""
-COCO_BINS = (1.0, 0.5, 0.25, 0.125)
-"""PFENet's `bins` as published for COCO-20i, of a ResNet and a VGG alike."""
 
 
 @dataclass
@@ -348,28 +277,38 @@ class OptimizerConfig:
         name: "sgd" (the paper's) or "adamw".
         lr: learning rate of the head at the first step.
         momentum: momentum of SGD.
+        nesterov: whether SGD's momentum is Nesterov's.
         weight_decay: weight decay of the head; coupled in SGD, decoupled in AdamW.
         lr_factor: multiplies the learning rate of every group. The published codes of PFENet and
             BAM train with 10 times the rate they state (PFENet 0.0025 on Pascal and 0.005 on COCO,
             BAM 0.005 on both): 10 does the same.
         schedule: "cosine" decays both learning rates to 0 at the last step (SVF), "poly" as
-            lr·(1 - n/steps)^0.9 (PFENet, BAM), "constant" keeps them. None of the papers uses
-            warm-up.
+            lr·(1 - n/steps)^0.9 (PFENet, BAM), "step" divides them by 10 after each third
+            (PANet), "constant" keeps them. None of the papers uses warm-up.
         backbone_lr: learning rate of the backbone's group; by default lr / 10. The paper gives one
             rate, 0.015 "when fine-tuning backbone", and its authors published no training code; a
             tenth for S is our reading, after a file of unnamed authors (BAM's code with SVF).
         backbone_weight_decay: weight decay of the backbone's group; by default `weight_decay`. Of
             this too the paper says nothing.
+        transformer_lr: learning rate of AdamW for what a method calls its transformer (CyCTR,
+            HDMNet), whatever trains the rest; `lr_factor` does not multiply it. null trains it with
+            the rest.
+        transformer_weight_decay: its weight decay, decoupled; its biases have none.
+        transformer_schedule: its schedule; by default `schedule`.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.015
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-4
     lr_factor: float = 1.0
-    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     backbone_lr: float | None = None
     backbone_weight_decay: float | None = None
+    transformer_lr: float | None = None
+    transformer_weight_decay: float = 0.01
+    transformer_schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         check_settings(self, "optimizer.")
@@ -378,8 +317,10 @@ class OptimizerConfig:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum: expected 0 up to below 1, got {self.momentum}")
         check_at_least("optimizer.weight_decay", self.weight_decay, 0)
-        if self.backbone_lr is not None:
-            check_positive("optimizer.backbone_lr", self.backbone_lr)
+        for name in ("backbone_lr", "transformer_lr"):
+            if getattr(self, name) is not None:
+                check_positive(f"optimizer.{name}", getattr(self, name))
+        check_at_least("optimizer.transformer_weight_decay", self.transformer_weight_decay, 0)
         if self.backbone_weight_decay is not None:
             check_at_least("optimizer.backbone_weight_decay", self.backbone_weight_decay, 0)
 
@@ -481,6 +422,8 @@ class TrainConfig:
         if self.graph is False:  # what YAML 1.1 reads of a bare off
             self.graph = "off"
         check_settings(self)
+        if not METHODS[self.model.name].any_size:
+            check_side("data.size", self.data.size)
         authors = self.model.name == "pfenet" and self.model.official
         if self.model.bins is None and (not authors or self.data.source in ("pascal", "coco")):
             coco = self.model.name == "pfenet" and self.data.source == "coco"

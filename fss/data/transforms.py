@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fss.config.checks import check_rotation, check_scale, check_side
+from fss.config.checks import check_at_least, check_rotation, check_scale
 from fss.data.source import IGNORE, Mask
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
@@ -71,7 +71,7 @@ class TrainTransform:
     def __init__(
         self, size: int, scale: tuple[float, float] = (0.9, 1.1), rotate: float = 10.0
     ) -> None:
-        check_side("size", size)
+        check_at_least("size", size, 9)
         check_scale("scale", scale)
         check_rotation("rotate", rotate)
         self.size, self.scale, self.rotate = size, scale, rotate
@@ -130,7 +130,7 @@ class EvalTransform:
     """
 
     def __init__(self, size: int) -> None:
-        check_side("size", size)
+        check_at_least("size", size, 9)
         self.size = size
 
     def __call__(
@@ -156,11 +156,11 @@ class SquareTransform:
     `Sample.size` is the whole square: resize a prediction to the original size.
 
     Args:
-        size: side of the square output, pixels (HSNet takes 400, which is no multiple of 8 plus 1).
+        size: side of the square output, pixels (HSNet takes 400).
     """
 
     def __init__(self, size: int) -> None:
-        check_side("size", size)
+        check_at_least("size", size, 9)
         self.size = size
 
     def __call__(

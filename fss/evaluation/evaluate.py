@@ -89,8 +89,10 @@ def cached_forward(model: FewShotModel, cache: FeatureCache, fabric: Fabric) -> 
 
     def forward(parts: Parts) -> Tensor:
         (batch,) = parts
+        others = (batch.get(name) for name in model.inputs[3:])
         with fabric.autocast():
-            return model.head(cache.features(batch), batch["query_image"].shape[-2:]).logits
+            features = cache.features(batch)
+            return model.head(features, batch["query_image"].shape[-2:], *others).logits
 
     return forward
 

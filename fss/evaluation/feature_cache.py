@@ -9,10 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fss.models.features import Features, FewShotModel, Supports
+from fss.models.features import Features, FewShotModel, Maps, Supports
 
 Value = TypeVar("Value")
-_Maps = tuple[Tensor, ...]
 
 
 class _Kept(NamedTuple, Generic[Value]):
@@ -94,11 +93,11 @@ class Names(NamedTuple):
 class FeatureCache:
     """Keeps what a frozen backbone computes of test photos, which have no random transform.
 
-    Of a support stays what the head reads of it (`FewShotModel.summarize`) and, for the prior,
-    layer 4 where its mask is not 0: all other positions have similarity 0. That is a twentieth of
-    its maps where the class covers a twentieth of the photo. Of a query stay the maps of layers 2,
-    3 and 4, of which the first two also serve the same photo as a support under a new mask. What
-    is missing from a batch goes through the backbone together. The weights must stay as they are.
+    Of a support stays what the head reads of it and, for the prior, layer 4 where its mask is not
+    0: all other positions have similarity 0. That is a twentieth of its maps where the class covers
+    a twentieth of the photo. Of a query stay the model's `maps` and `query_maps`, of which the
+    first also serve the same photo as a support under a new mask. What is missing from a batch
+    goes through the backbone together. The weights must stay as they are.
 
     Args:
         model: in evaluation mode while it is used.
@@ -106,14 +105,15 @@ class FeatureCache:
         episodes: all that are to come, in their order; see `Shelf`.
 
     Attributes:
-        photos: how many went through layers 1 to 3.
-        layer4: how many went through layer 4, as a query or under a mask.
+        photos: of how many the model's `maps` were computed.
+        roles: of how many was computed what it reads of a query or of a support.
     """
 
     def __init__(self, model: FewShotModel, gib: float, episodes: Sequence[Names]) -> None:
         self.model = model
-        self.photos = self.layer4 = 0
-        self.shelf: Shelf[_Maps] = Shelf(int(gib * 2**30), uses(episodes))
+        self.photos = self.roles = 0
+        self.shelf: Shelf[Maps] = Shelf(int(gib * 2**30), uses(episodes))
+        self._covered = False  # whether supports have a prior
 
     @torch.no_grad()
     def features(self, batch: Mapping[str, Any]) -> Features:
@@ -122,7 +122,7 @@ class FeatureCache:
         Args:
             batch: of `collate_episodes`: images, masks, and the names of photos and classes.
         """
-        backbone, dtype = self.model.backbone, next(self.model.parameters()).dtype
+        dtype = next(self.model.parameters()).dtype
         query_image, support_images = (
             batch[name].to(dtype) for name in ("query_image", "support_images")
         )
@@ -152,30 +152,32 @@ class FeatureCache:
         missing = [needed[n] for n in _places([_photo(photos[n]) for n in needed], found)]
         if missing:
             self.photos += len(missing)
-            seen = (maps.split(1) for maps in backbone.features(images[missing]))
+            seen = (maps.split(1) for maps in self.model.maps(images[missing]))
             self._add(found, [_photo(photos[n]) for n in missing], zip(*seen, strict=True))
         missing = _places(queries, found)
         if missing:
-            self.layer4 += len(missing)
-            _, middle = _stacked([found[_photo(photos[n])] for n in missing])
-            self._add(found, [queries[n] for n in missing], zip(backbone.layer4(middle).split(1)))
+            self.roles += len(missing)
+            maps = _stacked([found[_photo(photos[n])] for n in missing])
+            made = [each.split(1) for each in self.model.query_maps(*maps)]
+            rows = zip(*made, strict=True) if made else [()] * len(missing)
+            self._add(found, [queries[n] for n in missing], rows)
         if unseen:
-            self.layer4 += len(unseen)
-            low, middle = _stacked([found[_photo(photos[count + n])] for n in unseen])
-            made = self.model.support_features(low, middle, masks[unseen])
-            self._add(found, [supports[n] for n in unseen], _covered(made))
+            self.roles += len(unseen)
+            maps = _stacked([found[_photo(photos[count + n])] for n in unseen])
+            made = self.model.support_features(maps, masks[unseen])
+            self._covered = made.high is not None
+            self._add(found, [supports[n] for n in unseen], _rows(made))
 
-        low, middle = _stacked([found[_photo(name)] for name in photos[:count]])
-        (high,) = _stacked([found[key] for key in queries])
-        weights, positions, *summaries = zip(*(found[key] for key in supports), strict=True)
-        kept = Supports(
-            _padded(weights), _padded(positions), tuple(torch.stack(each) for each in summaries)
-        )
+        maps = _stacked([found[_photo(name)] for name in photos[:count]])
+        more = _stacked([found[key] for key in queries])
+        parts = list(zip(*(found[key] for key in supports), strict=True))
+        prior = [_padded(parts.pop(0)) for _ in range(2 if self._covered else 0)]
+        kept = Supports(tuple(torch.stack(each) for each in parts), *prior)
         kept = kept.map(lambda each: each.unflatten(0, (count, shots)))
-        return Features.of(low, middle, high, kept)
+        return Features.of((*maps, *more), kept)
 
     def _add(
-        self, found: dict[Hashable, _Maps], keys: Sequence[Hashable], made: Iterable[_Maps]
+        self, found: dict[Hashable, Maps], keys: Sequence[Hashable], made: Iterable[Maps]
     ) -> None:
         """Add the maps made for the keys to what was found, and to the shelf."""
         for key, maps in zip(keys, made, strict=True):
@@ -184,11 +186,15 @@ class FeatureCache:
             self.shelf.put(key, kept, sum(tensor.nbytes for tensor in kept))
 
 
-def _covered(supports: Supports) -> Iterator[_Maps]:
+def _rows(supports: Supports) -> Iterator[Maps]:
     """Yield, per support, weights [1, 1, n] and layer 4 [C, 1, n] of some positions, and summaries.
 
-    The positions are those whose weight is not 0, and one of the others, if there is one.
+    The positions are those whose weight is not 0, and one of the others, if there is one. Without
+    a prior there are summaries alone.
     """
+    if supports.mask is None or supports.high is None:
+        yield from zip(*supports.summaries, strict=True)
+        return
     flat = zip(supports.mask.flatten(1), supports.high.flatten(2), strict=True)
     for n, (weights, maps) in enumerate(flat):
         kept = torch.cat([weights.nonzero(), (weights == 0).nonzero()[:1]]).flatten()
@@ -227,12 +233,12 @@ def _places(keys: Sequence[Hashable], found: Mapping[Hashable, Any]) -> list[int
     return list({key: place for place, key in enumerate(keys) if key not in found}.values())
 
 
-def _stacked(entries: Sequence[_Maps]) -> list[Tensor]:
+def _stacked(entries: Sequence[Maps]) -> Maps:
     """Join the maps [1, C, h, w] of several entries, one batch for each kind.
 
     torch.stack of maps without the first dimension would give up channels_last.
     """
-    return [torch.cat(kind) for kind in zip(*entries, strict=True)]
+    return tuple(torch.cat(kind) for kind in zip(*entries, strict=True))
 
 
 def _padded(maps: Sequence[Tensor]) -> Tensor:

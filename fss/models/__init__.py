@@ -92,7 +92,7 @@ def build_model(
             )
         file = Path(config.official).expanduser()
         count = kind.count_base_classes(read_state_dict(file, "model.official").values)
-    backbone = _backbone(config)
+    backbone = _backbone(config, kind)
     if not (config.official or learned):
         load_backbone(backbone, config.weights)
     model = kind.from_config(backbone, config, count, shots)
@@ -140,7 +140,7 @@ def rebuild_model(
     """
     kind = MODELS[config.model.name]
     count = kind.count_base_classes(state)
-    model = kind.from_config(_backbone(config.model), config.model, count, config.data.shots)
+    model = kind.from_config(_backbone(config.model, kind), config.model, count, config.data.shots)
     factors = {
         name: Factors(*(state[f"backbone.{name}.{part}"] for part in FACTORS))
         for name, _ in model.backbone.named_modules()
@@ -154,5 +154,12 @@ def rebuild_model(
     return model
 
 
-def _backbone(config: ModelConfig) -> Backbone:
-    return build_backbone(config.backbone, config.stem, config.stride_on, config.width)
+def _backbone(config: ModelConfig, kind: type[FewShotModel]) -> Backbone:
+    if config.backbone not in kind.backbones:
+        raise ValueError(
+            f"model.backbone: expected one of {', '.join(kind.backbones)} for {config.name}, got "
+            f"{config.backbone!r}"
+        )
+    return build_backbone(
+        config.backbone, config.stem, config.stride_on, config.width, **kind.backbone_options
+    )

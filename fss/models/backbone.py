@@ -6,7 +6,7 @@ Residual Networks", 2017. State-dict keys are torchvision's; the deep stem adds 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ class Architecture(NamedTuple):
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut: `relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`.
 
-    The stride is on conv1, the dilation on both.
+    The stride is on conv1, the dilation on both. Without `last_relu` the sum is returned.
     """
 
     expansion = 1
@@ -36,8 +36,10 @@ class BasicBlock(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         downsample: nn.Module | None = None,
+        last_relu: bool = True,
     ) -> None:
         super().__init__()
+        self.last_relu = last_relu
         self.conv1 = _conv3x3(in_channels, width, stride, dilation)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -48,14 +50,15 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + shortcut)
+        out = self.bn2(self.conv2(out)) + shortcut
+        return self.relu(out) if self.last_relu else out
 
 
 class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolutions and a shortcut; the output has 4·`width` channels.
 
     The dilation is on conv2; the stride on conv2 (torchvision, semseg) or conv1 (Caffe, Keras).
+    Without `last_relu` the sum of both paths is returned.
     """
 
     expansion = 4
@@ -67,9 +70,11 @@ class Bottleneck(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         downsample: nn.Module | None = None,
+        last_relu: bool = True,
         stride_on: str = "conv2",
     ) -> None:
         super().__init__()
+        self.last_relu = last_relu
         stride1, stride2 = (stride, 1) if stride_on == "conv1" else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride=stride1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -84,8 +89,25 @@ class Bottleneck(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + shortcut)
+        out = self.bn3(self.conv3(out)) + shortcut
+        return self.relu(out) if self.last_relu else out
+
+
+class SumStage(nn.Sequential):
+    """Blocks without their last ReLU: what goes from one to the next, and out, is activated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x).relu()
+        return x
+
+    def sums(self, x: Tensor) -> list[Tensor]:
+        """Compute the sum of each block before its last ReLU."""
+        maps = []
+        for block in self:
+            maps.append(block(x))
+            x = maps[-1].relu()
+        return maps
 
 
 ARCHITECTURES = {
@@ -114,6 +136,7 @@ class ResNet(nn.Module):
         stride_on: the bottleneck convolution that carries the stride, "conv1" or "conv2".
         width: channels of the plain stem; layer n has `width`·2^(n-1)·expansion channels.
         output_stride: 8, 16 or 32; removed strides become dilation of every 3×3 convolution.
+        sums: whether the blocks of layers 2 to 4 end in the sum of their paths, for `block_sums`.
 
     Attributes:
         channels: output channels of layers 1 to 4.
@@ -128,6 +151,7 @@ class ResNet(nn.Module):
         stride_on: str = "conv2",
         width: int = 64,
         output_stride: int = 8,
+        sums: bool = False,
     ) -> None:
         super().__init__()
         self.deep_stem = stem == "deep"
@@ -150,9 +174,8 @@ class ResNet(nn.Module):
         for n, (depth, (stride, dilation)) in enumerate(
             zip(depths, _GEOMETRY[output_stride], strict=True)
         ):
-            layers.append(
-                _layer(block, in_channels, width * 2**n, depth, stride, dilation, stride_on)
-            )
+            shape = in_channels, width * 2**n, depth, stride, dilation
+            layers.append(_layer(block, *shape, stride_on, sums and n > 0))
             in_channels = width * 2**n * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.factors: dict[str, Factors] = {}
@@ -179,6 +202,17 @@ class ResNet(nn.Module):
         """Map images [B, 3, H, W] to the outputs of `layer2` and `layer3`."""
         layer2 = self.early(images)
         return layer2, self.layer3(layer2)
+
+    def block_sums(self, images: Tensor) -> list[Tensor]:
+        """Map images [B, 3, H, W] to the sum of each block of layers 2 to 4, before its last ReLU.
+
+        Of a backbone that was built with `sums`.
+        """
+        x = self.layer1(self.stem(images))
+        maps: list[Tensor] = []
+        for stage in (self.layer2, self.layer3, self.layer4):
+            maps += stage.sums(x if not maps else maps[-1].relu())
+        return maps
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Map images [B, 3, H, W] to the outputs of `layer3` and of each block of `layer4`."""
@@ -208,6 +242,7 @@ def build_backbone(
     stride_on: str = "conv2",
     width: int = 64,
     output_stride: int = 8,
+    sums: bool = False,
 ) -> Backbone:
     """Build a randomly initialized backbone by name; the arguments are those of `ResNet`.
 
@@ -230,7 +265,7 @@ def build_backbone(
         if stem != "plain":
             raise ValueError(f"stem: expected plain, vgg16_bn has no other; got {stem!r}")
         return VGG(width)
-    return ResNet(ARCHITECTURES[name], stem, stride_on, width, output_stride)
+    return ResNet(ARCHITECTURES[name], stem, stride_on, width, output_stride, sums)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
@@ -247,8 +282,10 @@ def _layer(
     stride: int,
     dilation: int,
     stride_on: str,
+    sums: bool,
 ) -> nn.Sequential:
-    options = {"stride_on": stride_on} if block is Bottleneck else {}
+    options: dict[str, Any] = {"stride_on": stride_on} if block is Bottleneck else {}
+    options["last_relu"] = not sums
     out_channels = width * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
@@ -258,7 +295,7 @@ def _layer(
         )
     blocks = [block(in_channels, width, stride, dilation, downsample, **options)]
     blocks += [block(out_channels, width, 1, dilation, **options) for _ in range(depth - 1)]
-    return nn.Sequential(*blocks)
+    return SumStage(*blocks) if sums else nn.Sequential(*blocks)
 
 
 def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:

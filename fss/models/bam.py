@@ -6,7 +6,7 @@ Equations are those of the paper; the published code is the reference where it s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.baseline import Baseline
 from fss.models.episode import Prediction, check_target
-from fss.models.features import Features, cross_entropy
+from fss.models.features import Features
+from fss.models.loss import cross_entropy
 from fss.models.pooling import resize
 from fss.models.pspnet import BaseLearner
 
@@ -82,6 +83,28 @@ class BAM(Baseline):
     inputs = (*Baseline.inputs, "base_class")
     targets = (*Baseline.targets, "query_base_mask")
     needs_base_learner = True
+    official_names: ClassVar[Mapping[str, str]] = {
+        "query_reduce.": "down_query.",
+        "support_reduce.": "down_supp.",
+        "merge.": "init_merge.",
+        "aspp.pooled.": "ASPP_meta.layer6_0.0.",
+        "aspp.pointwise.": "ASPP_meta.layer6_1.0.",
+        "aspp.atrous.0.": "ASPP_meta.layer6_2.0.",
+        "aspp.atrous.1.": "ASPP_meta.layer6_3.0.",
+        "aspp.atrous.2.": "ASPP_meta.layer6_4.0.",
+        "project.": "res1_meta.",
+        "residual.": "res2_meta.",
+        "classifier.": "cls_meta.",
+        "distance_merge.": "gram_merge.",
+        "base_merge.": "cls_merge.",
+        "shot_weights.layers.": "kshot_rw.",
+        "base_learner.pool.": "learner_base.0.",
+        "base_learner.classifier.": "learner_base.1.",
+    }
+    official_shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {  # a 1×1 convolution
+        "distance_merge.weight": (1, 2, 1, 1),
+        "base_merge.weight": (1, 2, 1, 1),
+    }
 
     def __init__(
         self,
@@ -136,7 +159,8 @@ class BAM(Baseline):
                 novel one; needed while training, and else not used.
         """
         prototypes, grams = features.supports
-        distances = gram_distance(gram_matrix(features.query_low), grams)
+        low, _, high = features.query
+        distances = gram_distance(gram_matrix(low), grams)
         weights = self._weigh(distances)
         distance = (weights * distances).sum(dim=1)[:, None, None, None]
         prototype = (weights[:, :, None, None, None] * prototypes).sum(dim=1)
@@ -144,7 +168,7 @@ class BAM(Baseline):
 
         query = self.query(features)
         meta = self.compare(query, prototype.to(query.dtype), prior)
-        base = self.base_learner(features.query_high)
+        base = self.base_learner(high)
 
         background, foreground = meta.softmax(dim=1).split(1, dim=1)
         not_this = self._base_foreground(base.softmax(dim=1), base_class)

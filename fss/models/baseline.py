@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction
-from fss.models.features import Features, FewShotModel, classifier, pointwise, two_convolutions
+from fss.models.features import Features
+from fss.models.layers import classifier, pointwise, two_convolutions
 from fss.models.pooling import cat_maps, resize
+from fss.models.prior_guided import PriorGuided
 
 
 class ASPP(nn.Module):
@@ -40,7 +42,7 @@ class ASPP(nn.Module):
         return cat_maps(views, like=x).relu()
 
 
-class Baseline(FewShotModel):
+class Baseline(PriorGuided):
     """PFENet with its feature enrichment module replaced by ASPP, and only the main loss.
 
     Layers 2 and 3 of the backbone are reduced to `channels` channels, for query and support

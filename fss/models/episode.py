@@ -20,12 +20,17 @@ class Prediction(NamedTuple):
 
 
 def check_episode(
-    query_image: Tensor, support_images: Tensor, support_masks: Tensor, parameter: Tensor
+    query_image: Tensor,
+    support_images: Tensor,
+    support_masks: Tensor,
+    parameter: Tensor,
+    any_size: bool = False,
 ) -> None:
     """Check that a model that has `parameter` can segment these episodes.
 
     Expected: query_image [B, 3, H, W] and support_images [B, K, 3, H, W] of the parameter's dtype,
-    support_masks [B, K, H, W] of an integer dtype or bool, one device, H-1 and W-1 multiples of 8.
+    support_masks [B, K, H, W] of an integer dtype or bool, one device, H-1 and W-1 multiples of 8
+    unless the model takes `any_size`.
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -54,7 +59,7 @@ def check_episode(
     if query_image.ndim != 4 or query_image.shape[1] != 3:
         raise ValueError(f"query_image: expected [B, 3, H, W], got {list(query_image.shape)}")
     batch, _, height, width = query_image.shape
-    if height % 8 != 1 or width % 8 != 1:
+    if not any_size and (height % 8 != 1 or width % 8 != 1):
         raise ValueError(
             f"query_image: expected a height and a width of a multiple of 8 plus 1 "
             f"(such as 225, 473, 641), got {height}×{width}; "

@@ -1,101 +1,128 @@
-"""What baseline, PFENet and BAM share: features, prototypes and priors of episodes."""
+"""The seam of all few-shot models: features of episodes, and a head that reads them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fss.config import ModelConfig
-from fss.models.backbone import Backbone
+from fss.models.backbone import BACKBONES, Backbone
 from fss.models.episode import Prediction, check_episode, check_target
-from fss.models.pooling import masked_average_pool, resize
+from fss.models.loss import cross_entropy
+from fss.models.pooling import resize
 from fss.models.prior import prior_masks
+
+Maps = tuple[Tensor, ...]
 
 
 class Supports(NamedTuple):
     """What a model reads of supports, whatever the query; [N, …] each, [B, K, …] of episodes.
 
-    mask: share of foreground [N, 1, h, w] at each position of layer 3, floating.
-    high: maps [N, C, h, w] of layer 4 under the mask.
-    summaries: see `FewShotModel.summarize`.
+    summaries: what the head reads of each support.
+    mask, high: for the prior mask, the share of foreground [N, 1, h, w] at each position and the
+        maps [N, C, h, w] that are compared there; None for a model without a prior.
     """
 
-    mask: Tensor
-    high: Tensor
-    summaries: tuple[Tensor, ...]
+    summaries: Maps
+    mask: Tensor | None = None
+    high: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Supports:
         """Return the supports with each tensor changed."""
-        return Supports(change(self.mask), change(self.high), tuple(map(change, self.summaries)))
+        mask, high = (None if each is None else change(each) for each in self[1:])
+        return Supports(tuple(map(change, self.summaries)), mask, high)
+
+    @staticmethod
+    def stack(shots: Sequence[Supports]) -> Supports:
+        """Join supports [N, …] of each of K shots to [N, K, …]."""
+        kinds = zip(*(shot.summaries for shot in shots), strict=True)
+        summaries = tuple(torch.stack(each, dim=1) for each in kinds)
+        if shots[0].high is None:
+            return Supports(summaries)
+        mask, high = (torch.stack([shot[n] for shot in shots], dim=1) for n in (1, 2))
+        return Supports(summaries, mask, high)
 
 
 class Features(NamedTuple):
     """What a head reads of episodes of K shots.
 
-    query_low, query_middle, query_high: maps [B, C, h, w] of layers 2, 3 and 4.
-    supports: summaries of each support, [B, K, …] each, see `FewShotModel.summarize`.
-    priors: prior masks [K, B, 1, h, w].
+    query: maps of the queries, [B, …] each, see `FewShotModel.maps` and `query_maps`.
+    supports: summaries of each support, [B, K, …] each, see `FewShotModel.support_features`.
+    priors: prior masks [K, B, 1, h, w]; None for a model without.
     """
 
-    query_low: Tensor
-    query_middle: Tensor
-    query_high: Tensor
-    supports: tuple[Tensor, ...]
-    priors: Tensor
+    query: Maps
+    supports: Maps
+    priors: Tensor | None = None
 
     @staticmethod
-    def of(low: Tensor, middle: Tensor, high: Tensor, supports: Supports) -> Features:
-        """Compare the maps of queries [B, C, h, w] with their supports [B, K, …]."""
-        priors = prior_masks(high, supports.high, supports.mask)
-        return Features(low, middle, high, supports.summaries, priors)
+    def of(query: Maps, supports: Supports) -> Features:
+        """Put the maps of queries [B, …] beside their supports [B, K, …].
+
+        The prior compares the last of the query's maps, if the supports have maps for it.
+        """
+        if supports.high is None or supports.mask is None:
+            return Features(query, supports.summaries)
+        priors = prior_masks(query[-1], supports.high, supports.mask)
+        return Features(query, supports.summaries, priors)
 
 
 class FewShotModel(nn.Module, ABC):
     """A head on a backbone that sees queries and supports.
 
     `features` runs the backbone, `head` reads what it found, and `forward` is one after the other.
+    A method says what the backbone computes of any photo (`maps`), of queries besides
+    (`query_maps`) and of supports (`support_features`), and has a `head`; see `PriorGuided` for
+    what most published ones share.
 
     The backbone stays in evaluation mode whatever the mode of the model: its batch norms use their
     stored statistics, also while its parameters train, unless a regime says otherwise. It runs
     without autograd if nothing in it needs a gradient.
 
     Args:
-        backbone: a backbone of output stride 8, or a VGG.
-        channels: width of the head.
-        dropout: probability that a reduced channel is dropped.
+        backbone: built with `backbone_options`.
 
     Attributes:
-        inputs: the entries of a batch that `forward` takes, in order.
+        inputs: the entries of a batch that `forward` takes, in order; from the fourth on `head`
+            takes them, and does without outside of training and tests.
         targets: the entries that `loss` takes after the prediction, in order.
+        backbones: names of those that the method can run on.
+        backbone_options: arguments of `build_backbone` that the method needs.
+        any_size: whether images of any size do; else their sides are multiples of 8 plus 1.
         needs_base_learner: whether training starts from a trained base learner, see
             `ModelConfig.base_weights`.
+        transformer: beginnings of the names of parameters that have their own optimizer, see
+            `OptimizerConfig.transformer_lr`.
+        official_names: beginnings of our names and of those in the authors' files, see
+            `official_keys`.
+        official_shapes: shapes of the values that the authors have in another one, by our names.
+        official_unused: beginnings of the names of what in the authors' files computes nothing.
     """
 
-    inputs: tuple[str, ...] = ("query_image", "support_images", "support_masks")
-    targets: tuple[str, ...] = ("query_mask",)
-    needs_base_learner = False
+    inputs: ClassVar[tuple[str, ...]] = ("query_image", "support_images", "support_masks")
+    targets: ClassVar[tuple[str, ...]] = ("query_mask",)
+    backbones: ClassVar[tuple[str, ...]] = BACKBONES
+    backbone_options: ClassVar[Mapping[str, Any]] = {}
+    any_size: ClassVar[bool] = False
+    needs_base_learner: ClassVar[bool] = False
+    transformer: ClassVar[tuple[str, ...]] = ()
+    official_names: ClassVar[Mapping[str, str]] = {}
+    official_shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    official_unused: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, backbone: Backbone, channels: int = 256, dropout: float = 0.5) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        if not isinstance(channels, int) or isinstance(channels, bool):
-            raise TypeError(f"channels: expected an integer, got {channels!r}")
-        if channels < 1:
-            raise ValueError(f"channels: expected at least 1, got {channels}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
         self.backbone = backbone.eval()
-        features = backbone.channels[1] + backbone.channels[2]
-        self.query_reduce = _reduction(features, channels, dropout)
-        self.support_reduce = _reduction(features, channels, dropout)
 
     @classmethod
+    @abstractmethod
     def from_config(
         cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
     ) -> FewShotModel:
@@ -107,7 +134,6 @@ class FewShotModel(nn.Module, ABC):
             base_classes: number of the fold's base classes.
             shots: supports per query (K) that the model is for.
         """
-        return cls(backbone, config.channels, config.dropout)
 
     @classmethod
     def count_base_classes(cls, state: Mapping[str, Any]) -> int:
@@ -146,13 +172,14 @@ class FewShotModel(nn.Module, ABC):
     def features(
         self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
     ) -> Features:
-        """Compute maps and priors in one run of the backbone over all images and a masked layer 4.
+        """Compute what the head reads, in one run of the backbone over all images.
 
         Where batch norms use statistics of the batch, queries and each of the K shots are batches
         of their own, as in the published code.
 
         Args:
-            query_image: normalized images [B, 3, H, W], H-1 and W-1 multiples of 8.
+            query_image: normalized images [B, 3, H, W], H-1 and W-1 multiples of 8 unless the model
+                takes `any_size`.
             support_images: K supports per query [B, K, 3, H, W].
             support_masks: integers or bool [B, K, H, W]; 1 is foreground, anything else is not.
 
@@ -165,61 +192,61 @@ class FewShotModel(nn.Module, ABC):
         batch, shots = support_masks.shape[:2]
         images = torch.cat([query_image, support_images.flatten(0, 1)])
         with self._recorded(images):
-            low, middle = self.backbone.features(images)
-            # two calls: the query's part of layer 3 need not be copied beside the masked supports
-            high = self.backbone.layer4(middle[:batch])
-        supports = self.support_features(low[batch:], middle[batch:], support_masks.flatten(0, 1))
+            maps = self.maps(images)
+            seen = tuple(each[:batch] for each in maps)
+            query = (*seen, *self.query_maps(*seen))
+        supports = self.support_features(
+            tuple(each[batch:] for each in maps), support_masks.flatten(0, 1)
+        )
         supports = supports.map(lambda each: each.unflatten(0, (batch, shots)))
         with self._recorded(images):
-            return Features.of(low[:batch], middle[:batch], high, supports)
+            return Features.of(query, supports)
 
     def _features_by_batch(
         self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
     ) -> Features:
         """Compute `features` with one run of the backbone for the queries and one for each shot."""
         with self._recorded(query_image):
-            low, middle = self.backbone.features(query_image)
-            high = self.backbone.layer4(middle)
+            seen = self.maps(query_image)
+            query = (*seen, *self.query_maps(*seen))
         shots = []
         for images, masks in zip(support_images.unbind(1), support_masks.unbind(1), strict=True):
             with self._recorded(images):
-                maps = self.backbone.features(images)
-            shots.append(self.support_features(*maps, masks))
-        mask, support_high, summaries = zip(*shots, strict=True)
-        stacked = (torch.stack(each, dim=1) for each in zip(*summaries, strict=True))
-        supports = Supports(
-            torch.stack(mask, dim=1), torch.stack(support_high, dim=1), tuple(stacked)
-        )
+                maps = self.maps(images)
+            shots.append(self.support_features(maps, masks))
         with self._recorded(query_image):
-            return Features.of(low, middle, high, supports)
+            return Features.of(query, Supports.stack(shots))
 
-    def support_features(self, low: Tensor, middle: Tensor, masks: Tensor) -> Supports:
+    def maps(self, images: Tensor) -> Maps:
+        """Compute what the backbone finds in photos [N, 3, H, W], whatever their role: [N, …]."""
+        return self.backbone.features(images)
+
+    def query_maps(self, *maps: Tensor) -> Maps:
+        """Compute what of queries the head reads besides their `maps`."""
+        return ()
+
+    @abstractmethod
+    def support_features(self, maps: Maps, masks: Tensor) -> Supports:
         """Compute what the model reads of N supports, whatever the query.
 
         Args:
-            low, middle: maps [N, C, h, w] of layers 2 and 3.
+            maps: of the supports, see `maps`.
             masks: integers or bool [N, H, W]; 1 is foreground, anything else is not.
         """
-        # not of the maps' dtype, which autocast may have chosen
-        mask = (masks == 1).unsqueeze(1).to(self.query_reduce[0].weight.dtype)
-        mask = resize(mask, middle.shape[-2:])
-        with self._recorded(middle):
-            high = self.backbone.layer4(middle * mask)
-        return Supports(mask, high, self.summarize(low, middle, mask))
 
     @torch.no_grad()
     def encode_supports(self, images: Tensor, masks: Tensor) -> Supports:
         """Compute once what `segment` reads of K supports, which serve any number of queries.
 
         Args:
-            images: normalized images [K, 3, H, W], H-1 and W-1 multiples of 8.
+            images: normalized images [K, 3, H, W], of a size as for `features`.
             masks: integers or bool [K, H, W]; 1 is foreground, anything else is not.
 
         Raises:
             TypeError, ValueError: inputs of another type, shape, size or device.
         """
         self.check(images[:1], images[None], masks[None])
-        return self.support_features(*self.backbone.features(images), masks)
+        return self.support_features(self.maps(images), masks)
 
     @torch.no_grad()
     def segment(self, queries: Tensor, supports: Supports) -> Tensor:
@@ -228,34 +255,30 @@ class FewShotModel(nn.Module, ABC):
         Raises:
             ValueError: another number of supports than the model can weigh (BAM).
         """
-        low, middle = self.backbone.features(queries)
-        high = self.backbone.layer4(middle)
+        maps = self.maps(queries)
         repeated = supports.map(lambda each: each.expand(len(queries), *each.shape))
-        return self.head(Features.of(low, middle, high, repeated), queries.shape[-2:]).logits
+        features = Features.of((*maps, *self.query_maps(*maps)), repeated)
+        return self.head(features, queries.shape[-2:]).logits
 
     def check(self, query_image: Tensor, support_images: Tensor, support_masks: Tensor) -> None:
         """Raise TypeError or ValueError unless `features` takes these inputs."""
-        check_episode(query_image, support_images, support_masks, self.query_reduce[0].weight)
+        check_episode(query_image, support_images, support_masks, self._parameter(), self.any_size)
+
+    def _parameter(self) -> Tensor:
+        """Return a parameter, of the head if it has any, of whose dtype and device inputs are."""
+        heads = (part for name, part in self.named_children() if name != "backbone")
+        return next(chain(*(part.parameters() for part in heads), self.backbone.parameters()))
+
+    def shrink_mask(self, masks: Tensor, like: Tensor) -> Tensor:
+        """Resize the foreground of masks [N, H, W] to a share [N, 1, h, w], the size of a map."""
+        # not of the map's dtype, which autocast may have chosen
+        foreground = (masks == 1).unsqueeze(1).to(self._parameter().dtype)
+        return resize(foreground, like.shape[-2:])
 
     def _recorded(self, x: Tensor) -> AbstractContextManager[object]:
         """Let autograd record the backbone on x only if something there needs a gradient."""
         needed = x.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
         return torch.set_grad_enabled(needed and torch.is_grad_enabled())
-
-    def query(self, features: Features) -> Tensor:
-        """Reduce the features of the queries to [B, C, h, w]."""
-        return pointwise_cat(self.query_reduce, features.query_middle, features.query_low)
-
-    def summarize(self, low: Tensor, middle: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Compute what the head reads of each support besides the prior; [N, …] each.
-
-        The first is the prototype [N, C, 1, 1], the mean reduced feature under the mask.
-
-        Args:
-            low, middle: maps [N, C, h, w] of layers 2 and 3.
-            mask: foreground [N, 1, h, w], floating.
-        """
-        return (masked_average_pool(pointwise_cat(self.support_reduce, middle, low), mask),)
 
     def loss(
         self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
@@ -273,56 +296,3 @@ class FewShotModel(nn.Module, ABC):
         """
         check_target(prediction, query_mask, class_weight)
         return cross_entropy(prediction.logits, query_mask, class_weight)
-
-
-def classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:
-    """Build a 3×3 and a 1×1 convolution: [B, C, h, w] to logits [B, classes, h, w]."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.ReLU(inplace=True),
-        nn.Dropout2d(dropout),
-        nn.Conv2d(channels, classes, 1),
-    )
-
-
-def two_convolutions(channels: int) -> nn.Sequential:
-    """Build two 3×3 convolutions with a ReLU each, the residual path of the published heads."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.ReLU(inplace=True),
-    )
-
-
-def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Build a 1×1 convolution without bias and a ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.ReLU(inplace=True))
-
-
-def pointwise_cat(layer: nn.Sequential, *parts: Tensor) -> Tensor:
-    """Compute ``layer(cat(parts))`` without the copy, as a sum of 1×1 convolutions.
-
-    A part [B, C, 1, 1] stands for a map of one value per channel.
-    """
-    conv, *rest = layer
-    weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
-    out = functional.conv2d(parts[0], weights[0])
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        out = out + functional.conv2d(part.to(parts[0].dtype), weight)
-    for module in rest:
-        out = module(out)
-    return out
-
-
-def cross_entropy(logits: Tensor, mask: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Average the cross-entropy of logits, resized to a mask [B, H, W], where it is not 255."""
-    if logits.shape[2:] != mask.shape[1:]:
-        logits = resize(logits, mask.shape[1:])
-    if class_weight is not None:
-        class_weight = class_weight.to(logits.dtype)
-    return functional.cross_entropy(logits, mask.long(), weight=class_weight, ignore_index=255)
-
-
-def _reduction(in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:
-    return pointwise(in_channels, out_channels).append(nn.Dropout2d(dropout))

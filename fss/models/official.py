@@ -1,4 +1,4 @@
-"""Checkpoints of the authors of PFENet and BAM, by a map from their parameters' names to ours."""
+"""Checkpoints of the methods' authors, by a map from their parameters' names to ours."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fss.models.bam import BAM
-from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
 from fss.models.state_dict import StateDict, differences, read_state_dict, read_torch
 from fss.models.vgg import CUTS, VGG
 
-# Beginnings of our names and of theirs; the first that fits counts.
+# Beginnings of our names and of theirs, of a deep stem in the code that comes from semseg.
 _STEM = {
     "backbone.conv1.": "layer0.0.",
     "backbone.bn1.": "layer0.1.",
@@ -24,47 +22,17 @@ _STEM = {
     "backbone.conv3.": "layer0.6.",
     "backbone.bn3.": "layer0.7.",
 }
-_PFENET = {
-    "query_reduce.": "down_query.",
-    "support_reduce.": "down_supp.",
-    "enrich.merge.": "init_merge.",
-    "enrich.alpha.": "alpha_conv.",
-    "enrich.beta.": "beta_conv.",
-    "enrich.classifiers.": "inner_cls.",
-    "enrich.project.": "res1.",
-    "residual.": "res2.",
-    "classifier.": "cls.",
-}
-_BAM = {
-    "query_reduce.": "down_query.",
-    "support_reduce.": "down_supp.",
-    "merge.": "init_merge.",
-    "aspp.pooled.": "ASPP_meta.layer6_0.0.",
-    "aspp.pointwise.": "ASPP_meta.layer6_1.0.",
-    "aspp.atrous.0.": "ASPP_meta.layer6_2.0.",
-    "aspp.atrous.1.": "ASPP_meta.layer6_3.0.",
-    "aspp.atrous.2.": "ASPP_meta.layer6_4.0.",
-    "project.": "res1_meta.",
-    "residual.": "res2_meta.",
-    "classifier.": "cls_meta.",
-    "distance_merge.": "gram_merge.",
-    "base_merge.": "cls_merge.",
-    "shot_weights.layers.": "kshot_rw.",
-}
-_WEIGHTED_SUMS = ("distance_merge.weight", "base_merge.weight")
-_BASE_LEARNER = {"pool.": "ppm.", "classifier.": "cls."}
-_BASE_LEARNER_OF_BAM = {"pool.": "learner_base.0.", "classifier.": "learner_base.1."}
 
 
 def load_official(model: nn.Module, path: str) -> None:
-    """Load the authors' checkpoint of PFENet, BAM or BAM's PSPNet, all of it or nothing.
+    """Load the authors' checkpoint of a method, or BAM's PSPNet, all of it or nothing.
 
     Their SVF layers are composed: the network computes what theirs does. Of those with full rank
     `backbone.factors` keeps U, S and V, from which `apply_regime` goes on.
 
     Args:
-        model: a `PFENet`, `BAM` or `PSPNet` of the same backbone (the authors' ResNets have a deep
-            stem), fold and, for BAM, number of shots.
+        model: a few-shot model that has `official_names`, or a `PSPNet`, of the same backbone
+            (the authors' ResNets mostly have a deep stem), fold and, for BAM, number of shots.
         path: a `.pth` file with a state dict, at the top or under `state_dict`.
 
     Raises:
@@ -72,8 +40,11 @@ def load_official(model: nn.Module, path: str) -> None:
         ValueError: a file that cannot be read or does not fit; the message lists what does not.
         TypeError: another model.
     """
-    if not isinstance(model, (PFENet, BAM, PSPNet)):
-        raise TypeError(f"model: expected PFENet, BAM or PSPNet, got {type(model).__name__}")
+    if not getattr(model, "official_names", None):
+        raise TypeError(
+            f"model: expected one whose authors have published a checkpoint, got "
+            f"{type(model).__name__}"
+        )
     read = read_state_dict(Path(path).expanduser(), "model.official")
     _load(model, read, path)
 
@@ -100,6 +71,7 @@ def load_base_learner(
     read = read_state_dict(file, "model.base_weights")
     state = read.values
     pspnet = nn.Module()
+    pspnet.official_names = PSPNet.official_names
     pspnet.backbone, pspnet.base_learner = model.backbone, model.base_learner
     if any(key.startswith("base_learner.") for key in state):
         _check_classes(read_torch(file).get("classes"), base_classes, path)
@@ -111,14 +83,23 @@ def load_base_learner(
 
 
 def official_keys(model: nn.Module) -> dict[str, str]:
-    """Map each key of a model's state dict to the authors' name."""
+    """Map each key of a model's state dict to the authors' name.
+
+    The model's `official_names` has the beginnings of our names and of theirs, of which the first
+    that fits counts. Without one for "backbone.", the backbone's names are those of semseg.
+    """
     return {key: _official(key, model) for key in model.state_dict()}
 
 
 def _load(model: nn.Module, read: StateDict, path: str) -> None:
     state, own = _without_encoder(read.values, path), model.state_dict()
+    unused, shapes = (getattr(model, name, ()) for name in ("official_unused", "official_shapes"))
+    state = {key: value for key, value in state.items() if not key.startswith(tuple(unused))}
     names = official_keys(model)
-    expected = {names[key]: _as_theirs(key, value) for key, value in own.items()}
+    expected = {
+        names[key]: value.reshape(shapes[key]) if key in shapes else value
+        for key, value in own.items()
+    }
     _raise(differences(_counted(expected), _counted(state)), path)
     loaded = {
         key: state[name].reshape(own[key].shape) for key, name in names.items() if name in state
@@ -160,11 +141,6 @@ def _counted(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def _as_theirs(key: str, value: Tensor) -> Tensor:
-    """Shape a value as the authors have it: our two weights of a sum are a 1×1 convolution."""
-    return value.reshape(1, 2, 1, 1) if key in _WEIGHTED_SUMS else value
-
-
 def _without_encoder(state: dict[str, Any], path: str) -> dict[str, Any]:
     """Drop the copies `encoder.n` of PSPNet's layers `layern`."""
     kept = {}
@@ -181,19 +157,17 @@ def _without_encoder(state: dict[str, Any], path: str) -> dict[str, Any]:
     return kept
 
 
-def _official(key: str, model: nn.Module) -> str:
-    if key.startswith("backbone."):
+def _official(key: str, model: Any) -> str:
+    names = model.official_names
+    if key.startswith("backbone.") and "backbone." not in names:
         return _official_backbone(key, model.get_submodule("backbone"))
-    if key.startswith("base_learner."):
-        renamed = _BASE_LEARNER_OF_BAM if isinstance(model, BAM) else _BASE_LEARNER
-        key = _renamed(key.removeprefix("base_learner."), renamed)
-        first, found, rest = key.partition(".reduce.")
-        if not found:
-            return key
-        # their sequence begins with the pooling
-        n, index, last = rest.split(".", 2)
-        return f"{first.removesuffix('.')}.features.{n}.{int(index) + 1}.{last}"
-    return _renamed(key, _PFENET if isinstance(model, PFENet) else _BAM)
+    key = _renamed(key, names)
+    first, found, rest = key.partition(".reduce.")  # of pyramid pooling
+    if not found:
+        return key
+    # their sequence begins with the pooling
+    n, index, last = rest.split(".", 2)
+    return f"{first}.features.{n}.{int(index) + 1}.{last}"
 
 
 def _official_backbone(key: str, backbone: nn.Module) -> str:
@@ -203,7 +177,7 @@ def _official_backbone(key: str, backbone: nn.Module) -> str:
     return _renamed(key, {**_STEM, "backbone.": ""})
 
 
-def _renamed(key: str, prefixes: dict[str, str]) -> str:
+def _renamed(key: str, prefixes: Mapping[str, str]) -> str:
     for ours, theirs in prefixes.items():
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)

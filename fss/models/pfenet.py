@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,11 @@ from torch import Tensor, nn
 from fss.config import PASCAL_BINS, ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_target
-from fss.models.features import (
-    Features,
-    FewShotModel,
-    classifier,
-    cross_entropy,
-    pointwise,
-    pointwise_cat,
-    two_convolutions,
-)
+from fss.models.features import Features
+from fss.models.layers import classifier, pointwise, pointwise_cat, two_convolutions
+from fss.models.loss import cross_entropy
 from fss.models.pooling import average_bins, resize
+from fss.models.prior_guided import PriorGuided
 
 
 class FeatureEnrichment(nn.Module):
@@ -78,7 +74,7 @@ class FeatureEnrichment(nn.Module):
         return pointwise_cat(self.project, *enriched), tuple(logits)
 
 
-class PFENet(FewShotModel):
+class PFENet(PriorGuided):
     """Prior guided feature enrichment network.
 
     Layers 2 and 3 of the backbone are reduced to `channels` channels, for query and support each.
@@ -93,6 +89,18 @@ class PFENet(FewShotModel):
         bins: bins per side of each scale, whatever the size of the image; up to 1 their share of
             the map's side. Published are those here for Pascal, and 1, 1/2, 1/4, 1/8 for COCO.
     """
+
+    official_names: ClassVar[Mapping[str, str]] = {
+        "query_reduce.": "down_query.",
+        "support_reduce.": "down_supp.",
+        "enrich.merge.": "init_merge.",
+        "enrich.alpha.": "alpha_conv.",
+        "enrich.beta.": "beta_conv.",
+        "enrich.classifiers.": "inner_cls.",
+        "enrich.project.": "res1.",
+        "residual.": "res2.",
+        "classifier.": "cls.",
+    }
 
     def __init__(
         self,

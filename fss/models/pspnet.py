@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,11 @@ class BaseLearner(nn.Module):
 
 class PSPNet(nn.Module):
     """A backbone and a `BaseLearner` on its layer 4, both in the mode of the model."""
+
+    official_names: ClassVar[Mapping[str, str]] = {
+        "base_learner.pool.": "ppm.",
+        "base_learner.classifier.": "cls.",
+    }
 
     def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()

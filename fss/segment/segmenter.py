@@ -18,6 +18,7 @@ from torch import Tensor
 import svf_fast
 from fss.colors import ORANGE
 from fss.config import RegimeConfig, TrainConfig
+from fss.config.checks import check_side
 from fss.data import EvalTransform, Sample, test_transform
 from fss.data.masks import MaskValue
 from fss.evaluation.evaluate import enlarge
@@ -111,6 +112,7 @@ class FewShotSegmenter:
             weights = "shapes" if backbone is None else "torchvision"
         if size is None:
             size = matching_size(str(weights))
+        check_side("size", size)
         model = build_matching(str(weights), backbone, stride_on)
         self._prepare(model, None, EvalTransform(size), adapter, threshold, device)
 

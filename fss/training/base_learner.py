@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
 
-from fss.config import TF32, Accelerator, DataConfig, ModelConfig, Precision, free, plain
+from fss.config import TF32, Accelerator, DataConfig, ModelConfig, Precision, plain
 from fss.config.checks import (
     check_at_least,
     check_positive,
@@ -23,6 +23,7 @@ from fss.config.checks import (
     check_steps,
     count_steps,
 )
+from fss.config.fields import free
 from fss.data import IGNORE, TrainTransform
 from fss.data import test_transform as validation_transform
 from fss.data.base_images import BaseImages, base_images

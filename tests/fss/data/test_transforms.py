@@ -206,7 +206,7 @@ def test_bad_input(transform, image, mask, error, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: TrainTransform(472), "multiple of 8 plus 1.*got 472"),
+        (lambda: TrainTransform(8), "size: expected a number from 9 on, got 8"),
         (lambda: EvalTransform(1), "got 1"),
         (lambda: TrainTransform(33, scale=(1.2, 0.8)), "smallest first"),
         (lambda: TrainTransform(33, rotate=-1), "0 to 180 degrees, got -1"),

@@ -70,7 +70,7 @@ def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name
         scores = evaluate_all(network, sets, classes, fabric, batch_size, feature_cache=gib)
         assert scores == plain
     all_fits, _, little_fits = caches
-    done, redone = (cache.photos + cache.layer4 for cache in (all_fits, little_fits))
+    done, redone = (cache.photos + cache.roles for cache in (all_fits, little_fits))
     assert 0 < done < redone <= 2 * (1 + shots) * 23
 
 
@@ -96,10 +96,10 @@ def test_features_are_the_models_own(tiny, name):
         expected = network.features(*arguments)
         for _ in range(2):
             found = cache.features(batch)
-            for a, b in zip((*found[:3], *found.supports), (*expected[:3], *expected.supports)):
+            for a, b in zip((*found.query, *found.supports), (*expected.query, *expected.supports)):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(found.priors, expected.priors, rtol=1e-9, atol=1e-9)
-    assert cache.photos == 4 and cache.layer4 == 2 + 4
+    assert cache.photos == 4 and cache.roles == 2 + 4
     assert cache.shelf.nbytes == 0
 
 
@@ -113,7 +113,7 @@ def test_each_photo_and_support_is_computed_once_where_all_fits(tiny, fabric, ca
     queries = {e.query for e in drawn}
     supports = {(e.class_id, i) for e in drawn for i in e.supports}
     assert caches[0].photos == len(queries | {i for _, i in supports})
-    assert caches[0].layer4 == len(queries) + len(supports)
+    assert caches[0].roles == len(queries) + len(supports)
 
 
 def test_a_support_is_another_one_under_the_mask_of_another_class(tiny, fabric):
@@ -136,7 +136,7 @@ def test_a_support_is_another_one_under_the_mask_of_another_class(tiny, fabric):
             expected = network(image, image[:, None], masks).logits
             cached = network.head(cache.features(batch), image.shape[-2:]).logits
         torch.testing.assert_close(cached, expected)
-    assert cache.photos == 2 and cache.layer4 == 1 + 2
+    assert cache.photos == 2 and cache.roles == 1 + 2
 
 
 class Darkness(torch.nn.Module):

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from fss.data.transforms import MEAN, STD
 from fss.models import Matching, build_backbone, build_matching
-from fss.models.features import cross_entropy
+from fss.models.loss import cross_entropy
 from fss.models.matching import _covered, _surest
 
 

@@ -305,7 +305,9 @@ def test_a_rebuilt_network_is_not_decomposed(monkeypatch, regime, as_trained):
 
 
 def test_build_model_wants_what_bam_needs():
-    with pytest.raises(ValueError, match="model.base_weights: expected BAM's base learner, got no"):
+    with pytest.raises(
+        ValueError, match="model.base_weights: expected the base learner of bam, got no"
+    ):
         ModelConfig(name="bam")
     with pytest.raises(ValueError, match="model.base_weights: .*pfenet has no base learner"):
         ModelConfig(name="pfenet", base_weights="runs/base")

@@ -13,14 +13,15 @@ from torch.nn import functional
 from fss.data import build_episodes
 from fss.evaluation.evaluate import enlarge
 from fss.evaluation.score import evaluate_run
-from fss.models import MODELS, FewShotModel, Prediction
+from fss.models import MODELS, Prediction
 from fss.models.features import Features
 from fss.models.pooling import resize
+from fss.models.prior_guided import PriorGuided
 from fss.segment.segmenter import FewShotSegmenter
 from fss.training.run import train
 
 
-class Cosine(FewShotModel):
+class Cosine(PriorGuided):
     """Weighs two maps: the cosine of query and prototype, and the prior mask."""
 
     def __init__(self, backbone, channels=256, dropout=0.5):

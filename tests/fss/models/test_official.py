@@ -544,7 +544,7 @@ def test_other_models_and_files(tmp_path):
         load_official(bam, str(tmp_path / "absent.pth"))
     with pytest.raises(FileNotFoundError, match="model.base_weights: .*base.pt"):
         load_base_learner(bam, str(tmp_path))
-    with pytest.raises(TypeError, match="expected PFENet, BAM or PSPNet, got Linear"):
+    with pytest.raises(TypeError, match="whose authors have published a checkpoint, got Linear"):
         load_official(torch.nn.Linear(1, 1), "x.pth")
 
 

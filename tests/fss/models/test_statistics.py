@@ -81,9 +81,7 @@ def test_maps_and_statistics_are_those_of_the_published_passes(name, backbone, s
     assert means and all((after[key] - before[key]).abs().max() > 1e-3 for key in means)
     with torch.no_grad():  # once more: the maps do not depend on what is stored
         features = model.features(*batch)
-    for got, expected in zip(
-        (features.query_low, features.query_middle, features.query_high), maps[0], strict=True
-    ):
+    for got, expected in zip(features.query, maps[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
     for shot in range(shots):
         torch.testing.assert_close(
