@@ -128,6 +128,30 @@ COMMANDS = {
             "precision": "as for fss train, in every run",
         },
     ),
+    "compare": Command(
+        "fss.paper.methods:compare_methods",
+        "train methods on the same photos and compare them",
+        "fss compare METHOD... [--config FILE_OR_NAME] [--regimes NAME...] [options]",
+        settings={
+            "data.root": "folder of the data set",
+            "data.source": "kind of the data set",
+            "data.fold": "which classes are novel",
+            "data.shots": "supports per episode (K)",
+            "data.size": "side of the network's input, pixels",
+            "data.workers": "processes that load episodes",
+            "model.backbone": "of all methods",
+            "model.weights": "of the backbone",
+            "model.base_weights": "of methods with a base learner; by default it is trained first",
+            "optimizer.lr": "learning rate of the head",
+            "optimizer.backbone_lr": "learning rate of what trains in the backbone",
+            "steps": "of each run",
+            "batch_size": "episodes per step",
+            "test_episodes": "per seed",
+            "accelerator": "as for fss train",
+            "devices": "as for fss train",
+            "precision": "as for fss train",
+        },
+    ),
     "report": Command(
         "fss.report.page:write_report",
         "write a page about runs",
@@ -255,7 +279,7 @@ def _add_arguments(parser: ArgumentParser, command: Command) -> None:
         flags = command.spelled.get(name, [name if required else f"--{name}"])
         options: dict[str, Any] = _kind(hint) | {"help": documented[name]}
         if not required:
-            options["default"] = default
+            options["default"] = [*default] if isinstance(default, tuple) else default
         if flags[0].startswith("-"):
             options |= {"dest": name, "required": required and "action" not in options}
         elif not required:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from fss.data import EpisodeDataset, Source, Split, build_episodes
 from fss.data.loader import episode_loader
 from fss.evaluation.feature_cache import FeatureCache, Names
 from fss.evaluation.metrics import EpisodeIoU, Score, bootstrap_miou, over_seeds
+from fss.files import atomic_write, read_text
 from fss.models import FewShotModel
 from fss.processes import fixed_shapes
 
@@ -216,7 +218,40 @@ def _score(rows: Tensor, classes: Sequence[int]) -> Score:
     metric = EpisodeIoU(classes)
     metric.counts.index_add_(0, rows[:, 0], rows[:, 1:])
     interval = bootstrap_miou(rows[:, [0, 3, 4]], len(classes))
-    return replace(metric.result(), interval=interval)
+    kept = rows[:, :5].clone()
+    kept[:, 0] = torch.tensor(classes)[rows[:, 0]]
+    return replace(metric.result(), interval=interval, rows=kept)
+
+
+EPISODE_COLUMNS = (
+    "seed", "class_id",
+    "background_intersection", "background_union", "intersection", "union",
+)  # fmt: skip
+"""What the table of a test's episodes says of each, in pixels."""
+
+
+def write_episodes(path: Path, seeds: Sequence[int], scores: Sequence[Score]) -> None:
+    """Write a CSV table of the episodes of a test, seed by seed, see `EPISODE_COLUMNS`."""
+    lines = [",".join(EPISODE_COLUMNS)]
+    for seed, score in zip(seeds, scores, strict=True):
+        assert score.rows is not None
+        lines += [",".join(map(str, (seed, *row))) for row in score.rows.tolist()]
+    with atomic_write(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+
+
+def read_episodes(path: Path) -> Tensor:
+    """Read what `write_episodes` wrote: int64 [episodes, 6].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another table, or a damaged one.
+    """
+    head, *lines = read_text(path).split()
+    rows = [line.split(",") for line in lines]
+    if head != ",".join(EPISODE_COLUMNS) or any(len(row) != len(EPISODE_COLUMNS) for row in rows):
+        raise ValueError(f"{path}: expected the columns {', '.join(EPISODE_COLUMNS)}, got {head}")
+    return torch.tensor([[int(value) for value in row] for row in rows], dtype=torch.int64)
 
 
 def evaluate_seeds(
@@ -231,6 +266,7 @@ def evaluate_seeds(
     resize: str = "photo",
     feature_cache: float = 0.0,
     graph: str = "off",
+    episodes_file: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model over several episode seeds; the result is plain values for JSON.
 
@@ -239,7 +275,8 @@ def evaluate_seeds(
     order of the seeds; "miou_sampled", without the classes that no episode showed, where "miou"
     counts 0; "bootstrap", a seed's 95 % interval of mIoU over its episodes; the number of episodes
     of each class; and, per seed, the classes that no episode showed. `feature_cache` and
-    `graph` as for `evaluate_all`.
+    `graph` as for `evaluate_all`. The first process writes the counts of each episode to
+    `episodes_file`, see `write_episodes`.
     """
     names = episode_classes(source, config.fold, novel)
     split: Split = "test" if novel else "validation"
@@ -254,6 +291,8 @@ def evaluate_seeds(
         feature_cache,
         graph,
     )
+    if episodes_file is not None and fabric.is_global_zero:
+        write_episodes(episodes_file, seeds, scores)
     return {
         "classes_are": "novel" if novel else "base",
         "fold": config.fold,

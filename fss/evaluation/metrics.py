@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Score:
         iou: foreground IoU of each class.
         episodes: number of episodes of each class.
         interval: 95 % interval of `miou` over the draw of the episodes (bootstrap), if computed.
+        rows: int64 [episodes, 5], the class id of each episode, intersection and union of the
+            background and of the foreground; if kept.
     """
 
     miou: float
@@ -33,6 +35,7 @@ class Score:
     iou: dict[int, float]
     episodes: dict[int, int]
     interval: tuple[float, float] | None = None
+    rows: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def sampled_miou(self) -> float:
@@ -161,6 +164,43 @@ def bootstrap_miou(
     miou = (total[..., 0] / total[..., 1].clamp(min=1)).mean(dim=1)
     low, high = miou.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def paired_difference(
+    first: Tensor, second: Tensor, samples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return mIoU of the second less that of the first, and its 95 % interval over episodes.
+
+    Both were tested on the same episodes: these are sampled together, with replacement, so that
+    what makes an episode easy or hard for both falls out of the difference.
+
+    Args:
+        first, second: int64 [episodes, 3], the class of each episode, intersection and union.
+        samples: number of resamples.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: episodes of other classes.
+    """
+    if first.shape != second.shape or not torch.equal(first[:, 0], second[:, 0]):
+        raise ValueError(
+            f"second: expected the {len(first)} episodes of the first, in its order, got "
+            f"{len(second)} of other classes"
+        )
+    _, classes = first[:, 0].unique(return_inverse=True)
+    counts = torch.stack([first[:, 1:], second[:, 1:]], dim=1).double()  # [episodes, 2, 2]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(first), (samples, len(first)), generator=generator)
+    whole = torch.arange(len(first))
+    differences = []
+    for chosen in (whole, *drawn):
+        sums = counts.new_zeros(int(classes.max()) + 1, 2, 2)
+        sums.index_add_(0, classes[chosen], counts[chosen])
+        miou = (sums[..., 0] / sums[..., 1].clamp(min=1)).mean(dim=0)
+        differences.append(float(miou[1] - miou[0]))
+    resampled = torch.tensor(differences[1:], dtype=torch.float64)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return differences[0], low, high
 
 
 def _iou(counts: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ def evaluate_run(
     feature_cache: float | None = None,
     accelerator: Accelerator = "auto",
     out: str | None = None,
+    episodes_out: str | None = None,
 ) -> dict:
     """Score a run on test episodes and write the result next to it, or score matching.
 
@@ -143,6 +144,8 @@ def evaluate_run(
         out: JSON file of the result; by default eval.json, or for other data
             eval_SOURCE_foldN.json, in the run's folder or the `out` of the YAML file's settings.
             With `weights` nothing is written by default.
+        episodes_out: CSV file of the pixels right and wrong of each episode, for a paired
+            comparison.
 
     Returns what it writes.
 
@@ -178,6 +181,8 @@ def evaluate_run(
     fabric = launch(accelerator, devices, nodes, config.precision)
     if path is not None and fabric.is_global_zero:
         check_writable(path, "out")
+    if episodes_out is not None and fabric.is_global_zero:
+        check_writable(Path(episodes_out), "episodes_out")
     photos, described = build_source(config.data), tested.description
     if source is not None:
         described |= {"source": source}
@@ -205,6 +210,7 @@ def evaluate_run(
             config.resize,
             config.feature_cache,
             config.graph,
+            Path(episodes_out) if episodes_out else None,
         )
     if path is not None and fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,9 +124,9 @@ class _Step(nn.Module):
             "support_masks": torch.ones(
                 (batch, self.shots, *photos.shape[-2:]), dtype=torch.int64, device=photos.device
             ),
-            "base_class": None,
         }
-        return self.network(*(inputs[name] for name in self.network.inputs)).logits
+        inputs["query_mask"] = inputs["support_masks"][:, 0]
+        return self.network(*(inputs.get(name) for name in self.network.inputs)).logits
 
 
 def memory_rows(report: Any) -> list[dict[str, Any]]:

@@ -160,6 +160,7 @@ class RunFolder(BaseFolder):
         train_log, validation_log: CSV tables.
         events: the same for TensorBoard, a folder.
         episodes, curves: pictures, PNG.
+        test_episodes: a CSV table of the test's episodes, see `fss.evaluation.evaluate`.
         pretrained, adapter: S before the training and after, for `svf_fast.Adapter`.
     """
 
@@ -191,11 +192,12 @@ class RunFolder(BaseFolder):
         self.events = self.path / "tensorboard"
         self.episodes = self.path / "episodes.png"
         self.curves = self.path / "curves.png"
+        self.test_episodes = self.path / "test_episodes.csv"
         self.pretrained = self.path / "pretrained.safetensors"
         self.adapter = self.path / "adapter.safetensors"
         self.marks += [self.train_log]
         self.files += [self.best, self.score_file(), self.episodes, self.curves]
-        self.files += [self.pretrained, self.adapter]
+        self.files += [self.pretrained, self.adapter, self.test_episodes]
 
     def clear(self) -> None:
         """Make the folder, without the files of an earlier run; its logs begin in `open_log`."""

@@ -6,7 +6,8 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,8 +84,23 @@ class StepTimer:
         return event
 
 
+def begin_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where this process has trained before.
+
+    On a CPU only Linux can; elsewhere the peak is that of the whole process.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Return the peak of bytes held by tensors on a GPU, else by this process (resident set)."""
+    """Return the peak of bytes held by tensors on a GPU, else by this process (resident set).
+
+    Since `begin_peak`.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

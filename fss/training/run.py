@@ -17,7 +17,7 @@ from fss.report.episodes import draw_episodes
 from fss.runs.checkpoint import load_checkpoint
 from fss.training.adapters import save_run_adapter
 from fss.training.loop import start
-from fss.training.measure import peak_memory
+from fss.training.measure import begin_peak, peak_memory
 from fss.training.provenance import provenance
 from fss.training.trainer import Trainer
 
@@ -26,7 +26,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     """Train, validate and test; the folder `config.out` keeps everything.
 
     config.yaml; last.pt and best.pt (the highest validation mIoU, see `TrainConfig.checkpoint`);
-    train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png.
+    train.csv, validation.csv and tensorboard/; at the end result.json, episodes.png, curves.png
+    and test_episodes.csv, the pixels right and wrong of each test episode.
     Where S alone trains in the backbone: adapter.safetensors, its S in the tested checkpoint, and
     pretrained.safetensors, S at the first step (`svf_fast.Adapter`).
 
@@ -49,6 +50,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     with determinism(config.deterministic), start(Trainer, config, resume, overwrite) as trainer:
         if trainer.step == 0 and trainer.fabric.is_global_zero:
             save_run_adapter(trainer.folder.pretrained, trainer.network, config)
+        begin_peak(trainer.fabric.device)
         trainer.fit()
         return conclude(trainer)
 
@@ -71,6 +73,7 @@ def conclude(trainer: Trainer) -> dict[str, Any]:
         resize=config.resize,
         feature_cache=config.feature_cache,
         graph=config.graph,
+        episodes_file=folder.test_episodes,
     )
     result = {
         "test": {"checkpoint": path.name, "step": tested["step"], **test},

@@ -1,0 +1,189 @@
+"""Methods side by side: what runs, what the table says, what is kept and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import yaml
+
+from fss.evaluation.evaluate import read_episodes, write_episodes
+from fss.evaluation.metrics import Score, paired_difference
+from fss.files import parse_json
+from fss.paper import methods
+from fss.paper.methods import compare_methods
+from fss.runs.folder import RunFolder
+from fss.training.loop import Stopped
+from tests.fss.conftest import TINY
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    values = copy.deepcopy(TINY)
+    values["model"] |= {"weights": "shapes", "width": 24}
+    path = tmp_path / "all.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.fixture
+def compare(config, tmp_path):
+    """Compares with the tiny configuration; returns the text and the rows by run."""
+
+    def run(*names: str, **options):
+        out = tmp_path / "out"
+        text = compare_methods(names, config, **{"out": str(out), **options})
+        rows = parse_json((out / "methods.json").read_text(), out)["rows"]
+        return text, {(row["method"], row["regime"]): row for row in rows}
+
+    return run
+
+
+def test_the_table_has_what_each_run_found(compare, tmp_path, monkeypatch):
+    text, rows = compare("baseline", "matching", regimes=["freeze", "svf"])
+    assert list(rows) == [("baseline", "freeze"), ("baseline", "svf"), ("matching", "")]
+    assert all(row["not_run"] is None for row in rows.values())
+    frozen, svf = rows["baseline", "freeze"], rows["baseline", "svf"]
+    assert frozen["trained_backbone"] == 0 < svf["trained_backbone"]
+    assert frozen["saved_bytes"] < svf["saved_bytes"]
+    assert min(svf["step_seconds"], svf["episode_seconds"], svf["peak"]) > 0
+    for name, row in (("baseline-svf", svf), ("matching", rows["matching", ""])):
+        table = read_episodes(tmp_path / "out" / name / "test_episodes.csv")
+        assert table[:, 0].tolist() == [1] * 3 + [2] * 3
+        sums = [table[table[:, 0] == s][:, 2:].sum(0).double() for s in (1, 2)]
+        fb = [(x[0] / x[1] + x[2] / x[3]) / 2 for x in sums]
+        assert row["fb_iou"] == pytest.approx(100 * float(sum(fb)) / 2)
+    low, high = svf["difference"][1:]
+    assert low <= svf["difference"][0] <= high and "difference" not in frozen
+    lines = [line for line in text.splitlines() if line.startswith("| baseline | svf")]
+    assert f"**{svf['miou']:.1f}**" in lines[0] and f"{svf['trained_backbone']:,}" in lines[0]
+    assert "nothing trained" in text and "2 seeds of 3 episodes" in text
+
+    def again(*_, **__):
+        raise AssertionError("what is finished was made again")
+
+    for name in ("train", "evaluate_run"):
+        monkeypatch.setattr(methods, name, again)
+    assert compare("baseline", "matching", regimes=["freeze", "svf"])[1] == rows
+
+
+def test_a_base_learner_is_trained_once_for_all_who_need_it(compare, tmp_path, monkeypatch):
+    made = []
+    train_base = methods.train_base
+    monkeypatch.setattr(methods, "train_base", lambda c, **o: made.append(c) or train_base(c, **o))
+    _, rows = compare("bam", regimes=["freeze", "bias"])
+    assert all(row["not_run"] is None for row in rows.values())
+    assert len(made) == 1 and made[0].steps == TINY["steps"]
+    for name in ("bam-freeze", "bam-bias"):
+        used = RunFolder(tmp_path / "out" / name).config().model.base_weights
+        assert used == made[0].out == str(tmp_path / "out" / "base")
+
+
+def test_a_run_that_fails_stands_in_the_table_and_does_not_end_the_others(compare, monkeypatch):
+    def fails(config, **_):
+        if config.model.name == "baseline":
+            raise FloatingPointError("loss: expected a finite number, got nan")
+        return train(config)
+
+    train = methods.train
+    monkeypatch.setattr(methods, "train", fails)
+    text, rows = compare("baseline", "pfenet", regimes=["freeze"])
+    assert "got nan" in rows["baseline", "freeze"]["not_run"]
+    assert rows["pfenet", "freeze"]["not_run"] is None
+    assert "Not run: baseline freeze: failed: loss: expected a finite number, got nan." in text
+
+
+def test_an_interrupted_comparison_goes_on(compare, tmp_path, monkeypatch):
+    def stop(config, **_):
+        if config.regime.name == "svf":
+            raise Stopped("stopped after step 1 of 3, saved; continue", 143)
+        return train(config)
+
+    train = methods.train
+    monkeypatch.setattr(methods, "train", stop)
+    with pytest.raises(Stopped, match="methods.md, the same command goes on") as raised:
+        compare("baseline")
+    assert raised.value.status == 143
+    assert "Not run: baseline svf: not run yet." in (tmp_path / "out" / "methods.md").read_text()
+    monkeypatch.undo()
+    assert compare("baseline")[1]["baseline", "svf"]["not_run"] is None
+
+
+def test_no_run_begins_after_its_time_and_a_list_runs_nothing(compare, config, tmp_path):
+    _, rows = compare("baseline", minutes=1e-9)
+    assert {row["not_run"] for row in rows.values()} == {"not run yet"}
+    listed = compare_methods(["baseline"], config, out=str(tmp_path / "new"), list=True)
+    states = [line.split(maxsplit=1) for line in listed.splitlines()]
+    assert states == [["baseline-freeze", "not started"], ["baseline-svf", "not started"]]
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_authors_optimizer_takes_the_place_of_the_configurations(config, tmp_path):
+    (run,) = methods.plan_methods(["pfenet"], config, ["freeze"], True, str(tmp_path), {})
+    assert (run.config.optimizer.lr, run.config.optimizer.lr_factor) == (0.0025, 10)
+    with pytest.raises(ValueError, match="own_optimizer: baseline has no file pascal_baseline"):
+        methods.plan_methods(["baseline"], config, ["freeze"], True, str(tmp_path), {})
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["basline"], {}, "methods: expected names of baseline, .*matching; got 'basline'"),
+        ([], {}, "methods: expected different names, at least one"),
+        (["bam", "bam"], {}, "methods: expected different names"),
+        (["bam"], {"regimes": ["frozen"]}, "regimes: expected names of .*freeze.*; got 'frozen'"),
+        (["bam"], {"minutes": 0}, "minutes: expected a number above 0, got 0"),
+        (["bam"], {"steps": 0}, "steps: expected a number from 1 on, got 0"),
+    ],
+)
+def test_what_it_refuses(config, tmp_path, names, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare_methods(names, config, out=str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_runs_of_other_settings_are_refused(compare):
+    compare("matching", "baseline", regimes=["freeze"])
+    with pytest.raises(ValueError, match="steps: expected 2, the checkpoint has 3"):
+        compare("baseline", regimes=["freeze"], steps=2)
+    _, rows = compare("matching", test_episodes=2)
+    assert (
+        "was scored with episodes_per_seed 3, these runs have 2" in rows["matching", ""]["not_run"]
+    )
+
+
+def test_a_paired_difference_by_hand():
+    """Two classes, the second of which alone is better: (1/2 - 0)/2."""
+    before = torch.tensor([[5, 2, 4], [9, 0, 2], [9, 0, 2]])
+    after = torch.tensor([[5, 2, 4], [9, 1, 2], [9, 1, 2]])
+    middle, low, high = paired_difference(before, after)
+    assert middle == 0.25 and low <= 0.25 <= high
+    assert paired_difference(before, before) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="expected the 3 episodes of the first"):
+        paired_difference(before, after[[1, 0, 2]])
+
+
+def test_pairing_removes_what_both_find_hard():
+    """Episodes differ much, the two of each little: unpaired the interval would be wider."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(200) % 4
+    hard = torch.randint(10, 90, (200,), generator=generator)
+    before = torch.stack([classes, hard, torch.full((200,), 100)], dim=1)
+    after = before + torch.tensor([0, 5, 0])
+    _, low, high = paired_difference(before, after)
+    assert 0.049 < low <= high < 0.051
+    _, low, high = paired_difference(before, after[torch.arange(200).roll(4)])
+    assert high - low > 0.03
+
+
+def test_the_table_of_episodes_is_read_as_written(tmp_path):
+    rows = torch.tensor([[3, 10, 20, 1, 5], [7, 11, 12, 0, 9]])
+    scores = [Score(0.0, 0.0, {}, {}, rows=each) for each in (rows, rows.flip(0))]
+    write_episodes(tmp_path / "t.csv", [5, 6], scores)
+    read = read_episodes(tmp_path / "t.csv")
+    assert read[:, 0].tolist() == [5, 5, 6, 6] and torch.equal(read[:2, 1:], rows)
+    assert torch.equal(read[2:, 1:], rows.flip(0))
+    (tmp_path / "t.csv").write_text("seed,miou\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns seed, class_id"):
+        read_episodes(tmp_path / "t.csv")
