@@ -275,16 +275,25 @@ class ModelsLevel(StepLevel):
     def network(self, settings, group):
         kind = MODELS[group]
         config = ModelConfig(name=group, base_weights="none" if kind.needs_base_learner else None)
-        model = kind.from_config(_backbone(settings), config, BASE_CLASSES, settings.shots)
+        backbone = _backbone(settings, **kind.backbone_options)
+        model = kind.from_config(backbone, config, BASE_CLASSES, settings.shots)
         return _placed(model, settings)
 
     def inputs(self, settings, group, seed=0):
-        inputs = super().inputs(settings, group, seed)
-        if not MODELS[group].needs_base_learner:
-            return inputs
-        *episode, target = inputs.arguments
-        base_class = torch.zeros(settings.batch, dtype=torch.int64, device=settings.device)
-        return Inputs((*episode, base_class, target, target.clone()))
+        query, supports, masks, target = super().inputs(settings, group, seed).arguments
+        zeros = torch.zeros(settings.batch, dtype=torch.int64, device=settings.device)
+        entries = {
+            "query_image": query,
+            "support_images": supports,
+            "support_masks": masks,
+            "query_mask": target,
+            "base_class": zeros,
+            "query_base_mask": target.clone(),
+            "query_padding": torch.zeros_like(target, dtype=torch.bool),
+            "sampling": zeros,
+        }
+        kind = MODELS[group]
+        return Inputs(tuple(entries[name] for name in (*kind.inputs, *kind.targets)))
 
     def convert(self, network, name, cache):
         self.peers[name].convert(network.backbone, self.layers, cache)
@@ -368,11 +377,14 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
-def _backbone(settings: Settings) -> nn.Module:
-    """Build a frozen backbone in evaluation mode; random weights get a batch's statistics."""
+def _backbone(settings: Settings, **options: Any) -> nn.Module:
+    """Build a frozen backbone in evaluation mode; random weights get a batch's statistics.
+
+    Of the arguments of `build_backbone`, `options` are those that a method needs.
+    """
     torch.manual_seed(0)
     backbone = build_backbone(
-        settings.backbone, stride_on=settings.stride_on, width=settings.width
+        settings.backbone, stride_on=settings.stride_on, width=settings.width, **options
     ).requires_grad_(False)
     load_backbone(backbone, settings.weights)
     if settings.weights == "none":
