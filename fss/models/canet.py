@@ -5,6 +5,7 @@ Attentive Few-Shot Learning", CVPR 2019; and what PMM, which is built on it, sha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -148,7 +149,7 @@ class CANet(DenseComparison):
                 nn.Conv2d(2 * channels, channels, 3, padding=1),
                 nn.ReLU(inplace=True),
                 nn.MaxPool2d(3, stride=2, padding=1),
-                nn.Conv2d(channels, 1, 3, padding=1),
+                nn.Conv2d(channels, 1, 3, padding=1, bias=False),  # which the softmax takes out
             )
         for name, parameter in self.named_parameters():
             if not name.startswith("backbone.") and name.endswith("weight"):
@@ -179,11 +180,12 @@ class CANet(DenseComparison):
     def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
         """Compare reduced queries [B, C, h, w] with prototypes [B, K, C], to [B, C, h, w]."""
         maps = tiled(self.comparison, query, prototypes)
-        if self.attention is None or len(maps) == 1:
-            return torch.stack(maps).mean(dim=0) if len(maps) > 1 else maps[0]
+        if self.attention is None:
+            return reduce(torch.add, maps) / len(maps)
         scores = [each.mean(dim=(1, 2, 3)) for each in tiled(self.attention, query, prototypes)]
-        weights = torch.stack(scores).softmax(dim=0).to(maps[0].dtype)
-        return (weights[..., None, None, None] * torch.stack(maps)).sum(dim=0)
+        weights = torch.stack(scores).softmax(dim=0).to(query.dtype)[..., None, None, None]
+        # not stacked, which would lay them out anew
+        return reduce(torch.add, (w * x for w, x in zip(weights, maps, strict=True)))
 
 
 def convolution(
