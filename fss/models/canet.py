@@ -76,7 +76,7 @@ class DenseComparison(FewShotModel):
         return _through(rest, out)
 
     def optimize(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Compute logits [B, 2, h, w]: a pass of the iterative optimization module (section 3.2).
+        """Compute logits [B, 2, h, w]: a pass of the iterative optimization module of the paper.
 
             x = x + F_1([x, mask]),  x = x + F_2(x),  x = x + F_3(x)
 
@@ -99,12 +99,12 @@ class CANet(DenseComparison):
     With the prototype z_k of support k (the mean reduced feature under its mask), the reduced
     query q and the mask y_0 = 0,
 
-        x = Σ_k λ_k · comparison([q, z_k])                  dense comparison (section 3.1)
-        y_t = softmax(optimize(x, y_{t-1}))                 iterative optimization (3.2)
+        x = Σ_k λ_k · comparison([q, z_k])                  dense comparison
+        y_t = softmax(optimize(x, y_{t-1}))                 iterative optimization
 
     and the prediction is `iterations` passes after the first. While training it is the one after
     an y that no gradient passes, emptied with probability `reset`. The weights λ, which sum to 1,
-    are an attention's (section 3.3) if the model is built for several shots; else all the same.
+    are an attention's if the model is built for several shots; else all the same.
 
     The authors' code differs in three ways. It has one shot only: the attention is the paper's,
     with what the paper leaves open (a ReLU, the max-pooling's stride of 2) chosen here. While

@@ -30,7 +30,7 @@ class PMM(DenseComparison):
     EM (`mixture`) finds the prototypes of all positions of the K supports together, whose features
     are multiplied by the mask for those of the object, by 1 - mask for the background's. They
     serve twice: each of the object's is compared with the query, and the comparisons are summed
-    (P-Match, section 3.2); and each position of the query gets the probability of background and
+    (P-Match); and each position of the query gets the probability of background and
     object, the softmax over all prototypes of their products with its feature, summed over those
     of each (P-Conv), which is the mask that CANet's optimization begins with.
 
@@ -135,7 +135,7 @@ class RPMM(PMM):
 
     The layers are those of all stages. A stage merges its comparisons with the probabilities of
     its prototypes, and its optimization begins with the softmax of the stage before, the first with
-    an empty mask (section 3.3). There is a batch norm after the reduction only; the other layers
+    an empty mask. There is a batch norm after the reduction only; the other layers
     have dropout. The loss is the sum of the stages'.
 
     As in the published code the prediction is the last stage's by one support, and by several,
@@ -170,7 +170,7 @@ class RPMM(PMM):
 
 @torch.no_grad()
 def mixture(x: Tensor, start: Tensor, iterations: int, concentration: float) -> Tensor:
-    """Fit unit vectors μ to features by expectation maximization (section 3.1).
+    """Fit unit vectors μ to features by expectation maximization.
 
         E: w_nk = softmax_k(κ · x_n·μ_k)
         M: μ_k = Σ_n w_nk x_n / (Σ_n w_nk + 1e-6),  divided by |μ_k| + 1e-6
