@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam"]
+MethodName = Literal["baseline", "pfenet", "bam", "canet", "pmm", "rpmm"]
 
 
 class Method(NamedTuple):
@@ -28,6 +28,9 @@ METHODS: dict[str, Method] = {
     "baseline": Method(official=False),
     "pfenet": Method(),
     "bam": Method(base_learner=True),
+    "canet": Method(),
+    "pmm": Method(),
+    "rpmm": Method(),
 }
 """The methods by `model.name`."""
 
@@ -38,7 +41,7 @@ class ModelConfig:
 
     Args:
         name: "baseline", the paper's: PFENet with an ASPP instead of its FEM and only the main
-            loss; "pfenet"; or "bam".
+            loss; "pfenet"; "bam"; "canet"; "pmm" or "rpmm", its residual variant.
         backbone: the feature extractor.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution that has the stride: "conv2" (torchvision) or "conv1"

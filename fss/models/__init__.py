@@ -12,11 +12,13 @@ from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
+from fss.models.canet import CANet
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
+from fss.models.pmm import PMM, RPMM
 from fss.models.pspnet import PSPNet
 from fss.models.regimes import (
     FACTORS,
@@ -32,9 +34,12 @@ from svf_fast import Factors
 __all__ = [
     "BAM",
     "MODELS",
+    "PMM",
+    "RPMM",
     "VGG",
     "Backbone",
     "Baseline",
+    "CANet",
     "FewShotModel",
     "Matching",
     "PFENet",
@@ -58,6 +63,9 @@ MODELS: dict[str, type[FewShotModel]] = {
     "baseline": Baseline,
     "pfenet": PFENet,
     "bam": BAM,
+    "canet": CANet,
+    "pmm": PMM,
+    "rpmm": RPMM,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 import svf_fast
 from fss.config import ModelConfig
-from fss.models import Baseline, Prediction, build_backbone, build_model
+from fss.models import MODELS, Baseline, Prediction, build_backbone, build_model
 from fss.models.baseline import ASPP
 from fss.models.pooling import masked_average_pool
 
@@ -306,9 +306,7 @@ def test_build_model():
 def test_build_model_reports_unknown_names():
     config = _config()
     config.name = "unet"
-    with pytest.raises(
-        ValueError, match="model: expected one of baseline, pfenet, bam; got 'unet'"
-    ):
+    with pytest.raises(ValueError, match=f"model: expected one of {', '.join(MODELS)}; got 'unet'"):
         build_model(config)
     with pytest.raises(FileNotFoundError, match="weights: expected none, shapes, torchvision"):
         build_model(_config(weights="absent.pth"))
