@@ -95,6 +95,7 @@ class FewShotModel(nn.Module, ABC):
         targets: the entries that `loss` takes after the prediction, in order.
         backbones: names of those that the method can run on.
         backbone_options: arguments of `build_backbone` that the method needs.
+        unused_layers: children of the backbone that the method does not run, and takes out.
         any_size: whether images of any size do; else their sides are multiples of 8 plus 1.
         needs_base_learner: whether training starts from a trained base learner, see
             `ModelConfig.base_weights`.
@@ -110,6 +111,7 @@ class FewShotModel(nn.Module, ABC):
     targets: ClassVar[tuple[str, ...]] = ("query_mask",)
     backbones: ClassVar[tuple[str, ...]] = BACKBONES
     backbone_options: ClassVar[Mapping[str, Any]] = {}
+    unused_layers: ClassVar[tuple[str, ...]] = ()
     any_size: ClassVar[bool] = False
     needs_base_learner: ClassVar[bool] = False
     transformer: ClassVar[tuple[str, ...]] = ()
@@ -119,6 +121,8 @@ class FewShotModel(nn.Module, ABC):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
+        for layer in self.unused_layers:
+            backbone.set_submodule(layer, nn.Sequential())
         self.backbone = backbone.eval()
 
     @classmethod

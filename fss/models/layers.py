@@ -6,6 +6,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def check_head(channels: int, dropout: float) -> None:
+    """Raise TypeError or ValueError unless a head can have this width and dropout."""
+    if not isinstance(channels, int) or isinstance(channels, bool):
+        raise TypeError(f"channels: expected an integer, got {channels!r}")
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, got {channels}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+
+
 def classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:
     """Build a 3×3 and a 1×1 convolution: [B, C, h, w] to logits [B, classes, h, w]."""
     return nn.Sequential(

@@ -7,7 +7,7 @@ from torch import Tensor
 from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.features import Features, FewShotModel, Maps, Supports
-from fss.models.layers import pointwise_cat, reduction
+from fss.models.layers import check_head, pointwise_cat, reduction
 from fss.models.pooling import masked_average_pool
 
 
@@ -26,12 +26,7 @@ class PriorGuided(FewShotModel):
 
     def __init__(self, backbone: Backbone, channels: int = 256, dropout: float = 0.5) -> None:
         super().__init__(backbone)
-        if not isinstance(channels, int) or isinstance(channels, bool):
-            raise TypeError(f"channels: expected an integer, got {channels!r}")
-        if channels < 1:
-            raise ValueError(f"channels: expected at least 1, got {channels}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        check_head(channels, dropout)
         features = backbone.channels[1] + backbone.channels[2]
         self.query_reduce = reduction(features, channels, dropout)
         self.support_reduce = reduction(features, channels, dropout)

@@ -213,7 +213,10 @@ def _train_statistics(model: nn.Module, backbone: nn.Module, regime: RegimeConfi
 
 
 def _layers(backbone: nn.Module, regime: RegimeConfig) -> list[str]:
-    """List the regime's layers, or for "all" the backbone's children that have parameters."""
+    """List the regime's layers, or for "all" the backbone's children that have parameters.
+
+    Those that the method has taken out of the backbone are left out.
+    """
     children = dict(backbone.named_children())
     if regime.layers == ("all",):
         return [name for name, child in children.items() if any(True for _ in child.parameters())]
@@ -223,7 +226,17 @@ def _layers(backbone: nn.Module, regime: RegimeConfig) -> list[str]:
                 f"regime.layers: expected children of the backbone ({', '.join(children)}) or "
                 f"all, got {layer!r}"
             )
-    return list(regime.layers)
+    empty = [layer for layer in regime.layers if _is_taken_out(children[layer])]
+    if empty and len(empty) == len(regime.layers):
+        raise ValueError(
+            f"regime.layers: expected a layer that the method runs, it takes {', '.join(empty)} "
+            "out of the backbone"
+        )
+    return [layer for layer in regime.layers if layer not in empty]
+
+
+def _is_taken_out(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Sequential) and len(layer) == 0
 
 
 def _convolutions(backbone: nn.Module, regime: RegimeConfig) -> dict[str, nn.Conv2d]:
