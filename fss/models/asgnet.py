@@ -111,10 +111,10 @@ class ASGNet(FewShotModel):
         iterations = _TRAIN_ITERATIONS if self.training else _EVAL_ITERATIONS
         clustered = cluster(features, mask > 1 - 1e-6, seeds, iterations)
         mean = masked_average_pool(features, mask).flatten(1)
-        alone = (count < 2)[:, None]
         slot = torch.arange(_SUPERPIXELS, device=count.device)
-        exists = torch.where(alone, slot == 0, slot < count[:, None])
-        prototypes = torch.where(alone[..., None], mean[:, None].to(clustered.dtype), clustered)
+        exists = slot < count.clamp(min=1)[:, None]
+        alone = (count < 2)[:, None, None]
+        prototypes = torch.where(alone, mean[:, None].to(clustered.dtype), clustered)
         return Supports((prototypes, exists.to(prototypes.dtype)))
 
     def head(self, features: Features, size: Sequence[int]) -> Prediction:
@@ -222,7 +222,10 @@ def cluster(features: Tensor, region: Tensor, seeds: Tensor, iterations: int) ->
         centers = points.gather(1, place.expand(-1, -1, points.shape[2]))
         for _ in range(iterations):
             # not by a matrix product, which cancels digits of close points
-            distance = torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist")
+            distance = torch.stack(
+                [torch.linalg.vector_norm(points - c[:, None], dim=2) for c in centers.unbind(1)],
+                dim=2,
+            )
             lowest = torch.finfo(dtype).min
             share = (-distance).masked_fill(~inside, lowest).softmax(dim=1) * inside
             centers = share.mT @ points
