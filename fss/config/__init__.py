@@ -293,7 +293,8 @@ class OptimizerConfig:
         transformer_lr: learning rate of AdamW for what a method calls its transformer (CyCTR,
             HDMNet), whatever trains the rest; `lr_factor` does not multiply it. null trains it with
             the rest.
-        transformer_weight_decay: its weight decay, decoupled; its biases have none.
+        transformer_weight_decay: its weight decay, decoupled.
+        transformer_bias_decay: whether its biases decay too (HDMNet); otherwise not (CyCTR).
         transformer_schedule: its schedule; by default `schedule`.
     """
 
@@ -308,6 +309,7 @@ class OptimizerConfig:
     backbone_weight_decay: float | None = None
     transformer_lr: float | None = None
     transformer_weight_decay: float = 0.01
+    transformer_bias_decay: bool = False
     transformer_schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
@@ -424,9 +426,10 @@ class TrainConfig:
         check_settings(self)
         if not METHODS[self.model.name].any_size:
             check_side("data.size", self.data.size)
-        authors = self.model.name == "pfenet" and self.model.official
+        scaled = METHODS[self.model.name].bins
+        authors = scaled and self.model.official
         if self.model.bins is None and (not authors or self.data.source in ("pascal", "coco")):
-            coco = self.model.name == "pfenet" and self.data.source == "coco"
+            coco = scaled and self.data.source == "coco"
             bins = COCO_BINS if coco else PASCAL_BINS
             self.model = dataclasses.replace(self.model, bins=bins)
         self.test_seeds = tuple(self.test_seeds)

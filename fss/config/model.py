@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam", "canet", "pmm", "rpmm"]
+MethodName = Literal["baseline", "pfenet", "bam", "canet", "pmm", "rpmm", "hdmnet", "asgnet"]
 
 
 class Method(NamedTuple):
@@ -17,20 +17,24 @@ class Method(NamedTuple):
     official: whether there are checkpoints of its authors' that fit.
     base_learner: whether it starts from a trained base learner.
     any_size: whether `data.size` may be other than a multiple of 8 plus 1.
+    bins: whether it has PFENet's scales, `ModelConfig.bins`.
     """
 
     official: bool = True
     base_learner: bool = False
     any_size: bool = False
+    bins: bool = False
 
 
 METHODS: dict[str, Method] = {
     "baseline": Method(official=False),
-    "pfenet": Method(),
+    "pfenet": Method(bins=True),
     "bam": Method(base_learner=True),
     "canet": Method(),
     "pmm": Method(),
     "rpmm": Method(),
+    "hdmnet": Method(base_learner=True),
+    "asgnet": Method(bins=True),
 }
 """The methods by `model.name`."""
 
@@ -41,7 +45,7 @@ class ModelConfig:
 
     Args:
         name: "baseline", the paper's: PFENet with an ASPP instead of its FEM and only the main
-            loss; "pfenet"; "bam"; "canet"; "pmm" or "rpmm", its residual variant.
+            loss. The others are the published methods that docs/methods.md describes.
         backbone: the feature extractor.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution that has the stride: "conv2" (torchvision) or "conv1"
@@ -55,9 +59,10 @@ class ModelConfig:
         official: the authors' PFENet or BAM checkpoint, to start the whole network from.
         channels: channels of the head.
         dropout: probability that the head drops a channel while training.
-        bins: for "pfenet", the side of the feature map at each scale: cells if above 1, a share of
-            the full side up to 1. By default those published for the data: (1, 0.5, 0.25, 0.125)
-            with "coco", else Pascal's (60, 30, 15, 8). An `official` file does not tell which.
+        bins: for "pfenet" and "asgnet", the side of the feature map at each scale: cells if above
+            1, a share of the full side up to 1. By default those published for the data: (1, 0.5,
+            0.25, 0.125) with "coco", else Pascal's (60, 30, 15, 8). An `official` file does not
+            tell which.
     """
 
     name: MethodName = "baseline"

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
+from fss.config import COCO_BINS, METHODS, PASCAL_BINS, ModelConfig, TrainConfig
+from fss.models.asgnet import ASGNet
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
 from fss.models.canet import CANet
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
+from fss.models.hdmnet import HDMNet
 from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
@@ -37,10 +39,12 @@ __all__ = [
     "PMM",
     "RPMM",
     "VGG",
+    "ASGNet",
     "Backbone",
     "Baseline",
     "CANet",
     "FewShotModel",
+    "HDMNet",
     "Matching",
     "PFENet",
     "PSPNet",
@@ -66,6 +70,8 @@ MODELS: dict[str, type[FewShotModel]] = {
     "canet": CANet,
     "pmm": PMM,
     "rpmm": RPMM,
+    "hdmnet": HDMNet,
+    "asgnet": ASGNet,
 }
 """The methods of few-shot segmentation by `model.name`."""
 
@@ -88,7 +94,7 @@ def build_model(
     """
     if config.name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {config.name!r}")
-    if config.name == "pfenet" and config.official:
+    if METHODS[config.name].bins and config.official:
         _check_bins(config.official, config.bins)
     kind = MODELS[config.name]
     learned = kind.needs_base_learner and config.base_weights != "none"
@@ -112,7 +118,9 @@ def build_model(
 
 
 def _check_bins(official: str, bins: tuple[float, ...] | None) -> None:
-    """Check that the scales of the authors' PFENet file are known, which its tensors do not tell.
+    """Check that the scales of a file of PFENet's or ASGNet's authors are known.
+
+    Its tensors do not tell.
 
     Raises:
         ValueError: no scales.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fss.models.episode import Prediction
 from fss.models.pooling import resize
 
 
@@ -15,3 +17,14 @@ def cross_entropy(logits: Tensor, mask: Tensor, class_weight: Tensor | None = No
     if class_weight is not None:
         class_weight = class_weight.to(logits.dtype)
     return functional.cross_entropy(logits, mask.long(), weight=class_weight, ignore_index=255)
+
+
+def deep_supervision(
+    prediction: Prediction, mask: Tensor, class_weight: Tensor | None = None
+) -> Tensor:
+    """Add to the prediction's cross-entropy the mean of the auxiliary ones, if there are any."""
+    loss = cross_entropy(prediction.logits, mask, class_weight)
+    if prediction.auxiliary:
+        auxiliary = [cross_entropy(each, mask, class_weight) for each in prediction.auxiliary]
+        loss = loss + torch.stack(auxiliary).mean()
+    return loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fss.config import PASCAL_BINS, ModelConfig
@@ -13,7 +12,7 @@ from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_target
 from fss.models.features import Features
 from fss.models.layers import classifier, pointwise, pointwise_cat, two_convolutions
-from fss.models.loss import cross_entropy
+from fss.models.loss import deep_supervision
 from fss.models.pooling import average_bins, resize
 from fss.models.prior_guided import PriorGuided
 
@@ -54,17 +53,17 @@ class FeatureEnrichment(nn.Module):
 
         Args:
             query: features [B, C, h, w].
-            prototype: mean support feature [B, C, 1, 1].
+            prototype: mean support feature [B, C, 1, 1], or one for each position [B, C, h, w].
             prior: prior mask [B, 1, h, w].
         """
         enriched: list[Tensor] = []
         logits: list[Tensor] = []
+        alike = tuple(prototype.shape[-2:]) == (1, 1)
         for n, bins in enumerate(self.bins):
             side = max(1, int(bins * query.shape[2])) if bins <= 1 else int(bins)
             size = (side, side)
-            x = pointwise_cat(
-                self.merge[n], average_bins(query, size), prototype, resize(prior, size)
-            )
+            binned = prototype if alike else average_bins(prototype, size)
+            x = pointwise_cat(self.merge[n], average_bins(query, size), binned, resize(prior, size))
             if n:
                 x = x + pointwise_cat(self.alpha[n - 1], x, resize(enriched[-1], size))
             x = x + self.beta[n](x)
@@ -153,8 +152,4 @@ class PFENet(PriorGuided):
             TypeError, ValueError: a mask or weights of another dtype, shape or device.
         """
         check_target(prediction, query_mask, class_weight)
-        loss = cross_entropy(prediction.logits, query_mask, class_weight)
-        if prediction.auxiliary:
-            auxiliary = [cross_entropy(a, query_mask, class_weight) for a in prediction.auxiliary]
-            loss = loss + torch.stack(auxiliary).mean()
-        return loss
+        return deep_supervision(prediction, query_mask, class_weight)

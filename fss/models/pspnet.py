@@ -62,12 +62,20 @@ class BaseLearner(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = [resize(part, x.shape[-2:]) for part in self.pool(x)]
-        conv, *rest = self.classifier
-        out = _convolve_cat(conv, [x, *pooled])
-        for module in rest:
+        out = self.embed(x)
+        for module in self.classifier[2:]:
             out = module(out)
         return out
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Compute what the classifier finds before its ReLU, [B, width, h, w]."""
+        pooled = [resize(part, x.shape[-2:]) for part in self.pool(x)]
+        conv, norm = self.classifier[:2]
+        return norm(_convolve_cat(conv, [x, *pooled]))
+
+    def classify(self, embedded: Tensor) -> Tensor:
+        """Compute the logits from what `embed` returned, which stays as it is."""
+        return self.classifier[3:](embedded.relu())
 
 
 class PSPNet(nn.Module):

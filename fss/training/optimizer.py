@@ -18,7 +18,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     The backbone's learning rate is `backbone_lr`, by default a tenth of the head's; its weight
     decay is `backbone_weight_decay`, by default the head's. The paper names one rate and no decay
     for all regimes, so all share these; a tenth is our reading, see `OptimizerConfig`. What the
-    method calls its transformer is apart if `transformer_lr` is given, its biases without decay.
+    method calls its transformer is apart if `transformer_lr` is given, its biases without decay
+    unless `transformer_bias_decay`.
 
     Raises:
         ValueError: `transformer_lr` for a method without a transformer.
@@ -51,7 +52,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
                 "weight_decay": config.weight_decay if decay is None else decay,
             }
         )
-    biases = [name for name in apart if name.endswith("bias")]
+    decayed = config.transformer_bias_decay
+    biases = [] if decayed else [name for name in apart if name.endswith("bias")]
     for name, names, decay in (
         ("transformer", [n for n in apart if n not in biases], config.transformer_weight_decay),
         ("transformer biases", biases, 0.0),

@@ -87,7 +87,8 @@ def test_dict_round_trip(tiny):
         ),
         (lambda: OptimizerConfig(lr=float("nan")), "optimizer.lr: .*above 0, got nan"),
         (lambda: OptimizerConfig(backbone_lr=0), "optimizer.backbone_lr: .*above 0, got 0"),
-        (lambda: OptimizerConfig(schedule="step"), "optimizer.schedule: .*constant; got 'step'"),
+        (lambda: OptimizerConfig(schedule="steps"), "optimizer.schedule: .*constant; got 'steps'"),
+        (lambda: OptimizerConfig(transformer_lr=0), "optimizer.transformer_lr: .*above 0, got 0"),
     ],
 )
 def test_a_bad_value_names_setting_expected_and_got(make, message):

@@ -8,7 +8,7 @@ from fss.data import build_episodes, collate_episodes
 from fss.evaluation import evaluate as evaluation
 from fss.evaluation.evaluate import episode_classes, evaluate, evaluate_all
 from fss.evaluation.feature_cache import FeatureCache, Names, Shelf
-from fss.models import Prediction, build_model
+from fss.models import MODELS, Prediction, build_model
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def caches(monkeypatch) -> list[FeatureCache]:
 
 def configured(tiny, name: str, shots: int):
     model = {"name": name, "width": 8}
-    if name == "bam":
+    if name in ("bam", "hdmnet"):
         model |= {"base_weights": "none"}
     return tiny(model=model, data={"shots": shots})
 
 
-@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam"])
+@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "hdmnet", "asgnet"])
 @pytest.mark.parametrize("shots", [1, 3])
 def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name, shots):
     """Also in batches, where photos of a batch are computed together, and when little fits."""
@@ -65,7 +65,7 @@ def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name
     undecided(network, sets[0][0])
     network = fabric.setup(network)
     plain = [evaluate(network, episodes, classes, fabric, 1) for episodes in sets]
-    assert plain[0].miou > 0.02 and plain[0] != plain[1]
+    assert plain[0].miou > 0.01 and plain[0] != plain[1]
     for batch_size, gib in ((1, 1.0), (5, 1.0), (3, 1e-6)):
         scores = evaluate_all(network, sets, classes, fabric, batch_size, feature_cache=gib)
         assert scores == plain
@@ -74,7 +74,7 @@ def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name
     assert 0 < done < redone <= 2 * (1 + shots) * 23
 
 
-@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "canet", "pmm"])
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_features_are_the_models_own(tiny, name):
     """Also of a support that is all foreground, of one without any, and of a photo seen before."""
     config = configured(tiny, name, 2)

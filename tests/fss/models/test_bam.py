@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fss.models.bam import gram_distance, gram_matrix
+from fss.models.ensemble import gram_distance, gram_matrix
 
 
 def _maps(batch=2, channels=6, height=3, width=4):

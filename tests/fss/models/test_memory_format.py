@@ -17,7 +17,7 @@ from fss.models.pooling import cat_maps
 
 SHOTS = 2
 # The mean of all positions, which BAM's base learner enlarges: torch then has no format to keep.
-ANEW = {"bam": 1, "baseline": 0, "pfenet": 0, "canet": 0, "pmm": 0, "rpmm": 0}
+ANEW = {"bam": 1, **dict.fromkeys(("baseline", "pfenet", "canet", "pmm", "rpmm", "asgnet"), 0)}
 
 
 class LaidOutAnew(TorchDispatchMode):
@@ -45,7 +45,7 @@ def network(name: str) -> nn.Module:
         backbone="resnet50",
         width=8,
         weights="none",
-        base_weights="none" if name == "bam" else None,
+        base_weights="none" if name in ("bam", "hdmnet") else None,
         channels=16,
         dropout=0.0,
         bins=(0.5, 0.25),

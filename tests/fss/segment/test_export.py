@@ -26,7 +26,7 @@ def network(name: str, shots: int = 1):
         backbone="resnet18",
         width=8,
         weights="none",
-        base_weights="none" if name == "bam" else None,
+        base_weights="none" if name in ("bam", "hdmnet") else None,
         channels=8,
     )
     return build_model(config, {1: "cat", 2: "dog"}, shots).eval()
@@ -39,7 +39,10 @@ def logits(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], values)[0])
 
 
-@pytest.mark.parametrize(("name", "shots"), [("pfenet", 2), ("bam", 1), ("canet", 2), ("rpmm", 2)])
+@pytest.mark.parametrize(
+    ("name", "shots"),
+    [("pfenet", 2), ("bam", 1), ("canet", 2), ("rpmm", 2), ("hdmnet", 2), ("asgnet", 2)],
+)
 def test_a_model_computes_the_same_in_onnxruntime(tmp_path, name, shots):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
