@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam"]
+MethodName = Literal["baseline", "pfenet", "bam", "panet"]
 
 
 class Method(NamedTuple):
@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "baseline": Method(official=False),
     "pfenet": Method(),
     "bam": Method(base_learner=True),
+    "panet": Method(any_size=True),
 }
 """The methods by `model.name`."""
 
@@ -58,7 +59,7 @@ class ModelConfig:
     """
 
     name: MethodName = "baseline"
-    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn"] = "resnet50"
+    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn", "vgg16"] = "resnet50"
     stem: Literal["plain", "deep"] = "plain"
     stride_on: Literal["conv1", "conv2"] = "conv2"
     width: int = 64

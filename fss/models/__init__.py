@@ -16,6 +16,7 @@ from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
+from fss.models.panet import PANet
 from fss.models.pfenet import PFENet
 from fss.models.pspnet import PSPNet
 from fss.models.regimes import (
@@ -37,6 +38,7 @@ __all__ = [
     "Baseline",
     "FewShotModel",
     "Matching",
+    "PANet",
     "PFENet",
     "PSPNet",
     "Prediction",
@@ -58,6 +60,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "baseline": Baseline,
     "pfenet": PFENet,
     "bam": BAM,
+    "panet": PANet,
 }
 """The methods of few-shot segmentation by `model.name`."""
 
