@@ -26,6 +26,7 @@ from fss.models.regimes import (
     leaves_adapter,
     trains_singular_values,
 )
+from fss.models.sgone import SGOne
 from fss.models.state_dict import read_state_dict
 from fss.models.weights import backbone_name, backbone_of, load_backbone
 from svf_fast import Factors
@@ -43,6 +44,7 @@ __all__ = [
     "PSPNet",
     "Prediction",
     "ResNet",
+    "SGOne",
     "backbone_name",
     "backbone_of",
     "build_backbone",
@@ -61,6 +63,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "pfenet": PFENet,
     "bam": BAM,
     "panet": PANet,
+    "sgone": SGOne,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

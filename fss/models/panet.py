@@ -7,7 +7,6 @@ Equations are those of the paper; the published code is the reference where it s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -20,15 +19,7 @@ from fss.models.episode import Prediction, check_target
 from fss.models.features import Features, FewShotModel, Maps, Supports
 from fss.models.loss import cross_entropy
 from fss.models.pooling import enlarged_average_pool, resize
-from fss.models.vgg import PLAIN_CUTS
-
-# Their encoder nests its convolutions by stage; a max-pool is between two of them.
-_VGG_NAMES = {
-    f"backbone.layer{n}.{start + i}.{kind}": f"encoder.backbone.features.{2 * n}.{i}.{kind}"
-    for n, (start, end) in enumerate(pairwise(PLAIN_CUTS))
-    for i in range(0, end - start, 2)
-    for kind in ("weight", "bias")
-}
+from fss.models.vgg import stage_names
 
 
 class PANet(FewShotModel):
@@ -61,7 +52,10 @@ class PANet(FewShotModel):
         "vgg_dilation": 2,
     }
     any_size = True
-    official_names: ClassVar[Mapping[str, str]] = {**_VGG_NAMES, "backbone.": "encoder.backbone."}
+    official_names: ClassVar[Mapping[str, str]] = {
+        **stage_names([f"encoder.backbone.features.{n}." for n in (0, 2, 4, 6, 8)]),
+        "backbone.": "encoder.backbone.",  # of a ResNet
+    }
 
     @classmethod
     def from_config(

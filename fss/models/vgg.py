@@ -7,7 +7,8 @@ configuration D with or without batch norm; cut into layers as PFENet and BAM do
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -116,6 +117,17 @@ def own_keys(state: dict[str, _Value]) -> dict[str, _Value]:
             key = f"layer{layer}.{rest}"
         renamed[key] = value
     return renamed
+
+
+def stage_names(stages: Sequence[str]) -> dict[str, str]:
+    """Map the names of a plain VGG's parameters in a model to those of code that numbers its
+    modules within each stage, given the beginnings of its names of the five stages."""
+    return {
+        f"backbone.layer{n}.{start + i}.{kind}": f"{stages[n]}{i}.{kind}"
+        for n, (start, end) in enumerate(pairwise(PLAIN_CUTS))
+        for i in range(0, end - start, 2)
+        for kind in ("weight", "bias")
+    }
 
 
 def has_batch_norm(names: Iterable[str]) -> bool:
