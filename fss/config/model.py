@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam", "panet", "sgone"]
+MethodName = Literal["baseline", "pfenet", "bam", "panet", "sgone", "ppnet"]
 
 
 class Method(NamedTuple):
@@ -30,6 +30,7 @@ METHODS: dict[str, Method] = {
     "bam": Method(base_learner=True),
     "panet": Method(any_size=True),
     "sgone": Method(any_size=True),
+    "ppnet": Method(any_size=True),
 }
 """The methods by `model.name`."""
 

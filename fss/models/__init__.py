@@ -18,6 +18,7 @@ from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
 from fss.models.panet import PANet
 from fss.models.pfenet import PFENet
+from fss.models.ppnet import PPNet
 from fss.models.pspnet import PSPNet
 from fss.models.regimes import (
     FACTORS,
@@ -41,6 +42,7 @@ __all__ = [
     "Matching",
     "PANet",
     "PFENet",
+    "PPNet",
     "PSPNet",
     "Prediction",
     "ResNet",
@@ -64,6 +66,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "bam": BAM,
     "panet": PANet,
     "sgone": SGOne,
+    "ppnet": PPNet,
 }
 """The methods of few-shot segmentation by `model.name`."""
 
@@ -75,8 +78,7 @@ def build_model(
 
     Args:
         config: the network and its files.
-        base_classes: names of the fold's base classes by id, which a model with a base learner
-            needs; with the authors' checkpoint None means as many as that has.
+        base_classes: names of the fold's base classes by id, which BAM and PPNet need; with the authors' checkpoint None means as many as that has.
         shots: supports per query (K) that BAM learns to weigh.
 
     Raises:
@@ -91,7 +93,7 @@ def build_model(
     kind = MODELS[config.name]
     learned = kind.needs_base_learner and config.base_weights != "none"
     count = len(base_classes or ())
-    if kind.needs_base_learner and base_classes is None:
+    if (kind.needs_base_learner or kind.needs_base_classes) and base_classes is None:
         if not config.official:
             raise ValueError(
                 f"base_classes: expected the names of base classes for {config.name}, got None"

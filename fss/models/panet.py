@@ -87,15 +87,11 @@ class PANet(FewShotModel):
 
     def _align(self, query: Tensor, logits: Tensor, supports: Tensor) -> tuple[Tensor, Tensor]:
         """Segment supports [B, K, C, h, w] by the prototypes of what was found in the queries."""
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        predicted = logits.argmax(dim=1, keepdim=True)
-        masks = torch.cat([predicted == j for j in (0, 1)], dim=1).to(dtype)
-        areas = masks.sum(dim=(2, 3))
-        sums = torch.stack([(query * mask).sum(dim=(2, 3)) for mask in masks.split(1, 1)], dim=1)
-        prototypes = sums / (areas + 1e-5)[:, :, None]
+        masks = predicted_masks(logits)
+        prototypes = masked_means(query, masks)
         shots = supports.shape[1]
         found = compare(supports.flatten(0, 1), prototypes.repeat_interleave(shots, dim=0))
-        return found.unflatten(0, (-1, shots)), (areas[:, 1] > 0).to(dtype)
+        return found.unflatten(0, (-1, shots)), masks[:, 1].any(dim=(1, 2)).to(prototypes.dtype)
 
     def loss(
         self,
@@ -123,32 +119,67 @@ class PANet(FewShotModel):
         loss = cross_entropy(prediction.logits, query_mask, class_weight)
         if not prediction.auxiliary:
             return loss
-        logits, found = prediction.auxiliary
-        losses = [
-            support_cross_entropy(each, masks, class_weight)
-            for each, masks in zip(logits.unbind(1), support_masks.unbind(1), strict=True)
-        ]
-        return loss + (found * torch.stack(losses).mean(dim=0)).mean()
+        return loss + alignment_loss(*prediction.auxiliary, support_masks, class_weight)
 
 
 def compare(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Compute 20·cos of features [B, C, h, w] to prototypes [B, n, C]: [B, n, h, w]."""
-    cosines = [
-        functional.cosine_similarity(features, each[:, :, None, None], dim=1)
-        for each in prototypes.unbind(1)
+    """Compute 20·cos of features [B, C, h, w] to prototypes [B, n, C]: [B, n, h, w].
+
+    In float32 at least; a norm below 1e-8 counts as that.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    features, prototypes = features.to(dtype), prototypes.to(dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        products = torch.einsum("bchw,bnc->bnhw", features, prototypes)
+    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-8)
+    return 20 * products / lengths / prototypes.norm(dim=2).clamp(min=1e-8)[:, :, None, None]
+
+
+def predicted_masks(logits: Tensor) -> Tensor:
+    """Return where background and object are predicted by logits [B, 2, h, w]: bool [B, 2, h, w]."""
+    predicted = logits.argmax(dim=1)
+    return torch.stack([predicted == j for j in (0, 1)], dim=1)
+
+
+def masked_means(features: Tensor, masks: Tensor) -> Tensor:
+    """Average features [B, C, h, w] under masks bool [B, n, h, w]: [B, n, C], 0 if empty."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    masks = masks.to(dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        sums = torch.einsum("bchw,bnhw->bnc", features.to(dtype), masks)
+    return sums / (masks.sum(dim=(2, 3)) + 1e-5)[:, :, None]
+
+
+def alignment_loss(
+    logits: Tensor,
+    found: Tensor,
+    masks: Tensor,
+    class_weight: Tensor | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """Average the cross-entropy of supports; those of queries without any object found count 0.
+
+    logits [B, K, 2, h, w], found [B], masks [B, K, H, W] and weights of the classes [2].
+    """
+    losses = [
+        support_cross_entropy(each, mask, class_weight, align_corners)
+        for each, mask in zip(logits.unbind(1), masks.unbind(1), strict=True)
     ]
-    return 20 * torch.stack(cosines, dim=1)
+    return (found * torch.stack(losses).mean(dim=0)).mean()
 
 
 def support_cross_entropy(
-    logits: Tensor, masks: Tensor, class_weight: Tensor | None = None
+    logits: Tensor,
+    masks: Tensor,
+    class_weight: Tensor | None = None,
+    align_corners: bool = False,
 ) -> Tensor:
     """Average, for each support, the cross-entropy of logits [B, 2, h, w] where a mask is 0 or 1.
 
     masks: [B, H, W]. Returns [B], 0 for a mask without such pixels.
     """
     masks = masks.long()
-    logits = resize(logits, masks.shape[1:], align_corners=False)
+    logits = resize(logits, masks.shape[1:], align_corners)
     weights = masks.new_ones(2) if class_weight is None else class_weight
     counted = (masks == 0) | (masks == 1)
     target = torch.where(counted, masks, 0)

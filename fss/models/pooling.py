@@ -51,18 +51,23 @@ def enlarged_average_pool(
     dtype = torch.promote_types(features.dtype, torch.float32)
     spread = mask.to(dtype)
     rows, columns = (
-        functional.interpolate(
-            torch.eye(small, dtype=dtype, device=mask.device)[None],
-            size=large,
-            mode="linear",
-            align_corners=align_corners,
-        )[0]
+        interpolation(small, large, align_corners, like=spread)
         for small, large in zip(features.shape[-2:], mask.shape[-2:], strict=True)
     )
     with torch.autocast(mask.device.type, enabled=False):
         weights = rows @ spread @ columns.mT
     area = spread.sum(dim=(1, 2)).clamp(min=0 if offset else 1) + offset
     return (features * weights[:, None]).sum(dim=(2, 3)) / area[:, None]
+
+
+def interpolation(small: int, large: int, align_corners: bool, like: Tensor) -> Tensor:
+    """Compute the matrix [small, large] of linear resizing: values [small] times it are resized."""
+    identity = torch.eye(small, dtype=like.dtype, device=like.device)[None]
+    if small == large:
+        return identity[0]
+    return functional.interpolate(
+        identity, size=large, mode="linear", align_corners=align_corners
+    )[0]
 
 
 def cat_maps(maps: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ def _batch(batch=2, shots=1, height=41, width=49):
         "support_masks": masks[:, 1:],
         "query_mask": masks[:, 0],
         "query_base_mask": torch.where(masks[:, 0] == 1, 4, masks[:, 0]),
+        "support_base_masks": torch.where(masks[:, 1:] == 1, 4, masks[:, 1:]),
         "base_class": torch.arange(batch) - 1,
     }
 
