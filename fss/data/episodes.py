@@ -54,10 +54,10 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
     `query_name` and `support_names`. For a model that segments the base classes too there are
     `query_base_mask` uint8 [S, S], under the transform of the query (0 background and novel
     classes, 1 to n the fold's base classes in the order of their ids, 255 ignored), in the split
-    "train" `support_base_masks` uint8 [K, S, S], and `base_class` int64 [], the place of the episode's class among them from 0, -1 when it is novel;
-    not where the fold leaves no base class or more than 254. The evaluation transform adds
-    `query_size` int64 [2], the height and width of the pasted query, and `query_mask_original`
-    int64 [H, W], the mask at the size of the image.
+    "train" `support_base_masks` uint8 [K, S, S], and `base_class` int64 [], the place of the
+    episode's class among them from 0, -1 when it is novel; not where the fold leaves no base class
+    or more than 254. The evaluation transform adds `query_size` int64 [2], the height and width of
+    the pasted query, and `query_mask_original` int64 [H, W], the mask at the size of the image.
 
     Args:
         source: images, masks and folds.

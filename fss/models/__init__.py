@@ -78,7 +78,8 @@ def build_model(
 
     Args:
         config: the network and its files.
-        base_classes: names of the fold's base classes by id, which BAM and PPNet need; with the authors' checkpoint None means as many as that has.
+        base_classes: names of the fold's base classes by id, which BAM and PPNet need; with the
+            authors' checkpoint None means as many as that has.
         shots: supports per query (K) that BAM learns to weigh.
 
     Raises:

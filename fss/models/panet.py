@@ -136,7 +136,7 @@ def compare(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def predicted_masks(logits: Tensor) -> Tensor:
-    """Return where background and object are predicted by logits [B, 2, h, w]: bool [B, 2, h, w]."""
+    """Return where logits [B, 2, h, w] are largest for background and object: bool, alike."""
     predicted = logits.argmax(dim=1)
     return torch.stack([predicted == j for j in (0, 1)], dim=1)
 

@@ -65,9 +65,9 @@ def interpolation(small: int, large: int, align_corners: bool, like: Tensor) -> 
     identity = torch.eye(small, dtype=like.dtype, device=like.device)[None]
     if small == large:
         return identity[0]
-    return functional.interpolate(
-        identity, size=large, mode="linear", align_corners=align_corners
-    )[0]
+    return functional.interpolate(identity, size=large, mode="linear", align_corners=align_corners)[
+        0
+    ]
 
 
 def cat_maps(maps: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class PPNet(FewShotModel):
 
     resized to the photo. The object's positions are those of F resized to twice its size, the
     background's those of F; if a support has at most ten of them, they are those of F resized to
-    the photo. k-means starts from positions at equal distances in their order, not from random
-    ones as in the published code, and has ten rounds; a part that loses its positions keeps its
+    the photo. k-means starts from positions that do not depend on the order of the supports (see
+    `find_parts`), not from random ones as in the published code, and has ten rounds; a part that loses its positions keeps its
     mean until the last round, then has 0. Pixels of masks that are 255 belong to neither, while
     the published data loader takes them for background.
 
@@ -151,7 +151,7 @@ class PPNet(FewShotModel):
         support_base_masks: Tensor,
         class_weight: Tensor | None = None,
     ) -> Tensor:
-        """Add to the queries' cross-entropy that of their supports and a tenth of the base classes'.
+        """Add to the cross-entropy of queries that of supports and a tenth of the base classes'.
 
         The last two while training only. A mean over the base classes is one over all pixels of
         the batch.
@@ -207,6 +207,8 @@ def find_parts(maps: Tensor, mask: Tensor, large: Tensor, scale: int, parts: int
     """Divide masked positions of K maps by k-means, and average each part: [B, parts, C].
 
     As the means and the products with them are linear in the maps, resized maps are not computed.
+    It starts from the positions in the middle of equal pieces of their order by the product with
+    the mean of all. A position as far from two means to the last digit may go to either.
 
     Args:
         maps: [B, K, C, h, w].
@@ -220,12 +222,7 @@ def find_parts(maps: Tensor, mask: Tensor, large: Tensor, scale: int, parts: int
     with torch.autocast(maps.device.type, enabled=False):
         positions = _Positions(maps, mask, large, scale)
         with torch.no_grad():
-            total = positions.chosen.sum(dim=1, keepdim=True)
-            # in the middle of `parts` equal pieces of their order
-            ranks = (2 * torch.arange(parts, device=maps.device) + 1) * total // (2 * parts)
-            at = torch.searchsorted(positions.chosen.cumsum(dim=1), ranks + 1)
-            order = torch.arange(positions.chosen.shape[1], device=maps.device)
-            means, _ = positions.means(at[:, :, None] == order)
+            means, _ = positions.means(positions.starts(parts))
             for _ in range(_ROUNDS - 1):
                 moved, empty = positions.means(positions.nearest(means))
                 means = torch.where(empty, means, moved)
@@ -257,13 +254,28 @@ class _Positions:
             for size in self.sizes
         ]
 
+    def starts(self, parts: int) -> Tensor:
+        """Choose where k-means starts, whatever the order of the K: bool [B, parts, P].
+
+        Of the positions in the order of their product with their mean, those in the middle of
+        `parts` equal pieces.
+        """
+        mean, _ = self.means(self.chosen[:, None])
+        order = self.products(mean)[:, 0].masked_fill(~self.chosen, torch.inf).argsort(stable=True)
+        count = self.chosen.sum(dim=1, keepdim=True)
+        ranks = (2 * torch.arange(parts, device=count.device) + 1) * count // (2 * parts)
+        every = torch.arange(order.shape[1], device=count.device)
+        return order.gather(1, ranks)[:, :, None] == every
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """Multiply the features at each position by vectors [B, n, C]: [B, n, P]."""
+        small = torch.einsum("bkchw,bnc->bnkhw", self.maps, vectors)
+        resized = [(rows.mT @ small @ columns).flatten(3) for rows, columns in self.grids]
+        return torch.cat(resized, dim=3).flatten(2)
+
     def nearest(self, means: Tensor) -> Tensor:
         """Return which positions are nearest to each of means [B, n, C]: bool [B, n, P]."""
-        products = torch.einsum("bkchw,bnc->bnkhw", self.maps, means)
-        at = [
-            (rows.mT @ products @ columns).flatten(3) for rows, columns in self.grids
-        ]
-        distances = means.square().sum(dim=2)[:, :, None] - 2 * torch.cat(at, dim=3).flatten(2)
+        distances = means.square().sum(dim=2)[:, :, None] - 2 * self.products(means)
         index = distances.argmin(dim=1, keepdim=True)
         return index == torch.arange(means.shape[1], device=means.device)[:, None]
 

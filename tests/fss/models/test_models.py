@@ -216,7 +216,7 @@ def test_an_empty_support_mask_is_no_accident(name):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("name", [name for name in WITH_HEAD if name != "ppnet"])
 def test_learns_two_episodes(name):
     model, batch = _model(name), _batch()
     apply_regime(model, RegimeConfig(name="freeze"))

@@ -96,7 +96,9 @@ def test_logits_are_cosines_to_the_mean_prototypes():
             means = []
             for k in (0, 1):
                 large = functional.interpolate(maps[1 + k][None], (33, 33), mode="bilinear")[0]
-                means.append(large[:, masks[0, k] == j].sum(1) / ((masks[0, k] == j).sum() + 1e-5))
+                means.append(
+                    large[:, masks[0, k] == j].sum(1) / ((masks[0, k] == j).sum().item() + 1e-5)
+                )
             prototypes.append(sum(means) / 2)
         expected = torch.zeros(2, 5, 5, dtype=torch.float64)
         for j, p in enumerate(prototypes):
