@@ -46,8 +46,8 @@ class PPNet(FewShotModel):
     the photo. k-means starts from positions that do not depend on the order of the supports (see
     `find_parts`), not from random ones as in the published code, and has ten rounds; a part that
     loses its positions keeps its mean until the last round, then has 0. A support whose mask is
-    empty adds nothing, in the published code a position of zeros. Pixels of masks that are 255 belong to neither, while
-    the published data loader takes them for background.
+    empty adds nothing, in the published code a position of zeros. Pixels of masks that are 255
+    belong to neither, while the published data loader takes them for background.
 
     While training, the parts of what was found in the query segment the supports, as in PANet, and
     the semantic branch classifies the base classes in query and supports: a sum of dilated
