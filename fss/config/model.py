@@ -8,7 +8,19 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam", "canet", "pmm", "rpmm", "hdmnet", "asgnet"]
+MethodName = Literal[
+    "baseline",
+    "pfenet",
+    "bam",
+    "canet",
+    "pmm",
+    "rpmm",
+    "hdmnet",
+    "asgnet",
+    "panet",
+    "sgone",
+    "ppnet",
+]
 
 
 class Method(NamedTuple):
@@ -35,6 +47,9 @@ METHODS: dict[str, Method] = {
     "rpmm": Method(),
     "hdmnet": Method(base_learner=True),
     "asgnet": Method(bins=True),
+    "panet": Method(any_size=True),
+    "sgone": Method(any_size=True),
+    "ppnet": Method(any_size=True),
 }
 """The methods by `model.name`."""
 
@@ -66,7 +81,7 @@ class ModelConfig:
     """
 
     name: MethodName = "baseline"
-    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn"] = "resnet50"
+    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn", "vgg16"] = "resnet50"
     stem: Literal["plain", "deep"] = "plain"
     stride_on: Literal["conv1", "conv2"] = "conv2"
     width: int = 64

@@ -53,11 +53,11 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
     `support_images` float32 [K, 3, S, S], `support_masks` uint8 [K, S, S], `class_id`, `index` (i),
     `query_name` and `support_names`. For a model that segments the base classes too there are
     `query_base_mask` uint8 [S, S], under the transform of the query (0 background and novel
-    classes, 1 to n the fold's base classes in the order of their ids, 255 ignored), and
-    `base_class` int64 [], the place of the episode's class among them from 0, -1 when it is novel;
-    not where the fold leaves no base class or more than 254. The evaluation transform adds
-    `query_size` int64 [2], the height and width of the pasted query, and `query_mask_original`
-    int64 [H, W], the mask at the size of the image.
+    classes, 1 to n the fold's base classes in the order of their ids, 255 ignored), in the split
+    "train" `support_base_masks` uint8 [K, S, S], and `base_class` int64 [], the place of the
+    episode's class among them from 0, -1 when it is novel; not where the fold leaves no base class
+    or more than 254. The evaluation transform adds `query_size` int64 [2], the height and width of
+    the pasted query, and `query_mask_original` int64 [H, W], the mask at the size of the image.
 
     Args:
         source: images, masks and folds.
@@ -210,6 +210,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         }
         if self._base_table is not None:
             item["query_base_mask"] = _labels(query.mask.numpy(), self._base_table)
+            if self.split == "train":
+                bases = [_labels(support.mask.numpy(), self._base_table) for support in supports]
+                item["support_base_masks"] = torch.stack(bases)
             position = bisect_left(self.base_classes, episode.class_id)
             item["base_class"] = torch.tensor(-1 if self.split == "test" else position)
         if query.size is not None:

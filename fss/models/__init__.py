@@ -19,8 +19,10 @@ from fss.models.features import FewShotModel
 from fss.models.hdmnet import HDMNet
 from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
+from fss.models.panet import PANet
 from fss.models.pfenet import PFENet
 from fss.models.pmm import PMM, RPMM
+from fss.models.ppnet import PPNet
 from fss.models.pspnet import PSPNet
 from fss.models.regimes import (
     FACTORS,
@@ -29,6 +31,7 @@ from fss.models.regimes import (
     leaves_adapter,
     trains_singular_values,
 )
+from fss.models.sgone import SGOne
 from fss.models.state_dict import read_state_dict
 from fss.models.weights import backbone_name, backbone_of, load_backbone
 from svf_fast import Factors
@@ -46,10 +49,13 @@ __all__ = [
     "FewShotModel",
     "HDMNet",
     "Matching",
+    "PANet",
     "PFENet",
+    "PPNet",
     "PSPNet",
     "Prediction",
     "ResNet",
+    "SGOne",
     "backbone_name",
     "backbone_of",
     "build_backbone",
@@ -72,6 +78,9 @@ MODELS: dict[str, type[FewShotModel]] = {
     "rpmm": RPMM,
     "hdmnet": HDMNet,
     "asgnet": ASGNet,
+    "panet": PANet,
+    "sgone": SGOne,
+    "ppnet": PPNet,
 }
 """The methods of few-shot segmentation by `model.name`."""
 
@@ -83,8 +92,8 @@ def build_model(
 
     Args:
         config: the network and its files.
-        base_classes: names of the fold's base classes by id, which a model with a base learner
-            needs; with the authors' checkpoint None means as many as that has.
+        base_classes: names of the fold's base classes by id, which BAM and PPNet need; with the
+            authors' checkpoint None means as many as that has.
         shots: supports per query (K) that BAM learns to weigh.
 
     Raises:
@@ -99,7 +108,7 @@ def build_model(
     kind = MODELS[config.name]
     learned = kind.needs_base_learner and config.base_weights != "none"
     count = len(base_classes or ())
-    if kind.needs_base_learner and base_classes is None:
+    if (kind.needs_base_learner or kind.needs_base_classes) and base_classes is None:
         if not config.official:
             raise ValueError(
                 f"base_classes: expected the names of base classes for {config.name}, got None"

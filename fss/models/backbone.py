@@ -137,6 +137,9 @@ class ResNet(nn.Module):
         width: channels of the plain stem; layer n has `width`·2^(n-1)·expansion channels.
         output_stride: 8, 16 or 32; removed strides become dilation of every 3×3 convolution.
         sums: whether the blocks of layers 2 to 4 end in the sum of their paths, for `block_sums`.
+        last_relu: whether the last block of layer 4 ends in a ReLU.
+        late_dilation: whether the first block of a layer has the dilation of the layer before, as
+            torchvision's ResNets have it.
 
     Attributes:
         channels: output channels of layers 1 to 4.
@@ -152,6 +155,8 @@ class ResNet(nn.Module):
         width: int = 64,
         output_stride: int = 8,
         sums: bool = False,
+        last_relu: bool = True,
+        late_dilation: bool = False,
     ) -> None:
         super().__init__()
         self.deep_stem = stem == "deep"
@@ -170,14 +175,17 @@ class ResNet(nn.Module):
 
         block, depths = architecture
         in_channels = 2 * width if self.deep_stem else width
-        layers = []
+        layers, before = [], 1
         for n, (depth, (stride, dilation)) in enumerate(
             zip(depths, _GEOMETRY[output_stride], strict=True)
         ):
-            shape = in_channels, width * 2**n, depth, stride, dilation
+            first = before if late_dilation else dilation
+            shape = in_channels, width * 2**n, depth, stride, (first, dilation)
             layers.append(_layer(block, *shape, stride_on, sums and n > 0))
+            before = dilation
             in_channels = width * 2**n * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
+        self.layer4[-1].last_relu = last_relu and not sums
         self.factors: dict[str, Factors] = {}
         self.channels = tuple(width * 2**n * block.expansion for n in range(4))
         self.stride_on = stride_on if block is Bottleneck else None
@@ -233,7 +241,7 @@ class ResNet(nn.Module):
 Backbone = ResNet | VGG
 """What a few-shot model runs on: `features`, `layer4`, `levels` and `channels` are all it uses."""
 
-BACKBONES = (*ARCHITECTURES, "vgg16_bn")
+BACKBONES = (*ARCHITECTURES, "vgg16_bn", "vgg16")
 
 
 def build_backbone(
@@ -243,11 +251,15 @@ def build_backbone(
     width: int = 64,
     output_stride: int = 8,
     sums: bool = False,
+    last_relu: bool = True,
+    late_dilation: bool = False,
+    vgg_dilation: int | None = None,
 ) -> Backbone:
     """Build a randomly initialized backbone by name; the arguments are those of `ResNet`.
 
     `stride_on` concerns bottlenecks only (resnet50, resnet101): a basic block strides on conv1.
-    Of the arguments vgg16_bn has `width` alone, its output stride is 16.
+    A VGG has `width`, `last_relu` and, as its `dilation`, `vgg_dilation`, without which its output
+    stride is 16.
 
     Raises:
         ValueError: an unknown name or option, or a width below 1.
@@ -261,11 +273,12 @@ def build_backbone(
         raise TypeError(f"width: expected an integer, got {width!r}")
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
-    if name == "vgg16_bn":
+    if name not in ARCHITECTURES:
         if stem != "plain":
-            raise ValueError(f"stem: expected plain, vgg16_bn has no other; got {stem!r}")
-        return VGG(width)
-    return ResNet(ARCHITECTURES[name], stem, stride_on, width, output_stride, sums)
+            raise ValueError(f"stem: expected plain, {name} has no other; got {stem!r}")
+        return VGG(width, name == "vgg16_bn", vgg_dilation, last_relu)
+    form = stem, stride_on, width, output_stride, sums, last_relu, late_dilation
+    return ResNet(ARCHITECTURES[name], *form)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
@@ -280,7 +293,7 @@ def _layer(
     width: int,
     depth: int,
     stride: int,
-    dilation: int,
+    dilations: tuple[int, int],
     stride_on: str,
     sums: bool,
 ) -> nn.Sequential:
@@ -293,7 +306,8 @@ def _layer(
             nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
             nn.BatchNorm2d(out_channels),
         )
-    blocks = [block(in_channels, width, stride, dilation, downsample, **options)]
+    first, dilation = dilations
+    blocks = [block(in_channels, width, stride, first, downsample, **options)]
     blocks += [block(out_channels, width, 1, dilation, **options) for _ in range(depth - 1)]
     return SumStage(*blocks) if sums else nn.Sequential(*blocks)
 

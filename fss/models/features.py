@@ -99,6 +99,7 @@ class FewShotModel(nn.Module, ABC):
         any_size: whether images of any size do; else their sides are multiples of 8 plus 1.
         needs_base_learner: whether training starts from a trained base learner, see
             `ModelConfig.base_weights`.
+        needs_base_classes: whether it is built for the fold's base classes without that.
         transformer: beginnings of the names of parameters that have their own optimizer, see
             `OptimizerConfig.transformer_lr`.
         official_names: beginnings of our names and of those in the authors' files, see
@@ -114,6 +115,7 @@ class FewShotModel(nn.Module, ABC):
     unused_layers: ClassVar[tuple[str, ...]] = ()
     any_size: ClassVar[bool] = False
     needs_base_learner: ClassVar[bool] = False
+    needs_base_classes: ClassVar[bool] = False
     transformer: ClassVar[tuple[str, ...]] = ()
     official_names: ClassVar[Mapping[str, str]] = {}
     official_shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {}

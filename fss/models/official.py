@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fss.models.pspnet import PSPNet
 from fss.models.state_dict import StateDict, differences, read_state_dict, read_torch
-from fss.models.vgg import CUTS, VGG
+from fss.models.vgg import VGG
 
 # Beginnings of our names and of theirs, of a deep stem in the code that comes from semseg.
 _STEM = {
@@ -92,10 +92,11 @@ def official_keys(model: nn.Module) -> dict[str, str]:
 
 
 def _load(model: nn.Module, read: StateDict, path: str) -> None:
-    state, own = _without_encoder(read.values, path), model.state_dict()
+    state, own, names = read.values, model.state_dict(), official_keys(model)
+    if not any(name.startswith("encoder.") for name in names.values()):
+        state = _without_encoder(state, path)
     unused, shapes = (getattr(model, name, ()) for name in ("official_unused", "official_shapes"))
     state = {key: value for key, value in state.items() if not key.startswith(tuple(unused))}
-    names = official_keys(model)
     expected = {
         names[key]: value.reshape(shapes[key]) if key in shapes else value
         for key, value in own.items()
@@ -173,7 +174,7 @@ def _official(key: str, model: Any) -> str:
 def _official_backbone(key: str, backbone: nn.Module) -> str:
     if isinstance(backbone, VGG):
         _, layer, index, rest = key.split(".", 3)
-        return f"{layer}.{int(index) - CUTS[int(layer[-1])]}.{rest}"
+        return f"{layer}.{int(index) - backbone.cuts[int(layer[-1])]}.{rest}"
     return _renamed(key, {**_STEM, "backbone.": ""})
 
 

@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+def resize(maps: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
     """Resize maps [B, C, h, w] to [B, C, *size], bilinear, with the corners aligned (PFENet, BAM).
 
     Maps that have the size already are returned as they are, not copied.
     """
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    return functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+    return functional.interpolate(
+        maps, size=tuple(size), mode="bilinear", align_corners=align_corners
+    )
 
 
 def average_bins(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -33,6 +35,39 @@ def masked_average_pool(features: Tensor, mask: Tensor) -> Tensor:
     """
     area = mask.sum(dim=(2, 3), keepdim=True) + 0.0005
     return (features * mask).sum(dim=(2, 3), keepdim=True) / area
+
+
+def enlarged_average_pool(
+    features: Tensor, mask: Tensor, align_corners: bool = False, offset: float = 1e-5
+) -> Tensor:
+    """Average features under a mask at the mask's size: Σ_p mask_p·F_p / (Σ_p mask_p + offset).
+
+    F are the features, resized to the size of the mask. As this is linear in them, the sum is one
+    over the small map, its positions weighted by what of the mask each is spread over; no large map
+    is computed.
+
+    features [B, C, h, w], mask [B, H, W] bool -> [B, C]; an empty mask gives 0.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    spread = mask.to(dtype)
+    rows, columns = (
+        interpolation(small, large, align_corners, like=spread)
+        for small, large in zip(features.shape[-2:], mask.shape[-2:], strict=True)
+    )
+    with torch.autocast(mask.device.type, enabled=False):
+        weights = rows @ spread @ columns.mT
+    area = spread.sum(dim=(1, 2)).clamp(min=0 if offset else 1) + offset
+    return (features * weights[:, None]).sum(dim=(2, 3)) / area[:, None]
+
+
+def interpolation(small: int, large: int, align_corners: bool, like: Tensor) -> Tensor:
+    """Compute the matrix [small, large] of linear resizing: values [small] times it are resized."""
+    identity = torch.eye(small, dtype=like.dtype, device=like.device)[None]
+    if small == large:
+        return identity[0]
+    return functional.interpolate(identity, size=large, mode="linear", align_corners=align_corners)[
+        0
+    ]
 
 
 def cat_maps(maps: Sequence[Tensor], like: Tensor) -> Tensor:

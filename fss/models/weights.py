@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fss.models.backbone import ARCHITECTURES, BACKBONES, Backbone, BasicBlock, build_backbone
 from fss.models.state_dict import StateDict, backbone_part, differences, read_state_dict
-from fss.models.vgg import VGG, own_keys
+from fss.models.vgg import VGG, has_batch_norm, own_keys
 
 _SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
 # Of ImageNet's classes, and SwAV's.
@@ -179,7 +179,8 @@ def _guess(expected: _Description, got: _Description | None) -> str:
 def _describe(state: dict[str, Any]) -> _Description | None:
     vgg = own_keys(state).get("layer0.0.weight")
     if isinstance(vgg, Tensor) and vgg.ndim == 4:
-        return _Description("vgg16_bn", "plain", vgg.shape[0])
+        name = "vgg16_bn" if has_batch_norm(state) else "vgg16"
+        return _Description(name, "plain", vgg.shape[0])
     first = state.get("layer1.0.conv1.weight")
     if not isinstance(first, Tensor) or first.ndim == 0:
         return None

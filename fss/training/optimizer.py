@@ -22,9 +22,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     unless `transformer_bias_decay`.
 
     Raises:
-        ValueError: `transformer_lr` for a method without a transformer.
+        ValueError: `transformer_lr` for a method without a transformer; nothing that trains.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"regime: expected one that trains something, {type(model).__name__} has no parameters "
+            'beside its backbone, which the regime freezes; take another, such as "svf" or "full", '
+            "or test the model as it is"
+        )
     prefixes = tuple(getattr(model, "transformer", ())) if config.transformer_lr else ()
     if config.transformer_lr and not prefixes:
         raise ValueError(

@@ -16,7 +16,7 @@ from fss.models.regimes import apply_regime
 from fss.training.measure import saved_bytes
 
 BACKBONES = ("resnet18", "resnet50", "vgg16_bn")
-MAIN_LOSS_ONLY = ("baseline", "canet", "pmm")
+MAIN_LOSS_ONLY = ("baseline", "canet", "pmm", "sgone")
 # A shift that the next batch norm takes out again.
 NORMED = {
     "pmm": {
@@ -25,6 +25,7 @@ NORMED = {
     "rpmm": {"reduce.0.bias"},
 }
 BASE = {c: f"class {c}" for c in range(1, 6)}
+WITH_HEAD = [name for name in MODELS if name != "panet"]  # something besides the backbone trains
 
 
 def _model(name, backbone="resnet18", shots=1, **options):
@@ -46,6 +47,7 @@ def _batch(batch=2, shots=1, height=41, width=49):
         "support_masks": masks[:, 1:],
         "query_mask": masks[:, 0],
         "query_base_mask": torch.where(masks[:, 0] == 1, 4, masks[:, 0]),
+        "support_base_masks": torch.where(masks[:, 1:] == 1, 4, masks[:, 1:]),
         "base_class": torch.arange(batch) - 1,
     }
 
@@ -89,9 +91,12 @@ def test_logits_have_the_size_of_the_query(name, backbone, shots):
         assert bool(prediction.auxiliary) == (mode and name not in MAIN_LOSS_ONLY)
 
 
-@pytest.mark.parametrize("regime", ["freeze", "svf", "full"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name, regime",
+    [(name, regime) for name in MODELS for regime in ("svf", "full")]
+    + [(name, "freeze") for name in WITH_HEAD],
+)
 def test_a_step_of_each_regime(name, backbone, regime):
     """What the regime trains gets a gradient and moves, the rest stays as it was."""
     shots = 1 if backbone == "resnet50" else 2
@@ -217,7 +222,13 @@ def test_modes_of_what_is_frozen(name):
         learner = [model.base_learner] if MODELS[name].needs_base_learner else []
         frozen = [model.backbone, *learner]
         assert not any(m.training for part in frozen for m in part.modules())
-        assert model.classifier.training is mode
+        heads = [m for name, m in model.named_children() if m not in frozen]
+        assert all(
+            m.training is mode
+            for head in heads
+            for m in head.modules()
+            if not isinstance(m, nn.BatchNorm2d)  # HDMNet's keep their statistics
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -229,7 +240,7 @@ def test_an_empty_support_mask_is_no_accident(name):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in WITH_HEAD if name != "ppnet"])
 def test_learns_two_episodes(name):
     model, batch = _model(name), _batch()
     apply_regime(model, RegimeConfig(name="freeze"))
@@ -281,7 +292,8 @@ def test_a_saved_network_is_rebuilt_from_its_state_dict(name, as_trained, regime
     with torch.no_grad():
         expected, got = (_predict(each.eval(), batch).logits for each in (model, rebuilt))
     torch.testing.assert_close(got, expected)
-    short = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
+    last = "layer4" if name == "panet" else "classifier"
+    short = {name: value for name, value in model.state_dict().items() if last not in name}
     with pytest.raises(RuntimeError, match="Missing key"):
         rebuild_model(config, short, as_trained)
 
