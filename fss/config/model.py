@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam"]
+MethodName = Literal["baseline", "pfenet", "bam", "cyctr"]
 
 
 class Method(NamedTuple):
@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "baseline": Method(official=False),
     "pfenet": Method(),
     "bam": Method(base_learner=True),
+    "cyctr": Method(),
 }
 """The methods by `model.name`."""
 
@@ -38,7 +39,7 @@ class ModelConfig:
 
     Args:
         name: "baseline", the paper's: PFENet with an ASPP instead of its FEM and only the main
-            loss; "pfenet"; or "bam".
+            loss; "pfenet"; "bam"; or "cyctr".
         backbone: the feature extractor.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution that has the stride: "conv2" (torchvision) or "conv1"
@@ -49,7 +50,7 @@ class ModelConfig:
             its own backbone.
         base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
             folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
-        official: the authors' PFENet or BAM checkpoint, to start the whole network from.
+        official: the authors' checkpoint of the method, to start the whole network from.
         channels: channels of the head.
         dropout: probability that the head drops a channel while training.
         bins: for "pfenet", the side of the feature map at each scale: cells if above 1, a share of

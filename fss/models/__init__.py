@@ -12,6 +12,7 @@ from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
+from fss.models.cyctr import CyCTR
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.matching import Matching, build_matching, matching_size
@@ -35,6 +36,7 @@ __all__ = [
     "VGG",
     "Backbone",
     "Baseline",
+    "CyCTR",
     "FewShotModel",
     "Matching",
     "PFENet",
@@ -58,6 +60,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "baseline": Baseline,
     "pfenet": PFENet,
     "bam": BAM,
+    "cyctr": CyCTR,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

@@ -137,6 +137,8 @@ class ResNet(nn.Module):
         width: channels of the plain stem; layer n has `width`·2^(n-1)·expansion channels.
         output_stride: 8, 16 or 32; removed strides become dilation of every 3×3 convolution.
         sums: whether the blocks of layers 2 to 4 end in the sum of their paths, for `block_sums`.
+        dilate_first: whether the first block of a dilated layer is dilated as the others are
+            (semseg); else it has the dilation of the layer before (torchvision).
 
     Attributes:
         channels: output channels of layers 1 to 4.
@@ -152,6 +154,7 @@ class ResNet(nn.Module):
         width: int = 64,
         output_stride: int = 8,
         sums: bool = False,
+        dilate_first: bool = True,
     ) -> None:
         super().__init__()
         self.deep_stem = stem == "deep"
@@ -171,10 +174,14 @@ class ResNet(nn.Module):
         block, depths = architecture
         in_channels = 2 * width if self.deep_stem else width
         layers = []
+        before = 1
         for n, (depth, (stride, dilation)) in enumerate(
             zip(depths, _GEOMETRY[output_stride], strict=True)
         ):
-            shape = in_channels, width * 2**n, depth, stride, dilation
+            dilations = [dilation] * depth
+            if not dilate_first:
+                dilations[0], before = before, dilation
+            shape = in_channels, width * 2**n, stride, dilations
             layers.append(_layer(block, *shape, stride_on, sums and n > 0))
             in_channels = width * 2**n * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
@@ -243,6 +250,7 @@ def build_backbone(
     width: int = 64,
     output_stride: int = 8,
     sums: bool = False,
+    dilate_first: bool = True,
 ) -> Backbone:
     """Build a randomly initialized backbone by name; the arguments are those of `ResNet`.
 
@@ -265,7 +273,8 @@ def build_backbone(
         if stem != "plain":
             raise ValueError(f"stem: expected plain, vgg16_bn has no other; got {stem!r}")
         return VGG(width)
-    return ResNet(ARCHITECTURES[name], stem, stride_on, width, output_stride, sums)
+    options = (stem, stride_on, width, output_stride, sums, dilate_first)
+    return ResNet(ARCHITECTURES[name], *options)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
@@ -278,9 +287,8 @@ def _layer(
     block: type[BasicBlock] | type[Bottleneck],
     in_channels: int,
     width: int,
-    depth: int,
     stride: int,
-    dilation: int,
+    dilations: list[int],
     stride_on: str,
     sums: bool,
 ) -> nn.Sequential:
@@ -293,8 +301,9 @@ def _layer(
             nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
             nn.BatchNorm2d(out_channels),
         )
-    blocks = [block(in_channels, width, stride, dilation, downsample, **options)]
-    blocks += [block(out_channels, width, 1, dilation, **options) for _ in range(depth - 1)]
+    first, *rest = dilations
+    blocks = [block(in_channels, width, stride, first, downsample, **options)]
+    blocks += [block(out_channels, width, 1, dilation, **options) for dilation in rest]
     return SumStage(*blocks) if sums else nn.Sequential(*blocks)
 
 
