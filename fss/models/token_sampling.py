@@ -74,21 +74,23 @@ def draw_tokens(
     """
     wanted, most = _wanted(seeds, layer, shots, training)
     objects = foreground.sum(dim=1, keepdim=True)
-    rest = foreground.shape[1] - objects
+    rest = (~foreground).sum(dim=1, keepdim=True)
     of_object = torch.minimum(objects, (2 * wanted - rest).clamp(min=wanted))
     of_rest = torch.minimum(rest, (2 * wanted - objects).clamp(min=wanted))
 
     order = random_numbers(seeds, 2 * layer, foreground.shape[1]).argsort(dim=1)
     kind = foreground.gather(1, order)
     chosen = _number(kind) < torch.where(kind, of_object, of_rest)
-    # stable: the chosen ones first, in the order of their random numbers
-    first = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)
-    index = order.gather(1, first[:, : 2 * most])
+    count = foreground.shape[1]
+    everywhere = torch.arange(count, device=seeds.device)
+    # the chosen ones first, in the order of their random numbers
+    first = torch.where(chosen, everywhere, everywhere + count).argsort(dim=1)[:, : 2 * most]
+    index = order.gather(1, first)
 
-    own = torch.where(foreground, objects < wanted, (objects >= wanted) & (rest < wanted))
-    everywhere = torch.arange(foreground.shape[1], device=seeds.device)
+    few = objects < wanted
+    own = (foreground & few) | (~foreground & ~few & (rest < wanted))
     place = torch.where(own, everywhere, _number(foreground)).gather(1, index)
-    valid = chosen.gather(1, first[:, : 2 * most]) if training else None
+    valid = chosen.gather(1, first) if training else None
     return Drawn(index, foreground.gather(1, place), padded.gather(1, place), valid)
 
 

@@ -130,6 +130,7 @@ RUNS = {
     "adapter": {"regime": {"name": "adapter"}},
     "pfenet": {"model": {"name": "pfenet", "bins": [0.5]}},
     "bam": {"model": {"name": "bam", "base_weights": "none"}, "data": {"shots": 2}},
+    "cyctr": {"model": {"name": "cyctr"}},
     "deterministic": {"deterministic": True},
 }
 

@@ -307,7 +307,7 @@ def test_build_model_reports_unknown_names():
     config = _config()
     config.name = "unet"
     with pytest.raises(
-        ValueError, match="model: expected one of baseline, pfenet, bam; got 'unet'"
+        ValueError, match="model: expected one of baseline, pfenet, bam, cyctr; got 'unet'"
     ):
         build_model(config)
     with pytest.raises(FileNotFoundError, match="weights: expected none, shapes, torchvision"):

@@ -39,7 +39,7 @@ def logits(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], values)[0])
 
 
-@pytest.mark.parametrize(("name", "shots"), [("pfenet", 2), ("bam", 1)])
+@pytest.mark.parametrize(("name", "shots"), [("pfenet", 2), ("bam", 1), ("cyctr", 2)])
 def test_a_model_computes_the_same_in_onnxruntime(tmp_path, name, shots):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
