@@ -109,20 +109,21 @@ class CyCTR(PriorGuided):
         return ()
 
     def support_features(self, maps: Maps, masks: Tensor) -> Supports:
-        """Compute layer 4 under the mask, and summaries: prototype, features and kinds of tokens.
+        """Compute layer 4, the mask to put on it, and summaries.
 
-        The features are reduced; tokens are foreground or not, and padding or not, bool
-        [N, h, w]. A support without foreground has some in its middle, one without background some
-        in its corners: the transformer needs both.
+        These are the prototype, the reduced features merged with it, which tokens of these are
+        foreground and which padding, bool [N, h, w], and while training the reduced features. A
+        support without foreground has some in its middle, one without background some in its
+        corners: the transformer needs both.
         """
         low, middle, high = maps
         mask = self.shrink_mask(masks, middle)
         reduced = pointwise_cat(self.support_reduce, low, middle)
         prototype = masked_average_pool(reduced, mask)
-        size = middle.shape[2:]
-        foreground = _with_both(_nearest(masks == 1, size))
-        summaries = (prototype, reduced, foreground, _nearest(masks == 255, size))
-        return Supports(summaries, mask, high)
+        merged = pointwise_cat(self.support_merge, reduced, prototype)
+        foreground, padded = (_nearest(masks == n, middle.shape[2:]) for n in (1, 255))
+        summaries = (prototype, merged, _with_both(foreground), padded)
+        return Supports((*summaries, reduced) if self.training else summaries, mask, high)
 
     def query(self, features: Features) -> Tensor:
         """Reduce the features of the queries to [B, C, h, w]."""
@@ -150,7 +151,7 @@ class CyCTR(PriorGuided):
             query_padding: bool [B, H, W], what is no part of the query photo but was added to it;
                 None is nothing.
         """
-        prototypes, supports, foreground, padded = features.supports
+        prototypes, merged, foreground, padded, *supports = features.supports
         reduced = self.query(features)
         batch, (height, width) = len(reduced), reduced.shape[2:]
         if sampling is None:
@@ -166,8 +167,6 @@ class CyCTR(PriorGuided):
         query = pointwise_cat(
             self.query_merge, reduced, prototypes.mean(dim=1), features.priors.mean(dim=0)
         )
-        each, own = supports.flatten(0, 1), prototypes.flatten(0, 1)
-        merged = pointwise_cat(self.support_merge, each, own).unflatten(0, prototypes.shape[:2])
         fused = self.cycle_transformer(query, padding, merged, foreground, padded, sampling)
         fused = self.project(fused)
         fused = fused + self.residual(fused)
@@ -177,7 +176,8 @@ class CyCTR(PriorGuided):
         expected = [batch, *size]
         dtypes = (torch.uint8, torch.int64)
         _check("query_mask", query_mask, dtypes, expected, reduced.device)
-        return Prediction(logits, (self._way_back(fused, reduced, each, query_mask),))
+        back = self._way_back(fused, reduced, supports[0].flatten(0, 1), query_mask)
+        return Prediction(logits, (back,))
 
     def _way_back(
         self, fused: Tensor, reduced: Tensor, supports: Tensor, query_mask: Tensor
