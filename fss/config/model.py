@@ -20,6 +20,7 @@ MethodName = Literal[
     "panet",
     "sgone",
     "ppnet",
+    "cyctr",
 ]
 
 
@@ -50,6 +51,7 @@ METHODS: dict[str, Method] = {
     "panet": Method(any_size=True),
     "sgone": Method(any_size=True),
     "ppnet": Method(any_size=True),
+    "cyctr": Method(),
 }
 """The methods by `model.name`."""
 
@@ -71,7 +73,7 @@ class ModelConfig:
             its own backbone.
         base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
             folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
-        official: the authors' PFENet or BAM checkpoint, to start the whole network from.
+        official: the authors' checkpoint of the method, to start the whole network from.
         channels: channels of the head.
         dropout: probability that the head drops a channel while training.
         bins: for "pfenet" and "asgnet", the side of the feature map at each scale: cells if above

@@ -21,8 +21,9 @@ from fss.data.transforms import Sample, Transform
 Split = Literal["train", "validation", "test"]
 Draw = Literal["image", "pair", "class"]
 
-# Streams of random numbers of one seed: the order of the queries, and all else of an episode.
-_ORDER, _EPISODE = 0, 1
+# Streams of random numbers of one seed: the order of the queries, all else of an episode, and the
+# number that a model's own randomness depends on.
+_ORDER, _EPISODE, _SAMPLING = 0, 1, 2
 
 # Episodes tried in one place before a data set is declared broken.
 _READ_TRIES = 10
@@ -49,15 +50,17 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
     under the class, without the query. The class becomes 1, ignored pixels stay 255, all else
     becomes 0.
 
-    An item is a dict of `query_image` float32 [3, S, S], `query_mask` uint8 [S, S],
-    `support_images` float32 [K, 3, S, S], `support_masks` uint8 [K, S, S], `class_id`, `index` (i),
-    `query_name` and `support_names`. For a model that segments the base classes too there are
-    `query_base_mask` uint8 [S, S], under the transform of the query (0 background and novel
-    classes, 1 to n the fold's base classes in the order of their ids, 255 ignored), in the split
-    "train" `support_base_masks` uint8 [K, S, S], and `base_class` int64 [], the place of the
-    episode's class among them from 0, -1 when it is novel; not where the fold leaves no base class
-    or more than 254. The evaluation transform adds `query_size` int64 [2], the height and width of
-    the pasted query, and `query_mask_original` int64 [H, W], the mask at the size of the image.
+    An item is a dict of `query_image` float32 [3, S, S], `query_mask` uint8 [S, S], `query_padding`
+    bool [S, S] (see `Sample`), `support_images` float32 [K, 3, S, S], `support_masks` uint8
+    [K, S, S], `class_id`, `index` (i), `sampling` int64 [] (at random from the seed and i, for a
+    model that draws at random), `query_name` and `support_names`. For a model that segments the
+    base classes too there are `query_base_mask` uint8 [S, S], under the transform of the query (0
+    background and novel classes, 1 to n the fold's base classes in the order of their ids, 255
+    ignored), in the split "train" `support_base_masks` uint8 [K, S, S], and `base_class` int64 [],
+    the place of the episode's class among them from 0, -1 when it is novel; not where the fold
+    leaves no base class or more than 254. The evaluation transform adds `query_size` int64 [2], the
+    height and width of the pasted query, and `query_mask_original` int64 [H, W], the mask at the
+    size of the image.
 
     Args:
         source: images, masks and folds.
@@ -199,12 +202,14 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
         item = {
             "query_image": query.image,
             "query_mask": _binary(query.mask.numpy(), episode.class_id),
+            "query_padding": query.padding,
             "support_images": torch.stack([support.image for support in supports]),
             "support_masks": torch.stack(
                 [_binary(support.mask.numpy(), episode.class_id) for support in supports]
             ),
             "class_id": episode.class_id,
             "index": index,
+            "sampling": torch.tensor(self._sampling(index)),
             "query_name": self.source.name(episode.query),
             "support_names": [self.source.name(i) for i in episode.supports],
         }
@@ -219,6 +224,11 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
             item["query_size"] = torch.tensor(query.size)
             item["query_mask_original"] = _binary(original, episode.class_id).long()
         return item
+
+    def _sampling(self, index: int) -> int:
+        """Return 63 random bits."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(_SAMPLING, index))
+        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def draw(self, index: int, attempt: int = 0) -> Episode:
         """Sample the images and the class of an episode, without loading anything.

@@ -32,12 +32,14 @@ class Sample(NamedTuple):
     """A transformed image and its mask.
 
     `image` is float32 [3, S, S], normalized; `mask` [S, S] has the type and the values of the
-    original; `size` is, of an evaluation, the pasted height and width.
+    original; `size` is, of an evaluation, the pasted height and width; `padding` bool [S, S] is
+    what the transform added to the photo.
     """
 
     image: Tensor
     mask: Tensor
     size: tuple[int, int] | None
+    padding: Tensor
 
 
 class Transform(Protocol):
@@ -85,37 +87,46 @@ class TrainTransform:
     ) -> Sample:
         _check_pair(image, mask)
         pixels = image.astype(np.float32)
-        warped, warped_mask = self._warp(pixels, mask, rng)
+        warped, warped_mask, added = self._warp(pixels, mask, rng)
         if (mask == foreground).any() and not (warped_mask == foreground).any():
             # Nearest-neighbor warping can drop an object of a few pixels.
-            warped, warped_mask = pixels, mask
+            warped, warped_mask, added = pixels, mask, np.zeros(mask.shape, np.uint8)
         if rng.random() < 0.5:
             warped = cv2.GaussianBlur(warped, (5, 5), 0)
         if rng.random() < 0.5:
-            warped, warped_mask = warped[:, ::-1], warped_mask[:, ::-1]
+            warped, warped_mask, added = (x[:, ::-1] for x in (warped, warped_mask, added))
         top, left = (max(self.size - side, 0) // 2 for side in warped_mask.shape)
         padded = _pad(warped_mask, self.size)
         rows, columns = _choose_crop(padded == foreground, self.size, rng)
         # The image is not padded: what the crop adds to it is the mean, 0 once normalized.
         pixels = _normalize(warped, self.size, top - rows.start, left - columns.start)
-        return Sample(pixels, torch.from_numpy(np.ascontiguousarray(padded[rows, columns])), None)
+        labels, padding = (
+            torch.from_numpy(np.ascontiguousarray(x[rows, columns]))
+            for x in (padded, _pad(added, self.size))
+        )
+        return Sample(pixels, labels, None, padding.bool())
 
     def _warp(
         self, image: NDArray[np.float32], mask: Mask, rng: np.random.Generator
-    ) -> tuple[NDArray[np.float32], Mask]:
+    ) -> tuple[NDArray[np.float32], Mask, NDArray[np.uint8]]:
+        """Scale and rotate image and mask; the third is 255 where the rotation added something."""
         factor = rng.uniform(*self.scale)
         angle = rng.uniform(-self.rotate, self.rotate) if rng.random() < 0.5 else 0.0
         height, width = (max(1, round(side * factor)) for side in mask.shape)
         image, mask = _resize(image, mask, height, width)
+        added = np.zeros(mask.shape, np.uint8)
         if angle:
             matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1)
             image = cv2.warpAffine(
                 image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=_FILL
             )
-            mask = cv2.warpAffine(
-                mask, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=IGNORE
+            mask, added = (
+                cv2.warpAffine(
+                    each, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=IGNORE
+                )
+                for each in (mask, added)
             )
-        return image, mask
+        return image, mask, added
 
 
 class EvalTransform:
@@ -147,7 +158,9 @@ class EvalTransform:
         canvas = np.full((self.size, self.size), IGNORE, dtype=mask.dtype)
         canvas[:height, :width] = mask
         normalized = _normalize(pixels, self.size, 0, 0, fill=-MEAN / STD)
-        return Sample(normalized, torch.from_numpy(canvas), (height, width))
+        padding = torch.ones(self.size, self.size, dtype=torch.bool)
+        padding[:height, :width] = False
+        return Sample(normalized, torch.from_numpy(canvas), (height, width), padding)
 
 
 class SquareTransform:
@@ -173,7 +186,8 @@ class SquareTransform:
         _check_pair(image, mask)
         pixels, mask = _resize(image.astype(np.float32), mask, self.size, self.size)
         normalized = _normalize(pixels, self.size, 0, 0)
-        return Sample(normalized, torch.from_numpy(mask), (self.size, self.size))
+        padding = torch.zeros(mask.shape, dtype=torch.bool)
+        return Sample(normalized, torch.from_numpy(mask), (self.size, self.size), padding)
 
 
 def _resize(

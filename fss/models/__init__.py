@@ -14,6 +14,7 @@ from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
 from fss.models.canet import CANet
+from fss.models.cyctr import CyCTR
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.hdmnet import HDMNet
@@ -46,6 +47,7 @@ __all__ = [
     "Backbone",
     "Baseline",
     "CANet",
+    "CyCTR",
     "FewShotModel",
     "HDMNet",
     "Matching",
@@ -81,6 +83,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "panet": PANet,
     "sgone": SGOne,
     "ppnet": PPNet,
+    "cyctr": CyCTR,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

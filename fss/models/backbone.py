@@ -179,8 +179,8 @@ class ResNet(nn.Module):
         for n, (depth, (stride, dilation)) in enumerate(
             zip(depths, _GEOMETRY[output_stride], strict=True)
         ):
-            first = before if late_dilation else dilation
-            shape = in_channels, width * 2**n, depth, stride, (first, dilation)
+            dilations = [before if late_dilation else dilation] + [dilation] * (depth - 1)
+            shape = in_channels, width * 2**n, stride, dilations
             layers.append(_layer(block, *shape, stride_on, sums and n > 0))
             before = dilation
             in_channels = width * 2**n * block.expansion
@@ -291,9 +291,8 @@ def _layer(
     block: type[BasicBlock] | type[Bottleneck],
     in_channels: int,
     width: int,
-    depth: int,
     stride: int,
-    dilations: tuple[int, int],
+    dilations: list[int],
     stride_on: str,
     sums: bool,
 ) -> nn.Sequential:
@@ -306,9 +305,9 @@ def _layer(
             nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
             nn.BatchNorm2d(out_channels),
         )
-    first, dilation = dilations
+    first, *rest = dilations
     blocks = [block(in_channels, width, stride, first, downsample, **options)]
-    blocks += [block(out_channels, width, 1, dilation, **options) for _ in range(depth - 1)]
+    blocks += [block(out_channels, width, 1, dilation, **options) for dilation in rest]
     return SumStage(*blocks) if sums else nn.Sequential(*blocks)
 
 

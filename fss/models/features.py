@@ -255,8 +255,10 @@ class FewShotModel(nn.Module, ABC):
         return self.support_features(self.maps(images), masks)
 
     @torch.no_grad()
-    def segment(self, queries: Tensor, supports: Supports) -> Tensor:
+    def segment(self, queries: Tensor, supports: Supports, *others: Tensor | None) -> Tensor:
         """Compute logits [B, 2, H, W] of queries [B, 3, H, W] by supports of `encode_supports`.
+
+        `others` as for `forward`.
 
         Raises:
             ValueError: another number of supports than the model can weigh (BAM).
@@ -264,7 +266,7 @@ class FewShotModel(nn.Module, ABC):
         maps = self.maps(queries)
         repeated = supports.map(lambda each: each.expand(len(queries), *each.shape))
         features = Features.of((*maps, *self.query_maps(*maps)), repeated)
-        return self.head(features, queries.shape[-2:]).logits
+        return self.head(features, queries.shape[-2:], *others).logits
 
     def check(self, query_image: Tensor, support_images: Tensor, support_masks: Tensor) -> None:
         """Raise TypeError or ValueError unless `features` takes these inputs."""

@@ -118,14 +118,15 @@ class _Step(nn.Module):
     def forward(self, photos: Tensor) -> Tensor:
         """Map photos [B·(1 + shots), 3, H, W], the B queries first, to logits [B, 2, H, W]."""
         batch = len(photos) // (1 + self.shots)
+        masks = torch.ones(
+            (len(photos), *photos.shape[-2:]), dtype=torch.int64, device=photos.device
+        )
         inputs = {
             "query_image": photos[:batch],
             "support_images": photos[batch:].unflatten(0, (batch, self.shots)),
-            "support_masks": torch.ones(
-                (batch, self.shots, *photos.shape[-2:]), dtype=torch.int64, device=photos.device
-            ),
+            "support_masks": masks[batch:].unflatten(0, (batch, self.shots)),
+            "query_mask": masks[:batch],
         }
-        inputs["query_mask"] = inputs["support_masks"][:, 0]
         return self.network(*(inputs.get(name) for name in self.network.inputs)).logits
 
 

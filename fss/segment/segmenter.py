@@ -21,7 +21,7 @@ from fss.config import RegimeConfig, TrainConfig
 from fss.config.checks import check_side
 from fss.data import EvalTransform, Sample, test_transform
 from fss.data.masks import MaskValue
-from fss.evaluation.evaluate import enlarge
+from fss.evaluation.evaluate import enlarge, input_names
 from fss.models import FewShotModel, Matching, build_matching, matching_size
 from fss.processes import lay_out
 from fss.runs.folder import RunFolder
@@ -452,7 +452,10 @@ class FewShotSegmenter:
         blank = [np.zeros(picture.shape[:2], np.uint8) for picture in pictures]
         samples = [self._transform(*pair) for pair in zip(pictures, blank, strict=True)]
         queries = torch.stack([sample.image for sample in samples]).to(self.device)
-        logits = self.model.segment(queries, self._supports)
+        padding = torch.stack([sample.padding for sample in samples]).to(self.device)
+        given = {"query_padding": padding}
+        others = (given.get(name) for name in input_names(self.model)[3:])
+        logits = self.model.segment(queries, self._supports, *others)
         results = []
         for picture, sample, one in zip(pictures, samples, logits, strict=True):
             background, foreground = self._enlarge(one, sample, picture)

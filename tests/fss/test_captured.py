@@ -132,6 +132,7 @@ RUNS = {
     "bam": {"model": {"name": "bam", "base_weights": "none"}, "data": {"shots": 2}},
     "canet": {"model": {"name": "canet"}},
     "pmm": {"model": {"name": "pmm"}},
+    "cyctr": {"model": {"name": "cyctr"}},
     "deterministic": {"deterministic": True},
 }
 

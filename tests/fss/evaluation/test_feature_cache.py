@@ -54,7 +54,7 @@ def configured(tiny, name: str, shots: int):
     return tiny(model=model, data={"shots": shots})
 
 
-@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "hdmnet", "asgnet"])
+@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "hdmnet", "asgnet", "cyctr"])
 @pytest.mark.parametrize("shots", [1, 3])
 def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name, shots):
     """Also in batches, where photos of a batch are computed together, and when little fits."""

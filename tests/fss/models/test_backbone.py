@@ -44,6 +44,18 @@ def test_every_3x3_convolution_of_layers_3_and_4_is_dilated(name):
     assert set(strides) == {(1, 1)}
 
 
+@pytest.mark.parametrize(
+    ("output_stride", "expected"), [(8, [1, 1, 1, 2, 2, 4]), (16, [1, 1, 1, 1, 1, 2])]
+)
+def test_the_first_block_may_keep_the_dilation_of_the_layer_before(output_stride, expected):
+    """As torchvision dilates: of layers 2 to 4 the first block and the second."""
+    backbone = build_backbone("resnet18", width=2, output_stride=output_stride, late_dilation=True)
+    layers = (backbone.layer2, backbone.layer3, backbone.layer4)
+    assert [block.conv2.dilation[0] for layer in layers for block in layer] == expected
+    plain = build_backbone("resnet18", width=2, output_stride=output_stride)
+    assert backbone.state_dict().keys() == plain.state_dict().keys()
+
+
 @pytest.mark.parametrize("stride_on", ["conv1", "conv2"])
 def test_the_stride_is_where_it_was_asked(stride_on):
     backbone = build_backbone("resnet50", stride_on=stride_on, width=4)

@@ -17,7 +17,8 @@ from fss.models.pooling import cat_maps
 
 SHOTS = 2
 # The mean of all positions, which BAM's base learner enlarges: torch then has no format to keep.
-ANEW = {"bam": 1, **dict.fromkeys(("baseline", "pfenet", "canet", "pmm", "rpmm", "asgnet"), 0)}
+WITHOUT = ("baseline", "pfenet", "canet", "pmm", "rpmm", "asgnet", "cyctr")
+ANEW = {"bam": 1, **dict.fromkeys(WITHOUT, 0)}
 
 
 class LaidOutAnew(TorchDispatchMode):
@@ -66,6 +67,8 @@ def episodes() -> dict[str, Tensor]:
         "base_class": torch.tensor([0, 1]),
         "query_mask": integers(2, 2, 65, 65),
         "query_base_mask": integers(3, 2, 65, 65),
+        "sampling": torch.tensor([3, 5]),
+        "query_padding": integers(2, 2, 65, 65).bool(),
     }
 
 

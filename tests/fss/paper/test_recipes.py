@@ -162,6 +162,50 @@ def test_the_files_say_what_the_tables_say(name, recipe):
     )
 
 
+@pytest.mark.parametrize(
+    ("run", "images"),
+    [("r50-cyctr-freeze", IMAGES["T1"]), ("r50-cyctr-unfiltered-freeze", (4760, 4588, 4097, 5108))],
+)
+def test_cyctr_learns_as_its_code(run, images):
+    """Groups of its train.py and rates of its util.py, where all but the transformer learn faster.
+
+    Of that code's 200 epochs of whole batches.
+    """
+    network = nn.ModuleDict({"cycle_transformer": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    network.transformer = ("cycle_transformer.",)
+    for fold in range(4):
+        config = config_of("T12", run, fold)
+        assert config.steps == 200 * (images[fold] // 4) and config.batch_size == 4
+        assert config.regime.name == "freeze" and not config.regime.reads_layers
+    optimizer = build_optimizer(network, config.optimizer)
+    scheduler = build_scheduler(optimizer, config.optimizer, 1000)
+    head, *others = optimizer.param_groups
+    assert [group["weight_decay"] for group in others] == [1e-2, 0]
+    for step in range(999):
+        expected = 1.5 * poly_learning_rate(0.0025, step, 1000, 0, -1)
+        assert head["lr"] == pytest.approx(expected, rel=1e-9)
+        assert [group["lr"] for group in others] == [1e-4, 1e-4]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_files_of_cyctr():
+    row, svf = config_of("T12", "r50-cyctr-freeze"), config_of("T1", "r50-pfenet-svf")
+    pascal, tuned, coco = (
+        stated("train", name) for name in ("pascal_cyctr", "pascal_cyctr_svf", "coco_cyctr")
+    )
+    assert dataclasses.replace(pascal, out=row.out, data=row.data) == row
+    assert pascal.data == dataclasses.replace(row.data, root="data")
+    expected = dataclasses.replace(
+        svf.optimizer, transformer_lr=1e-4, transformer_schedule="constant"
+    )
+    assert tuned.optimizer == expected and tuned.regime == svf.regime
+    assert tuned.steps == svf.steps
+    assert coco.optimizer == dataclasses.replace(row.optimizer, lr=0.005)
+    assert coco.steps == 50 * (IMAGES["T2"][0] // 8)
+    assert (coco.batch_size, coco.data.size, coco.validation_episodes) == (8, 473, 5000)
+
+
 def test_every_row_scores_on_the_canvas():
     rows = [(t, row) for t in TABLES.values() for row in t.rows if row.run is not None]
     assert len(rows) > 60

@@ -148,11 +148,11 @@ def test_a_run_that_fails_does_not_end_the_table(command, tmp_path, capsys, monk
 
 
 def test_rows_that_cannot_run_say_why(command, trained, tmp_path, capsys):
-    assert command("T12", "--rows", "5", "--folds", "0") == 0
+    assert command("T15", "--rows", "1", "--folds", "0") == 0
     assert command("T12", "--rows", "2", "--folds", "0", precision="64-false") == 0
     assert trained == []
     printed = capsys.readouterr().out
-    assert "- CyCTR 1-shot fold 0: quoted: CyCTR is not implemented here; the" in printed
+    assert "- PANet 1-shot fold 0: quoted: PANet is not implemented here; the" in printed
     assert "- baseline† 1-shot fold 0: precision: expected one of 32-true" in printed
 
 
@@ -281,14 +281,14 @@ def test_all_rows_are_listed_with_their_state(arguments, tmp_path, capsys):
     assert [line.partition(": ")[0] for line in figures] == [f"F{n}" for n in range(2, 13)]
     assert len(printed) == 24 + 152 + 2
     assert printed[0].startswith("T1: Pascal-5i, mIoU; Pascal-5i: what `fss data prepare pascal`")
-    assert "  5  CyCTR: quoted: CyCTR is not implemented here; the numbers of its paper" in printed
+    assert "  1  PANet: quoted: PANet is not implemented here; the numbers of its paper" in printed
     # Tables 1 and 3 have 5 shots too
     lines = [line for line in printed if line.endswith("holds; r50-baseline-svf: 1 of 8 finished")]
     assert len(lines) == 2
     lines = [line for line in printed if line.endswith("holds; r50-baseline-svf: 1 of 4 finished")]
     assert len(lines) == 17
-    assert printed[-2] == "152 rows: 142 hold, 10 are quoted."
-    assert printed[-1].startswith("Trainings that they share: 1 of 36")
+    assert printed[-2] == "152 rows: 145 hold, 7 are quoted."
+    assert printed[-1].startswith("Trainings that they share: 1 of 380")
 
 
 def test_rows_that_cannot_run_are_counted(tmp_path, capsys):
@@ -298,7 +298,7 @@ def test_rows_that_cannot_run_are_counted(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     reason = "cannot run: r50-baseline-rotated-scale: precision: expected one of 32-true"
     assert printed[-14].startswith(f"  4  R S' Rᵀ W: {reason}")
-    assert printed[-13] == "152 rows: 0 hold, 10 are quoted, 142 cannot run."
+    assert printed[-13] == "152 rows: 0 hold, 7 are quoted, 145 cannot run."
 
 
 def test_one_table_is_listed_by_shots_and_folds(capsys):
@@ -307,7 +307,11 @@ def test_one_table_is_listed_by_shots_and_folds(capsys):
     assert "  4  r50-baseline-svf, 1-shot: S (SVF); folds not started: 0 1 2 3" in printed
     assert main(["reproduce", "T12", "--list"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert "  6  –, 1-shot: CyCTR†; quoted: CyCTR is not implemented here" in printed
+    assert "  6  r50-cyctr-freeze, 1-shot: CyCTR†; folds not started: 0 1 2 3" in printed
+    assert main(["reproduce", "T15", "--list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    quoted = "quoted: PANet is not implemented here; the numbers of its paper"
+    assert f"  1  –, 1-shot: PANet; {quoted}" in printed
     assert main(["reproduce", "T7", "--list"]) == 0
     assert "T7: Pascal-5i, the factors of U S Vᵀ (means of T19)" in capsys.readouterr().out
 

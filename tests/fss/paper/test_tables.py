@@ -283,7 +283,7 @@ SVF = "r50-baseline-svf: {regime: svf}"
         ("r50-baseline-svf: svf", "runs.yaml: r50-baseline-svf: expected regime and perhaps"),
         (
             "r50-baseline-svf: {regime: svf, recipe: mine}",
-            "r50-baseline-svf: recipe: expected one of pfenet, bam, got 'mine'",
+            "r50-baseline-svf: recipe: expected one of pfenet, bam, cyctr, got 'mine'",
         ),
         (
             "r50-baseline-svf: {regime: svf, settings: {data: {sise: 9}}}",

@@ -41,7 +41,8 @@ def logits(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "shots"),
-    [("pfenet", 2), ("bam", 1), ("canet", 2), ("rpmm", 2), ("hdmnet", 2), ("asgnet", 2)],
+    [("pfenet", 2), ("bam", 1), ("canet", 2), ("rpmm", 2), ("hdmnet", 2), ("asgnet", 2)]
+    + [("cyctr", 2)],
 )
 def test_a_model_computes_the_same_in_onnxruntime(tmp_path, name, shots):
     pytest.importorskip("onnxruntime")
