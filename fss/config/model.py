@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam"]
+MethodName = Literal["baseline", "pfenet", "bam", "cwt"]
 
 
 class Method(NamedTuple):
@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "baseline": Method(official=False),
     "pfenet": Method(),
     "bam": Method(base_learner=True),
+    "cwt": Method(base_learner=True),
 }
 """The methods by `model.name`."""
 
@@ -38,7 +39,7 @@ class ModelConfig:
 
     Args:
         name: "baseline", the paper's: PFENet with an ASPP instead of its FEM and only the main
-            loss; "pfenet"; or "bam".
+            loss; "pfenet"; "bam"; or "cwt".
         backbone: the feature extractor.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution that has the stride: "conv2" (torchvision) or "conv1"
@@ -47,10 +48,11 @@ class ModelConfig:
         weights: pretrained weights of the backbone: a file, "torchvision" (downloaded by name),
             "shapes" (embedded, for resnet18 of width 24) or "none" (random). A base learner brings
             its own backbone.
-        base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
-            folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
-        official: the authors' PFENet or BAM checkpoint, to start the whole network from.
-        channels: channels of the head.
+        base_weights: the base learner of BAM or CWT with its backbone: the result of `fss
+            train-base` (its folder or a checkpoint in it), the authors' PSPNet checkpoint, or
+            "none" (random).
+        official: the authors' PFENet, BAM or CWT checkpoint, to start the whole network from.
+        channels: channels of the head; of "cwt", of each of its transformer's four.
         dropout: probability that the head drops a channel while training.
         bins: for "pfenet", the side of the feature map at each scale: cells if above 1, a share of
             the full side up to 1. By default those published for the data: (1, 0.5, 0.25, 0.125)

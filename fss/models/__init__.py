@@ -12,6 +12,7 @@ from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
+from fss.models.cwt import CWT
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.matching import Matching, build_matching, matching_size
@@ -31,6 +32,7 @@ from svf_fast import Factors
 
 __all__ = [
     "BAM",
+    "CWT",
     "MODELS",
     "VGG",
     "Backbone",
@@ -58,6 +60,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "baseline": Baseline,
     "pfenet": PFENet,
     "bam": BAM,
+    "cwt": CWT,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

@@ -49,7 +49,7 @@ def caches(monkeypatch) -> list[FeatureCache]:
 
 def configured(tiny, name: str, shots: int):
     model = {"name": name, "width": 8}
-    if name == "bam":
+    if name in ("bam", "cwt"):
         model |= {"base_weights": "none"}
     return tiny(model=model, data={"shots": shots})
 
@@ -74,7 +74,7 @@ def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name
     assert 0 < done < redone <= 2 * (1 + shots) * 23
 
 
-@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam"])
+@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "cwt"])
 def test_features_are_the_models_own(tiny, name):
     """Also of a support that is all foreground, of one without any, and of a photo seen before."""
     config = configured(tiny, name, 2)

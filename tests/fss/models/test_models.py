@@ -76,7 +76,7 @@ def test_logits_have_the_size_of_the_query(name, backbone, shots):
         assert isinstance(prediction, Prediction)
         assert prediction.logits.shape == (2, 2, 41, 49)
         assert prediction.logits.isfinite().all()
-        assert bool(prediction.auxiliary) == (mode and name != "baseline")
+        assert bool(prediction.auxiliary) == (mode and name not in ("baseline", "cwt"))
 
 
 @pytest.mark.parametrize("regime", ["freeze", "svf", "full"])
@@ -161,6 +161,8 @@ def test_compiles_as_one_graph(name):
         setattr(model.backbone, layer, getattr(model.backbone, layer)[:1])
     apply_regime(model, RegimeConfig(layers=("layer4",)))
     model.train()
+    if name == "cwt":
+        model.iterations = 3  # of 200, each of which is traced
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(_loss(model, batch, compiled), _loss(model, batch))
 
@@ -194,9 +196,10 @@ def test_modes_of_what_is_frozen(name):
     model = _model(name)
     for mode in (True, False, True):
         assert model.train(mode).training is mode
-        frozen = [model.backbone] + ([model.base_learner] if name == "bam" else [])
+        parts = dict(model.named_children())
+        frozen = [parts.pop(part) for part in ("backbone", "base_learner") if part in parts]
         assert not any(m.training for part in frozen for m in part.modules())
-        assert model.classifier.training is mode
+        assert parts and all(part.training is mode for part in parts.values())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -208,8 +211,9 @@ def test_an_empty_support_mask_is_no_accident(name):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "cwt"])
 def test_learns_two_episodes(name):
+    """CWT reads frozen features alone, of which random ones do not tell: see its own tests."""
     model, batch = _model(name), _batch()
     apply_regime(model, RegimeConfig(name="freeze"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)

@@ -140,8 +140,9 @@ def test_the_threshold_moves_the_mask_only(shapes, embedded):
         {"regime": {"name": "svf", "factors": ["U", "S", "V"]}},
         {"regime": {"name": "adapter"}, "model": {"name": "pfenet"}},
         {"model": {"name": "bam", "base_weights": "none", "width": 8}, "data": {"shots": 2}},
+        {"model": {"name": "cwt", "base_weights": "none", "width": 8}, "data": {"shots": 2}},
     ],
-    ids=["freeze", "svf", "full", "factors", "pfenet", "bam"],
+    ids=["freeze", "svf", "full", "factors", "pfenet", "bam", "cwt"],
 )
 def test_a_run_segments_as_its_evaluation_does(run, tmp_path, overrides):
     config, network = run(**overrides)
