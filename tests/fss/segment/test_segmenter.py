@@ -31,7 +31,12 @@ def embedded():
 
 @torch.no_grad()
 def undecided(network: FewShotModel, episode: dict) -> None:
-    """Moves the classifier's bias so that half the pixels of an episode are foreground."""
+    """Moves the classifier's bias so that half the pixels of an episode are foreground.
+
+    CWT has none: it fits one to the supports.
+    """
+    if not hasattr(network, "classifier"):
+        return
     batch = collate_episodes([episode])
     network.eval()
     seen = []
