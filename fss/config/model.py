@@ -21,6 +21,7 @@ MethodName = Literal[
     "sgone",
     "ppnet",
     "cyctr",
+    "cwt",
 ]
 
 
@@ -52,6 +53,7 @@ METHODS: dict[str, Method] = {
     "sgone": Method(any_size=True),
     "ppnet": Method(any_size=True),
     "cyctr": Method(),
+    "cwt": Method(base_learner=True),
 }
 """The methods by `model.name`."""
 
@@ -71,10 +73,11 @@ class ModelConfig:
         weights: pretrained weights of the backbone: a file, "torchvision" (downloaded by name),
             "shapes" (embedded, for resnet18 of width 24) or "none" (random). A base learner brings
             its own backbone.
-        base_weights: BAM's base learner with its backbone: the result of `fss train-base` (its
-            folder or a checkpoint in it), the authors' PSPNet checkpoint, or "none" (random).
+        base_weights: of a method with a base learner (BAM, HDMNet, CWT), that and its backbone: the
+            result of `fss train-base` (its folder or a checkpoint in it), the authors' PSPNet
+            checkpoint, or "none" (random).
         official: the authors' checkpoint of the method, to start the whole network from.
-        channels: channels of the head.
+        channels: channels of the head; of "cwt", of each of its transformer's four.
         dropout: probability that the head drops a channel while training.
         bins: for "pfenet" and "asgnet", the side of the feature map at each scale: cells if above
             1, a share of the full side up to 1. By default those published for the data: (1, 0.5,

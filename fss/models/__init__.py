@@ -15,6 +15,7 @@ from fss.models.bam import BAM
 from fss.models.baseline import Baseline
 from fss.models.canet import CANet
 from fss.models.cyctr import CyCTR
+from fss.models.cwt import CWT
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.hdmnet import HDMNet
@@ -39,6 +40,7 @@ from svf_fast import Factors
 
 __all__ = [
     "BAM",
+    "CWT",
     "MODELS",
     "PMM",
     "RPMM",
@@ -84,6 +86,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "sgone": SGOne,
     "ppnet": PPNet,
     "cyctr": CyCTR,
+    "cwt": CWT,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

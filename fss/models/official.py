@@ -23,6 +23,15 @@ _STEM = {
     "backbone.bn3.": "layer0.7.",
 }
 
+# Of the PSPNet that CWT's authors train, whose last convolution stands alone.
+_BOTTLENECK = {
+    "base_learner.pool.": "ppm.",
+    "base_learner.classifier.4.": "classifier.",
+    "base_learner.classifier.": "bottleneck.",
+}
+# The last convolution of a PSPNet: of `fss train-base`, of BAM's authors and of CWT's.
+_OUTPUTS = ("base_learner.classifier.4.", "cls.4.", "classifier.")
+
 
 def load_official(model: nn.Module, path: str) -> None:
     """Load the authors' checkpoint of a method, or BAM's PSPNet, all of it or nothing.
@@ -52,10 +61,11 @@ def load_official(model: nn.Module, path: str) -> None:
 def load_base_learner(
     model: nn.Module, path: str, base_classes: Mapping[int, str] | None = None
 ) -> None:
-    """Load backbone and base learner of BAM from `fss train-base`, or the authors' PSPNet.
+    """Load backbone and base learner from `fss train-base`, or the PSPNet of a method's authors.
 
     Args:
-        model: a BAM, or another model with a `base_learner`, of the same backbone and fold.
+        model: a BAM, or another model with a `base_learner`, of the same backbone and fold. One
+            without base classes (CWT's) does without the last convolution.
         path: the folder of a `fss train-base` run, or a checkpoint file.
         base_classes: names of the fold's base classes by id, with which those of a `fss
             train-base` run must agree; the authors' files do not tell theirs.
@@ -71,8 +81,12 @@ def load_base_learner(
     read = read_state_dict(file, "model.base_weights")
     state = read.values
     pspnet = nn.Module()
-    pspnet.official_names = PSPNet.official_names
+    theirs = any(key.startswith("bottleneck.") for key in state)
+    pspnet.official_names = _BOTTLENECK if theirs else PSPNet.official_names
     pspnet.backbone, pspnet.base_learner = model.backbone, model.base_learner
+    if "base_learner.classifier.4.weight" not in pspnet.state_dict():
+        state = {key: value for key, value in state.items() if not key.startswith(_OUTPUTS)}
+        read = read._replace(values=state)
     if any(key.startswith("base_learner.") for key in state):
         _check_classes(read_torch(file).get("classes"), base_classes, path)
         own = pspnet.state_dict()

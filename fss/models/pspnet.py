@@ -44,22 +44,25 @@ class BaseLearner(nn.Module):
 
     Args:
         channels: of the map, a multiple of 4.
-        classes: number of base classes.
+        classes: number of base classes; None ends before the last convolution, with features
+            [B, width, h, w] (CWT's encoder).
         width: channels of the classifier.
     """
 
-    def __init__(self, channels: int, classes: int, width: int = 512) -> None:
+    def __init__(self, channels: int, classes: int | None, width: int = 512) -> None:
         super().__init__()
-        if classes < 1:
+        if classes is not None and classes < 1:
             raise ValueError(f"classes: expected at least one base class, got {classes}")
+        self.width = width
         self.pool = PyramidPooling(channels)
         self.classifier = nn.Sequential(
             nn.Conv2d(2 * channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.Dropout2d(0.1),
-            nn.Conv2d(width, 1 + classes, 1),
         )
+        if classes is not None:
+            self.classifier.append(nn.Conv2d(width, 1 + classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.embed(x)

@@ -49,7 +49,7 @@ def caches(monkeypatch) -> list[FeatureCache]:
 
 def configured(tiny, name: str, shots: int):
     model = {"name": name, "width": 8}
-    if name in ("bam", "hdmnet"):
+    if MODELS[name].needs_base_learner:
         model |= {"base_weights": "none"}
     return tiny(model=model, data={"shots": shots})
 

@@ -31,7 +31,12 @@ def embedded():
 
 @torch.no_grad()
 def undecided(network: FewShotModel, episode: dict) -> None:
-    """Moves the classifier's bias so that half the pixels of an episode are foreground."""
+    """Moves the classifier's bias so that half the pixels of an episode are foreground.
+
+    CWT has none: it fits one to the supports.
+    """
+    if not hasattr(network, "classifier"):
+        return
     batch = collate_episodes([episode])
     network.eval()
     seen = []
@@ -141,8 +146,9 @@ def test_the_threshold_moves_the_mask_only(shapes, embedded):
         {"regime": {"name": "adapter"}, "model": {"name": "pfenet"}},
         {"model": {"name": "bam", "base_weights": "none", "width": 8}, "data": {"shots": 2}},
         {"model": {"name": "cyctr"}, "data": {"shots": 2}},
+        {"model": {"name": "cwt", "base_weights": "none", "width": 8}, "data": {"shots": 2}},
     ],
-    ids=["freeze", "svf", "full", "factors", "pfenet", "bam", "cyctr"],
+    ids=["freeze", "svf", "full", "factors", "pfenet", "bam", "cyctr", "cwt"],
 )
 def test_a_run_segments_as_its_evaluation_does(run, tmp_path, overrides):
     config, network = run(**overrides)
