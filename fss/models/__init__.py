@@ -14,8 +14,8 @@ from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
 from fss.models.canet import CANet
-from fss.models.cyctr import CyCTR
 from fss.models.cwt import CWT
+from fss.models.cyctr import CyCTR
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.hdmnet import HDMNet
