@@ -44,6 +44,8 @@ def _read(module: Readable) -> Reading:
 class ResidualUnit(Fused):
     """``relu(stages(x) + shortcut(x))`` with frozen batch norms, as one autograd node.
 
+    The last ReLU is there where the block's own forward has it.
+
     Attributes:
         recompute: run the second convolution again in the backward pass instead of keeping its
             output; less memory, more time.
@@ -130,7 +132,7 @@ class ResidualUnit(Fused):
         stages, programs = reading.stages(self, names.stages, dtype, True, names.shortcut)
         shortcut = "identity" if names.shortcut is None else stages.pop()
         again = self.recompute
-        return block(x.to(dtype), stages, shortcut, shortcut_x, True, again, programs)
+        return block(x.to(dtype), stages, shortcut, shortcut_x, names.relu, again, programs)
 
 
 class SVFBottleneck(ResidualUnit):
@@ -139,7 +141,8 @@ class SVFBottleneck(ResidualUnit):
     ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))`` with batch norms that
     use their stored statistics; the shortcut is x or a convolution with batch norm. With the
     strategy ``gram`` it keeps the outputs of conv1 and conv2 and one bit per element of its own:
-    2.125 maps of conv1's size in float32, where the paper's layers keep 18.
+    2.125 maps of conv1's size in float32, where the paper's layers keep 18. A bottleneck that
+    returns the sum, without a ReLU after it, needs no bits: 2 maps.
 
     Where it does not fit, because a batch norm trains, a hook sits on an inner module or a
     convolution computes as ``reference``, the original forward runs; :meth:`unfused_reason` and
@@ -154,7 +157,8 @@ class SVFBottleneck(ResidualUnit):
 class SVFBasicBlock(ResidualUnit):
     """A basic block of two SVF convolutions as one autograd node: see :class:`SVFBottleneck`.
 
-    With the strategy ``gram`` it keeps the outputs of both and one bit per element of its own.
+    With the strategy ``gram`` it keeps the outputs of both and one bit per element of its own,
+    which a block that returns the sum needs not.
     """
 
     stage_count = 2

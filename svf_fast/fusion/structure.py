@@ -6,6 +6,7 @@ names of classes nor those of attributes matter.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,11 +30,12 @@ from svf_fast.fusion.graph import (
 )
 from svf_fast.fusion.norm import FORWARDS, Norm, is_norm
 from svf_fast.fusion.plain import plain_conv
-from svf_fast.layers.conv2d import SVFConv2d, explicit_padding
+from svf_fast.layers.conv2d import SVFConv2d, as_pair, explicit_padding
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
 _OTHER_NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 _MOST_CONVS = 8  # a module with more of its own is no residual block
+_SIZES = range(96, 104)  # of maps to try a block with: a stride of up to 8 divides one of them
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,17 @@ class ResidualBlock:
 
     Attributes:
         name: in the model.
-        stages: two (basic block) or three (bottleneck); the last has no ReLU, that follows the sum.
+        stages: two (basic block) or three (bottleneck); the last has no ReLU before the sum.
         pre: pooling modules applied to x before the shortcut's convolution.
         shortcut: its convolution and batch norm, or None where it is x itself.
+        relu: whether a ReLU follows the sum; without it the sum is what the block returns.
     """
 
     name: str
     stages: tuple[StageNames, ...]
     pre: tuple[str, ...]
     shortcut: StageNames | None
+    relu: bool = True
 
     @property
     def convs(self) -> tuple[str, ...]:
@@ -224,11 +228,10 @@ def _match(graph: ForwardGraph) -> ResidualBlock:
     if not isinstance(graph.output.args[0], fx.Node):
         raise Misfit("its forward returns something else than one tensor")
     end = graph.value(graph.output)
-    if graph.is_sum(end):
-        raise Misfit("no ReLU follows its sum")
-    if not graph.is_relu(end):
+    relu = not graph.is_sum(end)
+    if relu and not graph.is_relu(end):
         raise graph.misfit_at(end, "its last ReLU")
-    total = graph.value(end)
+    total = graph.value(end) if relu else end
     if not graph.is_sum(total):
         raise graph.misfit_at(total, "its sum")
     operands = [graph.skip(node) for node in graph.operands(total, 2)]
@@ -238,9 +241,10 @@ def _match(graph: ForwardGraph) -> ResidualBlock:
     (shortcut, pre), (stages, pools) = sorted(branches, key=lambda branch: len(branch[0]))
     _check_stages(stages, pools)
     _check_shortcut(shortcut, pre)
+    _check_shapes(graph, stages, pre, shortcut)
     _check_all_is_used(graph)
     _check_called_once([name for stage in stages + shortcut for name in (stage.conv, stage.bn)])
-    return ResidualBlock("", stages, pre, shortcut[0] if shortcut else None)
+    return ResidualBlock("", stages, pre, shortcut[0] if shortcut else None, relu)
 
 
 def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[StageNames, ...], tuple[str, ...]]:
@@ -301,6 +305,62 @@ def _check_shortcut(stages: tuple[StageNames, ...], pools: tuple[str, ...]) -> N
         raise Misfit(f"its shortcut has {len(stages)} convolutions")
     if stages and stages[0].relu:
         raise Misfit("its shortcut has a ReLU")
+
+
+def _check_shapes(
+    graph: ForwardGraph,
+    stages: tuple[StageNames, ...],
+    pools: tuple[str, ...],
+    shortcut: tuple[StageNames, ...],
+) -> None:
+    """Check that the sum is of maps of one shape: one that repeats a map is no residual block."""
+    main, way = ([_plain(graph.modules[stage.conv]) for stage in s] for s in (stages, shortcut))
+    for size in _SIZES:
+        x: tuple[int, ...] = _weight_shape(main[0])[1] * main[0].groups, size, size
+        try:
+            pooled = _pooled(x, [graph.modules[name] for name in pools])
+        except Exception:  # whatever a pooling of another library raises on a map without values
+            return
+        if functools.reduce(_convolved, main, x) == functools.reduce(_convolved, way, pooled):
+            return
+    raise Misfit("its sum is of maps of different shapes")
+
+
+def _plain(conv: nn.Module) -> nn.Conv2d | SVFConv2d:
+    return conv if isinstance(conv, SVFConv2d) else plain_conv(conv)
+
+
+def _pooled(shape: tuple[int, ...], pools: list[nn.Module]) -> tuple[int, ...]:
+    """Return the shape [C, H, W] of what pooling modules make of a map of that shape."""
+    x = torch.empty(1, *shape, device="meta")
+    for pool in pools:
+        x = pool(x)
+    return tuple(x.shape[1:])
+
+
+def _convolved(shape: tuple[int, ...], conv: nn.Conv2d | SVFConv2d) -> tuple[int, ...]:
+    """Return the shape [C, H, W] of what a convolution makes of a map of that shape."""
+    left, right, top, bottom = explicit_padding(conv)
+    channels, _, *kernel = _weight_shape(conv)
+    sizes = (
+        (size + pad - dilation * (side - 1) - 1) // stride + 1
+        for size, pad, dilation, side, stride in zip(
+            shape[1:],
+            (top + bottom, left + right),
+            as_pair(conv.dilation),
+            kernel,
+            as_pair(conv.stride),
+            strict=True,
+        )
+    )
+    return channels, *sizes
+
+
+def _weight_shape(conv: nn.Conv2d | SVFConv2d) -> tuple[int, ...]:
+    """Return [Co, Ci/G, kh, kw]."""
+    if isinstance(conv, SVFConv2d):
+        return len(conv.U), *conv.V.shape[1:]
+    return tuple(conv.weight.shape)
 
 
 def _check_names(module: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """A chain of SVF convolutions, each with frozen batch norm and ReLU, and a shortcut: one node.
 
 A bottleneck keeps y1 and y2, the outputs of its first two convolutions, and one bit per element
-of its last ReLU. x2 and x3 are ``relu(bn(y1))`` and ``relu(bn(y2))``, rebuilt when they are read;
-the Gram matrices of conv1 and conv2 need y1 and y2, that of conv3 needs x3; x is not needed.
+of its last ReLU (none where it ends in the sum). x2 and x3 are ``relu(bn(y1))`` and
+``relu(bn(y2))``, rebuilt when they are read; the Gram matrices of conv1 and conv2 need y1 and y2,
+that of conv3 needs x3; x is not needed.
 """
 
 from __future__ import annotations
@@ -396,7 +397,7 @@ def _backward_pass(
         flow, past.shapes[0], kept[0].kept(), needs[0], into
     )
     if grad_x is not None and form.shortcut == "identity" and not form.relu:
-        grad_x = grad_x + total.tensor()
+        grad_x.add_(total.tensor())
     grads = (s.conv.trained_gradient(g) for s, g in zip(every, grads_S, strict=True))
     return [grad_x, grad_shortcut_x, *grads], None
 

@@ -30,6 +30,11 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "bottleneck, odd channels": lambda: Bottleneck(36, 9),
     "basic": lambda: BasicBlock(64, 64),
     "basic, shortcut": lambda: BasicBlock(32, 64, 2, 1, projection(32, 64, 2)),
+    "bottleneck, sum": lambda: Bottleneck(256, 64, last_relu=False),
+    "bottleneck, shortcut, sum": lambda: Bottleneck(
+        64, 32, 2, 1, projection(64, 128, 2), last_relu=False
+    ),
+    "basic, sum": lambda: BasicBlock(64, 64, last_relu=False),
 }
 FORMATS = (torch.channels_last, torch.contiguous_format)
 DRAWS = 7
