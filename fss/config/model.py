@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam"]
+MethodName = Literal["baseline", "pfenet", "bam", "hsnet"]
 
 
 class Method(NamedTuple):
@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "baseline": Method(official=False),
     "pfenet": Method(),
     "bam": Method(base_learner=True),
+    "hsnet": Method(any_size=True),
 }
 """The methods by `model.name`."""
 

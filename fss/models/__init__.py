@@ -14,6 +14,7 @@ from fss.models.bam import BAM
 from fss.models.baseline import Baseline
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
+from fss.models.hsnet import HSNet
 from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
 from fss.models.pfenet import PFENet
@@ -36,6 +37,7 @@ __all__ = [
     "Backbone",
     "Baseline",
     "FewShotModel",
+    "HSNet",
     "Matching",
     "PFENet",
     "PSPNet",
@@ -58,6 +60,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "baseline": Baseline,
     "pfenet": PFENet,
     "bam": BAM,
+    "hsnet": HSNet,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

@@ -11,11 +11,18 @@ from torch import nn
 import svf_fast
 from fss.config import DataConfig, ModelConfig, RegimeConfig, TrainConfig
 from fss.models import BAM, MODELS, Prediction, build_backbone, build_model, rebuild_model
+from fss.models.backbone import ARCHITECTURES, Architecture, BasicBlock
 from fss.models.pfenet import PFENet
 from fss.models.regimes import apply_regime
 from fss.training.measure import saved_bytes
 
 BACKBONES = ("resnet18", "resnet50", "vgg16_bn")
+RUNS_ON = [
+    (name, backbone)
+    for name, kind in MODELS.items()
+    for backbone in BACKBONES
+    if backbone in kind.backbones
+]
 BASE = {c: f"class {c}" for c in range(1, 6)}
 
 
@@ -31,7 +38,7 @@ def _batch(batch=2, shots=1, height=41, width=49):
     generator = torch.Generator().manual_seed(0)
     random = functools.partial(torch.rand, generator=generator)
     masks = (random(batch, 1 + shots, height, width) > 0.4).long()
-    masks[:, :, :5] = 255
+    masks[:, :, 30:35] = 255
     return {
         "query_image": 2 * random(batch, 3, height, width) - 1,
         "support_images": 2 * random(batch, shots, 3, height, width) - 1,
@@ -67,8 +74,7 @@ def _grow(model):
 
 
 @pytest.mark.parametrize("shots", [1, 5])
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backbone"), RUNS_ON)
 def test_logits_have_the_size_of_the_query(name, backbone, shots):
     model, batch = _model(name, backbone, shots), _batch(shots=shots)
     for mode in (True, False):
@@ -76,12 +82,12 @@ def test_logits_have_the_size_of_the_query(name, backbone, shots):
         assert isinstance(prediction, Prediction)
         assert prediction.logits.shape == (2, 2, 41, 49)
         assert prediction.logits.isfinite().all()
-        assert bool(prediction.auxiliary) == (mode and name != "baseline")
+        training = name in ("pfenet", "bam") or (name == "hsnet" and shots > 1)
+        assert bool(prediction.auxiliary) == (mode and training)
 
 
 @pytest.mark.parametrize("regime", ["freeze", "svf", "full"])
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backbone"), RUNS_ON)
 def test_a_step_of_each_regime(name, backbone, regime):
     """What the regime trains gets a gradient and moves, the rest stays as it was."""
     shots = 1 if backbone == "resnet50" else 2
@@ -90,7 +96,12 @@ def test_a_step_of_each_regime(name, backbone, regime):
     apply_regime(model, RegimeConfig(name=regime))
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    # a softmax is blind to what it gets added, as here the keys' biases in DCAMA
+    trained = {
+        key: p
+        for key, p in model.named_parameters()
+        if p.requires_grad and not key.endswith(".key.bias")
+    }
     assert any(key.startswith("backbone.") for key in trained) == (regime != "freeze")
     assert not any(key.startswith("base_learner.") for key in trained)
     loss = _loss(model, batch)
@@ -117,8 +128,7 @@ def _saved(name, backbone, regime, strategy="auto", shots=1):
     return saved.total
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "vgg16_bn"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backbone"), [each for each in RUNS_ON if each[1] != "resnet18"])
 def test_svf_saves_less_than_the_papers_layers(name, backbone):
     """And what it adds to a frozen backbone is at most half of what they add."""
     frozen = _saved(name, backbone, "freeze")
@@ -154,11 +164,10 @@ def test_other_precisions(name, dtype):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_compiles_as_one_graph(name):
+def test_compiles_as_one_graph(monkeypatch, name):
     """A block of each layer, singular values in the last: what takes long is tracing the others."""
+    monkeypatch.setitem(ARCHITECTURES, "resnet18", Architecture(BasicBlock, (1, 1, 1, 1)))
     model, batch = _model(name), _batch()
-    for layer in ("layer1", "layer2", "layer3", "layer4"):
-        setattr(model.backbone, layer, getattr(model.backbone, layer)[:1])
     apply_regime(model, RegimeConfig(layers=("layer4",)))
     model.train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -174,8 +183,8 @@ def test_deep_stem_and_resnet101(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_supports_and_episodes_are_not_mixed_up(name):
-    """Each query sees its own supports, whose order does not matter."""
-    model, batch = _model(name, shots=3).eval(), _batch(batch=3, shots=3)
+    """Each query sees its own supports, whose order does not matter. Votes hide small ones."""
+    model, batch = _model(name, shots=3).train(name == "hsnet"), _batch(batch=3, shots=3)
     _grow(model)
     together = _predict(model, batch).logits
     for b in range(3):
