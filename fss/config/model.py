@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
-MethodName = Literal["baseline", "pfenet", "bam", "hsnet"]
+MethodName = Literal["baseline", "pfenet", "bam", "hsnet", "dcama"]
 
 
 class Method(NamedTuple):
@@ -29,6 +29,7 @@ METHODS: dict[str, Method] = {
     "pfenet": Method(),
     "bam": Method(base_learner=True),
     "hsnet": Method(any_size=True),
+    "dcama": Method(any_size=True),
 }
 """The methods by `model.name`."""
 

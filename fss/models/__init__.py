@@ -12,6 +12,7 @@ from fss.config import COCO_BINS, PASCAL_BINS, ModelConfig, TrainConfig
 from fss.models.backbone import VGG, Backbone, ResNet, build_backbone
 from fss.models.bam import BAM
 from fss.models.baseline import Baseline
+from fss.models.dcama import DCAMA
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.hsnet import HSNet
@@ -32,6 +33,7 @@ from svf_fast import Factors
 
 __all__ = [
     "BAM",
+    "DCAMA",
     "MODELS",
     "VGG",
     "Backbone",
@@ -61,6 +63,7 @@ MODELS: dict[str, type[FewShotModel]] = {
     "pfenet": PFENet,
     "bam": BAM,
     "hsnet": HSNet,
+    "dcama": DCAMA,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

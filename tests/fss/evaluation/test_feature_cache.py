@@ -54,7 +54,7 @@ def configured(tiny, name: str, shots: int):
     return tiny(model=model, data={"shots": shots})
 
 
-@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam"])
+@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "hsnet", "dcama"])
 @pytest.mark.parametrize("shots", [1, 3])
 def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name, shots):
     """Also in batches, where photos of a batch are computed together, and when little fits."""
@@ -74,7 +74,7 @@ def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name
     assert 0 < done < redone <= 2 * (1 + shots) * 23
 
 
-@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam"])
+@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "hsnet", "dcama"])
 def test_features_are_the_models_own(tiny, name):
     """Also of a support that is all foreground, of one without any, and of a photo seen before."""
     config = configured(tiny, name, 2)
