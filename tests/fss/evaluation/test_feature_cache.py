@@ -51,6 +51,8 @@ def configured(tiny, name: str, shots: int):
     model = {"name": name, "width": 8}
     if name == "bam":
         model |= {"base_weights": "none"}
+    if name == "dcama":
+        model |= {"channels": 64}  # the last convolutions have an 8th
     return tiny(model=model, data={"shots": shots})
 
 

@@ -9,11 +9,14 @@ import torch
 from torch.nn import functional
 
 from fss.config import ModelConfig, RegimeConfig
+from fss.evaluation.score import evaluate_run
 from fss.models import HSNet, build_backbone, build_model, load_official
 from fss.models.hsnet import CenterPivotConv4d, hypercorrelation, unit, vote
 from fss.models.official import official_keys
 from fss.models.regimes import apply_regime
+from fss.segment.segmenter import FewShotSegmenter
 from fss.training.measure import saved_bytes
+from fss.training.run import train
 
 OPTIONS = HSNet.backbone_options
 
@@ -165,6 +168,26 @@ def test_the_4d_maps_are_kept_once():
         model.train()(*batch)
     correlations = 4 * 2 * (24**4 + 12**4 + 6**4)
     assert correlations < saved.total < 6 * correlations
+
+
+@pytest.mark.parametrize("name", ["hsnet", "dcama"])
+def test_it_trains_and_is_tested_and_segments(tiny, name):
+    """By its own protocol and at its own sides; pictures are segmented at their size."""
+    data = {"size": 40, "protocol": "hsnet", "shuffle_test": False, "shots": 2}
+    options = {"model": {"name": name, "channels": 64}, "resize": "network", "data": data}
+    config = tiny(steps=2, optimizer={"name": "adamw", "schedule": "constant"}, **options)
+    result = train(config)["test"]
+    assert 0 < result["fb_iou"]["mean"] < 1
+    cached = evaluate_run(config.out, checkpoint="last", feature_cache=1.0, protocol="hsnet")
+    plain = evaluate_run(config.out, checkpoint="last", feature_cache=0.0, protocol="hsnet")
+    assert cached["miou"] == plain["miou"] and cached["fb_iou"] == plain["fb_iou"]
+
+    segmenter = FewShotSegmenter.load(config.out, "last", device="cpu")
+    picture = torch.randint(256, (50, 70, 3), dtype=torch.uint8).numpy()
+    mask = torch.zeros(50, 70, dtype=torch.bool).numpy()
+    mask[10:30, 20:40] = True
+    segmenter.support([picture, picture[::-1]], [mask, mask[::-1]])
+    assert segmenter(picture).probability.shape == (50, 70)
 
 
 def test_what_it_does_not_take():
