@@ -9,20 +9,9 @@ from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
 MethodName = Literal[
-    "baseline",
-    "pfenet",
-    "bam",
-    "canet",
-    "pmm",
-    "rpmm",
-    "hdmnet",
-    "asgnet",
-    "panet",
-    "sgone",
-    "ppnet",
-    "cyctr",
-    "cwt",
-]
+    "baseline", "pfenet", "bam", "sgone", "panet", "canet", "pmm", "rpmm", "ppnet", "asgnet", "hsnet",
+    "cwt", "cyctr", "dcama", "hdmnet",
+]  # fmt: skip
 
 
 class Method(NamedTuple):
@@ -44,16 +33,18 @@ METHODS: dict[str, Method] = {
     "baseline": Method(official=False),
     "pfenet": Method(bins=True),
     "bam": Method(base_learner=True),
+    "sgone": Method(any_size=True),
+    "panet": Method(any_size=True),
     "canet": Method(),
     "pmm": Method(),
     "rpmm": Method(),
-    "hdmnet": Method(base_learner=True),
-    "asgnet": Method(bins=True),
-    "panet": Method(any_size=True),
-    "sgone": Method(any_size=True),
     "ppnet": Method(any_size=True),
-    "cyctr": Method(),
+    "asgnet": Method(bins=True),
+    "hsnet": Method(any_size=True),
     "cwt": Method(base_learner=True),
+    "cyctr": Method(),
+    "dcama": Method(any_size=True),
+    "hdmnet": Method(base_learner=True),
 }
 """The methods by `model.name`."""
 

@@ -16,9 +16,11 @@ from fss.models.baseline import Baseline
 from fss.models.canet import CANet
 from fss.models.cwt import CWT
 from fss.models.cyctr import CyCTR
+from fss.models.dcama import DCAMA
 from fss.models.episode import Prediction
 from fss.models.features import FewShotModel
 from fss.models.hdmnet import HDMNet
+from fss.models.hsnet import HSNet
 from fss.models.matching import Matching, build_matching, matching_size
 from fss.models.official import load_base_learner, load_official
 from fss.models.panet import PANet
@@ -41,6 +43,7 @@ from svf_fast import Factors
 __all__ = [
     "BAM",
     "CWT",
+    "DCAMA",
     "MODELS",
     "PMM",
     "RPMM",
@@ -52,6 +55,7 @@ __all__ = [
     "CyCTR",
     "FewShotModel",
     "HDMNet",
+    "HSNet",
     "Matching",
     "PANet",
     "PFENet",
@@ -77,16 +81,18 @@ MODELS: dict[str, type[FewShotModel]] = {
     "baseline": Baseline,
     "pfenet": PFENet,
     "bam": BAM,
+    "sgone": SGOne,
+    "panet": PANet,
     "canet": CANet,
     "pmm": PMM,
     "rpmm": RPMM,
-    "hdmnet": HDMNet,
-    "asgnet": ASGNet,
-    "panet": PANet,
-    "sgone": SGOne,
     "ppnet": PPNet,
-    "cyctr": CyCTR,
+    "asgnet": ASGNet,
+    "hsnet": HSNet,
     "cwt": CWT,
+    "cyctr": CyCTR,
+    "dcama": DCAMA,
+    "hdmnet": HDMNet,
 }
 """The methods of few-shot segmentation by `model.name`."""
 

@@ -97,16 +97,16 @@ class SumStage(nn.Sequential):
     """Blocks without their last ReLU: what goes from one to the next, and out, is activated."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self:
-            x = block(x).relu()
-        return x
+        return self.sums(x)[-1].relu()
 
     def sums(self, x: Tensor) -> list[Tensor]:
         """Compute the sum of each block before its last ReLU."""
-        maps = []
-        for block in self:
-            maps.append(block(x))
-            x = maps[-1].relu()
+        maps: list[Tensor] = []
+        for name, block in self.named_children():
+            if name == "adapter":  # of a regime: it follows the last block's sum
+                maps[-1] = block(maps[-1])
+            else:
+                maps.append(block(maps[-1].relu() if maps else x))
         return maps
 
 
@@ -136,7 +136,7 @@ class ResNet(nn.Module):
         stride_on: the bottleneck convolution that carries the stride, "conv1" or "conv2".
         width: channels of the plain stem; layer n has `width`·2^(n-1)·expansion channels.
         output_stride: 8, 16 or 32; removed strides become dilation of every 3×3 convolution.
-        sums: whether the blocks of layers 2 to 4 end in the sum of their paths, for `block_sums`.
+        sums: whether the blocks end in the sum of their paths, for `block_sums`.
         last_relu: whether the last block of layer 4 ends in a ReLU.
         late_dilation: whether the first block of a layer has the dilation of the layer before, as
             torchvision's ResNets have it.
@@ -181,7 +181,7 @@ class ResNet(nn.Module):
         ):
             dilations = [before if late_dilation else dilation] + [dilation] * (depth - 1)
             shape = in_channels, width * 2**n, stride, dilations
-            layers.append(_layer(block, *shape, stride_on, sums and n > 0))
+            layers.append(_layer(block, *shape, stride_on, sums))
             before = dilation
             in_channels = width * 2**n * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
@@ -211,15 +211,19 @@ class ResNet(nn.Module):
         layer2 = self.early(images)
         return layer2, self.layer3(layer2)
 
-    def block_sums(self, images: Tensor) -> list[Tensor]:
-        """Map images [B, 3, H, W] to the sum of each block of layers 2 to 4, before its last ReLU.
+    def block_sums(self, images: Tensor, first: int = 2) -> list[Tensor]:
+        """Map images [B, 3, H, W] to the sum of each block before its last ReLU.
 
-        Of a backbone that was built with `sums`.
+        Of a backbone that was built with `sums`. `first` is the layer of the first block; the last
+        is layer 4's.
         """
-        x = self.layer1(self.stem(images))
+        x = self.stem(images)
         maps: list[Tensor] = []
-        for stage in (self.layer2, self.layer3, self.layer4):
-            maps += stage.sums(x if not maps else maps[-1].relu())
+        for n, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), start=1):
+            if n < first:
+                x = stage(x)
+            else:
+                maps += stage.sums(maps[-1].relu() if maps else x)
         return maps
 
     def levels(self, images: Tensor) -> list[Tensor]:

@@ -158,7 +158,10 @@ class FewShotSegmenter:
         self.threshold = threshold
         self._transform = transform
         self.conventions: list[str] = []
-        self._resize = config.resize if config else "photo"
+        # "network" is for scores alone: a picture is segmented at its own size
+        self._resize = "photo"
+        if config is not None and config.resize != "network":
+            self._resize = config.resize
         self._backbones = Backbones(self.model, self.device)
         self._is_tuning = False
         self._pictures: list[Example] = []

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fss.config import TrainConfig
+from fss.config import DataConfig, TrainConfig
 from fss.data import build_source
 
 TINY = {
@@ -32,7 +32,7 @@ TINY = {
 @functools.cache
 def _shapes(size: int, seed: int):
     values = TINY["data"] | {"size": size, "seed": seed}
-    return build_source(TrainConfig.from_dict({"data": values}).data)
+    return build_source(DataConfig(**values))
 
 
 @pytest.fixture(autouse=True)

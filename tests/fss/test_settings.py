@@ -92,10 +92,12 @@ def test_a_file_is_valid_and_states_only_differences(name):
         assert found == (tuple(value) if isinstance(found, tuple) else value) != default, key
 
 
-@pytest.mark.parametrize("name", ["clothing", "demo", "pascal_pfenet_svf", "coco_bam"])
+@pytest.mark.parametrize(
+    "name", ["clothing", "demo", "pascal_pfenet_svf", "coco_bam", "pascal_hsnet", "coco_dcama"]
+)
 def test_the_network_of_a_file(name):
     model = config(name).model
-    narrow = {"width": 2, "channels": 4, "weights": "none"}
+    narrow = {"width": 4, "channels": 8, "weights": "none"}
     narrow |= {"base_weights": "none"} if model.name == "bam" else {}
     assert build_model(dataclasses.replace(model, **narrow), {1: "cat", 2: "dog"})
 

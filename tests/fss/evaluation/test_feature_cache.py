@@ -51,10 +51,14 @@ def configured(tiny, name: str, shots: int):
     model = {"name": name, "width": 8}
     if MODELS[name].needs_base_learner:
         model |= {"base_weights": "none"}
+    if name == "dcama":
+        model |= {"channels": 64}  # the last convolutions have an 8th
     return tiny(model=model, data={"shots": shots})
 
 
-@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam", "hdmnet", "asgnet", "cyctr"])
+@pytest.mark.parametrize(
+    "name", ["baseline", "pfenet", "bam", "hdmnet", "asgnet", "cyctr", "hsnet", "dcama"]
+)
 @pytest.mark.parametrize("shots", [1, 3])
 def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name, shots):
     """Also in batches, where photos of a batch are computed together, and when little fits."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import svf_fast
 from fss.models import build_backbone
 
 
@@ -143,3 +144,78 @@ def test_trains_like_any_module():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         build_backbone(**{"name": "resnet18", **options})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@torch.no_grad()
+def test_block_sums_are_what_the_last_relu_of_each_block_sees(name):
+    torch.manual_seed(0)
+    plain = build_backbone(name, width=4, output_stride=32).double().eval()
+    summing = build_backbone(name, width=4, output_stride=32, sums=True).double().eval()
+    summing.load_state_dict(plain.state_dict())
+    images, seen = torch.randn(2, 3, 40, 56).double(), []
+    last = "bn3" if name == "resnet50" else "bn2"
+
+    def record(block, inputs, out):
+        path = paths.pop()
+        shortcut = inputs[0] if block.downsample is None else block.downsample(inputs[0])
+        seen.append((path + shortcut, out))
+
+    paths = []
+    for layer in (plain.layer1, plain.layer2, plain.layer3, plain.layer4):
+        for block in layer:
+            getattr(block, last).register_forward_hook(lambda _, __, out: paths.append(out))
+            block.register_forward_hook(record)
+    out = plain(images)
+    sums = summing.block_sums(images, first=1)
+    assert len(sums) == len(seen) == {"resnet18": 8, "resnet50": 16}[name]
+    for mine, (expected, activated) in zip(sums, seen, strict=True):
+        torch.testing.assert_close(mine, expected)
+        torch.testing.assert_close(mine.relu(), activated)
+        assert (mine < 0).any()
+    later = summing.block_sums(images)
+    assert len(later) == len(sums) - len(plain.layer1)
+    assert all(map(torch.equal, later, sums[len(plain.layer1) :]))
+    torch.testing.assert_close(summing(images), out)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_block_sums_of_singular_values(name, fuse):
+    """The sums of the plain network, and the gradients of S, fused or not."""
+    torch.manual_seed(0)
+    backbone = build_backbone(name, width=4, output_stride=32, sums=True).double().eval()
+    backbone.requires_grad_(False)
+    images = torch.randn(2, 3, 40, 56).double()
+    expected = backbone.block_sums(images)
+    weights = [torch.randn_like(each) for each in expected]
+    svf_fast.convert(backbone, ["layer2", "layer3", "layer4"], fuse=fuse)
+    found = backbone.block_sums(images)
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-9)
+    S = list(svf_fast.svf_parameters(backbone))
+    loss = sum((each * weight).sum() for each, weight in zip(found, weights, strict=True))
+    gradients = torch.autograd.grad(loss, S)
+    step = 1e-5
+    for factor, gradient in zip(S[::5], gradients[::5], strict=True):
+        values = []
+        for sign in (1, -1):
+            factor.data[0] += sign * step
+            sums = backbone.block_sums(images)
+            values.append(sum((s * w).sum() for s, w in zip(sums, weights, strict=True)).item())
+            factor.data[0] -= sign * step
+        slope = (values[0] - values[1]) / (2 * step)
+        assert gradient[0].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+@torch.no_grad()
+def test_adapters_follow_the_last_sum_of_a_layer():
+    backbone = build_backbone("resnet18", width=4, output_stride=32, sums=True).eval()
+    images = torch.randn(1, 3, 40, 40)
+    before = backbone.block_sums(images)
+    backbone.layer3.add_module("adapter", nn.Identity())
+    after = backbone.block_sums(images)
+    assert len(after) == len(before) and all(map(torch.equal, before, after))
+    backbone.layer3.adapter = nn.LeakyReLU(0.5)
+    changed = [not torch.equal(a, b) for a, b in zip(before, backbone.block_sums(images))]
+    assert changed == [False, False, False, True, False, False]

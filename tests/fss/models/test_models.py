@@ -9,14 +9,24 @@ import torch
 from torch import nn
 
 import svf_fast
-from fss.config import DataConfig, ModelConfig, RegimeConfig, TrainConfig
-from fss.models import BAM, MODELS, CANet, Prediction, build_backbone, build_model, rebuild_model
+from fss.config import METHODS, DataConfig, ModelConfig, RegimeConfig, TrainConfig
+from fss.models import (
+    BAM,
+    DCAMA,
+    MODELS,
+    CANet,
+    Prediction,
+    build_backbone,
+    build_model,
+    rebuild_model,
+)
+from fss.models.backbone import ARCHITECTURES, Architecture, BasicBlock
 from fss.models.pfenet import PFENet
 from fss.models.regimes import apply_regime
 from fss.training.measure import saved_bytes
 
 BACKBONES = ("resnet18", "resnet50", "vgg16_bn")
-MAIN_LOSS_ONLY = ("baseline", "canet", "pmm", "sgone", "cwt")
+MAIN_LOSS_ONLY = ("baseline", "canet", "pmm", "sgone", "cwt", "dcama")
 # A shift that the next batch norm takes out again.
 NORMED = {
     "pmm": {
@@ -24,6 +34,12 @@ NORMED = {
     },
     "rpmm": {"reduce.0.bias"},
 }
+RUNS_ON = [
+    (name, backbone)
+    for name, kind in MODELS.items()
+    for backbone in BACKBONES
+    if backbone in kind.backbones
+]
 BASE = {c: f"class {c}" for c in range(1, 6)}
 WITH_HEAD = [name for name in MODELS if name != "panet"]  # something besides the backbone trains
 
@@ -31,6 +47,8 @@ WITH_HEAD = [name for name in MODELS if name != "panet"]  # something besides th
 def _model(name, backbone="resnet18", shots=1, **options):
     torch.manual_seed(0)
     values = {"width": 4, "weights": "none", "channels": 16, "dropout": 0.0, **options}
+    if name == "dcama":
+        values["channels"] = 64  # the last convolutions have an 8th
     if MODELS[name].needs_base_learner:
         values["base_weights"] = "none"
     return build_model(ModelConfig(name=name, backbone=backbone, **values), BASE, shots)
@@ -40,7 +58,7 @@ def _batch(batch=2, shots=1, height=41, width=49):
     generator = torch.Generator().manual_seed(0)
     random = functools.partial(torch.rand, generator=generator)
     masks = (random(batch, 1 + shots, height, width) > 0.4).long()
-    masks[:, :, :5] = 255
+    masks[:, :, 30:35] = 255
     return {
         "query_image": 2 * random(batch, 3, height, width) - 1,
         "support_images": 2 * random(batch, shots, 3, height, width) - 1,
@@ -73,8 +91,13 @@ def _grow(model):
 
     BAM's ensemble begins blind to the base learner and the distance, its weights of the shots
     perhaps with dead units, and CyCTR's deformable attention blind to its tokens; CANet's small
-    weights are made for wide heads.
+    weights are made for wide heads. A random backbone's features are of hundreds, beside which
+    DCAMA's masks are nothing.
     """
+    if isinstance(model, DCAMA):
+        for module in model.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.data.mul_(0.5)
     for name, parameter in model.named_parameters():
         if ".self_attention." in name and name.endswith(("offsets.weight", "weights.weight")):
             nn.init.normal_(parameter, std=0.3)
@@ -87,8 +110,7 @@ def _grow(model):
 
 
 @pytest.mark.parametrize("shots", [1, 5])
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backbone"), RUNS_ON)
 def test_logits_have_the_size_of_the_query(name, backbone, shots):
     model, batch = _model(name, backbone, shots), _batch(shots=shots)
     for mode in (True, False):
@@ -96,14 +118,18 @@ def test_logits_have_the_size_of_the_query(name, backbone, shots):
         assert isinstance(prediction, Prediction)
         assert prediction.logits.shape == (2, 2, 41, 49)
         assert prediction.logits.isfinite().all()
-        assert bool(prediction.auxiliary) == (mode and name not in MAIN_LOSS_ONLY)
+        trains_more = name not in MAIN_LOSS_ONLY and (name != "hsnet" or shots > 1)
+        assert bool(prediction.auxiliary) == (mode and trains_more)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize(
-    "name, regime",
-    [(name, regime) for name in MODELS for regime in ("svf", "full")]
-    + [(name, "freeze") for name in WITH_HEAD],
+    ("name", "backbone", "regime"),
+    [
+        (name, backbone, regime)
+        for name, backbone in RUNS_ON
+        for regime in ("freeze", "svf", "full")
+        if name in WITH_HEAD or regime != "freeze"
+    ],
 )
 def test_a_step_of_each_regime(name, backbone, regime):
     """What the regime trains gets a gradient and moves, the rest stays as it was."""
@@ -116,14 +142,19 @@ def test_a_step_of_each_regime(name, backbone, regime):
     apply_regime(model, RegimeConfig(name=regime))
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    # a softmax is blind to what it gets added, as here the keys' biases in DCAMA
+    trained = {
+        key: p
+        for key, p in model.named_parameters()
+        if p.requires_grad and not key.endswith(".key.bias")
+    }
     assert any(key.startswith("backbone.") for key in trained) == (regime != "freeze")
     assert not any(key.startswith("base_learner.") for key in trained)
     loss = _loss(model, batch)
     loss.backward()
     without = [key for key, p in trained.items() if p.grad is None or not p.grad.any()]
     assert not without
-    torch.optim.SGD(trained.values(), lr=0.1).step()
+    torch.optim.Adam(trained.values(), lr=0.01, eps=1e-15).step()  # by the rate, if by little
     moved = {
         key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
     }
@@ -146,14 +177,14 @@ def _saved(name, backbone, regime, strategy="auto", shots=1):
     return saved.total
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "vgg16_bn"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backbone"), [each for each in RUNS_ON if each[1] != "resnet18"])
 def test_svf_saves_less_than_the_papers_layers(name, backbone):
     """And what it adds to a frozen backbone is at most half of what they add."""
     frozen = _saved(name, backbone, "freeze")
     fast, paper = (_saved(name, backbone, "svf", strategy) for strategy in ("auto", "reference"))
     assert frozen < fast < paper
-    assert fast - frozen < 0.5 * (paper - frozen)
+    if not MODELS[name].backbone_options.get("sums"):  # whose blocks do not run fused
+        assert fast - frozen < 0.5 * (paper - frozen)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -183,13 +214,12 @@ def test_other_precisions(name, dtype):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_compiles_as_one_graph(name):
+def test_compiles_as_one_graph(monkeypatch, name):
     """A block of each layer, singular values in the last: what takes long is tracing the others."""
+    monkeypatch.setitem(ARCHITECTURES, "resnet18", Architecture(BasicBlock, (1, 1, 1, 1)))
     model, batch = _model(name), _batch()
-    layers = [f"layer{n}" for n in range(1, 5) if f"layer{n}" not in model.unused_layers]
-    for layer in layers:
-        setattr(model.backbone, layer, getattr(model.backbone, layer)[:1])
-    apply_regime(model, RegimeConfig(layers=(layers[-1],)))
+    last = [f"layer{n}" for n in range(1, 5) if f"layer{n}" not in model.unused_layers][-1]
+    apply_regime(model, RegimeConfig(layers=(last,)))
     model.train()
     if name == "cwt":
         model.iterations = 3  # of 200, each of which is traced
@@ -206,8 +236,11 @@ def test_deep_stem_and_resnet101(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_supports_and_episodes_are_not_mixed_up(name):
-    """Each query sees its own supports, whose order does not matter, but for HDMNet's weights."""
-    model, batch = _model(name, shots=3).eval(), _batch(batch=3, shots=3)
+    """Each query sees its own supports, whose order does not matter, but for HDMNet's weights.
+
+    HSNet's votes hide small differences, so it is in training mode.
+    """
+    model, batch = _model(name, shots=3).train(name == "hsnet"), _batch(batch=3, shots=3)
     _grow(model)
     together = _predict(model, batch).logits
     for b in range(3):
@@ -279,7 +312,12 @@ def test_singular_values_of_vgg_run_fused():
 
 
 def test_the_configuration_knows_the_models_of_the_registry():
-    assert get_args(get_type_hints(ModelConfig)["name"]) == tuple(MODELS)
+    assert get_args(get_type_hints(ModelConfig)["name"]) == tuple(MODELS) == tuple(METHODS)
+    for name, kind in MODELS.items():
+        method = METHODS[name]
+        assert method.official == bool(kind.official_names), name
+        assert method.base_learner == kind.needs_base_learner, name
+        assert method.any_size == kind.any_size, name
 
 
 @pytest.mark.parametrize("regime", ["svf", "freeze"])
