@@ -9,8 +9,8 @@ from fss.config.checks import check_at_least, check_settings
 from fss.config.fields import free
 
 MethodName = Literal[
-    "baseline", "pfenet", "bam", "sgone", "panet", "canet", "pmm", "rpmm", "ppnet", "asgnet", "hsnet",
-    "cwt", "cyctr", "dcama", "hdmnet",
+    "baseline", "pfenet", "bam", "sgone", "panet", "canet", "pmm", "rpmm", "ppnet", "asgnet",
+    "hsnet", "cwt", "cyctr", "dcama", "hdmnet",
 ]  # fmt: skip
 
 

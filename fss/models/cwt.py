@@ -18,8 +18,11 @@ from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_target
 from fss.models.features import Features, FewShotModel, Maps, Supports
-from fss.models.pooling import resize
+from fss.models.pooling import interpolation, resize
 from fss.models.pspnet import BaseLearner
+from fss.models.random_numbers import random_numbers
+
+_BITS = 23  # of a random weight, beside its sign
 
 
 class WeightTransformer(nn.Module):
@@ -243,7 +246,7 @@ def fit_classifier(
         )
         target, share = target.flatten(0, 1), share.flatten(0, 1)
         rows, columns = (
-            _enlargement(cells, pixels, share).expand(batch * shots, -1, -1)
+            interpolation(cells, pixels, True, like=share).mT.expand(batch * shots, -1, -1)
             for cells, pixels in zip(small, masks.shape[2:], strict=True)
         )
         first, second = initial.to(dtype).split(1, dim=1)
@@ -259,14 +262,6 @@ def fit_classifier(
         return torch.cat([mean - difference / 2, mean + difference / 2], dim=1)
 
 
-def _enlargement(small: int, large: int, like: Tensor) -> Tensor:
-    """Return the matrix [large, small] of linear resizing with aligned ends."""
-    places = torch.arange(large, dtype=like.dtype, device=like.device)
-    cells = torch.arange(small, dtype=like.dtype, device=like.device)
-    places = places * ((small - 1) / max(large - 1, 1))
-    return (1 - (places[:, None] - cells).abs()).clamp(min=0)
-
-
 def initial_weights(masks: Tensor, channels: int) -> Tensor:
     """Draw the classifier's initial weights [B, 2, C] from -1/√C to 1/√C, torch's for a 1×1 layer.
 
@@ -275,19 +270,7 @@ def initial_weights(masks: Tensor, channels: int) -> Tensor:
     supports always give the same weights, on any device.
     """
     foreground = (masks == 1).sum(dim=1).flatten(1)
-    places = torch.arange(1, foreground.shape[1] + 1, device=masks.device)
-    seed = (foreground * _scramble(places)).sum(dim=1) % _PRIME
-    drawn = _scramble(seed[:, None] + _scramble(torch.arange(2 * channels, device=masks.device)))
-    uniform = drawn.to(torch.float32) / _PRIME
-    return ((2 * uniform - 1) / math.sqrt(channels)).unflatten(1, (2, channels))
-
-
-_PRIME = 2**31 - 1
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """Permute the integers below the prime: twice (48271·x + 11)^5, within 63 bits."""
-    for _ in range(2):
-        x = (48271 * x + 11) % _PRIME
-        x = (x * x % _PRIME) ** 2 % _PRIME * x % _PRIME
-    return x
+    places = random_numbers(foreground.new_zeros(1), 0, foreground.shape[1])
+    drawn = random_numbers((foreground * places).sum(dim=1), 1, 2 * channels)
+    uniform = (drawn >> (63 - _BITS)).to(torch.float32) / 2**_BITS
+    return (uniform / math.sqrt(channels)).unflatten(1, (2, channels))

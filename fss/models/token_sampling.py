@@ -7,16 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fss.models.random_numbers import random_numbers, shifted
+
 TOKENS = 300
 """Tokens drawn of the object and of the rest, for each support (CyCTR's code)."""
 
 # While training both are multiplied by a random factor: its range in tenths, for one shot and more.
 _TENTHS = {True: (6, 40), False: (6, 14)}
 
-# SplitMix64 (Steele et al., OOPSLA 2014), as signed numbers: its increment and two factors.
-_STEP, _FIRST, _SECOND = (
-    n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
 _BITS = 24  # of the random factor
 
 
@@ -33,19 +31,6 @@ class Drawn(NamedTuple):
     foreground: Tensor
     padded: Tensor
     valid: Tensor | None
-
-
-def random_numbers(seeds: Tensor, stream: int, count: int) -> Tensor:
-    """Compute random int64 numbers [B, count] from seeds [B], equal on every device.
-
-    Number n of a stream is SplitMix64's at place 2^32·stream + n: whatever is drawn besides, in
-    whatever order, does not change it.
-    """
-    place = torch.arange(count, device=seeds.device) + ((stream << 32) + 1)
-    bits = seeds[:, None] + place * _STEP
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND
-    return bits ^ _shifted(bits, 31)
 
 
 def draw_tokens(
@@ -100,7 +85,7 @@ def _wanted(seeds: Tensor, layer: int, shots: int, training: bool) -> tuple[Tens
     if not training:
         return torch.full_like(seeds[:, None], most), most
     low, high = _TENTHS[shots == 1]
-    fraction = _shifted(random_numbers(seeds, 2 * layer + 1, 1), 64 - _BITS)
+    fraction = shifted(random_numbers(seeds, 2 * layer + 1, 1), 64 - _BITS)
     # in integers, which round alike everywhere
     factor = (low << _BITS) + (high - low) * fraction
     return most * factor // (10 << _BITS), most * high // 10
@@ -109,8 +94,3 @@ def _wanted(seeds: Tensor, layer: int, shots: int, training: bool) -> tuple[Tens
 def _number(kind: Tensor) -> Tensor:
     """Number the elements of a kind, and those that are not, from 0 each: bool [B, T] to int64."""
     return torch.where(kind, kind.cumsum(dim=1), (~kind).cumsum(dim=1)) - 1
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Shift to the right, filling up with zeros; torch fills up with the sign."""
-    return (bits >> by) & (2 ** (64 - by) - 1)

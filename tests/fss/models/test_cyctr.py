@@ -21,7 +21,8 @@ from fss.models.cyctr_transformer import (
 )
 from fss.models.loss import dice
 from fss.models.official import load_official
-from fss.models.token_sampling import TOKENS, Drawn, draw_tokens, random_numbers
+from fss.models.random_numbers import random_numbers
+from fss.models.token_sampling import TOKENS, Drawn, draw_tokens
 from fss.training.optimizer import build_optimizer, build_scheduler
 
 
