@@ -130,6 +130,8 @@ RUNS = {
     "adapter": {"regime": {"name": "adapter"}},
     "pfenet": {"model": {"name": "pfenet", "bins": [0.5]}},
     "bam": {"model": {"name": "bam", "base_weights": "none"}, "data": {"shots": 2}},
+    "hdmnet": {"model": {"name": "hdmnet", "base_weights": "none"}, "data": {"shots": 2}},
+    "asgnet": {"model": {"name": "asgnet", "bins": [0.5]}},
     "deterministic": {"deterministic": True},
 }
 

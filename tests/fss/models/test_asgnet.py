@@ -18,7 +18,7 @@ def _tiny():
 
 
 def _episodes(shots=1, size=161):
-    """Foregrounds of 168 to 340 of the 441 positions, and one of 12: two seeds or three, and none."""
+    """Foregrounds of 168 to 320 of the 441 positions, which ask for 2 or 3 seeds, and one of 12."""
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(2, 3, size, size, generator=generator).double()
     supports = torch.randn(2, shots, 3, size, size, generator=generator).double()
