@@ -133,6 +133,8 @@ RUNS = {
     "canet": {"model": {"name": "canet"}},
     "pmm": {"model": {"name": "pmm"}},
     "cyctr": {"model": {"name": "cyctr"}},
+    "hdmnet": {"model": {"name": "hdmnet", "base_weights": "none"}, "data": {"shots": 2}},
+    "asgnet": {"model": {"name": "asgnet", "bins": [0.5]}},
     "deterministic": {"deterministic": True},
 }
 

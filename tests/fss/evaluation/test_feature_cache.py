@@ -69,7 +69,8 @@ def test_the_scores_are_exactly_those_without_a_cache(tiny, fabric, caches, name
     undecided(network, sets[0][0])
     network = fabric.setup(network)
     plain = [evaluate(network, episodes, classes, fabric, 1) for episodes in sets]
-    assert plain[0].miou > 0.01 and plain[0] != plain[1]
+    lowest = 0.01 if name == "asgnet" else 0.02  # of untrained heads: enough to tell scores apart
+    assert plain[0].miou > lowest and plain[0] != plain[1]
     for batch_size, gib in ((1, 1.0), (5, 1.0), (3, 1e-6)):
         scores = evaluate_all(network, sets, classes, fabric, batch_size, feature_cache=gib)
         assert scores == plain
