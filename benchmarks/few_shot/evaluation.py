@@ -217,7 +217,7 @@ def entry_sizes(network: nn.Module, episodes: EpisodeDataset) -> Callable[..., i
 
     @functools.cache
     def positions(index: int, class_id: int) -> int:
-        _, mask, _ = episodes.transform(*episodes.source.load(index), None, class_id)
+        mask = episodes.transform(*episodes.source.load(index), None, class_id).mask
         mask = resize((mask == class_id)[None, None].float(), middle.shape[2:])
         return int(mask.count_nonzero()) + 1
 

@@ -61,8 +61,8 @@ def example_photo(run: ReportedRun, path: str | None) -> Photo:
     pixels = read_picture(path, "--photo")
     nothing = np.zeros(pixels.shape[:2], dtype=np.uint8)
     transform = test_transform(run.config.data)
-    image, _, region = transform(pixels, nothing, np.random.default_rng(0))
-    return _photo(Path(path).name, image, region, pixels.shape[:2], None)
+    sample = transform(pixels, nothing, np.random.default_rng(0))
+    return _photo(Path(path).name, sample.image, sample.size, pixels.shape[:2], None)
 
 
 def test_photos(run: ReportedRun, count: int) -> list[Photo]:

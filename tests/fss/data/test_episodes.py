@@ -218,6 +218,20 @@ def test_seed_changes_the_episodes():
     assert first == second != other
 
 
+def test_numbers_for_what_a_model_draws():
+    """Of the seed and the episode alone: not of its photos, nor of the length of the data set."""
+    numbers = [item["sampling"] for item in (episodes(seed=3)[i] for i in range(20))]
+    assert all(n.dtype == torch.int64 and n.shape == () and n >= 0 for n in numbers)
+    assert len({int(n) for n in numbers}) == 20
+    assert sum(int(n) > 2**61 for n in numbers) > 8  # 63 bits, not fewer
+    for other in (episodes(seed=3, shots=2), episodes(seed=3, split="test", episodes=9)):
+        assert [int(other[i]["sampling"]) for i in range(8)] == [int(n) for n in numbers[:8]]
+    assert all(int(episodes(seed=4)[i]["sampling"]) != int(numbers[i]) for i in range(3))
+    batch = collate_episodes([episodes(seed=3)[i] for i in range(2)])
+    assert batch["sampling"].tolist() == [int(n) for n in numbers[:2]]
+    assert batch["query_padding"].shape == batch["query_mask"].shape
+
+
 def test_longer_data_set_begins_alike():
     short, long = episodes(episodes=10), episodes(episodes=1000)
     assert [short.draw(i) for i in range(10)] == [long.draw(i) for i in range(10)]

@@ -69,6 +69,38 @@ def test_square_is_a_plain_resize():
     assert np.array_equal(sample.mask, small) and sample.size == (81, 81)
 
 
+def test_padding_is_what_was_added_not_what_is_ignored():
+    """Where no pixel of the photo is ignored, padding is what is ignored in its mask."""
+    image, mask = photo(40, 30), np.zeros((40, 30), dtype=np.uint8)
+    boundary = mask.copy()
+    boundary[18:22] = 255
+    transforms = (EvalTransform(81), SquareTransform(81), TrainTransform(49, (0.9, 1.1), 10.0))
+    turned = 0
+    for transform in transforms:
+        for seed in range(12):
+            plain, marked = (
+                transform(image, each, np.random.default_rng(seed)) for each in (mask, boundary)
+            )
+            assert plain.padding.dtype == torch.bool
+            assert torch.equal(plain.padding, plain.mask == 255)
+            assert torch.equal(marked.padding, plain.padding)
+            assert (marked.mask == 255).sum() > marked.padding.sum()
+            rows = plain.padding.sum(1)
+            turned += isinstance(transform, TrainTransform) and len(rows.unique()) > 2
+    assert turned > 2  # a straight photo leaves bars only
+    assert not SquareTransform(81)(image, boundary).padding.any()
+
+
+def test_an_object_that_would_be_lost_is_not_turned():
+    mask = np.zeros((50, 50), dtype=np.uint8)
+    mask[0, 0] = 1  # in the corner, which turning cuts off
+    transform = TrainTransform(50, (1.0, 1.0), 10.0)
+    for seed in range(20):
+        sample = transform(photo(50, 50), mask, np.random.default_rng(seed))
+        assert (sample.mask == 1).any()
+        assert torch.equal(sample.padding, sample.mask == 255)
+
+
 def test_train_output_and_fill():
     image, mask = photo(20, 24), disc_mask(20, 24, 5, (10, 12))
     sample = still(41)(image, mask, np.random.default_rng(0))

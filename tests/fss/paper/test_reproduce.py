@@ -148,7 +148,7 @@ def test_a_run_that_fails_does_not_end_the_table(command, tmp_path, capsys, monk
 
 
 def test_rows_that_cannot_run_say_why(command, trained, tmp_path, capsys):
-    assert command("T15", "--rows", "1", "--folds", "0") == 0
+    assert command("T15", "--rows", "1", "--folds", "0", "--shots", "1") == 0
     assert command("T12", "--rows", "2", "--folds", "0", precision="64-false") == 0
     assert trained == []
     printed = capsys.readouterr().out

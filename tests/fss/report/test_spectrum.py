@@ -113,7 +113,7 @@ def test_memory_of_a_step_is_that_which_the_run_measured(tiny):
     assert step_memory(halves, rebuild_model(config, state)).saved_bytes < 0.6 * counted
 
 
-@pytest.mark.parametrize("name", ["pfenet", "bam"])
+@pytest.mark.parametrize("name", ["pfenet", "bam", "cyctr"])
 def test_networks_of_other_models(tiny, name):
     base = "none" if name == "bam" else None
     config = tiny(model={"name": name, "base_weights": base})
