@@ -17,7 +17,7 @@ from fss.models.pooling import cat_maps
 
 SHOTS = 2
 # The mean of all positions, which BAM's base learner enlarges: torch then has no format to keep.
-ANEW = {"bam": 1, "baseline": 0, "pfenet": 0}
+ANEW = {"bam": 1, "baseline": 0, "dcama": 0, "hsnet": 0, "pfenet": 0}
 
 
 class LaidOutAnew(TorchDispatchMode):
