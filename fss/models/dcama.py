@@ -50,7 +50,7 @@ class MaskAggregation(nn.Module):
         self.key.load_state_dict(self.query.state_dict())
 
     def forward(self, query: Tensor, supports: Tensor, masks: Tensor) -> Tensor:
-        """Compute coarse masks [B, 1, h, w].
+        """Compute coarse masks [B, h, w].
 
         Args:
             query: maps [B, C, h, w].
@@ -67,7 +67,7 @@ class MaskAggregation(nn.Module):
         values = values.expand(-1, _HEADS, -1, -1)
         dropout = self.dropout if self.training else 0.0
         found = functional.scaled_dot_product_attention(q, k, values, dropout_p=dropout)
-        return found[..., 0].mean(dim=1).unflatten(1, query.shape[2:]).unsqueeze(1)
+        return found[..., 0].mean(dim=1).unflatten(1, query.shape[2:])
 
     def _tokens(self, maps: Tensor) -> Tensor:
         """Turn maps [N, C, h, w] to tokens [N, h·w, C] with their positions."""
@@ -169,8 +169,8 @@ class DCAMA(BlockFeatures):
         mixed: Tensor | None = None
         for n in (2, 1, 0):
             pairs = zip(queries[n], supports[n], strict=True)
-            coarse = torch.cat([self.attention[n](q, s, masks[n]) for q, s in pairs], dim=1)
-            widened = self.widen[n](coarse)
+            coarse = torch.stack([self.attention[n](q, s, masks[n]) for q, s in pairs], dim=-1)
+            widened = self.widen[n](coarse.permute(0, 3, 1, 2))
             if mixed is None:
                 mixed = widened
             else:

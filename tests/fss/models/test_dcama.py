@@ -30,7 +30,7 @@ def test_the_mask_is_averaged_by_attention():
     query, supports = torch.randn(2, 16, 2, 3).double(), torch.randn(2, 2, 16, 2, 2).double()
     masks = torch.rand(2, 2, 1, 2, 2).double()
     got = block(query, supports, masks)
-    assert got.shape == (2, 1, 2, 3)
+    assert got.shape == (2, 2, 3)
     for b in range(2):
         tokens = [block.query(query[b, :, i // 3, i % 3] + position(i, 16)) for i in range(6)]
         keys = [
@@ -45,7 +45,7 @@ def test_the_mask_is_averaged_by_attention():
                 scores = torch.stack([(token[h] * key[h]).sum() / math.sqrt(2) for key in keys])
                 heads.append((scores.exp() / scores.exp().sum()) @ values)
             expected = torch.stack(heads).mean()
-            torch.testing.assert_close(got[b, 0, i // 3, i % 3], expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(got[b, i // 3, i % 3], expected, rtol=1e-9, atol=1e-9)
 
 
 def position(index: int, channels: int) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_a_mask_of_one_value_stays_that_value():
     query, supports = torch.randn(1, 16, 3, 3).double(), torch.randn(1, 3, 16, 3, 3).double()
     for value in (0.0, 1.0):
         masks = torch.full((1, 3, 1, 3, 3), value).double()
-        expected = torch.full((1, 1, 3, 3), value).double()
+        expected = torch.full((1, 3, 3), value).double()
         torch.testing.assert_close(block(query, supports, masks), expected)
 
 

@@ -175,11 +175,12 @@ def test_it_trains_and_is_tested_and_segments(tiny, name):
     """By its own protocol and at its own sides; pictures are segmented at their size."""
     data = {"size": 40, "protocol": "hsnet", "shuffle_test": False, "shots": 2}
     options = {"model": {"name": name, "channels": 64}, "resize": "network", "data": data}
-    config = tiny(steps=2, optimizer={"name": "adamw", "schedule": "constant"}, **options)
+    config = tiny(steps=1, optimizer={"name": "adamw", "schedule": "constant"}, **options)
     result = train(config)["test"]
     assert 0 < result["fb_iou"]["mean"] < 1
-    cached = evaluate_run(config.out, checkpoint="last", feature_cache=1.0, protocol="hsnet")
-    plain = evaluate_run(config.out, checkpoint="last", feature_cache=0.0, protocol="hsnet")
+    asked = {"protocol": "hsnet", "episodes": 4}
+    cached = evaluate_run(config.out, checkpoint="last", feature_cache=1.0, **asked)
+    plain = evaluate_run(config.out, checkpoint="last", feature_cache=0.0, **asked)
     assert cached["miou"] == plain["miou"] and cached["fb_iou"] == plain["fb_iou"]
 
     segmenter = FewShotSegmenter.load(config.out, "last", device="cpu")

@@ -17,7 +17,7 @@ from fss.models.pooling import cat_maps
 
 SHOTS = 2
 # The mean of all positions, which BAM's base learner enlarges: torch then has no format to keep.
-WITHOUT = ("baseline", "pfenet", "canet", "pmm", "rpmm", "asgnet", "cyctr")
+WITHOUT = ("baseline", "pfenet", "canet", "pmm", "rpmm", "asgnet", "cyctr", "dcama", "hsnet")
 ANEW = {"bam": 1, **dict.fromkeys(WITHOUT, 0)}
 
 

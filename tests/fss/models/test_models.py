@@ -40,15 +40,15 @@ RUNS_ON = [
     for backbone in BACKBONES
     if backbone in kind.backbones
 ]
+CHANNELS = {"dcama": 64}  # whose last convolutions have an 8th
 BASE = {c: f"class {c}" for c in range(1, 6)}
 WITH_HEAD = [name for name in MODELS if name != "panet"]  # something besides the backbone trains
 
 
 def _model(name, backbone="resnet18", shots=1, **options):
     torch.manual_seed(0)
-    values = {"width": 4, "weights": "none", "channels": 16, "dropout": 0.0, **options}
-    if name == "dcama":
-        values["channels"] = 64  # the last convolutions have an 8th
+    values = {"width": 4, "weights": "none", "dropout": 0.0, **options}
+    values.setdefault("channels", CHANNELS.get(name, 16))
     if MODELS[name].needs_base_learner:
         values["base_weights"] = "none"
     return build_model(ModelConfig(name=name, backbone=backbone, **values), BASE, shots)
@@ -325,7 +325,7 @@ def test_the_configuration_knows_the_models_of_the_registry():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_network_is_rebuilt_from_its_state_dict(name, as_trained, regime):
     base = {"base_weights": "gone"} if MODELS[name].needs_base_learner else {}
-    small = {"backbone": "resnet18", "width": 4, "channels": 16}
+    small = {"backbone": "resnet18", "width": 4, "channels": CHANNELS.get(name, 16)}
     config = TrainConfig(
         data=DataConfig(source="shapes", shots=2),
         model=ModelConfig(name=name, weights="gone", **small, **base),
