@@ -40,6 +40,7 @@ RUNS_ON = [
     for backbone in BACKBONES
     if backbone in kind.backbones
 ]
+ROUNDED = {"ppnet": 0.15}  # its k-means gives a position to a part by the last digits
 CHANNELS = {"dcama": 64}  # whose last convolutions have an 8th
 BASE = {c: f"class {c}" for c in range(1, 6)}
 WITH_HEAD = [name for name in MODELS if name != "panet"]  # something besides the backbone trains
@@ -198,7 +199,7 @@ def test_bfloat16_autocast(name):
         loss = _loss(model, batch)
     loss.backward()
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    assert loss.item() == pytest.approx(expected.item(), rel=ROUNDED.get(name, 0.05))
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
@@ -210,7 +211,7 @@ def test_other_precisions(name, dtype):
     images = {k: v.to(dtype) for k, v in batch.items() if v.is_floating_point()}
     loss = _loss(model.to(dtype), batch | images)
     loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=0.05)
+    assert loss.item() == pytest.approx(expected, rel=ROUNDED.get(name, 0.05))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -221,6 +222,7 @@ def test_compiles_as_one_graph(monkeypatch, name):
     last = [f"layer{n}" for n in range(1, 5) if f"layer{n}" not in model.unused_layers][-1]
     apply_regime(model, RegimeConfig(layers=(last,)))
     model.train()
+    torch._dynamo.reset()  # the forward of all methods is one code, compiled for a few at most
     if name == "cwt":
         model.iterations = 3  # of 200, each of which is traced
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -297,8 +299,9 @@ def test_learns_two_episodes(name):
     for _ in range(40):
         optimizer.zero_grad()
         prediction = _predict(model, batch)
-        scores.append(nn.functional.cross_entropy(prediction.logits, batch["query_mask"]).item())
-        model.loss(prediction, *(batch[name] for name in model.targets)).backward()
+        targets = [batch[name] for name in model.targets]
+        scores.append(model.loss(Prediction(prediction.logits, ()), *targets).item())
+        model.loss(prediction, *targets).backward()
         optimizer.step()
     assert scores[-1] < (0.8 if MODELS[name].needs_base_learner else 0.5) * scores[0]
 
