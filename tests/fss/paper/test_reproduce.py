@@ -152,7 +152,10 @@ def test_rows_that_cannot_run_say_why(command, trained, tmp_path, capsys):
     assert command("T12", "--rows", "2", "--folds", "0", precision="64-false") == 0
     assert trained == []
     printed = capsys.readouterr().out
-    assert "- PANet 1-shot fold 0: quoted: PANet is not implemented here; the" in printed
+    assert (
+        "- PANet 1-shot fold 0: quoted: the numbers of its paper; fss train --config pascal_panet"
+        in (printed)
+    )
     assert "- baseline† 1-shot fold 0: precision: expected one of 32-true" in printed
 
 
@@ -281,7 +284,10 @@ def test_all_rows_are_listed_with_their_state(arguments, tmp_path, capsys):
     assert [line.partition(": ")[0] for line in figures] == [f"F{n}" for n in range(2, 13)]
     assert len(printed) == 24 + 152 + 2
     assert printed[0].startswith("T1: Pascal-5i, mIoU; Pascal-5i: what `fss data prepare pascal`")
-    assert "  1  PANet: quoted: PANet is not implemented here; the numbers of its paper" in printed
+    assert (
+        "  3  PGNet: quoted: PGNet has no public code of its authors'; the numbers of its paper"
+        in (printed)
+    )
     # Tables 1 and 3 have 5 shots too
     lines = [line for line in printed if line.endswith("holds; r50-baseline-svf: 1 of 8 finished")]
     assert len(lines) == 2
