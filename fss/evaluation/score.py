@@ -132,8 +132,7 @@ def evaluate_run(
         classes: "novel", those of the fold; "base", the others, which training saw.
         protocol: seeds, episodes, order of queries, transform and resize of the published tests
             of "bam", "pfenet" or "hsnet"; options given as well take precedence. HSNet's needs its
-            lists (train_list, val_list), and the side stays that of training: its 400 is no
-            multiple of 8 plus 1.
+            lists (train_list, val_list), and the side stays that of training.
         checkpoint: of the folder, "best" or "last".
         batch_size: episodes at a time; does not change the score.
         workers: processes that load episodes.
