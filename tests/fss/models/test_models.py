@@ -194,12 +194,15 @@ def _saved(name, backbone, regime, strategy="auto", shots=1):
     ],
 )
 def test_svf_saves_less_than_the_papers_layers(name, backbone):
-    """And what it adds to a frozen backbone is at most half of what they add."""
+    """And what it adds to a frozen backbone is at most half of what they add.
+
+    A little more where blocks end in the sum: autograd keeps the ReLUs between them.
+    """
     frozen = _saved(name, backbone, "freeze")
     fast, paper = (_saved(name, backbone, "svf", strategy) for strategy in ("auto", "reference"))
     assert frozen < fast < paper
-    if not MODELS[name].backbone_options.get("sums"):  # whose blocks do not run fused
-        assert fast - frozen < 0.5 * (paper - frozen)
+    share = 0.55 if MODELS[name].backbone_options.get("sums") else 0.5
+    assert fast - frozen < share * (paper - frozen)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -316,8 +316,8 @@ def test_one_table_is_listed_by_shots_and_folds(capsys):
     assert "  6  r50-cyctr-freeze, 1-shot: CyCTR†; folds not started: 0 1 2 3" in printed
     assert main(["reproduce", "T15", "--list"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    quoted = "quoted: PANet is not implemented here; the numbers of its paper"
-    assert f"  1  –, 1-shot: PANet; {quoted}" in printed
+    quoted = "quoted: PGNet has no public code of its authors'; the numbers of its paper"
+    assert f"  3  –, 1-shot: PGNet; {quoted}" in printed
     assert main(["reproduce", "T7", "--list"]) == 0
     assert "T7: Pascal-5i, the factors of U S Vᵀ (means of T19)" in capsys.readouterr().out
 
