@@ -289,6 +289,7 @@ class ModelsLevel(StepLevel):
             "query_mask": target,
             "base_class": zeros,
             "query_base_mask": target.clone(),
+            "support_base_masks": masks.clone(),
             "query_padding": torch.zeros_like(target, dtype=torch.bool),
             "sampling": zeros,
         }
