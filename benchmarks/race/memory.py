@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,17 @@ def main() -> int:
     options = parser.parse_args()
     base = Settings.of(options, size=options.sizes[0], batch=1)
     name = "memory-models" if options.models else "memory"
-    groups = [
-        figure(level, group, settings, options.largest if settings.dtype in options.peaks else 0.0)
-        for level, group, settings in (_models if options.models else _peers)(base, options)
-    ]
+    with tempfile.TemporaryDirectory() as cache:  # of the decomposed weights, which groups share
+        groups = [
+            figure(
+                level,
+                group,
+                settings,
+                options.largest if settings.dtype in options.peaks else 0.0,
+                Path(cache),
+            )
+            for level, group, settings in (_models if options.models else _peers)(base, options)
+        ]
     path = options.results / f"{name}.json"
     print(write_results(path, "memory", "Saved bytes", base, groups))
     return 0
@@ -74,15 +82,20 @@ def _models(base: Settings, options: argparse.Namespace) -> Iterator[tuple[str, 
             yield "models", group, dataclasses.replace(base, dtype=dtype)
 
 
-def figure(level_name: str, group: str, settings: Settings, largest: float) -> dict[str, Any]:
-    """Count all peers of a group for one size and dtype; measure peaks up to `largest` GiB."""
+def figure(
+    level_name: str, group: str, settings: Settings, largest: float, cache: Path | None = None
+) -> dict[str, Any]:
+    """Count all peers of a group for one size and dtype; measure peaks up to `largest` GiB.
+
+    `cache` is a folder of decompositions.
+    """
     level = LEVELS[level_name]
     plain = level.network(settings, group)
     rows = []
     for name, peer in level.peers.items():
         if peer.compiled:
             continue
-        network = level.convert(copy.deepcopy(plain), name, None)
+        network = level.convert(copy.deepcopy(plain), name, cache)
         shapes = level_name == "models" or not (
             name.startswith("svf_fast") or level_name == "prior"
         )
