@@ -24,6 +24,7 @@ from fss.models import build_model
 from fss.runs.log import read_log
 from fss.training.run import train
 from fss.training.trainer import Trainer
+from tests.long import LONG
 
 
 class Replayed:
@@ -130,13 +131,14 @@ RUNS = {
     "adapter": {"regime": {"name": "adapter"}},
     "pfenet": {"model": {"name": "pfenet", "bins": [0.5]}},
     "bam": {"model": {"name": "bam", "base_weights": "none"}, "data": {"shots": 2}},
-    "canet": {"model": {"name": "canet"}},
-    "pmm": {"model": {"name": "pmm"}},
     "cyctr": {"model": {"name": "cyctr"}},
     "hdmnet": {"model": {"name": "hdmnet", "base_weights": "none"}, "data": {"shots": 2}},
-    "asgnet": {"model": {"name": "asgnet", "bins": [0.5]}},
     "deterministic": {"deterministic": True},
 }
+if LONG:
+    RUNS["asgnet"] = {"model": {"name": "asgnet", "bins": [0.5]}}
+    RUNS |= {name: {"model": {"name": name}} for name in ("canet", "pmm", "hsnet", "dcama")}
+    RUNS["dcama"]["model"]["channels"] = 64
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import typing
 
 import pytest
@@ -14,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fss.config import DataConfig, ModelConfig, OptimizerConfig, RegimeConfig, TrainConfig
+from tests.long import LONG
 
-LONG = os.environ.get("SVF_LONG", "") not in ("", "0")
 PARTS = {
     "data": DataConfig,
     "model": ModelConfig,

@@ -23,8 +23,8 @@ from fss.data import collate_episodes
 from fss.models.backbone import build_backbone
 from fss.processes import build_fabric
 from fss.training.trainer import Trainer
+from tests.long import LONG
 
-LONG = os.environ.get("SVF_LONG", "") not in ("", "0")
 MIB = 2**20
 
 

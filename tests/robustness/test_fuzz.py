@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LONG = os.environ.get("SVF_LONG", "") not in ("", "0")
+from tests.long import LONG
 
 
 def test_readers_understand_or_refuse(root: Path) -> None:

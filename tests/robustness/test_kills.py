@@ -32,9 +32,9 @@ import yaml
 from PIL import Image
 
 from fss.runs.checkpoint import load_checkpoint
+from tests.long import LONG
 from tests.robustness.forked_commands import Commands, kill
 
-LONG = os.environ.get("SVF_LONG", "") not in ("", "0")
 KILLS = 20 if LONG else 5
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -26,8 +25,8 @@ from svf_fast.ops.gram import gram
 from svf_fast.reference.affine_act import affine_act as reference_affine_act
 from svf_fast.reference.cosine_max import cosine_max as reference_cosine_max
 from svf_fast.reference.gram import gram as reference_gram
+from tests.long import LONG
 
-LONG = os.environ.get("SVF_LONG", "") not in ("", "0")
 TYPED = (TypeError, ValueError)
 # Of the largest value; the numbers are drawn from [-1, 1] and sums have a few hundred terms.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}

@@ -17,6 +17,7 @@ from fss.models import build_model
 from fss.runs.folder import RunFolder
 from fss.segment.export import INPUTS, export_onnx
 from fss.training.run import train
+from tests.long import LONG
 
 
 def network(name: str, shots: int = 1):
@@ -41,8 +42,8 @@ def logits(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "shots"),
-    [("pfenet", 2), ("bam", 1), ("canet", 2), ("rpmm", 2), ("hdmnet", 2), ("asgnet", 2)]
-    + [("cyctr", 2)],
+    [("pfenet", 2), ("bam", 1), ("cyctr", 2)]
+    + [(name, 2) for name in ("canet", "rpmm", "hdmnet", "asgnet", "hsnet", "dcama") if LONG],
 )
 def test_a_model_computes_the_same_in_onnxruntime(tmp_path, name, shots):
     pytest.importorskip("onnxruntime")
