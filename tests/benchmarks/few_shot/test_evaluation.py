@@ -35,7 +35,7 @@ def test_counts(name, gib, monkeypatch):
     fabric = Fabric(accelerator="cpu", devices=1)
     with torch.no_grad():
         evaluate_all(network, sets, source.folds[0], fabric, 3, feature_cache=gib)
-    assert evaluation.work(network, sets, 3, gib) == (caches[0].photos, caches[0].layer4)
+    assert evaluation.work(network, sets, 3, gib) == (caches[0].photos, caches[0].roles)
 
 
 def test_the_table_has_a_column_per_size():

@@ -19,6 +19,7 @@ from benchmarks.race.levels import LEVELS, Settings, defaults
 from benchmarks.race.memory import saved_measured, saved_on_shapes
 from benchmarks.race.peak import measure_peaks
 from benchmarks.race.peers import PEERS, REGIMES, Peer, official
+from tests.long import LONG
 
 TINY = Settings(size=33, width=8, batch=1)
 NAMES = ["official", "save what is needed", "full", "frozen bound", "svf_fast"]
@@ -165,10 +166,13 @@ def test_each_model_is_counted_on_shapes(name, dtype):
     """svf_fast too: its plans come from the values before those are left out."""
     level = LEVELS["models"]
     settings = Settings(size=33, width=8, batch=1, shots=2, dtype=dtype)
-    for group in level.groups:
+    groups = ("baseline", "pfenet", "bam", "hsnet", "cyctr")
+    for group in level.groups if LONG and dtype == "float32" else groups:
         network = level.convert(level.network(settings, group), name, None)
         arguments = (level, network, level.inputs(settings, group), name, settings)
-        assert saved_measured(*arguments) == saved_on_shapes(*arguments) > 0
+        found = saved_measured(*arguments)
+        assert found == saved_on_shapes(*arguments)
+        assert found > 0 or (group, name) == ("panet", "freeze")  # which trains nothing
 
 
 def test_a_peak_of_one_group_alone():
