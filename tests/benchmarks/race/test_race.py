@@ -166,8 +166,10 @@ def test_each_model_is_counted_on_shapes(name, dtype):
     """svf_fast too: its plans come from the values before those are left out."""
     level = LEVELS["models"]
     settings = Settings(size=33, width=8, batch=1, shots=2, dtype=dtype)
-    groups = ("baseline", "pfenet", "bam", "hsnet", "cyctr")
-    for group in level.groups if LONG and dtype == "float32" else groups:
+    groups = ["baseline", "pfenet", "bam"]
+    if dtype == "float32":  # a cast of some biases is kept once or twice, by what ran before
+        groups = list(level.groups) if LONG else [*groups, "hsnet", "cyctr"]
+    for group in groups:
         network = level.convert(level.network(settings, group), name, None)
         arguments = (level, network, level.inputs(settings, group), name, settings)
         found = saved_measured(*arguments)
