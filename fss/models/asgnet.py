@@ -14,10 +14,9 @@ from torch.nn import functional
 
 from fss.config import PASCAL_BINS, ModelConfig
 from fss.models.backbone import Backbone
-from fss.models.episode import Prediction, check_target
+from fss.models.episode import Prediction
 from fss.models.features import Features, FewShotModel, Maps, Supports
 from fss.models.layers import check_head, classifier, pointwise_cat, two_convolutions
-from fss.models.loss import deep_supervision
 from fss.models.pfenet import FeatureEnrichment
 from fss.models.pooling import masked_average_pool, resize
 
@@ -129,23 +128,6 @@ class ASGNet(FewShotModel):
         enriched, auxiliary = self.enrich(query, guide.to(query.dtype), probability)
         enriched = enriched + self.residual(enriched)
         return Prediction(resize(self.classifier(enriched), size), auxiliary)
-
-    def loss(
-        self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
-    ) -> Tensor:
-        """Add to the prediction's cross-entropy the mean of the auxiliary ones, if there are any.
-
-        Args:
-            prediction: of this model.
-            query_mask: uint8 or int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
-            class_weight: weights of background and foreground [2]; each mean is divided by the
-                weights' sum.
-
-        Raises:
-            TypeError, ValueError: a mask or weights of another dtype, shape or device.
-        """
-        check_target(prediction, query_mask, class_weight)
-        return deep_supervision(prediction, query_mask, class_weight)
 
 
 def place_seeds(mask: Tensor, seeds: int = _SUPERPIXELS) -> tuple[Tensor, Tensor]:

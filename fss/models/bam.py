@@ -10,7 +10,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.baseline import Baseline
 from fss.models.ensemble import WithBaseLearner, gram_distance, gram_matrix
@@ -62,12 +61,6 @@ class BAM(WithBaseLearner, Baseline):
     ) -> None:
         super().__init__(backbone, channels, dropout)
         self.add_ensemble(backbone, base_classes, shots)
-
-    @classmethod
-    def from_config(
-        cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
-    ) -> BAM:
-        return cls(backbone, base_classes, shots, config.channels, config.dropout)
 
     def head(
         self, features: Features, size: Sequence[int], base_class: Tensor | None = None

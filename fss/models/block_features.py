@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fss.models.backbone import ARCHITECTURES, ResNet
 from fss.models.episode import Prediction, check_target
 from fss.models.features import FewShotModel
+from fss.models.layers import check_head
 from fss.models.loss import cross_entropy
 
 
@@ -23,6 +24,7 @@ class BlockFeatures(FewShotModel):
     Args:
         backbone: a ResNet built with `backbone_options`.
         channels: width of the head, a multiple of 8; 128 in the published ones.
+        dropout: of the head, if it has any.
 
     Attributes:
         depths: blocks of layers 2, 3 and 4.
@@ -33,11 +35,10 @@ class BlockFeatures(FewShotModel):
     backbone_options: ClassVar[Mapping[str, Any]] = {"output_stride": 32, "sums": True}
     any_size = True
 
-    def __init__(self, backbone: ResNet, channels: int = 128) -> None:
+    def __init__(self, backbone: ResNet, channels: int = 128, dropout: float = 0.0) -> None:
         super().__init__(backbone)
-        if not isinstance(channels, int) or isinstance(channels, bool):
-            raise TypeError(f"channels: expected an integer, got {channels!r}")
-        if channels < 8 or channels % 8:
+        check_head(channels, dropout)
+        if channels % 8:
             raise ValueError(
                 f"channels: expected a multiple of 8, of which narrower layers have an 8th and a "
                 f"half; got {channels}"

@@ -118,9 +118,7 @@ class DCAMA(BlockFeatures):
     official_unused: ClassVar[tuple[str, ...]] = ("feature_extractor.fc.", "model.pe.")
 
     def __init__(self, backbone: ResNet, channels: int = 128, dropout: float = 0.5) -> None:
-        super().__init__(backbone, channels)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        super().__init__(backbone, channels, dropout)
         if backbone.channels[1] % _HEADS:
             raise ValueError(
                 f"backbone: expected a multiple of {_HEADS} channels of layer 2, one for each head "

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction, check_target
 from fss.models.features import FewShotModel
@@ -105,6 +106,12 @@ class WithBaseLearner(FewShotModel):
             self.shot_weights = ShotWeights(shots, restore_order=restore_order)
         base_learner = BaseLearner(backbone.channels[3], base_classes)
         self.base_learner = base_learner.requires_grad_(False).eval()
+
+    @classmethod
+    def from_config(
+        cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
+    ) -> WithBaseLearner:
+        return cls(backbone, base_classes, shots, config.channels, config.dropout)
 
     @classmethod
     def count_base_classes(cls, state: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fss.config import ModelConfig
 from fss.models.backbone import BACKBONES, Backbone
 from fss.models.episode import Prediction, check_episode, check_target
-from fss.models.loss import cross_entropy
+from fss.models.loss import deep_supervision
 from fss.models.pooling import resize
 from fss.models.prior import prior_masks
 
@@ -291,16 +291,18 @@ class FewShotModel(nn.Module, ABC):
     def loss(
         self, prediction: Prediction, query_mask: Tensor, class_weight: Tensor | None = None
     ) -> Tensor:
-        """Average the cross-entropy over the pixels that are not 255, weighted by `class_weight`.
+        """Add to the prediction's cross-entropy the mean of the auxiliary ones, if there are any.
+
+        Each is averaged over the pixels that are not 255, weighted by `class_weight`.
 
         Args:
             prediction: of this model.
             query_mask: uint8 or int64 [B, H, W]; 0 background, 1 foreground, 255 ignored.
-            class_weight: weights of background and foreground [2]; the mean is divided by the
+            class_weight: weights of background and foreground [2]; each mean is divided by the
                 weights' sum.
 
         Raises:
             TypeError, ValueError: a mask or weights of another dtype, shape or device.
         """
         check_target(prediction, query_mask, class_weight)
-        return cross_entropy(prediction.logits, query_mask, class_weight)
+        return deep_supervision(prediction, query_mask, class_weight)

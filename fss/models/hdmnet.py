@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.ensemble import WithBaseLearner, gram_distance, gram_matrix
 from fss.models.episode import Prediction
@@ -260,12 +259,6 @@ class HDMNet(WithBaseLearner, PriorGuided):
         if shots > 1:
             self.shot_weights.requires_grad_(False)
 
-    @classmethod
-    def from_config(
-        cls, backbone: Backbone, config: ModelConfig, base_classes: int, shots: int
-    ) -> HDMNet:
-        return cls(backbone, base_classes, shots, config.channels, config.dropout)
-
     def train(self, mode: bool = True) -> HDMNet:
         """Set the mode of the head, but for its batch norms, which use stored statistics."""
         super().train(mode)
@@ -412,7 +405,7 @@ class HDMNet(WithBaseLearner, PriorGuided):
             if found is None:
                 found = self.parsing[n](x)
             else:
-                found = functional.interpolate(found, size, mode="bilinear", align_corners=False)
+                found = resize(found, size, align_corners=False)
                 found = found + self.parsing[n](x + found)
         return self.classifier(found), correlations
 
@@ -424,11 +417,7 @@ def distillation(teacher: Tensor, student: Tensor) -> Tensor:
     batch (section 3.4); 1e-12 is added before each logarithm. Maps [B, h, w]; the teacher is
     resized to the student's size, without aligned corners.
     """
-    if teacher.shape != student.shape:
-        size = student.shape[-2:]
-        teacher = functional.interpolate(
-            teacher.unsqueeze(1), size, mode="bilinear", align_corners=False
-        ).squeeze(1)
+    teacher = resize(teacher.unsqueeze(1), student.shape[-2:], align_corners=False).squeeze(1)
     target, found = (each.flatten(1).softmax(dim=1) for each in (teacher, student))
     terms = target * ((target + 1e-12).log() - (found + 1e-12).log())
     return terms.sum(dim=1).mean()

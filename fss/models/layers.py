@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def check_head(channels: int, dropout: float) -> None:
+def check_head(channels: int, dropout: float = 0.0) -> None:
     """Raise TypeError or ValueError unless a head can have this width and dropout."""
     if not isinstance(channels, int) or isinstance(channels, bool):
         raise TypeError(f"channels: expected an integer, got {channels!r}")

@@ -18,7 +18,7 @@ from fss.models.canet import CANet, DenseComparison, convolution, tiled
 from fss.models.episode import Prediction, check_target
 from fss.models.features import Features, Maps, Supports
 from fss.models.loss import cross_entropy
-from fss.models.pooling import cat_maps
+from fss.models.pooling import cat_maps, resize
 
 _CONCENTRATION = 20.0
 _ITERATIONS = 10
@@ -86,7 +86,7 @@ class PMM(DenseComparison):
         query = self.reduced(*features.query)
         objects, mask = self.represent(query, features, self.starts)
         x = self.merge(reduce(torch.add, tiled(self.comparison, query, objects)))
-        return Prediction(enlarged(self.optimize(x, mask), size), ())
+        return Prediction(resize(self.optimize(x, mask), size, align_corners=False), ())
 
     def represent(self, query: Tensor, features: Features, start: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the object's prototypes [B, k, C] and probabilities [B, 2, h, w] of the query.
@@ -125,7 +125,7 @@ class PMM(DenseComparison):
         check_target(prediction, query_mask, class_weight)
         loss = cross_entropy(prediction.logits, query_mask, class_weight)
         for logits in prediction.auxiliary:
-            logits = enlarged(logits, query_mask.shape[1:])
+            logits = resize(logits, query_mask.shape[1:], align_corners=False)
             loss = loss + cross_entropy(logits, query_mask, class_weight)
         return loss
 
@@ -162,10 +162,10 @@ class RPMM(PMM):
             masks.append(mask)
         *earlier, last = stages
         if self.training:
-            return Prediction(enlarged(last, size), tuple(earlier))
+            return Prediction(resize(last, size, align_corners=False), tuple(earlier))
         if features.supports[0].shape[1] > 1:
             last = reduce(torch.add, masks) / 5
-        return Prediction(enlarged(last, size), ())
+        return Prediction(resize(last, size, align_corners=False), ())
 
 
 @torch.no_grad()
@@ -193,8 +193,3 @@ def mixture(x: Tensor, start: Tensor, iterations: int, concentration: float) -> 
         mu = x @ (weights / (weights.sum(dim=1, keepdim=True) + 1e-6))
         mu = mu / (torch.linalg.vector_norm(mu, dim=1, keepdim=True) + 1e-6)
     return mu
-
-
-def enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize logits [B, C, h, w] to [B, C, *size], bilinear, with the corners not aligned."""
-    return functional.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)

@@ -17,6 +17,7 @@ from fss.config import ModelConfig
 from fss.models.backbone import Backbone
 from fss.models.episode import Prediction
 from fss.models.features import Features, FewShotModel, Maps, Supports
+from fss.models.layers import check_head
 from fss.models.pooling import enlarged_average_pool, resize
 from fss.models.vgg import stage_names
 
@@ -58,10 +59,7 @@ class SGOne(FewShotModel):
 
     def __init__(self, backbone: Backbone, channels: int = 128) -> None:
         super().__init__(backbone)
-        if not isinstance(channels, int) or isinstance(channels, bool):
-            raise TypeError(f"channels: expected an integer, got {channels!r}")
-        if channels < 1:
-            raise ValueError(f"channels: expected at least 1, got {channels}")
+        check_head(channels)
         _, low, middle, high = backbone.channels
         self.guide = nn.Conv2d(high, 4 * channels, 3, padding=1)
         self.side2 = nn.Conv2d(low, channels, 3, padding=1)

@@ -20,6 +20,7 @@ from fss.config.checks import (
     check_at_least,
     check_positive,
     check_settings,
+    check_side,
     check_steps,
     count_steps,
 )
@@ -114,6 +115,7 @@ class BaseLearnerConfig:
         if type(self.data) is DataConfig:
             self.data = BaseLearnerData(**vars(self.data))
         check_settings(self)
+        check_side("data.size", self.data.size)
         self.scale = tuple(self.scale)
         lowest = {"steps": 1, "batch_size": 2, "log_every": 1, "save_every": 1}
         lowest |= {"validation_images": 0, "seed": 0, "weight_decay": 0}

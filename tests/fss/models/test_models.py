@@ -44,7 +44,7 @@ RUNS_ON = [
     and (LONG or name in ("baseline", "pfenet", "bam") or backbone == "resnet18")
 ]
 # Those whose forward passes have the most kinds of operations; all with SVF_LONG=1.
-COMPILED = list(MODELS) if LONG else ["baseline", "bam", "hsnet"]
+COMPILED = list(MODELS) if LONG else ["baseline", "pfenet", "bam", "hsnet"]
 ROUNDED = {"ppnet": 0.15}  # its k-means gives a position to a part by the last digits
 CHANNELS = {"dcama": 64}  # whose last convolutions have an 8th
 BASE = {c: f"class {c}" for c in range(1, 6)}
@@ -189,7 +189,8 @@ def _saved(name, backbone, regime, strategy="auto", shots=1):
         (name, backbone)
         for name, kind in MODELS.items()
         for backbone in ("resnet50", "vgg16_bn")
-        if backbone in kind.backbones and (LONG or backbone == "resnet50" or name == "bam")
+        if backbone in kind.backbones
+        and (LONG or backbone == "resnet50" or name in ("baseline", "pfenet", "bam"))
     ],
 )
 def test_svf_saves_less_than_the_papers_layers(name, backbone):

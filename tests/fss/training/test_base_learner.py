@@ -255,3 +255,8 @@ def test_command(tmp_path, capsys):
     assert json.loads((out / "result.json").read_text())["config"]["steps"] == 1
     assert main(["train-base", *options, f"--out={out}"]) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_side_that_maps_do_not_align_with_is_refused():
+    with pytest.raises(ValueError, match="data.size: .*got 416, the nearest are 409 and 417"):
+        BaseLearnerConfig(data=BaseLearnerData(source="shapes", size=416))
