@@ -19,6 +19,7 @@ from fss.evaluation.evaluate import episode_classes
 from fss.models import build_model
 from fss.training.base_learner import (
     BaseLearnerConfig,
+    BaseLearnerData,
     BaseTrainer,
     confusion,
     train_base,
