@@ -17,7 +17,7 @@ import torch
 
 from fss.config import METHODS, TrainConfig
 from fss.config.checks import check_positive
-from fss.data import build_episodes, collate_episodes
+from fss.data import build_episodes, build_source, collate_episodes
 from fss.evaluation.evaluate import read_episodes
 from fss.evaluation.metrics import paired_difference
 from fss.evaluation.score import evaluate_run
@@ -110,6 +110,7 @@ def compare_methods(
     if list:
         width = max(len(run.folder.path.name) for run in runs)
         return "\n".join(f"{run.folder.path.name:{width}}  {_state(run)}" for run in runs)
+    build_source(runs[0].config.data)  # what is missing there would fail every run
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     for run in runs:
         if run.folder.state == "finished":

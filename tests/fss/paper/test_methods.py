@@ -143,6 +143,13 @@ def test_what_it_refuses(config, tmp_path, names, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_that_are_missing_are_an_error_and_no_table(config, tmp_path):
+    data = {"source": "folder", "root": str(tmp_path / "none")}
+    with pytest.raises(FileNotFoundError, match="data folder .*none does not exist"):
+        compare_methods(["baseline"], config, out=str(tmp_path / "out"), data=data)
+    assert not (tmp_path / "out").exists()
+
+
 def test_finished_runs_of_other_settings_are_refused(compare):
     compare("matching", "baseline", regimes=["freeze"])
     with pytest.raises(ValueError, match="steps: expected 2, the checkpoint has 3"):
