@@ -62,9 +62,14 @@ def check_writable(path: Path, name: str) -> None:
                 folder.rmdir()
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error, its cause or context, the cause of that, and so on."""
-    while error is not None:
+def causes(
+    error: BaseException | None, outer: BaseException | None = None
+) -> Iterator[BaseException]:
+    """Yield the error, its cause or context, the cause of that, and so on, up to `outer`.
+
+    What was being handled when the work began that then failed is no cause of its failure.
+    """
+    while error is not None and error is not outer:
         yield error
         error = error.__cause__ or error.__context__
 

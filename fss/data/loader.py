@@ -55,19 +55,21 @@ def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
     """Explain that a loading process was killed, and what became of the run.
 
     torch notices this by a signal, not only while this process loads: whatever it interrupts, for
-    example the writing of a checkpoint, may fail with an error of its own.
+    example the writing of a checkpoint, may fail with an error of its own. A batch on its way may
+    break off before the signal comes.
 
     Raises:
-        ChildProcessError: instead of torch's RuntimeError.
+        ChildProcessError: instead of torch's RuntimeError, or of the connection's error.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         found = (_KILLED.search(str(cause)) for cause in causes(error))
         killed = next(filter(None, found), None)
-        if killed is None:
+        if killed is None and isinstance(error, RuntimeError):
             raise
         raise ChildProcessError(
-            f"data.workers: a process that loads episodes {killed[1]}; if memory ran out, take "
+            "data.workers: a process that loads episodes "
+            f"{killed[1] if killed else 'ended while it sent them'}; if memory ran out, take "
             f"fewer data.workers. {outcome()}"
         ) from error

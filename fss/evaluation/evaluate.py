@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, Subset
 from fss.captured import Body, Parts, captured_forward
 from fss.config import DataConfig
 from fss.data import EpisodeDataset, Source, Split, build_episodes
-from fss.data.loader import episode_loader
+from fss.data.loader import episode_loader, explain_killed_worker
 from fss.evaluation.feature_cache import FeatureCache, Names
 from fss.evaluation.metrics import EpisodeIoU, Score, bootstrap_miou, over_seeds
 from fss.files import atomic_write, read_text
@@ -280,17 +280,18 @@ def evaluate_seeds(
     """
     names = episode_classes(source, config.fold, novel)
     split: Split = "test" if novel else "validation"
-    scores = evaluate_all(
-        model,
-        [build_episodes(config, split, episodes, seed, source) for seed in seeds],
-        list(names),
-        fabric,
-        batch_size,
-        config.workers,
-        resize,
-        feature_cache,
-        graph,
-    )
+    with explain_killed_worker(lambda: "Nothing was scored."):
+        scores = evaluate_all(
+            model,
+            [build_episodes(config, split, episodes, seed, source) for seed in seeds],
+            list(names),
+            fabric,
+            batch_size,
+            config.workers,
+            resize,
+            feature_cache,
+            graph,
+        )
     if episodes_file is not None and fabric.is_global_zero:
         write_episodes(episodes_file, seeds, scores)
     return {

@@ -262,7 +262,7 @@ class _Positions:
         `parts` equal pieces.
         """
         mean, _ = self.means(self.chosen[:, None])
-        order = self.products(mean)[:, 0].masked_fill(~self.chosen, torch.inf).argsort(stable=True)
+        order = self.products(mean)[:, 0].masked_fill(~self.chosen, torch.inf).argsort()
         count = self.chosen.sum(dim=1, keepdim=True)
         ranks = (2 * torch.arange(parts, device=count.device) + 1) * count // (2 * parts)
         every = torch.arange(order.shape[1], device=count.device)

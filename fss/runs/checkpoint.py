@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,13 +61,15 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: a disk that is full or fails.
     """
+    outer = sys.exc_info()[1]  # a run saves also while it ends by an error of another kind
     try:
         with atomic_write(path) as file:
             torch.save(_contiguous(content), file)
     except (OSError, RuntimeError) as error:
         # torch's writer hides the error of the file behind one of its own
-        cause = next((e for e in causes(error) if isinstance(e, OSError)), None)
-        if cause is None and ("PytorchStreamWriter" not in str(error) or error.__context__):
+        found = list(causes(error, outer))
+        cause = next((e for e in found if isinstance(e, OSError)), None)
+        if cause is None and ("PytorchStreamWriter" not in str(error) or len(found) > 1):
             raise
         kept = "the one written before is whole" if path.is_file() else "none was written before"
         raise OSError(

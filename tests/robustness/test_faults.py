@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from contextlib import contextmanager
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -16,7 +16,10 @@ import pytest
 import torch
 
 import fss.runs.checkpoint
+import fss.training.loop
+from fss.cli import main
 from fss.data import EpisodeDataset
+from fss.data.loader import episode_loader
 from fss.processes import build_fabric
 from fss.runs.checkpoint import load_checkpoint, save_checkpoint
 from fss.runs.log import RunLog, read_log
@@ -112,6 +115,55 @@ def test_a_loader_that_is_killed_while_a_checkpoint_is_written(tiny, monkeypatch
     with pytest.raises(ChildProcessError, match="data.workers: .* is killed by signal: Killed; if"):
         train(config)
     assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_loader_that_is_killed_while_it_sends_a_batch(tiny, monkeypatch, interrupted):
+    """The connection breaks first; the signal may come while the run then saves its step."""
+    original = fss.runs.checkpoint.atomic_write
+
+    def broken(*args):
+        yield from islice(episode_loader(*args), 2)
+        if interrupted:
+            error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+            monkeypatch.setattr(fss.runs.checkpoint, "atomic_write", Mock(side_effect=error))
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(fss.training.loop, "episode_loader", broken)
+    config = tiny(data={"workers": 1}, steps=6, save_every=1)
+    how = "is killed by signal: Killed" if interrupted else "ended while it sent them"
+    with pytest.raises(ChildProcessError, match=f"data.workers: .* {how}; .*--resume goes on"):
+        train(config)
+    monkeypatch.setattr(fss.runs.checkpoint, "atomic_write", original)
+    assert load_checkpoint(Path(config.out) / "last.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("kind", ["full", "killed"])
+def test_what_ends_a_run_is_told_from_what_ends_its_last_save(tmp_path, tiny, kind):
+    error = {
+        "full": RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"),
+        "killed": RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+    }[kind]
+    expected = (OSError, "disk full?") if kind == "full" else (RuntimeError, "is killed by signal")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", Mock(side_effect=error))
+        with pytest.raises(expected[0], match=expected[1]):
+            try:
+                raise ConnectionResetError(104, "Connection reset by peer")
+            except OSError:
+                save_checkpoint(tmp_path / "last.pt", tiny(), {"step": 1, "model": {}})
+
+
+def test_a_loader_that_is_killed_while_a_run_is_scored(tiny, monkeypatch, capsys):
+    config = tiny(steps=1, data={"workers": 1})
+    train(config)
+
+    def killed(self, index: int):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", killed)
+    assert main(["eval", config.out, "--episodes", "2"]) == 2
+    assert "data.workers: a process that loads episodes" in capsys.readouterr().err
 
 
 def test_an_unreadable_photo_ends_the_run_with_every_step_saved(tiny, monkeypatch):
