@@ -29,7 +29,7 @@ def listing(table: Table, options: Options) -> Iterator[str]:
     bases = list({id(run.base): run.base for run in runs if run.base is not None}.values())
     for name in dict.fromkeys(base.name for base in bases):
         folds_of_base = [base for base in bases if base.name == name]
-        yield f"     {name}: base learner of these rows of BAM; folds {_states(folds_of_base)}"
+        yield f"     {name}: base learner that these rows share; folds {_states(folds_of_base)}"
 
 
 def overview(tables: Sequence[Table], options: Options) -> Iterator[str]:

@@ -16,7 +16,8 @@ A run in runs.yaml has
 
     regime      a file of fss/configs/regimes
     recipe      one of the data file's recipes; by default the paper's own
-    settings    what else differs from the defaults of `fss train`
+    config      instead of both: a file of fss/configs, the recipe of a method's authors
+    settings    what else differs from the defaults of `fss train`; steps may be a list by fold
 """
 
 from __future__ import annotations
@@ -181,6 +182,8 @@ def run_values(
     values = merged(merged(table.data.settings, row.settings), overrides)
     values = merged(values, {"data": {"fold": fold, "shots": shots}, "model": {}})
     values["model"] = _with_base_learner(values["model"], table.data, fold)
+    if isinstance(values.get("steps"), list):
+        values["steps"] = values["steps"][fold]
     if "steps" not in values:
         images = published_images(table.data, values["data"])
         if images is None and count is None:
@@ -320,18 +323,39 @@ def _run_settings(run: Any, runs: dict[str, Any], data: DataSet, path: Path) -> 
             f"{path}: run: expected one of runs.yaml beside it, which has the regime, recipe and "
             f"settings of each; got {run!r}"
         )
-    values = runs[run]
-    _check_keys(values, {"regime"}, {"recipe", "settings"}, where)
-    recipe = values.get("recipe")
-    if recipe is not None and recipe not in data.recipes:
-        known = ", ".join(data.recipes)
-        raise ValueError(f"{where}: recipe: expected one of {known}, got {recipe!r}")
-    regime = read_settings(path.parent.parent / "regimes" / f"{values['regime']}.yaml")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", run):
+        raise ValueError(f"{where}: expected the name of a folder, got {run!r}")
+    values, configs = runs[run], path.parent.parent
+    if isinstance(values, dict) and "config" in values:
+        _check_keys(values, {"config"}, {"settings"}, where)
+        found = _recipe_of_authors(configs / f"{values['config']}.yaml", data)
+    else:
+        _check_keys(values, {"regime"}, {"recipe", "settings"}, where)
+        recipe = values.get("recipe")
+        if recipe is not None and recipe not in data.recipes:
+            known = ", ".join(data.recipes)
+            raise ValueError(f"{where}: recipe: expected one of {known}, got {recipe!r}")
+        regime = read_settings(configs / "regimes" / f"{values['regime']}.yaml")
+        found = merged(data.recipes.get(recipe, {}), regime)
     own = values.get("settings", {})
     check_names(own, TrainConfig, where)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(run)):
-        raise ValueError(f"{where}: expected the name of a folder, got {run!r}")
-    return merged(merged(data.recipes.get(recipe, {}), regime), own)
+    steps = own.get("steps")
+    if isinstance(steps, list) and len(steps) != FOLDS:
+        raise ValueError(f"{where}: steps: expected {FOLDS} numbers, one a fold; got {steps}")
+    return merged(found, own)
+
+
+def _recipe_of_authors(path: Path, data: DataSet) -> dict[str, Any]:
+    """Read a file of `fss train` without what says where photos, networks and results lie.
+
+    What the file leaves to the defaults of `fss train` does so over the data file's settings.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    left = {name: defaults[name] for name in data.settings if name != "data"}
+    values = left | read_settings(path)
+    values["data"] = {n: v for n, v in values.get("data", {}).items() if n != "root"}
+    values["model"] = {n: v for n, v in values.get("model", {}).items() if n != "base_weights"}
+    return {name: value for name, value in values.items() if name != "out"}
 
 
 def _shots(shots: Any, where: str) -> int:

@@ -37,6 +37,7 @@ from fss.training.optimizer import build_optimizer, build_scheduler
 FOLDER = default_folder()
 TABLES = {name: load_table(name, FOLDER) for name in table_names(FOLDER)}
 USERS = {"data": {"root": "photos"}, "model": {"base_weights": "base"}}
+OWN_PROTOCOL = ("panet", "canet", "ppnet", "cwt")
 IMAGES = {"T1": (4208, 3726, 2752, 4510), "T2": (21917, 41809, 43045, 44614)}
 
 
@@ -206,9 +207,10 @@ def test_the_files_of_cyctr():
     assert (coco.batch_size, coco.data.size, coco.validation_episodes) == (8, 473, 5000)
 
 
-def test_every_row_scores_on_the_canvas():
-    rows = [(t, row) for t in TABLES.values() for row in t.rows if row.run is not None]
-    assert len(rows) > 60
+def test_every_row_scores_on_the_canvas_but_those_of_their_authors():
+    own = {f"r50-{name}" for name in ("rpmm", *(f"{m}-unfiltered" for m in OWN_PROTOCOL))}
+    rows = [(t, row) for t in TABLES.values() for row in t.rows if row.run not in {None, *own}]
+    assert len(rows) == 145
     for table, row in rows:
         values = run_values(table, row, 1, 0, USERS, lambda data: 4760)
         config = TrainConfig.from_dict(values)

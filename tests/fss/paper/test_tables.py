@@ -71,7 +71,7 @@ def test_a_row_is_a_valid_configuration(table, row):
         values = run_values(table, row, 1, fold, USERS, listed)
         config = TrainConfig.from_dict(values)
         assert config.data.fold == fold and config.optimizer.momentum == 0.9
-        assert 20_000 < config.steps < 280_000
+        assert 20_000 < config.steps < 580_000
         if config.model.name == "bam":
             expected = f"base/{table.data.name.lower()}-{config.model.backbone}-{fold}"
             assert config.model.base_weights == expected
