@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fss.config import ModelConfig
 from fss.models.backbone import ResNet
@@ -42,7 +43,16 @@ class CenterPivotConv4d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept = x[:, :, :, :: self.stride, :: self.stride]
-        return _over_support(self.conv2, x) + _over_query(self.conv1, kept)
+        return _over_support(self._over_short_sides, x) + _over_query(self.conv1, kept)
+
+    def _over_short_sides(self, maps: Tensor) -> Tensor:
+        """Apply conv2 with a stride no longer than a side: one position remains as well.
+
+        With longer ones oneDNN leaves parts of a bfloat16 kernel's gradient unset (torch 2.13).
+        """
+        stride = [min(self.stride, side) for side in maps.shape[2:]]
+        weight, bias, padding = self.conv2.weight, self.conv2.bias, self.conv2.padding
+        return functional.conv2d(maps, weight, bias, stride, padding)
 
 
 class GroupNorm4d(nn.GroupNorm):
