@@ -28,8 +28,8 @@ from benchmarks.gpu import figures, phases, processes, tables, tests
 from benchmarks.race import contest, exactness
 from benchmarks.race.levels import LEVELS, Settings
 from fss.cli import build_parser
+from tests.long import LONG
 
-LONG = os.environ.get("SVF_LONG", "") not in ("", "0")
 QUICK = "build,facts,race,roofline,elementwise,render"
 RACED = Settings(
     size=641, batch=6, dtype="bfloat16", channels_last=True, device="cuda", stride_on="conv1"
