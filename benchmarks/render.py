@@ -161,9 +161,12 @@ def _matrix(groups: list[dict]) -> str:
 
 
 def _memory(groups: list[dict]) -> str:
-    """Format a row per peer, a column per figure: saved MiB, and the peak if it was measured."""
+    """Format a row per peer, a column per figure; a row per figure if there are more of them.
+
+    A cell has the saved MiB, and the peak if it was measured.
+    """
     peers = list(dict.fromkeys(row["peer"] for group in groups for row in group["rows"]))
-    head, lines = ["saved MiB", *(group["name"] for group in groups)], []
+    lines = [["saved MiB", *(group["name"] for group in groups)]]
     for peer in peers:
         cells = [f"**{peer}**" if peer == "svf_fast" else peer]
         for group in groups:
@@ -175,7 +178,9 @@ def _memory(groups: list[dict]) -> str:
                 cell += f" (peak: {row['peak_reason']})"
             cells.append(cell)
         lines.append(cells)
-    return table(head, lines)
+    if len(groups) > len(peers):
+        lines = [list(cells) for cells in zip(*lines, strict=True)]
+    return table(lines[0], lines[1:])
 
 
 def _memory_origin(result: dict) -> str:
