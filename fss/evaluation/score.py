@@ -111,7 +111,7 @@ def evaluate_run(
     Args:
         run: folder of a training run, or a checkpoint file in it; or a YAML file with the settings
             of `fss train` that say model, data and fold of an authors' checkpoint.
-        official: the authors' PFENet or BAM checkpoint, with a YAML file as `run`; by default its
+        official: a checkpoint of the method's authors, with a YAML file as `run`; by default its
             model.official.
         weights: instead of a run: file of a pretrained backbone, "torchvision" or "shapes", see
             `ModelConfig`.
@@ -214,6 +214,42 @@ def evaluate_run(
     if path is not None and fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
+    return result
+
+
+def evaluate_matching(config: TrainConfig, out: Path, episodes_out: Path) -> dict[str, Any]:
+    """Score matching by the weights, photos and test of a configuration, and write the result.
+
+    It is the row without training beside runs of these settings: the episodes are theirs.
+
+    Args:
+        config: whose model.weights, data and test count; its `to_dict` is the result's "config".
+        out: JSON file of the result.
+        episodes_out: CSV file, see `write_episodes`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `evaluate_run`.
+    """
+    model, known = config.model, config.model.weights == "shapes"  # which says what it is
+    network = build_matching(
+        model.weights, None if known else model.backbone, None if known else model.stride_on
+    )
+    devices, nodes = torchrun_layout() or (1, 1)
+    fabric = launch(config.accelerator, devices, nodes, config.precision)
+    with float32_products(config.tf32):
+        result = {"config": config.to_dict()} | evaluate_seeds(
+            fabric.setup(lay_out(network, fabric.device)),
+            build_source(config.data),
+            config.data,
+            fabric,
+            config.test_seeds,
+            config.test_episodes,
+            config.batch_size,
+            resize=config.resize,
+            episodes_file=episodes_out,
+        )
+    if fabric.is_global_zero:
+        write_json(out, result)
     return result
 
 

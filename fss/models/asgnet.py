@@ -18,7 +18,7 @@ from fss.models.episode import Prediction
 from fss.models.features import Features, FewShotModel, Maps, Supports
 from fss.models.layers import check_head, classifier, pointwise_cat, two_convolutions
 from fss.models.pfenet import FeatureEnrichment
-from fss.models.pooling import masked_average_pool, resize
+from fss.models.pooling import masked_average_pool, nearest, resize
 
 _SUPERPIXELS = 5
 _SUPERPIXEL_AREA = 100  # positions per superpixel
@@ -106,7 +106,7 @@ class ASGNet(FewShotModel):
         low, middle = self.backbone.features(maps[0])
         features = pointwise_cat(self.reduce, middle, low)
         mask = self.shrink_mask(masks, middle)
-        seeds, count = place_seeds(_nearest(masks == 1, features.shape[-2:]))
+        seeds, count = place_seeds(nearest(masks == 1, features.shape[-2:]))
         iterations = _TRAIN_ITERATIONS if self.training else _EVAL_ITERATIONS
         clustered = cluster(features, mask > 1 - 1e-6, seeds, iterations)
         mean = masked_average_pool(features, mask).flatten(1)
@@ -242,11 +242,3 @@ def _between(marked: Tensor) -> Tensor:
     """Mark what lies between the first and the last mark of each row, bool [N, n]."""
     counts = marked.long().cumsum(dim=1)
     return (counts > 0) & ((counts < counts[:, -1:]) | marked)
-
-
-def _nearest(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize masks [N, H, W] to [N, *size], to the pixel at the floor of a position's share."""
-    for dim, side in ((1, size[0]), (2, size[1])):
-        place = torch.arange(side, device=masks.device) * masks.shape[dim] // side
-        masks = masks.index_select(dim, place)
-    return masks

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fss.models.backbone import Backbone
 from fss.models.cyctr_transformer import CycleTransformer
@@ -18,7 +17,7 @@ from fss.models.episode import Prediction, check_target
 from fss.models.features import Features, Maps, Supports
 from fss.models.layers import classifier, pointwise, pointwise_cat, two_convolutions
 from fss.models.loss import dice
-from fss.models.pooling import masked_average_pool, resize
+from fss.models.pooling import masked_average_pool, nearest, resize
 from fss.models.prior_guided import PriorGuided
 
 _QKV = ("query", "key", "value")
@@ -121,7 +120,7 @@ class CyCTR(PriorGuided):
         reduced = pointwise_cat(self.support_reduce, low, middle)
         prototype = masked_average_pool(reduced, mask)
         merged = pointwise_cat(self.support_merge, reduced, prototype)
-        foreground, padded = (_nearest(masks == n, middle.shape[2:]) for n in (1, 255))
+        foreground, padded = (nearest(masks == n, middle.shape[2:]) for n in (1, 255))
         summaries = (prototype, merged, _with_both(foreground), padded)
         return Supports((*summaries, reduced) if self.training else summaries, mask, high)
 
@@ -162,7 +161,7 @@ class CyCTR(PriorGuided):
         else:
             expected = [batch, *size]
             _check("query_padding", query_padding, (torch.bool,), expected, reduced.device)
-            padding = _nearest(query_padding, (height, width))
+            padding = nearest(query_padding, (height, width))
 
         query = pointwise_cat(
             self.query_merge, reduced, prototypes.mean(dim=1), features.priors.mean(dim=0)
@@ -218,11 +217,6 @@ class CyCTR(PriorGuided):
             check_target(back, masks, class_weight, "support_masks")
             loss = loss + dice(back.logits, masks, class_weight)
         return loss
-
-
-def _nearest(where: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize bool [N, H, W] to [N, *size], each value that of a pixel."""
-    return functional.interpolate(where[:, None].float(), size=tuple(size))[:, 0] > 0
 
 
 def _with_both(foreground: Tensor) -> Tensor:

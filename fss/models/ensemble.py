@@ -188,7 +188,8 @@ class WithBaseLearner(FewShotModel):
             raise ValueError(
                 f"support_images: expected K = {' or '.join(sorted({'1', str(self.shots)}))} "
                 "supports per query, which this model was built for, got "
-                f"K = {distances.shape[1]}; the weights of the supports are trained for one K"
+                f"K = {distances.shape[1]}; it learns a weight for each: give as many, or one, or "
+                f"train with data.shots {distances.shape[1]}"
             )
         return self.shot_weights(distances)
 

@@ -102,6 +102,7 @@ class FewShotModel(nn.Module, ABC):
         needs_base_classes: whether it is built for the fold's base classes without that.
         transformer: beginnings of the names of parameters that have their own optimizer, see
             `OptimizerConfig.transformer_lr`.
+        votes: whether several supports vote, so that small differences make other logits or none.
         official_names: beginnings of our names and of those in the authors' files, see
             `official_keys`.
         official_shapes: shapes of the values that the authors have in another one, by our names.
@@ -117,6 +118,7 @@ class FewShotModel(nn.Module, ABC):
     needs_base_learner: ClassVar[bool] = False
     needs_base_classes: ClassVar[bool] = False
     transformer: ClassVar[tuple[str, ...]] = ()
+    votes: ClassVar[bool] = False
     official_names: ClassVar[Mapping[str, str]] = {}
     official_shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     official_unused: ClassVar[tuple[str, ...]] = ()

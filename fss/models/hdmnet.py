@@ -19,7 +19,7 @@ from fss.models.ensemble import WithBaseLearner, gram_distance, gram_matrix
 from fss.models.episode import Prediction
 from fss.models.features import Features, Maps, Supports
 from fss.models.layers import pointwise, pointwise_cat
-from fss.models.pooling import masked_average_pool, resize
+from fss.models.pooling import masked_average_pool, nearest, resize
 from fss.models.prior_guided import PriorGuided
 from svf_fast import cosine_max
 
@@ -290,11 +290,11 @@ class HDMNet(WithBaseLearner, PriorGuided):
         reduced = pointwise_cat(self.support_reduce, middle, low)
         prototype = masked_average_pool(reduced, self.shrink_mask(masks, middle))
         merged = pointwise_cat(self.support_merge, reduced, prototype.to(reduced.dtype))
-        foreground = (masks == 1).unsqueeze(1).to(self._parameter().dtype)
+        foreground = (masks == 1).to(self._parameter().dtype)
         scales: list[Tensor] = []
         for tokens, size in self._encode(merged):
-            scales += [tokens, functional.interpolate(foreground, size).flatten(1)]
-        mask = functional.interpolate(foreground, high.shape[-2:]).flatten(1)
+            scales += [tokens, nearest(foreground, size).flatten(1)]
+        mask = nearest(foreground, high.shape[-2:]).flatten(1)
         return Supports((*scales, prototype, gram_matrix(low), high, embedded, mask))
 
     def head(

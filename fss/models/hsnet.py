@@ -100,6 +100,7 @@ class HSNet(BlockFeatures):
         "classifier.": "hpn_learner.decoder2.",
     }
     official_unused: ClassVar[tuple[str, ...]] = ("backbone.fc.",)
+    votes: ClassVar[bool] = True
 
     def __init__(self, backbone: ResNet, channels: int = 128) -> None:
         super().__init__(backbone, channels)
@@ -146,7 +147,7 @@ class HSNet(BlockFeatures):
         """Segment the queries by each support, and let them vote if there are several.
 
         While training with several supports, the auxiliary logits are those of each, and the
-        logits their mean.
+        logits their mean. Else the vote has the gradient of that mean, as it has none of its own.
         """
         query = [unit(each) for each in features.query]
         shots = [
@@ -155,9 +156,11 @@ class HSNet(BlockFeatures):
         ]
         if len(shots) == 1:
             return Prediction(shots[0], ())
+        mean = torch.stack(shots).mean(dim=0)
         if self.training:
-            return Prediction(torch.stack(shots).mean(dim=0), tuple(shots))
-        return Prediction(vote(shots), ())
+            return Prediction(mean, tuple(shots))
+        votes = vote(shots)
+        return Prediction(votes + (mean - mean.detach()) if mean.requires_grad else votes, ())
 
     def compare(self, query: Sequence[Tensor], support: Sequence[Tensor]) -> Tensor:
         """Compute logits [B, 2, h, w] by one support, at a quarter of the images' side.

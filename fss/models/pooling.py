@@ -21,6 +21,18 @@ def resize(maps: Tensor, size: Sequence[int], align_corners: bool = True) -> Ten
     )
 
 
+def nearest(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize masks [N, H, W] to [N, *size]: position i of n has the pixel ⌊i·H/n⌋.
+
+    Where a mask shrinks to a side of a feature map, torch's nearest neighbor is that pixel;
+    onnxruntime's is the one beside it where i·H/n is whole.
+    """
+    for dim, side in enumerate(size, 1):
+        place = torch.arange(side, device=masks.device) * masks.shape[dim] // side
+        masks = masks.index_select(dim, place)
+    return masks
+
+
 def average_bins(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Average maps [B, C, h, w] over bins that cover them evenly, to [B, C, *size]."""
     if tuple(maps.shape[-2:]) == tuple(size):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import statistics
 import sys
@@ -20,20 +19,25 @@ from fss.config.checks import check_positive
 from fss.data import build_episodes, build_source, collate_episodes
 from fss.evaluation.evaluate import read_episodes
 from fss.evaluation.metrics import paired_difference
-from fss.evaluation.score import evaluate_run
+from fss.evaluation.score import evaluate_matching
 from fss.files import atomic_write, parse_json, read_text, read_yaml, write_json
+from fss.paper.runs import (
+    FAILURES,
+    check_made,
+    conclude_when_stopped,
+    failed,
+    is_first_process,
+    make,
+)
 from fss.processes import launch, lay_out
 from fss.runs.checkpoint import check_same_settings
 from fss.runs.folder import BaseLearnerFolder, RunFolder
 from fss.settings import check_names, config_file, config_names, flat_settings, merged
-from fss.training.base_learner import BaseLearnerConfig, BaseLearnerData, train_base
-from fss.training.loop import INTERRUPTED, Stopped
-from fss.training.run import train
+from fss.training.base_learner import BaseLearnerConfig, BaseLearnerData
 
 MATCHING = "matching"
 """The name of the comparison with the supports that trains nothing, see `fss.models.Matching`."""
 
-_FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 _MIB = 2**20
 _TIMED = 8  # episodes
 
@@ -83,13 +87,15 @@ def compare_methods(
 
     All have the data, the backbone, the steps and the test episodes of one configuration, so the
     differences are paired by episode. What is finished is kept: the same command goes on. A run
-    that fails stands in the table with its error.
+    that fails stands in the table with its error. The table is of the methods of the command: name
+    those of an earlier one again, and their runs are taken as they are.
 
     Args:
         methods: names of `model.name`; "matching" compares query and supports without training.
         config: YAML file of `fss train`, or the name of one that comes with fss: data, backbone,
             optimizer, steps and test of all runs.
-        regimes: names of files of fss/configs/regimes; the first is what the others differ from.
+        regimes: names of files of fss/configs/regimes, in place of the configuration's regime; the
+            first is what the others differ from.
         own_optimizer: train each method with the optimizer that its authors use, from
             pascal_METHOD, in place of the configuration's.
         out: folder of the runs, and of the table: methods.md and methods.json.
@@ -113,20 +119,11 @@ def compare_methods(
     build_source(runs[0].config.data)  # what is missing there would fail every run
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     for run in runs:
-        if run.folder.state == "finished":
-            had = run.folder.result()["config"]
-            check_same_settings(had, run.config, "finished", run.folder.result_file)
-    try:
+        _check_made(run)
+    with conclude_when_stopped(lambda: _write(runs, regimes, Path(out)), Path(out) / "methods.md"):
         for run in runs:
             if _state(run) == "finished" or time.monotonic() < end:
                 _make(run)
-    except KeyboardInterrupt as stop:
-        _write(runs, regimes, Path(out))
-        raise Stopped(
-            f"{str(stop).partition(';')[0] or 'stopped'}; what is finished is in "
-            f"{Path(out) / 'methods.md'}, the same command goes on",
-            getattr(stop, "status", INTERRUPTED),
-        ) from stop
     return _write(runs, regimes, Path(out))
 
 
@@ -151,6 +148,8 @@ def plan_methods(
         if f"regimes/{regime}" not in files:
             listed = ", ".join(name.partition("/")[2] for name in files)
             raise ValueError(f"regimes: expected names of {listed}; got {regime!r}")
+    if "regime" in overrides:
+        raise ValueError(f"regime: expected names, in regimes; got {overrides['regime']}")
     path = config_file(config)
     values = read_yaml(path)
     check_names(values, TrainConfig, str(path))
@@ -170,7 +169,8 @@ def _plan(
     if method == MATCHING:
         values = merged(values, {"model": {"name": "baseline", "base_weights": None}})
         return MethodRun(method, "", RunFolder(folder), TrainConfig.from_dict(values))
-    values = merged(values, read_yaml(config_file(f"regimes/{regime}")))
+    # in place of the configuration's own, whose layers and batch norms would stay
+    values = {**values, **read_yaml(config_file(f"regimes/{regime}"))}
     if own_optimizer:
         own = f"pascal_{method}"
         if own not in config_names():
@@ -212,6 +212,25 @@ def _state(run: MethodRun) -> str:
     return "finished" if run.folder.score_file().is_file() else "not started"
 
 
+def _check_made(run: MethodRun) -> None:
+    """Check that what is in the folders of a run has the settings that are asked for."""
+    if run.regime:
+        check_made(run.folder, run.config)
+    elif _state(run) == "finished":
+        file = run.folder.score_file()
+        stored = parse_json(read_text(file), file).get("config", {})
+        check_same_settings(stored, run.config, "finished", file)
+        former, wanted = (
+            Path(w).name for w in (stored["model"]["weights"], run.config.model.weights)
+        )
+        if former != wanted:
+            raise ValueError(
+                f"model.weights: expected {wanted}, {file} is of {former}; give another --out"
+            )
+    if run.base is not None:
+        check_made(BaseLearnerFolder(run.base.out), run.base)
+
+
 def _make(run: MethodRun) -> None:
     """Train or resume a run, or match; on failure, store the message in `run.reason`."""
     print(f"\n{run.folder.path.name}: {_state(run)}", file=sys.stderr)
@@ -219,78 +238,24 @@ def _make(run: MethodRun) -> None:
         if not run.regime:
             run.result = _match(run)
         else:
-            if run.folder.state != "finished":
-                if run.base is not None:
-                    _make_base(run.base)
-                resume = run.folder.state == "in progress"
-                train(run.config, resume=resume, overwrite=not resume)
+            if run.base is not None and run.folder.state != "finished":
+                make(BaseLearnerFolder(run.base.out), run.base)
+            make(run.folder, run.config)
             run.result = run.folder.result()
             run.episode_seconds = _episode_seconds(run)
         run.reason = None
-    except _FAILURES as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise  # the other processes may still be in the middle of this run
-        run.reason = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
+    except FAILURES as error:
+        run.reason = failed(error)
         print(f"{run.folder.path.name}: {run.reason}", file=sys.stderr)
-
-
-def _make_base(config: BaseLearnerConfig) -> None:
-    folder = BaseLearnerFolder(config.out)
-    if folder.state == "finished":
-        check_same_settings(folder.result()["config"], config, "finished", folder.result_file)
-        return
-    resume = folder.state == "in progress"
-    train_base(config, resume=resume, overwrite=not resume)
 
 
 def _match(run: MethodRun) -> dict[str, Any]:
     """Score the backbone's weights by matching, on the test episodes of the other runs."""
-    config, data, file = run.config, run.config.data, run.folder.score_file()
+    file = run.folder.score_file()
     if file.is_file():
-        result = parse_json(read_text(file), file)
-        _check_test(result, config, file)
-        return result
+        return parse_json(read_text(file), file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    elsewhere = {"folds": data.folds} if data.source == "coco" else {}
-    return evaluate_run(
-        weights=config.model.weights,
-        backbone=config.model.backbone if config.model.weights != "shapes" else None,
-        stride_on=config.model.stride_on if config.model.weights != "shapes" else None,
-        size=data.size,
-        source=data.source,
-        root=data.root,
-        fold=data.fold,
-        train_list=data.train_list,
-        val_list=data.val_list,
-        shots=data.shots,
-        min_area=data.min_area,
-        drop_small_classes=data.drop_small_classes,
-        workers=data.workers,
-        episodes=config.test_episodes,
-        seeds=config.test_seeds,
-        resize=config.resize,
-        accelerator=config.accelerator,
-        out=str(file),
-        episodes_out=str(run.folder.test_episodes),
-        **elsewhere,
-    )
-
-
-def _check_test(result: dict[str, Any], config: TrainConfig, file: Path) -> None:
-    """Raise ValueError unless a score of matching is on the photos and episodes of a comparison."""
-    wanted = {
-        "fold": config.data.fold,
-        "shots": config.data.shots,
-        "size": config.data.size,
-        "episodes_per_seed": config.test_episodes,
-        "seeds": [*config.test_seeds],
-    }
-    for name, value in wanted.items():
-        if result.get(name) != value:
-            raise ValueError(
-                f"out: {file} was scored with {name} {result.get(name)}, these runs have {value}; "
-                "give another --out"
-            )
+    return evaluate_matching(run.config, file, run.folder.test_episodes)
 
 
 def _episode_seconds(run: MethodRun) -> float:
@@ -325,7 +290,7 @@ def _write(runs: Sequence[MethodRun], regimes: Sequence[str], out: Path) -> str:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     text = "\n".join(markdown(result)) + "\n"
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+    if is_first_process():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "methods.json", result)
         with atomic_write(out / "methods.md") as file:
@@ -357,7 +322,8 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the table, from what methods.json holds."""
     rows, settings = result["rows"], result["settings"]
     first = next((row["regime"] for row in rows if row["regime"]), "")
-    head = ["method", "regime", "trains: head", "backbone", "mIoU", f"− {first}, 95 %", "FB-IoU"]
+    less = f"− {first}, 95 %" if first else "−"
+    head = ["method", "regime", "trains: head", "backbone", "mIoU", less, "FB-IoU"]
     head += ["saved MiB", "peak MiB", "s/step", "s/episode"]
     yield f"| {' | '.join(head)} |"
     yield "| --- | --- |" + " ---: |" * (len(head) - 2)
@@ -386,10 +352,10 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
         f"Novel classes of {settings['data.source']}, fold {settings['data.fold']}, "
         f"{settings['data.shots']}-shot, {settings['data.size']} px, {settings['model.backbone']}; "
         f"{settings['steps']} steps of {settings['batch_size']}; percent, the mean of "
-        f"{len(settings['test_seeds'])} seeds of {settings['test_episodes']} episodes. The "
+        f"{len(settings['test_seeds'])} × {settings['test_episodes']} episodes, a seed each. The "
         "difference is that of all episodes together, paired, with its interval over episodes. "
-        "Saved: what autograd keeps of a step. Peak: of the process on a CPU, of the device else."
-        " An episode is timed alone, without its loading."
+        "Saved: what autograd keeps of a step. Peak: of the device; on a CPU of the process, with "
+        "what earlier runs left in it. An episode is timed alone, without its loading."
     )
     left = [(row, row["not_run"]) for row in rows if row["not_run"]]
     for row, reason in left:

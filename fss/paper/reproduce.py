@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -24,14 +23,16 @@ from fss.paper.figures import (
 )
 from fss.paper.listing import listing, overview, plan_without_data
 from fss.paper.plan import Options, PlannedBaseLearner, PlannedRun, plan
+from fss.paper.runs import (
+    FAILURES,
+    check_made,
+    conclude_when_stopped,
+    failed,
+    is_first_process,
+    make,
+)
 from fss.paper.tables import Table, default_folder, load_table, table_names
-from fss.runs.checkpoint import check_same_settings
 from fss.settings import flat_settings, merged, read_settings
-from fss.training.base_learner import train_base
-from fss.training.loop import INTERRUPTED, Stopped
-from fss.training.run import train
-
-_FAILURES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
 def reproduce_table(
@@ -126,7 +127,7 @@ def reproduce_figure(figure: Figure, options: Options, train_missing: bool = Tru
     runs = plan_without_data(figure.table, dataclasses.replace(options, rows=()))
 
     def draw() -> str:
-        return draw_figure(figure, runs, options) if _is_first_process() else ""
+        return draw_figure(figure, runs, options) if is_first_process() else ""
 
     if train_missing:
         chosen = plan(figure.table, options)
@@ -142,46 +143,29 @@ def _make_all(
 ) -> None:
     """Make or resume runs one after the other; when interrupted, conclude with what is there."""
     for run in runs:
-        _check_finished(run)
-    try:
+        for one in (run, run.base):
+            if one is not None and one.config is not None and run.config is not None:
+                check_made(one.folder, one.config)
+    with conclude_when_stopped(conclude, options.folder / file):
         for run in runs:
             if run.config is not None:
                 _make(run, run.config, options)
-    except KeyboardInterrupt as stop:
-        conclude()
-        raise Stopped(
-            f"{str(stop).partition(';')[0] or 'stopped'}; what is finished is in "
-            f"{options.folder / file}, the same command goes on",
-            getattr(stop, "status", INTERRUPTED),
-        ) from stop
-
-
-def _check_finished(run: PlannedRun) -> None:
-    """Check that what is finished in the folders of a run has the settings that are asked for."""
-    for one in (run, run.base) if run.config is not None else ():
-        if one is not None and one.folder.state == "finished":
-            path = one.folder.result_file
-            check_same_settings(one.folder.result()["config"], one.config, "finished", path)
 
 
 def _make(run: PlannedRun, config: TrainConfig, options: Options) -> None:
     """Train or resume a run and take its result; on failure, store the message in `run.reason`."""
     print(f"\n{run.row.label}, {run.shots}-shot, fold {run.fold}: {run.state}", file=sys.stderr)
     try:
-        if run.state != "finished":
-            if run.base is not None:
-                _make_base(run.base)
-            resume = run.state == "in progress"
-            train(config, resume=resume, overwrite=not resume)
+        if run.base is not None and run.state != "finished":
+            _make_base(run.base)
+        make(run.folder, config)
         result = run.folder.result()
         run.test = result["test"]
         run.source = {name: result[name] for name in ("machine", "versions", "commit")}
         if run.row.episodes is not None:
             run.test = _test_again(run, config, run.row.episodes, options.scale_down)
-    except _FAILURES as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise  # the other processes may still be in the middle of this run
-        run.reason = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
+    except FAILURES as error:
+        run.reason = failed(error)
         print(f"{run.row.label}: {run.reason}", file=sys.stderr)
 
 
@@ -192,10 +176,9 @@ def _make_base(base: PlannedBaseLearner) -> None:
     if base.state == "finished":
         return
     print(f"base learner {base.config.out}: {base.state}", file=sys.stderr)
-    resume = base.state == "in progress"
     try:
-        train_base(base.config, resume=resume, overwrite=not resume)
-    except _FAILURES as error:
+        make(base.folder, base.config)
+    except FAILURES as error:
         base.reason = f"base learner {base.config.out}: {error}"
         raise RuntimeError(base.reason) from error
 
@@ -235,16 +218,12 @@ def _write(table: Table, options: Options, runs: list[PlannedRun]) -> dict[str, 
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     text = "\n".join(markdown(result)) + "\n"
-    if _is_first_process():
+    if is_first_process():
         options.folder.mkdir(parents=True, exist_ok=True)
         write_json(options.folder / f"{table.name}.json", result)
         with atomic_write(options.folder / f"{table.name}.md") as file:
             file.write(text.encode())
     return {**result, "markdown": text}
-
-
-def _is_first_process() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 def _base_scores(runs: list[PlannedRun]) -> dict[str, dict[int, float]]:

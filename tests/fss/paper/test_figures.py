@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import fss.paper.figures
-import fss.paper.reproduce
+import fss.paper.runs
 from fss.cli import build_parser, main
 from fss.config import TrainConfig
 from fss.paper.figures import figure_names, load_figure
@@ -73,13 +73,13 @@ def command(store, tmp_path):
 def trained(monkeypatch) -> list[str]:
     """The runs that are trained, as they begin."""
     names: list[str] = []
-    original = fss.paper.reproduce.train
+    original = fss.paper.runs.train
 
     def note(config, **options):
         names.append(Path(config.out).parent.name)
         return original(config, **options)
 
-    monkeypatch.setattr(fss.paper.reproduce, "train", note)
+    monkeypatch.setattr(fss.paper.runs, "train", note)
     return names
 
 

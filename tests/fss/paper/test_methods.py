@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from fss.config import RegimeConfig, TrainConfig
 from fss.evaluation.evaluate import read_episodes, write_episodes
 from fss.evaluation.metrics import Score, paired_difference
 from fss.files import parse_json
-from fss.paper import methods
+from fss.paper import methods, runs
 from fss.paper.methods import compare_methods
 from fss.runs.folder import RunFolder
 from fss.training.loop import Stopped
+from fss.training.trainer import Trainer
 from tests.fss.conftest import TINY
 
 
@@ -58,20 +63,21 @@ def test_the_table_has_what_each_run_found(compare, tmp_path, monkeypatch):
     assert low <= svf["difference"][0] <= high and "difference" not in frozen
     lines = [line for line in text.splitlines() if line.startswith("| baseline | svf")]
     assert f"**{svf['miou']:.1f}**" in lines[0] and f"{svf['trained_backbone']:,}" in lines[0]
-    assert "nothing trained" in text and "2 seeds of 3 episodes" in text
+    assert "nothing trained" in text and "2 × 3 episodes, a seed each" in text
 
     def again(*_, **__):
         raise AssertionError("what is finished was made again")
 
-    for name in ("train", "evaluate_run"):
-        monkeypatch.setattr(methods, name, again)
+    for name in ("train", "train_base"):
+        monkeypatch.setattr(runs, name, again)
+    monkeypatch.setattr(methods, "evaluate_matching", again)
     assert compare("baseline", "matching", regimes=["freeze", "svf"])[1] == rows
 
 
 def test_a_base_learner_is_trained_once_for_all_who_need_it(compare, tmp_path, monkeypatch):
     made = []
-    train_base = methods.train_base
-    monkeypatch.setattr(methods, "train_base", lambda c, **o: made.append(c) or train_base(c, **o))
+    train_base = runs.train_base
+    monkeypatch.setattr(runs, "train_base", lambda c, **o: made.append(c) or train_base(c, **o))
     _, rows = compare("bam", regimes=["freeze", "bias"])
     assert all(row["not_run"] is None for row in rows.values())
     assert len(made) == 1 and made[0].steps == TINY["steps"]
@@ -86,8 +92,8 @@ def test_a_run_that_fails_stands_in_the_table_and_does_not_end_the_others(compar
             raise FloatingPointError("loss: expected a finite number, got nan")
         return train(config)
 
-    train = methods.train
-    monkeypatch.setattr(methods, "train", fails)
+    train = runs.train
+    monkeypatch.setattr(runs, "train", fails)
     text, rows = compare("baseline", "pfenet", regimes=["freeze"])
     assert "got nan" in rows["baseline", "freeze"]["not_run"]
     assert rows["pfenet", "freeze"]["not_run"] is None
@@ -100,8 +106,8 @@ def test_an_interrupted_comparison_goes_on(compare, tmp_path, monkeypatch):
             raise Stopped("stopped after step 1 of 3, saved; continue", 143)
         return train(config)
 
-    train = methods.train
-    monkeypatch.setattr(methods, "train", stop)
+    train = runs.train
+    monkeypatch.setattr(runs, "train", stop)
     with pytest.raises(Stopped, match="methods.md, the same command goes on") as raised:
         compare("baseline")
     assert raised.value.status == 143
@@ -154,10 +160,81 @@ def test_finished_runs_of_other_settings_are_refused(compare):
     compare("matching", "baseline", regimes=["freeze"])
     with pytest.raises(ValueError, match="steps: expected 2, the checkpoint has 3"):
         compare("baseline", regimes=["freeze"], steps=2)
-    _, rows = compare("matching", test_episodes=2)
-    assert (
-        "was scored with episodes_per_seed 3, these runs have 2" in rows["matching", ""]["not_run"]
+    for name, options in {
+        "test_episodes": {"test_episodes": 2},
+        "data.seed": {"data": {"seed": 7}},
+        "data.min_area": {"data": {"min_area": 0.02}},
+        "model.weights": {"model": {"weights": "none"}},
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}: expected .* (the checkpoint has|is of)"):
+            compare("matching", **options)
+
+
+def test_unfinished_runs_of_other_settings_are_refused_and_the_table_stays(
+    compare, tmp_path, monkeypatch
+):
+    original = Trainer._loss
+
+    def loss(self, batch):
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    with pytest.raises(Stopped):
+        compare("baseline", regimes=["freeze"])
+    monkeypatch.undo()
+    before = (tmp_path / "out" / "methods.md").read_bytes()
+    with pytest.raises(ValueError, match="steps: expected 9, the checkpoint has 3"):
+        compare("baseline", regimes=["freeze"], steps=9)
+    assert (tmp_path / "out" / "methods.md").read_bytes() == before
+    (tmp_path / "out" / "baseline-freeze" / "last.pt").write_bytes(b"damaged")
+    _, rows = compare("baseline", "matching", regimes=["freeze"])
+    assert "cannot be read" in rows["baseline", "freeze"]["not_run"]
+    assert rows["matching", ""]["not_run"] is None
+
+
+def test_matching_is_tested_as_the_others(compare, tmp_path):
+    _, rows = compare(
+        "baseline", "matching", regimes=["freeze"], data=OTHER, precision="bf16-mixed"
     )
+    assert {row["not_run"] for row in rows.values()} == {None}
+    folder = tmp_path / "out" / "matching"
+    config = TrainConfig.from_dict(parse_json((folder / "eval.json").read_text(), folder)["config"])
+    trained = RunFolder(tmp_path / "out" / "baseline-freeze").config()
+    assert config.data == trained.data and config.precision == trained.precision
+    a, b = (read_episodes(tmp_path / "out" / n / "test_episodes.csv") for n in NAMES)
+    assert torch.equal(a[:, :2], b[:, :2])
+    total = [each[:, 4] + each[:, 3] for each in (a, b)]  # found object, and all else
+    assert torch.equal(*total)
+
+
+OTHER = {"protocol": "hsnet", "seed": 7, "shuffle_test": False}
+NAMES = ("baseline-freeze", "matching")
+
+
+def test_a_regime_takes_the_place_of_the_configurations(config, tmp_path):
+    path = tmp_path / "tuned.yaml"
+    own = {"name": "full", "layers": ["all"], "batch_norm": "both"}
+    path.write_text(yaml.safe_dump(yaml.safe_load(Path(config).read_text()) | {"regime": own}))
+    plan = methods.plan_methods(["canet"], str(path), ["freeze", "svf"], False, str(tmp_path), {})
+    assert [run.config.regime for run in plan] == [RegimeConfig("freeze"), RegimeConfig("svf")]
+    with pytest.raises(
+        ValueError, match="regime: expected names, in regimes; got {'name': 'full'}"
+    ):
+        compare_methods(["canet"], config, regime={"name": "full"})
+
+
+def test_a_test_that_is_stopped_leaves_the_table(compare, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(methods, "evaluate_matching", stopped)
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped; what is finished is in .*methods.md") as raised:
+        compare("baseline", "matching", regimes=["freeze"])
+    assert raised.value.status == 143 and signal.getsignal(signal.SIGTERM) == former
+    assert "Not run: matching" in (tmp_path / "out" / "methods.md").read_text()
 
 
 def test_a_paired_difference_by_hand():

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-import fss.paper.reproduce
+import fss.paper.runs
 from fss.cli import main
 from fss.training.base_learner import BaseTrainer
 from fss.training.trainer import Trainer
@@ -50,13 +50,13 @@ def command(tmp_path):
 def trained(monkeypatch) -> list[str]:
     """The folders of the runs that are trained, as they begin."""
     folders: list[str] = []
-    original = fss.paper.reproduce.train
+    original = fss.paper.runs.train
 
     def note(config, **options):
         folders.append(f"{Path(config.out).parent.name} {options['resume']}")
         return original(config, **options)
 
-    monkeypatch.setattr(fss.paper.reproduce, "train", note)
+    monkeypatch.setattr(fss.paper.runs, "train", note)
     return folders
 
 
@@ -196,14 +196,14 @@ def test_pfenet(command, tmp_path):
 def learned(monkeypatch) -> list[str]:
     """The folders of the base learners that are trained, as they begin."""
     folders: list[str] = []
-    original = fss.paper.reproduce.train_base
+    original = fss.paper.runs.train_base
 
     def note(config, resume, overwrite):
         folders.append(f"{'/'.join(Path(config.out).parts[-3:])} {resume}")
         few = dataclasses.replace(config, validation_images=4)
         return original(few, resume, overwrite)
 
-    monkeypatch.setattr(fss.paper.reproduce, "train_base", note)
+    monkeypatch.setattr(fss.paper.runs, "train_base", note)
     return folders
 
 
@@ -250,7 +250,7 @@ def test_base_weights_that_are_given_are_not_trained(command, learned, tmp_path)
 def test_with_several_processes_a_failure_ends_all(command, monkeypatch, capsys):
     """One that goes on to the next run would wait for the others for ever."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(fss.paper.reproduce, "train", lambda *_, **__: _refuse())
+    monkeypatch.setattr(fss.paper.runs, "train", lambda *_, **__: _refuse())
     assert command("T16", "--rows", "4", "--folds", "0") == 2
     assert "photo 17 is truncated" in capsys.readouterr().err
 
