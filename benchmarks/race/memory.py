@@ -1,6 +1,7 @@
 """What a step keeps, at the sizes papers train at: results/memory.json and memory-models.json.
 
     python -m benchmarks.race.memory && python -m benchmarks.race.memory --models
+    python -m benchmarks.race.memory --models --peaks --name memory-methods
     python -m benchmarks.render
 
 ResNet-50's layers 2-4 for one image, whose input needs no gradient, for layer 1 is frozen; the
@@ -48,9 +49,10 @@ def main() -> int:
     parser.add_argument("--largest", type=float, default=float("inf"), help="peak to measure, GiB")
     parser.add_argument("--models", action="store_true", help="a step of each model instead")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", help="of the file of results, without .json")
     options = parser.parse_args()
     base = Settings.of(options, size=options.sizes[0], batch=1)
-    name = "memory-models" if options.models else "memory"
+    name = options.name or ("memory-models" if options.models else "memory")
     with tempfile.TemporaryDirectory() as cache:  # of the decomposed weights, which groups share
         groups = [
             figure(
