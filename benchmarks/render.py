@@ -189,15 +189,19 @@ def _memory_origin(result: dict) -> str:
     }
     if set(counted.values()) == {"shapes"}:
         how = (
-            "All counted on shapes. A training step with dropout; BAM with 60 base classes. Freeze "
+            "All counted on shapes, for a CPU. A training step with dropout; base learners with 60 "
+            "base classes. Freeze "
             "and full as `fss train` runs them; official: the paper's layers and the dense prior. "
         )
     else:
         how = "svf_fast and the prior mask are counted on a forward pass, the others on shapes. "
+    rows = [row for group in result["groups"] for row in group["rows"]]
+    measured = any("peak_bytes" in row for row in rows)
+    peak = "Peak: of a step, above what was resident before. " if measured else ""
     return (
         "One image or episode. Saved: what autograd keeps from the forward pass, parameters left "
         "out; bfloat16 by autocast, its casts of weights counted where autograd keeps them. "
-        f"{how}Peak: of a step, above what was resident before. "
+        f"{how}{peak}"
         f"Weights: {weights_of(result['settings'])}.\n{_machine(result)}"
     )
 

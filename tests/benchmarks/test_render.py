@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import render
 from benchmarks.files import RESULTS
 from benchmarks.gpu import figures, tables
+from fss.config import METHODS
 
 RACED = [path for path in sorted(RESULTS.glob("*.json")) if render._raced(path)]
 
@@ -20,3 +22,20 @@ def test_table_is_up_to_date(path: Path) -> None:
 
 def test_figures_are_up_to_date() -> None:
     assert figures.markdown(tables.Results(RESULTS)) == (RESULTS / render.FIGURES).read_text()
+
+
+def test_the_page_of_methods_has_the_memory_that_was_counted() -> None:
+    result = json.loads((RESULTS / "memory-methods.json").read_text())
+    rows = []
+    for group in result["groups"]:
+        name, *_, dtype = group["name"].split(", ")
+        saved = {row["peer"]: row["saved_bytes"] / 2**30 for row in group["rows"]}
+        frozen, paper, full, ours = (saved[n] for n in ("freeze", "official", "full", "svf_fast"))
+        share = (ours - frozen) / (paper - frozen)
+        if dtype == "float32":
+            cells = (
+                f"{frozen:.2f} | {paper:.2f} | {full:.2f} | **{ours:.2f}** | {100 * share:.0f} %"
+            )
+            rows.append(f"| `{name}` | {cells} |")
+    assert len(rows) == len(METHODS)
+    assert "\n".join(rows) in (render.PAGE.with_name("methods.md")).read_text()
