@@ -7,6 +7,7 @@ from svf_fast.convert import convert, merge, svf_parameter_groups, svf_parameter
 from svf_fast.fusion import Fused, SVFBasicBlock, SVFBottleneck, SVFConvBNAct
 from svf_fast.layers import SVFConv2d, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
+from svf_fast.ops.relu import relu
 from svf_fast.report import memory_report
 from svf_fast.svd import Factors, compose, decompose
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_adapter",
     "memory_report",
     "merge",
+    "relu",
     "save_adapter",
     "svf_parameter_groups",
     "svf_parameters",

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+import svf_fast
 from fss.models.vgg import VGG
-from svf_fast import Factors
 
 
 class Architecture(NamedTuple):
@@ -106,8 +106,13 @@ class SumStage(nn.Sequential):
             if name == "adapter":  # of a regime: it follows the last block's sum
                 maps[-1] = block(maps[-1])
             else:
-                maps.append(block(maps[-1].relu() if maps else x))
+                maps.append(block(_activate(maps[-1], block) if maps else x))
         return maps
+
+
+def _activate(total: Tensor, block: nn.Module) -> Tensor:
+    """Apply the ReLU before a block. A fused one does not keep what it reads: signs are enough."""
+    return svf_fast.relu(total) if isinstance(block, svf_fast.Fused) else total.relu()
 
 
 ARCHITECTURES = {
@@ -186,7 +191,7 @@ class ResNet(nn.Module):
             in_channels = width * 2**n * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.layer4[-1].last_relu = last_relu and not sums
-        self.factors: dict[str, Factors] = {}
+        self.factors: dict[str, svf_fast.Factors] = {}
         self.channels = tuple(width * 2**n * block.expansion for n in range(4))
         self.stride_on = stride_on if block is Bottleneck else None
 
@@ -223,7 +228,7 @@ class ResNet(nn.Module):
             if n < first:
                 x = stage(x)
             else:
-                maps += stage.sums(maps[-1].relu() if maps else x)
+                maps += stage.sums(_activate(maps[-1], stage[0]) if maps else x)
         return maps
 
     def levels(self, images: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ from torch import nn
 
 import svf_fast
 from fss.models import build_backbone
+from tests.svf_fast.saved_bytes import saved_by
 
 
 @pytest.mark.parametrize("stem", ["plain", "deep"])
@@ -206,6 +207,26 @@ def test_block_sums_of_singular_values(name, fuse):
             factor.data[0] -= sign * step
         slope = (values[0] - values[1]) / (2 * step)
         assert gradient[0].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+def test_fused_blocks_that_end_in_a_sum_keep_little_more_than_others():
+    """Of the ReLU between them a bit a value, of the sums that go out nothing."""
+
+    class Sums(nn.Module):
+        def __init__(self, sums: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            options = {"sums": True} if sums else {}
+            backbone = build_backbone("resnet50", width=16, output_stride=32, **options)
+            self.backbone, self.sums = backbone.eval().requires_grad_(False), sums
+            svf_fast.convert(self.backbone)
+
+        def forward(self, x):
+            return self.backbone.block_sums(x, 1) if self.sums else self.backbone(x)
+
+    images = torch.randn(1, 3, 97, 97)
+    with_sums, with_relu = (saved_by(Sums(sums), images) for sums in (True, False))
+    assert with_relu / 2 < with_sums < 1.05 * with_relu
 
 
 @torch.no_grad()
