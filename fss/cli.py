@@ -144,6 +144,7 @@ COMMANDS = {
             "model.base_weights": "of methods with a base learner; by default it is trained first",
             "optimizer.lr": "learning rate of the head",
             "optimizer.backbone_lr": "learning rate of what trains in the backbone",
+            "optimizer.backbone_weight_decay": "weight decay of what trains in the backbone",
             "steps": "of each run",
             "batch_size": "episodes per step",
             "test_episodes": "per seed",

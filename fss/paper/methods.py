@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fss.config import METHODS, TrainConfig
+from fss.config import METHODS, OptimizerConfig, RegimeConfig, TrainConfig
 from fss.config.checks import check_positive
 from fss.data import build_episodes, build_source, collate_episodes
 from fss.evaluation.evaluate import read_episodes
@@ -168,7 +168,9 @@ def _plan(
     values = merged(values, {"out": str(folder)})
     if method == MATCHING:
         values = merged(values, {"model": {"name": "baseline", "base_weights": None}})
-        return MethodRun(method, "", RunFolder(folder), TrainConfig.from_dict(values))
+        config = TrainConfig.from_dict(values)
+        config.optimizer = _of_the_head(config.optimizer)
+        return MethodRun(method, "", RunFolder(folder), config)
     # in place of the configuration's own, whose layers and batch norms would stay
     values = {**values, **read_yaml(config_file(f"regimes/{regime}"))}
     if own_optimizer:
@@ -186,7 +188,14 @@ def _plan(
         model["base_weights"] = str(base_folder)
         base = _base_learner(values, base_folder)
     config = TrainConfig.from_dict(values | {"model": model})
+    if config.regime == RegimeConfig("freeze"):
+        config.optimizer = _of_the_head(config.optimizer)
     return MethodRun(method, regime, RunFolder(folder), config, base)
+
+
+def _of_the_head(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """Leave out what is of the backbone, so that a run without it is the same whatever it is."""
+    return dataclasses.replace(optimizer, backbone_lr=None, backbone_weight_decay=None)
 
 
 def _base_learner(values: dict[str, Any], folder: Path) -> BaseLearnerConfig:

@@ -225,6 +225,20 @@ def test_a_regime_takes_the_place_of_the_configurations(config, tmp_path):
         compare_methods(["canet"], config, regime={"name": "full"})
 
 
+def test_what_trains_no_backbone_is_the_same_at_each_of_its_rates(config, tmp_path):
+    def planned(**optimizer):
+        names = ["baseline", "matching"]
+        options = {"optimizer": optimizer}
+        return methods.plan_methods(names, config, ["freeze", "svf"], False, str(tmp_path), options)
+
+    (frozen, svf, matching), others = planned(), planned(backbone_lr=0.03)
+    assert [frozen.config, matching.config] == [others[0].config, others[2].config]
+    assert (svf.config.optimizer.backbone_lr, others[1].config.optimizer.backbone_lr) == (
+        None,
+        0.03,
+    )
+
+
 def test_a_test_that_is_stopped_leaves_the_table(compare, tmp_path, monkeypatch):
     def stopped(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
