@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
 JOBS ?= $(if $(ARGS),0,2)
+# several processes have a core each: threads of one that wait for a core of another cost more
+THREADS := $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,7 +32,7 @@ demo: venv ## the main job on the embedded data: three regimes, table and pictur
 	  --out runs/demo --results runs/demo/regimes
 
 test: venv ## run the tests; ARGS="-k chain" chooses
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	OMP_WAIT_POLICY=passive $(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder $(ARGS) # reordered, files of few long tests would come last
 
 lint: venv ## ruff, mypy and clang-format, changing nothing
