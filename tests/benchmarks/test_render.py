@@ -11,6 +11,7 @@ from benchmarks import render
 from benchmarks.files import RESULTS
 from benchmarks.gpu import figures, tables
 from fss.config import METHODS
+from fss.paper import methods
 
 RACED = [path for path in sorted(RESULTS.glob("*.json")) if render._raced(path)]
 
@@ -39,3 +40,9 @@ def test_the_page_of_methods_has_the_memory_that_was_counted() -> None:
             rows.append(f"| `{name}` | {cells} |")
     assert len(rows) == len(METHODS)
     assert "\n".join(rows) in (render.PAGE.with_name("methods.md")).read_text()
+
+
+def test_the_table_of_methods_side_by_side_is_up_to_date() -> None:
+    path = RESULTS / "methods-clothing.json"
+    table = "\n".join(methods.markdown(json.loads(path.read_text()))) + "\n"
+    assert table == path.with_suffix(".md").read_text()
