@@ -46,3 +46,9 @@ def test_the_table_of_methods_side_by_side_is_up_to_date() -> None:
     path = RESULTS / "methods-clothing.json"
     table = "\n".join(methods.markdown(json.loads(path.read_text()))) + "\n"
     assert table == path.with_suffix(".md").read_text()
+    page = (render.PAGE.with_name("methods.md")).read_text()
+    for row in json.loads(path.read_text())["rows"]:
+        if "difference" in row:
+            middle, low, high = row["difference"]
+            end = f"**{row['miou']:.1f}** | {middle:+.1f} ({low:+.1f} to {high:+.1f}) |"
+            assert any(f"| `{row['method']}` | " in x and end in x for x in page.splitlines())
