@@ -355,7 +355,7 @@ def test_a_users_error_is_one_line(arguments, message, capsys):
 def test_photos_take_the_place_of_the_embedded_ones(monkeypatch, capsys):
     """--data.root with --scale-down: small, but of the data set."""
     monkeypatch.setattr(
-        fss.paper.reproduce,
+        fss.paper.runs,
         "train",
         lambda config, **_: sys.exit(f"{config.data.source} {config.data}"),
     )
