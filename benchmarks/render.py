@@ -190,8 +190,8 @@ def _memory_origin(result: dict) -> str:
     if set(counted.values()) == {"shapes"}:
         how = (
             "All counted on shapes, for a CPU. A training step with dropout; base learners with 60 "
-            "base classes. Freeze "
-            "and full as `fss train` runs them; official: the paper's layers and the dense prior. "
+            "base classes. Freeze and full as `fss train` runs them; official: the paper's layers "
+            "and the dense prior. "
         )
     else:
         how = "svf_fast and the prior mask are counted on a forward pass, the others on shapes. "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import re
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -66,10 +68,19 @@ def explain_killed_worker(outcome: Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         found = (_KILLED.search(str(cause)) for cause in causes(error))
         killed = next(filter(None, found), None)
-        if killed is None and isinstance(error, RuntimeError):
+        if killed is None and not _broke_off(error):
             raise
         raise ChildProcessError(
             "data.workers: a process that loads episodes "
             f"{killed[1] if killed else 'ended while it sent them'}; if memory ran out, take "
             f"fewer data.workers. {outcome()}"
         ) from error
+
+
+def _broke_off(error: BaseException) -> bool:
+    """Tell whether the connection to another process raised it, and not the reading of a file."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return not isinstance(error, RuntimeError) and any(
+        frame.f_globals.get("__name__") == multiprocessing.connection.__name__
+        for frame, _ in frames
+    )

@@ -6,8 +6,9 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
@@ -34,6 +35,9 @@ from fss.processes import float32_products, launch, lay_out, torchrun_layout
 from fss.runs.checkpoint import explain_misfit
 from fss.runs.folder import RunFolder
 from fss.settings import read_settings
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "bam": {
@@ -176,8 +180,7 @@ def evaluate_run(
     if path is None and tested.folder is not None:
         path = tested.folder.score_file(source, config.data.fold)
 
-    devices, nodes = torchrun_layout() or (1, 1)
-    fabric = launch(accelerator, devices, nodes, config.precision)
+    fabric = _launch(accelerator, config.precision)
     if path is not None and fabric.is_global_zero:
         check_writable(path, "out")
     if episodes_out is not None and fabric.is_global_zero:
@@ -196,21 +199,8 @@ def evaluate_run(
     if protocol is not None:
         described |= {"protocol": protocol}
     network = tested.build(base)
-    with float32_products(config.tf32):
-        result = described | evaluate_seeds(
-            fabric.setup(lay_out(network, fabric.device)),
-            photos,
-            config.data,
-            fabric,
-            config.test_seeds,
-            config.test_episodes,
-            config.batch_size,
-            classes == "novel",
-            config.resize,
-            config.feature_cache,
-            config.graph,
-            Path(episodes_out) if episodes_out else None,
-        )
+    file = Path(episodes_out) if episodes_out else None
+    result = described | _score(network, photos, config, fabric, classes == "novel", file)
     if path is not None and fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
@@ -234,23 +224,44 @@ def evaluate_matching(config: TrainConfig, out: Path, episodes_out: Path) -> dic
     network = build_matching(
         model.weights, None if known else model.backbone, None if known else model.stride_on
     )
+    fabric = _launch(config.accelerator, config.precision)
+    photos, eager = build_source(config.data), replace(config, graph="off")  # as in `_read_weights`
+    scores = _score(network, photos, eager, fabric, True, episodes_out)
+    result = {"config": config.to_dict()} | scores
+    if fabric.is_global_zero:
+        write_json(out, result)
+    return result
+
+
+def _launch(accelerator: str, precision: str) -> Fabric:
     devices, nodes = torchrun_layout() or (1, 1)
-    fabric = launch(config.accelerator, devices, nodes, config.precision)
+    return launch(accelerator, devices, nodes, precision)
+
+
+def _score(
+    network: nn.Module,
+    photos: Source,
+    config: TrainConfig,
+    fabric: Fabric,
+    novel: bool,
+    episodes_file: Path | None,
+) -> dict[str, Any]:
+    """Score a network on the test of a configuration; see `evaluate_seeds`."""
     with float32_products(config.tf32):
-        result = {"config": config.to_dict()} | evaluate_seeds(
+        return evaluate_seeds(
             fabric.setup(lay_out(network, fabric.device)),
-            build_source(config.data),
+            photos,
             config.data,
             fabric,
             config.test_seeds,
             config.test_episodes,
             config.batch_size,
-            resize=config.resize,
-            episodes_file=episodes_out,
+            novel,
+            config.resize,
+            config.feature_cache,
+            config.graph,
+            episodes_file,
         )
-    if fabric.is_global_zero:
-        write_json(out, result)
-    return result
 
 
 @contextmanager

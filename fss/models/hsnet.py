@@ -156,11 +156,12 @@ class HSNet(BlockFeatures):
         ]
         if len(shots) == 1:
             return Prediction(shots[0], ())
+        if not (self.training or shots[0].requires_grad):
+            return Prediction(vote(shots), ())
         mean = torch.stack(shots).mean(dim=0)
         if self.training:
             return Prediction(mean, tuple(shots))
-        votes = vote(shots)
-        return Prediction(votes + (mean - mean.detach()) if mean.requires_grad else votes, ())
+        return Prediction(vote(shots) + (mean - mean.detach()), ())
 
     def compare(self, query: Sequence[Tensor], support: Sequence[Tensor]) -> Tensor:
         """Compute logits [B, 2, h, w] by one support, at a quarter of the images' side.

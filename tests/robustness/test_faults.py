@@ -127,7 +127,9 @@ def test_a_loader_that_is_killed_while_it_sends_a_batch(tiny, monkeypatch, inter
         if interrupted:
             error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
             monkeypatch.setattr(fss.runs.checkpoint, "atomic_write", Mock(side_effect=error))
-        raise ConnectionResetError(104, "Connection reset by peer")
+        here, there = multiprocessing.Pipe()
+        there.close()
+        here.recv()
 
     monkeypatch.setattr(fss.training.loop, "episode_loader", broken)
     config = tiny(data={"workers": 1}, steps=6, save_every=1)
@@ -164,6 +166,15 @@ def test_a_loader_that_is_killed_while_a_run_is_scored(tiny, monkeypatch, capsys
     monkeypatch.setattr(EpisodeDataset, "__getitem__", killed)
     assert main(["eval", config.out, "--episodes", "2"]) == 2
     assert "data.workers: a process that loads episodes" in capsys.readouterr().err
+
+
+def test_a_file_that_ends_too_early_is_no_killed_loader(tiny, monkeypatch):
+    def short(self, index: int):
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", short)
+    with pytest.raises(EOFError, match="No data left in file"):
+        train(tiny(data={"workers": 1}))
 
 
 def test_an_unreadable_photo_ends_the_run_with_every_step_saved(tiny, monkeypatch):

@@ -194,6 +194,10 @@ def test_unfinished_runs_of_other_settings_are_refused_and_the_table_stays(
     assert rows["matching", ""]["not_run"] is None
 
 
+OTHER = {"protocol": "hsnet", "seed": 7, "shuffle_test": False}
+NAMES = ("baseline-freeze", "matching")
+
+
 def test_matching_is_tested_as_the_others(compare, tmp_path):
     _, rows = compare(
         "baseline", "matching", regimes=["freeze"], data=OTHER, precision="bf16-mixed"
@@ -207,10 +211,6 @@ def test_matching_is_tested_as_the_others(compare, tmp_path):
     assert torch.equal(a[:, :2], b[:, :2])
     total = [each[:, 4] + each[:, 3] for each in (a, b)]  # found object, and all else
     assert torch.equal(*total)
-
-
-OTHER = {"protocol": "hsnet", "seed": 7, "shuffle_test": False}
-NAMES = ("baseline-freeze", "matching")
 
 
 def test_a_regime_takes_the_place_of_the_configurations(config, tmp_path):
