@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fss.paper.plan import PlannedRun
+from fss.paper.runs import origin
 from fss.paper.tables import FOLDS, Published, Table
 
 
@@ -106,13 +107,7 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
         yield ""
         for reason, names in reasons.items():
             yield f"- {'; '.join(names)}: {reason}"
-    if result["source"]:
-        machine, versions = result["source"]["machine"], result["source"]["versions"]
-        device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-        yield ""
-        yield f"{device}, torch {versions['torch']}, commit {result['source']['commit']}."
-    yield ""
-    yield f"    {result['command']}"
+    yield from origin(result)
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -28,6 +28,7 @@ from fss.paper.runs import (
     failed,
     is_first_process,
     make,
+    origin,
 )
 from fss.processes import launch, lay_out
 from fss.runs.checkpoint import check_same_settings
@@ -369,10 +370,4 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     left = [(row, row["not_run"]) for row in rows if row["not_run"]]
     for row, reason in left:
         yield f"Not run: {row['method']} {row['regime']}: {reason}.".replace("..", ".")
-    if result["source"]:
-        machine, versions = result["source"]["machine"], result["source"]["versions"]
-        device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-        yield ""
-        yield f"{device}, torch {versions['torch']}, commit {result['source']['commit']}."
-    yield ""
-    yield f"    {result['command']}"
+    yield from origin(result)

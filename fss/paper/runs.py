@@ -65,6 +65,19 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
+def origin(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the last lines of a table: the machine and the command; outside of git no commit."""
+    source = result["source"]
+    if source:
+        machine, commit = source["machine"], source["commit"]
+        device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        of_commit = f", commit {commit}" if commit else ""
+        yield ""
+        yield f"{device}, torch {source['versions']['torch']}{of_commit}."
+    yield ""
+    yield f"    {result['command']}"
+
+
 @contextmanager
 def conclude_when_stopped(conclude: Callable[[], Any], file: Path) -> Iterator[None]:
     """Make runs within; at ctrl-C or SIGTERM call `conclude`, which writes `file`.

@@ -6,6 +6,7 @@ import pytest
 
 from fss.paper.compare import compared_rows, markdown
 from fss.paper.plan import PlannedRun
+from fss.paper.runs import origin
 from fss.paper.tables import default_folder, load_table
 from fss.runs.folder import RunFolder
 
@@ -62,3 +63,11 @@ def test_what_is_quoted_has_the_papers_numbers(tmp_path):
     compared = scored(T15, 3, {}, tmp_path)
     assert compared["mean"] is None and compared["difference"] is None
     assert line(T15, compared).startswith("| PGNet | 1 | – / 56.00 | – / 66.90 |")
+
+
+@pytest.mark.parametrize(("commit", "end"), [("a1b2", ", commit a1b2."), (None, ".")])
+def test_outside_of_git_a_table_names_no_commit(commit, end):
+    machine = {"gpu": None, "cpu": "a CPU", "threads": 2}
+    source = {"machine": machine, "versions": {"torch": "2.13"}, "commit": commit}
+    lines = [*origin({"source": source, "command": "fss compare bam"})]
+    assert lines == ["", f"a CPU, 2 threads, torch 2.13{end}", "", "    fss compare bam"]
