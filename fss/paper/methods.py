@@ -87,7 +87,8 @@ def compare_methods(
     """Train methods on the same photos, each in several regimes, and compare them in a table.
 
     All have the data, the backbone, the steps and the test episodes of one configuration, so the
-    differences are paired by episode. What is finished is kept: the same command goes on. A run
+    differences are paired by episode. A head has the width that its authors use, of pascal_METHOD,
+    unless the configuration gives `model.channels`. What is finished is kept: the same command goes on. A run
     that fails stands in the table with its error. The table is of the methods of the command: name
     those of an earlier one again, and their runs are taken as they are.
 
@@ -174,12 +175,15 @@ def _plan(
         return MethodRun(method, "", RunFolder(folder), config)
     # in place of the configuration's own, whose layers and batch norms would stay
     values = {**values, **read_yaml(config_file(f"regimes/{regime}"))}
+    own = f"pascal_{method}"
+    authors = read_yaml(config_file(own)) if own in config_names() else {}
     if own_optimizer:
-        own = f"pascal_{method}"
-        if own not in config_names():
+        if not authors:
             raise ValueError(f"own_optimizer: {method} has no file {own} of its authors' settings")
-        values["optimizer"] = read_yaml(config_file(own)).get("optimizer", {})
+        values["optimizer"] = authors.get("optimizer", {})
     model = values.get("model", {}) | {"name": method}
+    if "channels" in authors.get("model", {}):
+        model.setdefault("channels", authors["model"]["channels"])
     needs = METHODS[method].base_learner
     base = None
     if not needs:

@@ -132,6 +132,17 @@ def test_the_authors_optimizer_takes_the_place_of_the_configurations(config, tmp
         methods.plan_methods(["baseline"], config, ["freeze"], True, str(tmp_path), {})
 
 
+def test_a_head_is_as_wide_as_its_authors_or_as_the_configuration_says(config, tmp_path):
+    def widths(file: str, overrides: dict) -> list[int]:
+        names = ["hsnet", "cwt", "canet", "baseline"]
+        planned = methods.plan_methods(names, file, ["freeze"], False, str(tmp_path), overrides)
+        return [run.config.model.channels for run in planned]
+
+    assert widths("clothing", {}) == [128, 512, 256, 256]
+    assert widths("clothing", {"model": {"channels": 64}}) == [64] * 4
+    assert widths(config, {}) == [TINY["model"]["channels"]] * 4
+
+
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
