@@ -13,6 +13,7 @@ import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import docstring_parser
@@ -25,7 +26,7 @@ from jsonargparse import (
 )
 
 import fss
-from fss.config import TrainConfig
+from fss.config import RegimeConfig, TrainConfig
 from fss.config.checks import misfit
 from fss.files import read_yaml
 from fss.settings import config_file, config_names
@@ -213,7 +214,11 @@ COMMANDS = {
 
 
 class SettingsFile(ActionConfigFile):
-    """`--config`: a YAML file, or the name of one that comes with the package."""
+    """`--config`: a YAML file, or the name of one that comes with the package.
+
+    A regime is one thing: a file that names one takes the place of an earlier file's, whose layers
+    and batch norms would otherwise go on in it.
+    """
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         try:
@@ -225,6 +230,11 @@ class SettingsFile(ActionConfigFile):
             part = content.get(name, {}) if isinstance(content, dict) else {}
             if not isinstance(part, dict):
                 raise TypeError(f"{path}: {name}: expected settings by name, got {part!r:.200}")
+        regime = content.get("regime", {}) if isinstance(content, dict) else {}
+        if "name" in regime:
+            for earlier in namespace.get(self.dest) or []:
+                for setting in set(read_yaml(Path(earlier)).get("regime", {})) - set(regime):
+                    namespace[f"regime.{setting}"] = getattr(RegimeConfig, setting)
         super().__call__(parser, namespace, str(path), option)
 
 

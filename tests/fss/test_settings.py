@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fss.cli import build_parser, main
-from fss.config import TrainConfig
+from fss.config import RegimeConfig, TrainConfig
 from fss.models import build_model
 from fss.paper.tables import load_table, run_values
 from fss.settings import FOLDER, config_file, config_names, flat_settings, merged, read_settings
@@ -78,6 +78,27 @@ def test_names_on_the_command_line(capsys):
     assert main(["train", "--config", "pascal_svg"]) == 2
     error = capsys.readouterr().err.strip()
     assert "pascal_svf" in error and error.count("\n") == 0 and "got 'pascal_svg'" in error
+
+
+def test_a_regime_of_a_later_file_takes_the_place_of_an_earlier_ones(tmp_path):
+    def regime(*arguments: str) -> RegimeConfig:
+        return parsed("train", "--data.root", "photos", *arguments).regime
+
+    ppnet, freeze = ("--config", "pascal_ppnet"), ("--config", "regimes/freeze")
+    assert regime(*ppnet) == RegimeConfig(
+        "full", ("layer3", "layer4"), batch_norm="both", batch_norm_statistics="batch"
+    )
+    assert regime(*ppnet, *freeze) == RegimeConfig("freeze")
+    assert regime(*ppnet, "--config", "regimes/svf_layer4") == RegimeConfig("svf", ("layer4",))
+    assert regime(*ppnet, "--regime.name", "svf").layers == ("layer3", "layer4")
+    # what the command line says stays, whatever stands before it
+    assert regime("--regime.layers", "[layer4]", *freeze).layers == ("layer4",)
+    path = tmp_path / "statistics.yaml"
+    path.write_text("regime: {batch_norm_statistics: batch}")
+    assert regime(*ppnet, "--config", str(path)) == regime(*ppnet)
+    assert regime(*freeze, "--config", str(path)) == RegimeConfig(
+        "freeze", batch_norm_statistics="batch"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
