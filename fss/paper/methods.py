@@ -88,9 +88,9 @@ def compare_methods(
 
     All have the data, the backbone, the steps and the test episodes of one configuration, so the
     differences are paired by episode. A head has the width that its authors use, of pascal_METHOD,
-    unless the configuration gives `model.channels`. What is finished is kept: the same command goes on. A run
-    that fails stands in the table with its error. The table is of the methods of the command: name
-    those of an earlier one again, and their runs are taken as they are.
+    unless the configuration gives `model.channels`. What is finished is kept: the same command goes
+    on. A run that fails stands in the table with its error. The table is of the methods of the
+    command: name those of an earlier one again, and their runs are taken as they are.
 
     Args:
         methods: names of `model.name`; "matching" compares query and supports without training.
