@@ -26,7 +26,7 @@ from jsonargparse import (
 )
 
 import fss
-from fss.config import RegimeConfig, TrainConfig
+from fss.config import RegimeConfig, TrainConfig, plain
 from fss.config.checks import misfit
 from fss.files import read_yaml
 from fss.settings import config_file, config_names
@@ -230,12 +230,26 @@ class SettingsFile(ActionConfigFile):
             part = content.get(name, {}) if isinstance(content, dict) else {}
             if not isinstance(part, dict):
                 raise TypeError(f"{path}: {name}: expected settings by name, got {part!r:.200}")
-        regime = content.get("regime", {}) if isinstance(content, dict) else {}
+        regime = _regime(content)
         if "name" in regime:
             for earlier in namespace.get(self.dest) or []:
-                for setting in set(read_yaml(Path(earlier)).get("regime", {})) - set(regime):
-                    namespace[f"regime.{setting}"] = getattr(RegimeConfig, setting)
+                for setting, value in _regime(read_yaml(Path(earlier))).items():
+                    given = plain(namespace.get(f"regime.{setting}"))
+                    if setting not in regime and given == value:  # else the command line's
+                        namespace[f"regime.{setting}"] = getattr(RegimeConfig, setting)
         super().__call__(parser, namespace, str(path), option)
+
+
+def _regime(content: Any) -> dict[str, Any]:
+    """Return what a file says of the regime, nested or by dotted names."""
+    if not isinstance(content, dict):
+        return {}
+    dotted = {
+        str(name).removeprefix("regime."): value
+        for name, value in content.items()
+        if str(name).startswith("regime.")
+    }
+    return {**content.get("regime", {}), **dotted}
 
 
 def build_parser(arguments: Sequence[str] | None = None) -> ArgumentParser:

@@ -361,7 +361,7 @@ class TrainConfig:
             paper's tables, which is off by about 1 %; "network" keeps the network's size and scores
             on a mask of that size (HSNet).
         feature_cache: GiB of backbone features that an evaluation keeps for photos that appear
-            again in later episodes; 0 recomputes them. The score does not depend on it.
+            again in later episodes; 0 recomputes them. The score depends on it by rounding at most.
         save_every: steps between two writes of the last checkpoint; 0 writes it only at
             validations and at the end of the run.
         log_every: steps between two rows of the logs.
@@ -466,7 +466,12 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Build a configuration from the values of `to_dict`."""
+        """Build a configuration from the values of `to_dict`, or from some of them.
+
+        Raises:
+            TypeError, ValueError: a wrong name or value; no data.
+        """
+        values = {"data": {}} | values
         kinds = hints(cls)
         parts = {name for name in values if dataclasses.is_dataclass(kinds.get(name))}
         return cls(**values | {name: kinds[name](**values[name]) for name in parts})

@@ -178,8 +178,9 @@ def rebuild_model(
     kind = MODELS[config.model.name]
     count = kind.count_base_classes(state)
     model = kind.from_config(_backbone(config.model, kind), config.model, count, config.data.shots)
+    like = next(model.backbone.parameters())  # a run may have trained in another precision
     factors = {
-        name: Factors(*(state[f"backbone.{name}.{part}"] for part in FACTORS))
+        name: Factors(*(state[f"backbone.{name}.{part}"].to(like) for part in FACTORS))
         for name, _ in model.backbone.named_modules()
         if all(f"backbone.{name}.{part}" in state for part in FACTORS)
     }

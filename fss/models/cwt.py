@@ -271,6 +271,7 @@ def initial_weights(masks: Tensor, channels: int) -> Tensor:
     """
     foreground = (masks == 1).sum(dim=1).flatten(1)
     places = random_numbers(foreground.new_zeros(1), 0, foreground.shape[1])
-    drawn = random_numbers((foreground * places).sum(dim=1), 1, 2 * channels)
+    # 24 bits of each: their sum is exact in float64 too, in which ONNX Runtime adds integers
+    drawn = random_numbers((foreground * (places >> 40)).sum(dim=1), 1, 2 * channels)
     uniform = (drawn >> (63 - _BITS)).to(torch.float32) / 2**_BITS
     return (uniform / math.sqrt(channels)).unflatten(1, (2, channels))

@@ -93,7 +93,7 @@ def backbone_of(
             )
         backbone = build_backbone(name, stride_on=stride_on or "conv2", output_stride=output_stride)
     else:
-        path = _path(weights)
+        path = _path(weights, "shapes")
         read = backbone_part(read_state_dict(path), weights)
         found = _describe(read.values)
         if found is None or found.backbone not in BACKBONES or name not in (None, found.backbone):
@@ -113,12 +113,12 @@ def backbone_name(backbone: Backbone) -> str:
     return _describe(backbone.state_dict()).backbone
 
 
-def _path(weights: str) -> Path:
+def _path(weights: str, names: str = "none, shapes") -> Path:
     path = _SHAPES if weights == "shapes" else Path(weights).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights: expected none, shapes, torchvision or the path of an existing file, "
-            f"got {weights!r}; looked for {path.absolute()}"
+            f"weights: expected {names}, torchvision or the path of an existing file, got "
+            f"{weights!r}; looked for {path.absolute()}"
         )
     return path
 

@@ -24,6 +24,7 @@ from fss.files import atomic_write, parse_json, read_text, read_yaml, write_json
 from fss.paper.runs import (
     FAILURES,
     check_made,
+    check_same_files,
     conclude_when_stopped,
     failed,
     is_first_process,
@@ -123,7 +124,8 @@ def compare_methods(
     for run in runs:
         _check_made(run)
     with conclude_when_stopped(lambda: _write(runs, regimes, Path(out)), Path(out) / "methods.md"):
-        for run in runs:
+        # finished ones first, so that a table that is written early has them all
+        for run in sorted(runs, key=lambda run: _state(run) != "finished"):
             if _state(run) == "finished" or time.monotonic() < end:
                 _make(run)
     return _write(runs, regimes, Path(out))
@@ -160,13 +162,15 @@ def plan_methods(
     for method in methods:
         for regime in regimes if method != MATCHING else [""]:
             folder = Path(out) / "-".join(filter(None, (method, regime)))
-            runs.append(_plan(method, regime, values, own_optimizer, folder))
+            own = overrides.get("optimizer", {}) if own_optimizer else None
+            runs.append(_plan(method, regime, values, own, folder))
     return runs
 
 
 def _plan(
-    method: str, regime: str, values: dict[str, Any], own_optimizer: bool, folder: Path
+    method: str, regime: str, values: dict[str, Any], own: dict[str, Any] | None, folder: Path
 ) -> MethodRun:
+    """Plan one run; `own` is what goes over its authors' optimizer, None leaves the given one."""
     values = merged(values, {"out": str(folder)})
     if method == MATCHING:
         values = merged(values, {"model": {"name": "baseline", "base_weights": None}})
@@ -175,12 +179,12 @@ def _plan(
         return MethodRun(method, "", RunFolder(folder), config)
     # in place of the configuration's own, whose layers and batch norms would stay
     values = {**values, **read_yaml(config_file(f"regimes/{regime}"))}
-    own = f"pascal_{method}"
-    authors = read_yaml(config_file(own)) if own in config_names() else {}
-    if own_optimizer:
+    file = f"pascal_{method}"
+    authors = read_yaml(config_file(file)) if file in config_names() else {}
+    if own is not None:
         if not authors:
-            raise ValueError(f"own_optimizer: {method} has no file {own} of its authors' settings")
-        values["optimizer"] = authors.get("optimizer", {})
+            raise ValueError(f"own_optimizer: {method} has no file {file} of its authors' settings")
+        values["optimizer"] = authors.get("optimizer", {}) | own
     model = values.get("model", {}) | {"name": method}
     if "channels" in authors.get("model", {}):
         model.setdefault("channels", authors["model"]["channels"])
@@ -234,13 +238,7 @@ def _check_made(run: MethodRun) -> None:
         file = run.folder.score_file()
         stored = parse_json(read_text(file), file).get("config", {})
         check_same_settings(stored, run.config, "finished", file)
-        former, wanted = (
-            Path(w).name for w in (stored["model"]["weights"], run.config.model.weights)
-        )
-        if former != wanted:
-            raise ValueError(
-                f"model.weights: expected {wanted}, {file} is of {former}; give another --out"
-            )
+        check_same_files(stored, run.config, file)
     if run.base is not None:
         check_made(BaseLearnerFolder(run.base.out), run.base)
 
@@ -373,5 +371,6 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     )
     left = [(row, row["not_run"]) for row in rows if row["not_run"]]
     for row, reason in left:
-        yield f"Not run: {row['method']} {row['regime']}: {reason}.".replace("..", ".")
+        name = " ".join(filter(None, (row["method"], row["regime"])))
+        yield f"Not run: {name}: {reason}.".replace("..", ".")
     yield from origin(result)

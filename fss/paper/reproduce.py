@@ -147,7 +147,8 @@ def _make_all(
             if one is not None and one.config is not None and run.config is not None:
                 check_made(one.folder, one.config)
     with conclude_when_stopped(conclude, options.folder / file):
-        for run in runs:
+        # finished ones first, so that a table that is written early has them all
+        for run in sorted(runs, key=lambda run: run.state != "finished"):
             if run.config is not None:
                 _make(run, run.config, options)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fss.config import TrainConfig
+from fss.config import ModelConfig, TrainConfig
 from fss.runs.checkpoint import check_same_settings, read_checkpoint
 from fss.runs.folder import BaseFolder
 from fss.training.base_learner import BaseLearnerConfig, train_base
@@ -29,7 +29,9 @@ def check_made(folder: BaseFolder, config: TrainConfig | BaseLearnerConfig) -> N
         ValueError: each difference.
     """
     if folder.state == "finished":
-        check_same_settings(folder.result()["config"], config, "finished", folder.result_file)
+        stored = folder.result()["config"]
+        check_same_settings(stored, config, "finished", folder.result_file)
+        check_same_files(stored, config, folder.result_file)
     elif folder.state == "in progress":
         try:
             state = read_checkpoint(folder.last)
@@ -37,6 +39,36 @@ def check_made(folder: BaseFolder, config: TrainConfig | BaseLearnerConfig) -> N
             return
         if isinstance(state, dict) and isinstance(state.get("config"), dict):
             check_same_settings(state["config"], config, "resume", folder.last)
+            check_same_files(state["config"], config, folder.last)
+
+
+def check_same_files(
+    stored: dict[str, Any], config: TrainConfig | BaseLearnerConfig, path: Path
+) -> None:
+    """Check that a network began with the files of a configuration, by their names.
+
+    Their folders may differ: files move.
+
+    Args:
+        stored: the settings of what was made.
+        config: what is asked for.
+        path: where the stored ones are from.
+
+    Raises:
+        ValueError: another name.
+    """
+    for name in ("weights", "base_weights", "official"):
+        former = stored["model"].get(name, getattr(ModelConfig, name))
+        wanted = getattr(config.model, name)
+        if _name(former) != _name(wanted):
+            raise ValueError(
+                f"model.{name}: expected {_name(wanted)}, {path} is of {_name(former)}; give "
+                "another --out"
+            )
+
+
+def _name(file: str | None) -> str | None:
+    return None if file is None else Path(file).name
 
 
 def make(folder: BaseFolder, config: TrainConfig | BaseLearnerConfig) -> None:

@@ -93,7 +93,11 @@ def test_a_regime_of_a_later_file_takes_the_place_of_an_earlier_ones(tmp_path):
     assert regime(*ppnet, "--regime.name", "svf").layers == ("layer3", "layer4")
     # what the command line says stays, whatever stands before it
     assert regime("--regime.layers", "[layer4]", *freeze).layers == ("layer4",)
+    typed = (*ppnet, "--regime.layers", "[layer2]", "--config", "regimes/svf")
+    assert regime(*typed) == RegimeConfig("svf", ("layer2",))
     path = tmp_path / "statistics.yaml"
+    path.write_text("regime.layers: [layer4]\nregime.batch_norm: both")
+    assert regime("--config", str(path), *freeze) == RegimeConfig("freeze")
     path.write_text("regime: {batch_norm_statistics: batch}")
     assert regime(*ppnet, "--config", str(path)) == regime(*ppnet)
     assert regime(*freeze, "--config", str(path)) == RegimeConfig(

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 import svf_fast
 from fss.config import ModelConfig
-from fss.models import MODELS, Baseline, Prediction, build_backbone, build_model
+from fss.models import MODELS, Baseline, Prediction, backbone_of, build_backbone, build_model
 from fss.models.baseline import ASPP
 from fss.models.pooling import masked_average_pool
 
@@ -310,6 +310,8 @@ def test_build_model_reports_unknown_names():
         build_model(config)
     with pytest.raises(FileNotFoundError, match="weights: expected none, shapes, torchvision"):
         build_model(_config(weights="absent.pth"))
+    with pytest.raises(FileNotFoundError, match="weights: expected shapes, torchvision or"):
+        backbone_of("none")  # matching without weights would find nothing
 
 
 @pytest.mark.parametrize(

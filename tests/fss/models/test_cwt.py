@@ -118,6 +118,22 @@ def test_initial_weights_are_the_episodes_own():
     assert changed[0] > 0.99 and changed[1:].max() == 0
 
 
+def test_initial_weights_are_the_same_in_onnxruntime(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Initial(nn.Module):
+        def forward(self, masks: torch.Tensor) -> torch.Tensor:
+            return initial_weights(masks, 16)
+
+    masks = (torch.rand(2, 3, 161, 161) < 0.5).long()
+    path = tmp_path / "initial.onnx"
+    torch.onnx.export(Initial().eval(), (masks,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: masks.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), initial_weights(masks, 16))
+
+
 def test_initial_weights_are_uniform_and_not_correlated():
     masks = (torch.rand(200, 1, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5).long()
     drawn = (initial_weights(masks, 50) * math.sqrt(50) + 1).flatten() / 2

@@ -350,6 +350,12 @@ def test_scaled_values_train_as_fast_as_S_and_as_before():
         assert bool(fused) == as_trained
         with torch.no_grad():
             torch.testing.assert_close(logits(rebuilt, batch), expected, rtol=1e-3, atol=1e-4)
+        half = {
+            key: own.bfloat16() if own.is_floating_point() else own for key, own in state.items()
+        }
+        with torch.no_grad():  # of a run in another precision
+            found = logits(rebuild_model(config, half, as_trained).eval(), batch)
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
     adapters = [svf_fast.Adapter.of(each.backbone) for each in (model, rebuilt)]
     adapters[0].apply(rebuilt.backbone)  # of the same pretrained weights
     other = build()

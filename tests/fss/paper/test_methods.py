@@ -130,6 +130,9 @@ def test_the_authors_optimizer_takes_the_place_of_the_configurations(config, tmp
     assert (run.config.optimizer.lr, run.config.optimizer.lr_factor) == (0.0025, 10)
     with pytest.raises(ValueError, match="own_optimizer: baseline has no file pascal_baseline"):
         methods.plan_methods(["baseline"], config, ["freeze"], True, str(tmp_path), {})
+    own = {"optimizer": {"lr": 0.5}}
+    (run,) = methods.plan_methods(["pfenet"], config, ["freeze"], True, str(tmp_path), own)
+    assert (run.config.optimizer.lr, run.config.optimizer.lr_factor) == (0.5, 10)
 
 
 def test_a_head_is_as_wide_as_its_authors_or_as_the_configuration_says(config, tmp_path):
@@ -161,13 +164,15 @@ def test_what_it_refuses(config, tmp_path, names, options, message):
 
 
 def test_data_that_are_missing_are_an_error_and_no_table(config, tmp_path):
+    with pytest.raises(ValueError, match="data.root: expected the folder of the photos, got noth"):
+        compare_methods(["baseline"], "regimes/svf", out=str(tmp_path / "out"))
     data = {"source": "folder", "root": str(tmp_path / "none")}
     with pytest.raises(FileNotFoundError, match="data folder .*none does not exist"):
         compare_methods(["baseline"], config, out=str(tmp_path / "out"), data=data)
     assert not (tmp_path / "out").exists()
 
 
-def test_finished_runs_of_other_settings_are_refused(compare):
+def test_finished_runs_of_other_settings_are_refused(compare, tmp_path):
     compare("matching", "baseline", regimes=["freeze"])
     with pytest.raises(ValueError, match="steps: expected 2, the checkpoint has 3"):
         compare("baseline", regimes=["freeze"], steps=2)
@@ -179,6 +184,11 @@ def test_finished_runs_of_other_settings_are_refused(compare):
     }.items():
         with pytest.raises(ValueError, match=rf"{name}: expected .* (the checkpoint has|is of)"):
             compare("matching", **options)
+    moved = tmp_path / "shapes"  # of the same name elsewhere
+    compare("baseline", regimes=["freeze"], model={"weights": str(moved)})
+    gone = {"model": {"weights": "gone.pth"}}
+    with pytest.raises(ValueError, match="weights: expected gone.pth, .*is of shapes; give anot"):
+        compare("baseline", regimes=["freeze"], **gone)
 
 
 def test_unfinished_runs_of_other_settings_are_refused_and_the_table_stays(
@@ -194,6 +204,13 @@ def test_unfinished_runs_of_other_settings_are_refused_and_the_table_stays(
     monkeypatch.setattr(Trainer, "_loss", loss)
     with pytest.raises(Stopped):
         compare("baseline", regimes=["freeze"])
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    compare("matching")
+    with pytest.raises(Stopped):  # before the finished one's turn, which stays in the table
+        compare("canet", "matching", regimes=["freeze"])
+    rows = parse_json((tmp_path / "out" / "methods.json").read_text(), tmp_path)["rows"]
+    assert [row["not_run"] for row in rows] == ["not run yet", None]
     monkeypatch.undo()
     before = (tmp_path / "out" / "methods.md").read_bytes()
     with pytest.raises(ValueError, match="steps: expected 9, the checkpoint has 3"):

@@ -43,7 +43,7 @@ def logits(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "shots"),
     [("pfenet", 2), ("bam", 1), ("cyctr", 2)]
-    + [(name, 2) for name in MODELS if LONG and name not in ("pfenet", "bam", "cyctr", "cwt")],
+    + [(name, 2) for name in MODELS if LONG and name not in ("pfenet", "bam", "cyctr")],
 )
 def test_a_model_computes_the_same_in_onnxruntime(tmp_path, name, shots):
     pytest.importorskip("onnxruntime")

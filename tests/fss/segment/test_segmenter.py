@@ -143,12 +143,13 @@ def test_the_threshold_moves_the_mask_only(shapes, embedded):
         {"regime": {"name": "svf"}, "data": {"shots": 2}},
         {"regime": {"name": "full"}, "data": {"protocol": "hsnet"}},
         {"regime": {"name": "svf", "factors": ["U", "S", "V"]}},
+        {"regime": {"name": "svf"}, "precision": "64-true"},
         {"regime": {"name": "adapter"}, "model": {"name": "pfenet"}},
         {"model": {"name": "bam", "base_weights": "none", "width": 8}, "data": {"shots": 2}},
         {"model": {"name": "cyctr"}, "data": {"shots": 2}},
         {"model": {"name": "cwt", "base_weights": "none", "width": 8}, "data": {"shots": 2}},
     ],
-    ids=["freeze", "svf", "full", "factors", "pfenet", "bam", "cyctr", "cwt"],
+    ids=["freeze", "svf", "full", "factors", "float64", "pfenet", "bam", "cyctr", "cwt"],
 )
 def test_a_run_segments_as_its_evaluation_does(run, tmp_path, overrides):
     config, network = run(**overrides)
