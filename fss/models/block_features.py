@@ -40,8 +40,8 @@ class BlockFeatures(FewShotModel):
         check_head(channels, dropout)
         if channels % 8:
             raise ValueError(
-                f"channels: expected a multiple of 8, of which narrower layers have an 8th and a "
-                f"half; got {channels}"
+                "model.channels: expected a multiple of 8, of which narrower layers have an 8th "
+                f"and a half; got {channels}"
             )
         layers = (backbone.layer2, backbone.layer3, backbone.layer4)
         self.depths = tuple(len(layer) for layer in layers)

@@ -214,8 +214,8 @@ class CycleTransformer(nn.Module):
         super().__init__()
         if channels % 12 and channels % 8:
             raise ValueError(
-                "channels: expected a multiple of 8 or 12, which the transformer's heads share, "
-                f"got {channels}"
+                "model.channels: expected a multiple of 8 or 12, which the transformer's heads "
+                f"share, got {channels}"
             )
         heads = 8 if channels % 12 else 12
         self.layers = nn.ModuleList(CycleLayer(channels, heads, dropout) for _ in range(depth))
