@@ -365,7 +365,8 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
         f"{settings['data.shots']}-shot, {settings['data.size']} px, {settings['model.backbone']}; "
         f"{settings['steps']} steps of {settings['batch_size']}; percent, the mean of "
         f"{len(settings['test_seeds'])} × {settings['test_episodes']} episodes, a seed each. The "
-        "difference is that of all episodes together, paired, with its interval over episodes. "
+        "difference is that of all episodes together, paired, with its interval over episodes; "
+        "each run is one training, and how trainings vary is not in it. "
         "Saved: what autograd keeps of a step. Peak: of the device; on a CPU of the process, with "
         "what earlier runs left in it. An episode is timed alone, without its loading."
     )
