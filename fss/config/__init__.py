@@ -466,12 +466,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Build a configuration from the values of `to_dict`, or from some of them.
-
-        Raises:
-            TypeError, ValueError: a wrong name or value; no data.
-        """
-        values = {"data": {}} | values
+        """Build a configuration from the values of `to_dict`."""
         kinds = hints(cls)
         parts = {name for name in values if dataclasses.is_dataclass(kinds.get(name))}
         return cls(**values | {name: kinds[name](**values[name]) for name in parts})

@@ -157,7 +157,7 @@ def plan_methods(
     path = config_file(config)
     values = read_yaml(path)
     check_names(values, TrainConfig, str(path))
-    values = merged(values, overrides)
+    values = merged({"data": {}} | values, overrides)
     runs = []
     for method in methods:
         for regime in regimes if method != MATCHING else [""]:
