@@ -29,7 +29,7 @@ import fss
 from fss.config import RegimeConfig, TrainConfig, plain
 from fss.config.checks import misfit
 from fss.files import read_yaml
-from fss.settings import config_file, config_names
+from fss.settings import config_file, config_names, flat_settings
 
 _RAISING = ("fss", "svf_fast", "jsonargparse")
 _PARTS = ("data", "model", "regime", "optimizer")
@@ -242,14 +242,9 @@ class SettingsFile(ActionConfigFile):
 
 def _regime(content: Any) -> dict[str, Any]:
     """Return what a file says of the regime, nested or by dotted names."""
-    if not isinstance(content, dict):
-        return {}
-    dotted = {
-        str(name).removeprefix("regime."): value
-        for name, value in content.items()
-        if str(name).startswith("regime.")
-    }
-    return {**content.get("regime", {}), **dotted}
+    flat = flat_settings(content) if isinstance(content, dict) else {}
+    prefix = "regime."
+    return {n.removeprefix(prefix): value for n, value in flat.items() if n.startswith(prefix)}
 
 
 def build_parser(arguments: Sequence[str] | None = None) -> ArgumentParser:

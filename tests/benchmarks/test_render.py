@@ -12,6 +12,7 @@ from benchmarks.files import RESULTS
 from benchmarks.gpu import figures, tables
 from fss.config import METHODS
 from fss.paper import methods
+from fss.settings import flat_settings, read_settings
 
 RACED = [path for path in sorted(RESULTS.glob("*.json")) if render._raced(path)]
 
@@ -49,6 +50,14 @@ SIDE_BY_SIDE = [RESULTS / f"methods-{data}.json" for data in ("clothing", "pasca
 def test_the_table_of_methods_side_by_side_is_up_to_date(path: Path) -> None:
     table = "\n".join(methods.markdown(json.loads(path.read_text()))) + "\n"
     assert table == path.with_suffix(".md").read_text()
+
+
+def test_the_methods_on_pascal_ran_with_the_settings_that_are_kept() -> None:
+    ran = json.loads(SIDE_BY_SIDE[1].read_text())["settings"]
+    path = Path(render.__file__).parent / "few_shot" / "methods-pascal.yaml"
+    kept = flat_settings(read_settings(path))
+    kept.pop("optimizer.backbone_lr")  # of the first run's regime, which has no use for it
+    assert kept == {name: ran[name] for name in kept}
 
 
 def test_the_page_of_methods_has_what_they_scored() -> None:
