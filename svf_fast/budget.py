@@ -25,7 +25,7 @@ _UNITS = {
     "KB": 10**3,
     "B": 1,
 }
-CODING = 16  # FLOPs that take as long as to spare one byte by 8 bits, coding and decoding it
+CODING = 90  # FLOPs that take as long as to spare one byte by 8 bits, coding and decoding it
 _SIZES = {name.lower(): size for name, size in _UNITS.items()}
 
 

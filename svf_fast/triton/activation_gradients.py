@@ -279,7 +279,9 @@ class Problem(NamedTuple):
 
     def candidates(self, arch: int) -> list[Config]:
         width = self.channels
-        shapes = shapes_for(width, self.dtype, self.vectors, arch)
+        # decoding takes registers that the widest tiles have not
+        widest = min(width, 128) if self.coded else width
+        shapes = shapes_for(widest, self.dtype, self.vectors, arch)
         return configurations(shapes, width, width, self.sides, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
