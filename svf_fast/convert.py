@@ -369,7 +369,9 @@ def _keep_int8(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[
     undo: list[Callable[[], object]] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, Fused) and any(chosen(prefix + conv) for conv in module.fused_convs()):
+        if isinstance(module, Fused) and any(
+            chosen(prefix + conv) for conv in module.fused_convs()
+        ):
             undo.append(partial(setattr, module, "keeps_int8", module.keeps_int8))
             module.keeps_int8 = True
     return undo

@@ -134,9 +134,8 @@ class ResidualUnit(Fused):
             shortcut_x = shortcut_x.to(dtype)
         stages, programs = reading.stages(self, names.stages, dtype, True, names.shortcut)
         shortcut = "identity" if names.shortcut is None else stages.pop()
-        trades = {"recompute": self.recompute, "int8": self.keeps_int8}
-        x = x.to(dtype)
-        return block(x, stages, shortcut, shortcut_x, names.relu, programs=programs, **trades)
+        again, int8, x = self.recompute, self.keeps_int8, x.to(dtype)
+        return block(x, stages, shortcut, shortcut_x, names.relu, again, programs, int8)
 
 
 class SVFBottleneck(ResidualUnit):
@@ -384,10 +383,9 @@ class SVFConvBNAct(nn.Module):
         dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
         names, folds = StageNames("conv", "bn", self.relu), residual is not None or not self.relu
         stages, programs = reading.stages(self, [names], dtype, folds)
-        ends = {"relu": self.relu, "programs": programs, "int8": self.keeps_int8}
-        if residual is None:
-            return block(x.to(dtype), stages, **ends)
-        return block(x.to(dtype), stages, "given", residual.to(dtype), **ends)
+        kind, given = ("", None) if residual is None else ("given", residual.to(dtype))
+        int8 = self.keeps_int8
+        return block(x.to(dtype), stages, kind, given, self.relu, False, programs, int8)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_reading"}

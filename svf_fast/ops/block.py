@@ -144,10 +144,10 @@ def block(
     x [N, C, H, W] in one dtype with the weights. The shortcut is a stage applied to ``shortcut_x``
     (x where None), or "identity" (x itself), "given" (``shortcut_x`` itself), or "" (nothing). With
     ``recompute`` (two stages at least) the second convolution runs again in the backward pass
-    instead of being kept. With ``int8`` what is kept for the gradients of S alone is kept in 8
-    bits, see :func:`svf_fast.ops.quantize.quantize`: the output and dL/dx are as without, to the
-    bit, the gradients of S are not. ``programs``: of calls whose stages differ in S and what follows from it
-    alone.
+    instead of being kept. ``programs``: of calls whose stages differ in S and what follows from it
+    alone. With ``int8`` what is kept for the gradients of S alone is kept in 8 bits, see
+    :func:`svf_fast.ops.quantize.quantize`: the output and dL/dx are as without, to the bit, the
+    gradients of S are not.
     Definition: :func:`svf_fast.reference.block.block`.
     """
     if isinstance(shortcut, str) and shortcut not in ("", "identity", "given"):
@@ -343,12 +343,13 @@ def _run_stage(
     epilogue = Epilogue(
         scale, shift, residual, residual_scale, relu=relu, keep=keeps_y, mask=keeps.mask
     )
-    edge = (None, None) if keeps.mask or not relu else (scale, shift)
+    edge = scale if relu and not keeps.mask else None  # its mask is to be told by y
+    term = None if edge is None else shift
     of_source = form.recompute and index == 0  # another y is computed from it again
     if on_gpu and fuses(read.y, conv.weight, geometry, Extras.of(prologue, epilogue)):
         out, y, mask = pointwise(read.y, conv.weight.flatten(1), prologue, epilogue)
         v = conv.guarded(h.tensor()) if guards else v
-        stored = _stored(form, y, *edge, of_source) if keeps_y else (None, None)
+        stored = _stored(form, y, edge, term, of_source) if keeps_y else (None, None)
     else:
         entering = read.tensor()
         y = convolution(entering, conv.weight, None, geometry)
@@ -356,7 +357,7 @@ def _run_stage(
         if on_gpu and keeps_y and not last and _rebuilds_input(form, stages, index + 1, y):
             stored = _stored(form, y, scale, shift, of_source)
             return Activation(y, scale, shift), Maps(*_stored(form, x), v, *stored, None)
-        stored = _stored(form, y, *edge, of_source) if keeps_y else (None, None)
+        stored = _stored(form, y, edge, term, of_source) if keeps_y else (None, None)
         if stored[0] is y:
             out, mask = _activate(y, scale, shift, residual, residual_scale, relu, keeps.mask)
         else:  # y is this node's own and read by nobody else
@@ -478,9 +479,7 @@ def _through_stage(
         assert y is not None
         of_y = before.reader if before.kind.keeps == "y" else None
         of_x = conv.reader if conv.kind.samples and read_off is None else None
-        grad_x, of_before, found = activation_gradients(
-            grad_x, y, scale, shift, of_y, of_x, y_grid
-        )
+        grad_x, of_before, found = activation_gradients(grad_x, y, scale, shift, of_y, of_x, y_grid)
         read_off = found if read_off is None else read_off
     if conv.kind.samples:
         grad_S = conv.scale_gradient(Flow(flow.grad_y, read_off), own)

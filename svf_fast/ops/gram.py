@@ -122,10 +122,11 @@ def _check(
         raise ValueError(f"gram: {missing}: expected a tensor, because scale and shift go together")
     dtype = accumulated_in(a, b)
     if grid is not None and codes is not None:
-        if grid.dtype != dtype or grid.shape != (3, *codes.shape[:2]):
+        shape = 3, *codes.shape[:2]
+        if (grid.dtype, grid.shape) != (dtype, shape):
             raise ValueError(
-                f"gram: grid: expected {dtype} of shape {[3, *codes.shape[:2]]}, as quantize made "
-                f"it with the codes, got {grid.dtype} of shape {list(grid.shape)}"
+                f"gram: grid: expected {dtype} of shape {list(shape)}, as quantize made it with "
+                f"the codes, got {grid.dtype} of shape {list(grid.shape)}"
             )
     for name, tensor in (("b", b), ("scale", scale), ("shift", shift), ("grid", grid)):
         if tensor is not None and tensor.device != a.device:

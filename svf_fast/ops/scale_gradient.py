@@ -23,8 +23,8 @@ def scale_gradient(
 ) -> Tensor:
     """Compute ``dS_r = left_rᵀ M right_r / S_r`` with ``M = Σ_p a'_p b_pᵀ``, per group.
 
-    a, b, scale, shift and grid as for ``gram``; left [G, Ca/G, R], right [G, Cb/G, R], S [G·R] -> [G, R]
-    in the dtype that maps are accumulated in, not finite where S is 0. Not differentiable.
+    a, b, scale, shift and grid as for ``gram``; left [G, Ca/G, R], right [G, Cb/G, R], S [G·R] ->
+    [G, R] in the dtype that maps are accumulated in, not finite where S is 0. Not differentiable.
     Definition: :func:`svf_fast.reference.scale_gradient.scale_gradient`.
     """
     return torch.ops.svf_fast.scale_gradient.default(a, b, scale, shift, left, right, S, grid)

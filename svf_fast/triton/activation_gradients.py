@@ -95,9 +95,7 @@ def activation_grams_partial_kernel(
         if grid is not None:
             image = image_of(step, positions, BLOCK_P) * channels
             codes = y_a.to(tl.float32)
-            y_a, passing = decode(
-                codes, grid, image + row, grid_size, row < channels, grad_a.dtype
-            )
+            y_a, passing = decode(codes, grid, image + row, grid_size, row < channels, grad_a.dtype)
             z = y_a.to(tl.float32) * factor + offset
             stopped = codes < passing
             z = tl.where(z < 0, 0.0, z)
@@ -143,9 +141,9 @@ def activation_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``g = dL/dy`` of ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
 
-    grad, y, scale, shift, grid as for :func:`activation_grams`. before: left, right [1, C, R] and S [R]
-    of the layer that made y, whose matrix is ``Σ_p g_p y_pᵀ``; after: of the one that reads x,
-    whose matrix is ``Σ_p x_p grad_pᵀ``; empty for none -> g, dS [1, R] of each, read off its
+    grad, y, scale, shift, grid as for :func:`activation_grams`. before: left, right [1, C, R] and
+    S [R] of the layer that made y, whose matrix is ``Σ_p g_p y_pᵀ``; after: of the one that reads
+    x, whose matrix is ``Σ_p x_p grad_pᵀ``; empty for none -> g, dS [1, R] of each, read off its
     matrix, empty for none.
     """
     g, partial = _partial(grad, y, scale, shift, bool(before), bool(after), grid, None)
@@ -174,8 +172,8 @@ def activation_grams(
     [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not wanted
     has no elements; for neither, g is affine_act_backward's. x and g are rounded to the dtype
     of the maps. Maps that are contiguous or channels_last (which loads 16 bytes at a time) are read
-    as they lie; grad is brought to the layout of y. With a grid y is codes. Bytes of DRAM: grad and y read once, g written
-    once, partial matrices.
+    as they lie; grad is brought to the layout of y. With a grid y is codes. Bytes of DRAM: grad and
+    y read once, g written once, partial matrices.
 
     Raises:
         TypeError: another dtype than float32, bfloat16 and float16.

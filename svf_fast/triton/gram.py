@@ -242,13 +242,13 @@ class Problem(NamedTuple):
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         channels = [self.groups * self.width_a, self.groups * self.width_b]
         a, b = random_maps(self.positions, channels, self.dtype, self.vectors, device)
-        affine = torch.randn(2, channels[0], device=device) if self.rebuild else (None, None)
+        scale, shift = torch.randn(2, channels[0], device=device) if self.rebuild else (None, None)
         grid = None
         if self.coded and self.rebuild:
-            a, grid = torch.ops.svf_fast.quantize(a, *affine)
+            a, grid = torch.ops.svf_fast.quantize(a, scale, shift)
         elif self.coded:
             b, grid = torch.ops.svf_fast.quantize(b, None, None)
-        return lambda config: gram(a, b, self.groups, *affine, grid, config=config)
+        return lambda config: gram(a, b, self.groups, scale, shift, grid, config=config)
 
 
 def problems() -> list[Problem]:

@@ -55,8 +55,9 @@ def ranges_kernel(
     nothing = tl.zeros((BLOCK_C,), tl.float32)
     tiles = tl.cdiv(positions, BLOCK_P)
     for tile in range(split, tiles, splits):
-        start = image.to(tl.int64) * image_stride + tl.cast(tile, tl.int64) * BLOCK_P * position_stride
-        there = (rows[:, None] < positions - tile * BLOCK_P) & inside[None, :]
+        first = tl.cast(tile, tl.int64) * BLOCK_P
+        start = image.to(tl.int64) * image_stride + first * position_stride
+        there = (rows[:, None] < positions - first) & inside[None, :]
         value = tl.load(y + start + at, mask=there, other=0.0).to(tl.float32)
         low = tl.minimum(low, tl.min(tl.where(there, value, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(there, value, float("-inf")), axis=0))
@@ -87,7 +88,7 @@ def grid_kernel(
     low = tl.full((BLOCK,), float("inf"), tl.float32)
     high = tl.full((BLOCK,), float("-inf"), tl.float32)
     nothing = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         place = partial + tl.cast(split, tl.int64) * 3 * size + at
         low = tl.minimum(low, tl.load(place, mask=inside, other=0.0))
         high = tl.maximum(high, tl.load(place + size, mask=inside, other=0.0))
@@ -347,13 +348,14 @@ class Problem(NamedTuple):
     def launcher(self, device: torch.device) -> Callable[[Config], Any]:
         y = torch.randn(2, self.positions, self.channels, device=device).to(self.dtype).mT
         y = y if self.last else y.contiguous()
-        affine = torch.randn(2, self.channels, device=device) if self.edge else (None, None)
+        scale = torch.randn(self.channels, device=device) if self.edge else None
+        shift = None if scale is None else torch.randn_like(scale)
 
         def there_and_back(config: Config) -> Tensor:
-            codes, grid = quantize(y, *affine, config=config)
-            if self.edge:
-                quantized_backward(y, codes, grid, affine[0])
-            return dequantize(codes, grid, *affine, self.dtype)
+            codes, grid = quantize(y, scale, shift, config=config)
+            if scale is not None:
+                quantized_backward(y, codes, grid, scale)
+            return dequantize(codes, grid, scale, shift, self.dtype)
 
         return there_and_back
 

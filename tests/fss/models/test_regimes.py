@@ -475,7 +475,7 @@ def test_signatures_tell_regimes_apart():
 def test_blocks_keep_what_the_regime_says(name):
     kept = {}
     for keep in ("exact", "int8"):
-        model = build_model(MODEL, BASE)
+        model = build()
         apply_regime(model, RegimeConfig(name=name, keep=keep))
         blocks = [m for m in model.backbone.modules() if isinstance(m, svf_fast.Fused)]
         assert blocks and all(block.keeps_int8 == (keep == "int8") for block in blocks)

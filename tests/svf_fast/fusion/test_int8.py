@@ -54,7 +54,7 @@ def compare(exact: nn.Module, coded: nn.Module, x: torch.Tensor, name: str) -> N
     one.
     """
     grad = torch.randn_like(exact(x))
-    y, dx, *dS = step(exact, x, grad)
+    y, dx, *_ = step(exact, x, grad)
     y8, dx8, *dS8 = step(coded, x, grad)
     assert torch.equal(y, y8) and torch.equal(dx, dx8), name
     truth = as_reference(exact).double()

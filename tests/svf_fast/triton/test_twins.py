@@ -44,7 +44,9 @@ def run(root: Path, *arguments: str | Path, **variables: str) -> subprocess.Comp
     return done
 
 
-@pytest.mark.parametrize("op, least", [("affine_act", 90), ("channel_dot", 80), ("guard", 8), ("quantize", 90)])
+@pytest.mark.parametrize(
+    "op, least", [("affine_act", 90), ("channel_dot", 80), ("guard", 8), ("quantize", 90)]
+)
 def test_the_op(op: str, least: int, root: Path) -> None:
     options = [
         "-q",
