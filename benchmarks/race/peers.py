@@ -27,6 +27,7 @@ from fss.models.backbone import BasicBlock, Bottleneck
 from svf_fast import SVFConv2d
 from svf_fast.ops.convolution import Geometry, convolution, convolution_input_gradient
 
+BUDGET = 0.0  # of activations, the least: layers 2-4 then keep half more maps than with svf_fast
 Layers = Sequence[str] | None
 Convert = Callable[[nn.Module, Layers, Path | None], nn.Module]
 
@@ -59,6 +60,43 @@ def checkpointed(model: nn.Module, layers: Layers = None, cache: Path | None = N
             if isinstance(block, BasicBlock | Bottleneck):
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return model
+
+
+def saved_in_8_bits(
+    model: nn.Module, layers: Layers = None, cache: Path | None = None
+) -> nn.Module:
+    """Convert as `official`; every map that autograd saves is kept in 8 bits, masks included.
+
+    What torch's hooks of saved tensors give to any network, with a range for each channel of each
+    image, as published activation compression has it (ActNN, Chen et al. 2021, in 8 bits).
+    """
+    official(model, layers, cache)
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    def pack(x: Tensor) -> Any:
+        if x.dim() != 4 or id(x) in own or not x.is_floating_point():
+            return x
+        low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+        step = (high - low).clamp_min(torch.finfo(x.dtype).tiny) / 255
+        return ((x - low) / step).round().to(torch.uint8), low, step
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        codes, low, step = kept
+        return codes.to(low.dtype) * step + low
+
+    for part in parts(model, layers):
+        part.forward = _hooked(part.forward, pack, unpack)
+    return model
+
+
+def _hooked(forward: Callable, pack: Callable, unpack: Callable) -> Callable:
+    def run(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return forward(x)
+
+    return run
 
 
 def recomposed(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
@@ -119,6 +157,30 @@ def compiled(convert: Convert) -> Convert:
     return converted
 
 
+def compiled_within(convert: Convert, budget: float) -> Convert:
+    """Return `compiled`, which computes again what `budget` has no room for.
+
+    budget: 1 keeps what torch.compile keeps by itself, 0 the inputs of each part alone.
+    """
+
+    def compile_graph(graph: Any, inputs: Any) -> Callable:
+        from torch._inductor.compile_fx import compile_fx
+
+        # what is found in torch's cache may be of another budget
+        with torch._functorch.config.patch(
+            activation_memory_budget=budget, enable_autograd_cache=False
+        ):
+            return compile_fx(graph, inputs)
+
+    def converted(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
+        convert(model, layers, cache)
+        for part in parts(model, layers):
+            part.compile(dynamic=False, fullgraph=True, backend=compile_graph)
+        return model
+
+    return converted
+
+
 def ours(strategy: str = "auto", **options: Any) -> Convert:
     """Return svf_fast's conversion as a user calls it."""
 
@@ -131,6 +193,7 @@ def ours(strategy: str = "auto", **options: Any) -> Convert:
 PEERS = {
     "official": Peer(official),
     "official, checkpoint per block": Peer(checkpointed),
+    "official, 8 bits": Peer(saved_in_8_bits, judged_in="bfloat16"),
     "recomposed": Peer(recomposed),
     "recomposed, BN folded": Peer(recomposed_folded),
     "save what is needed": Peer(save_needed),
@@ -138,6 +201,9 @@ PEERS = {
     "frozen bound": Peer(frozen_bound, "nothing"),
     "torch.compile of official": Peer(compiled(official), compiled=True),
     "torch.compile of recomposed": Peer(compiled(recomposed), compiled=True),
+    "torch.compile of official, memory budget": Peer(
+        compiled_within(official, BUDGET), compiled=True
+    ),
     "svf_fast, unfused": Peer(ours(fuse=False)),
     "svf_fast": Peer(ours()),
     "svf_fast, 8 bits": Peer(ours(keep="int8"), judged_in="bfloat16"),
@@ -159,6 +225,8 @@ LAYER_PEERS = {
         "recomposed, BN folded",
         "svf_fast, unfused",
         "svf_fast, 8 bits",
+        "official, 8 bits",
+        "torch.compile of official, memory budget",
     )
 } | {f"svf_fast, {name}": Peer(ours(name)) for name in ("fold", "chain", "gram")}
 

@@ -9,6 +9,7 @@ from torch.autograd import Function, forward_ad
 from svf_fast import _library
 from svf_fast.ops.maps import DTYPES
 from svf_fast.ops.node import differentiable_once, refuse_transforms
+from svf_fast.svd import has_memory
 
 EPSILON = 1e-7
 _DEFINITION = "use svf_fast.reference.cosine_max.cosine_max, which is ordinary torch operations"
@@ -26,8 +27,10 @@ def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
     what follows subtracts nearly equal cosines.
 
     Saved for the backward pass: the arguments themselves and 12 bytes per query position (float64:
-    16). Nothing of size N·M exists; beyond the arguments the forward pass needs a few tiles of 1024
-    positions, the backward pass the two gradients.
+    16). On the CPU, where at most half of the support positions are the nearest to any query's, a
+    copy of these is saved in the support's place: the others get no gradient. Nothing of size N·M
+    exists; beyond the arguments the forward pass needs a few tiles of 1024 positions, the backward
+    pass the two gradients.
 
     Args:
         query: features [B, C, N].
@@ -55,18 +58,52 @@ class _CosineMax(Function):
     @staticmethod
     def forward(ctx, query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
         values, index = torch.ops.svf_fast.cosine_max(query, support, mask)
-        ctx.save_for_backward(query, support, mask, values, index)
+        nearest = _nearest(support, index)
+        ctx.shape, ctx.inner = support.shape, support.stride(1) == 1
+        if nearest is not None:
+            columns, index = nearest
+            support = support.gather(2, _of_channels(columns, support))
+            mask = mask.gather(1, columns)
+            ctx.save_for_backward(columns, query, support, mask, values, index)
+        else:
+            ctx.save_for_backward(None, query, support, mask, values, index)
         return values
 
     @staticmethod
     @differentiable_once("cosine_max", _DEFINITION)
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        gradients = torch.ops.svf_fast.cosine_max_backward(grad, *ctx.saved_tensors)
-        query, support = (
-            gradient if needed else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad[:2], strict=True)
-        )
-        return query, support, None
+        columns, *saved = ctx.saved_tensors
+        query, support = torch.ops.svf_fast.cosine_max_backward(grad, *saved)
+        needs_query, needs_support, _ = ctx.needs_input_grad
+        if needs_support and columns is not None:
+            batch, channels, positions = ctx.shape
+            if ctx.inner:
+                whole = support.new_zeros((batch, positions, channels)).mT
+            else:
+                whole = support.new_zeros(ctx.shape)
+            support = whole.scatter_(2, _of_channels(columns, support), support)
+        return query if needs_query else None, support if needs_support else None, None
+
+
+def _nearest(support: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the support positions [B, U] that `index` [B, N] names, and the index among them.
+
+    None where that is no gain, and where it would wait for a GPU or has no values to look at.
+    """
+    if torch.compiler.is_compiling() or not support.is_cpu or not has_memory(support):
+        return None
+    batch, _, positions = support.shape
+    named = torch.zeros((batch, positions), dtype=torch.int64).scatter_(1, index, 1)
+    most = int(named.sum(dim=1).max()) if batch else 0
+    if not 0 < 2 * most <= positions:
+        return None
+    # those that are named come first, as many others after them as the batch asks for
+    columns = named.argsort(dim=1, descending=True, stable=True)[:, :most]
+    return columns.contiguous(), (named.cumsum(dim=1) - 1).gather(1, index)
+
+
+def _of_channels(columns: Tensor, support: Tensor) -> Tensor:
+    return columns.unsqueeze(1).expand(-1, support.shape[1], -1)
 
 
 @torch.library.register_fake("svf_fast::cosine_max")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+import svf_fast.ops.cosine_max as module
 from svf_fast import cosine_max
 from svf_fast.ops.cosine_max import paired_cosine_max_backward, tiled_cosine_max
 from svf_fast.reference.cosine_max import cosine_max as reference_cosine_max
@@ -279,10 +280,13 @@ def test_a_masked_nan_gets_no_gradient():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("share", (1.0, 0.3), ids=("all support positions", "a few"))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keeps_its_arguments_and_a_few_bytes_per_position(dtype):
-    query = torch.randn(2, 6, 500).to(dtype).requires_grad_()
-    support = torch.randn(2, 6, 700).to(dtype).requires_grad_()
+def test_keeps_its_arguments_and_a_few_bytes_per_position(dtype, share):
+    """Of the support only the positions that are the nearest to a query's, where these are few."""
+    query = torch.randn(2, 40, 1500).to(dtype).requires_grad_()
+    support = torch.randn(2, 40, 700).to(dtype).requires_grad_()
+    mask = torch.rand(2, 700) < share
     kept = {}
 
     def pack(x):
@@ -290,10 +294,38 @@ def test_keeps_its_arguments_and_a_few_bytes_per_position(dtype):
         return x
 
     with saved_tensors_hooks(pack, lambda x: x):
-        out = cosine_max(query, support, torch.rand(2, 700) < 0.3)
-    assert kept.pop(query.data_ptr()) and kept.pop(support.data_ptr())
-    size = out.element_size()
-    assert sum(kept.values()) == 2 * (500 * (size + 8) + 700 * size)
+        out = cosine_max(query, support, mask)
+    assert kept.pop(query.data_ptr())
+    size, positions, columns = out.element_size(), 700, 0
+    if share == 1.0:
+        assert kept.pop(support.data_ptr())
+    else:
+        index = torch.ops.svf_fast.cosine_max(query, support, mask.to(out.dtype))[1]
+        positions = max(len(each.unique()) for each in index)
+        assert positions <= mask.sum(dim=1).max() < 350
+        columns = positions * (8 + 40 * support.element_size())
+    assert sum(kept.values()) == 2 * (1500 * (size + 8) + positions * size + columns)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_from_the_nearest_alone(monkeypatch, dtype, layout):
+    """As from the whole support, to the bit; each image of the batch has another number of them."""
+    query, support = torch.randn(2, 3, 20, 300).to(dtype)
+    if layout == "channels_last":
+        query, support = (x.mT.contiguous().mT for x in (query, support))
+    mask = torch.zeros(3, 300)
+    mask[0, 40:45], mask[1, 100:200] = 1, torch.rand(100)  # and none of the third
+    found = []
+    for nearest in (module._nearest, lambda support, index: None):
+        monkeypatch.setattr(module, "_nearest", nearest)
+        leaves = [x.detach().clone(memory_format=torch.preserve_format) for x in (query, support)]
+        out = cosine_max(*(x.requires_grad_() for x in leaves), mask)
+        grad = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype)
+        found.append(torch.autograd.grad(out, leaves, grad))
+    for mine, whole in zip(*found, strict=True):
+        assert torch.equal(mine, whole) and mine.stride() == whole.stride()
+    assert found[0][1][0].ne(0).any(dim=0).sum() <= 5
 
 
 def test_is_deterministic():
