@@ -40,16 +40,18 @@ from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.log_scale import check_trains
 from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
+from svf_fast.ops.core import Core
 from svf_fast.svd import Factors, are_of, decompose, has_memory
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Yield what trains of a model's singular values, a vector a converted layer: S or log_scale.
+    """Yield what trains of a model's converted layers: S or log_scale, a vector each.
 
+    With a core the parameters that it has besides follow it: off_diagonal, or core_A and core_B.
     For rates relative to the size of S there is :func:`svf_parameter_groups`.
     """
     for layer in svf_layers(model).values():
-        yield layer.trained
+        yield from layer.all_trained
 
 
 def svf_parameter_groups(
@@ -110,6 +112,7 @@ def convert(
     factors: Mapping[str, Factors] | None = None,
     keep_norms_frozen: bool = True,
     trains: str = "S",
+    core: str | Core = "diag",
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
@@ -152,6 +155,8 @@ def convert(
             before.
         trains: what of the converted layers trains: S, or with ``"log_scale"`` s' of S·exp(s'), at
             the same saved bytes; see :class:`svf_fast.SVFConv2d`.
+        core: what trains beside S, at the same saved bytes: ``"band:k"``, ``"block:b"`` or
+            ``"lowrank:r"`` of Σ in ``W = U Σ Vᵀ``; see :class:`svf_fast.SVFConv2d`.
 
     Returns the model.
 
@@ -167,6 +172,7 @@ def convert(
         )
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     check_trains(trains)
+    core = Core.of(core)
     if isinstance(layers, str):
         layers = (layers,)
     check_module(model)
@@ -197,7 +203,7 @@ def convert(
         # gram keeps its output, which the next module may overwrite
         inplace = strategy == "auto" and _feeds_inplace(model, name)
         planned.setdefault(plain[layer], ("chain" if inplace else strategy, known.get(name)))
-    made = _factored(planned, cache, progress, trains)
+    made = _factored(planned, cache, progress, trains, core)
     replaced = {layer: made[plain[layer]] for _, layer in chosen}
     for layer, factored in replaced.items():
         if _makes_its_weight(layer, plain[layer]):
@@ -418,6 +424,7 @@ def _factored(
     cache: str | os.PathLike | None,
     progress: bool,
     trains: str,
+    core: Core,
 ) -> dict[nn.Conv2d | nn.Linear, Factored]:
     """Return the SVF layer of each layer, given its strategy and factors if known.
 
@@ -430,8 +437,8 @@ def _factored(
         strategy, known = planned[layer]
         factors = known or _factors(layer, cache)
         if isinstance(layer, nn.Conv2d):
-            return SVFConv2d.from_conv(layer, strategy, factors, trains)
-        return SVFLinear.from_linear(layer, strategy, factors, trains)
+            return SVFConv2d.from_conv(layer, strategy, factors, trains, core)
+        return SVFLinear.from_linear(layer, strategy, factors, trains, core)
 
     def built(made: Iterable[Factored]) -> dict[nn.Conv2d | nn.Linear, Factored]:
         bar = tqdm(made, "decomposing", len(planned), unit="layer", delay=2, disable=not progress)

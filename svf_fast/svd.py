@@ -194,6 +194,8 @@ def lifted_inverse(
     groups, rank = wide.shape[:2]
     P, D, Qt = torch.linalg.svd(wide)
     found = guarded_indices(D.reshape(-1), groups, multiple, 0.9 * GUARD_LIMIT)
+    if not found[0]:  # what an older lift serves no longer
+        return _inverse(wide, None).to(core.dtype), None
     at = torch.tensor(found, device=core.device)[:, None, :].expand(-1, rank, -1)
     size = D.square().mean(dim=1).sqrt()[:, None, None]
     size = torch.where(size > 0, size, 1.0)

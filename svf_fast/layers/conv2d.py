@@ -35,7 +35,7 @@ class SVFConv2d(Factored):
             nothing; ``"band:k"``, the entries with ``|i - j| <= k``; ``"block:b"``, those of the
             blocks of b along the diagonal; ``"lowrank:r"``, ``Σ = diag(S) + A Bᵀ``. It starts at 0,
             so that the layer computes what it did before (A is drawn, as in LoRA, and B is 0), and
-            keeps no more for the backward pass than ``"diag"``.
+            keeps no more for the backward pass than ``"diag"``. Of a rank of 1 all are ``"diag"``.
 
     Attributes:
         U [Co, R], V [G·R, Ci/G, kh, kw]: buffers. R = min(Co/G, Ci/G·kh·kw) values per group.

@@ -111,6 +111,7 @@ class Factored(nn.Module):
             self.register_buffer("S", S)
         log_scale = None if self.trains == "S" else nn.Parameter(torch.zeros_like(S))
         self.register_parameter("log_scale", log_scale)
+        self.core = self.core.within(self.rank)
         cores.adopt_parts(self, S, groups)
         frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", frozen)

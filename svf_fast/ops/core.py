@@ -13,7 +13,7 @@ from svf_fast.reference.core import entries_core, low_rank_core, off_diagonals
 from svf_fast.reference.core import turned as definition_of_turned
 
 _KINDS = ("band", "block", "lowrank")
-_EXPECTED = "'diag', 'band:k', 'block:b' or 'lowrank:r' with a positive integer"
+_EXPECTED = "'diag', 'band:k', 'block:b' or 'lowrank:r' with k, r of at least 1 and b of at least 2"
 _OF_FACTORS = ("core_A", "core_B")
 
 PARTS = ("off_diagonal", *_OF_FACTORS)
@@ -44,7 +44,7 @@ class Core(NamedTuple):
         if core == "diag":
             return cls()
         match = re.fullmatch(rf"({'|'.join(_KINDS)}):([1-9][0-9]{{0,8}})", core)
-        if match is None:
+        if match is None or match[0] == "block:1":
             raise ValueError(f"core: expected {_EXPECTED}, got {core!r}")
         return cls(match[1], int(match[2]))
 
@@ -63,8 +63,12 @@ class Core(NamedTuple):
             return ()
         return _OF_FACTORS if self.kind == "lowrank" else PARTS[:1]
 
+    def within(self, rank: int) -> Core:
+        """Return the core of a layer of this rank: of a single value there is only the diagonal."""
+        return self if rank > 1 else DIAGONAL
+
     def shapes(self, groups: int, rank: int) -> list[tuple[int, ...]]:
-        """List the shapes of :attr:`parts` for Σ [G, R, R]."""
+        """List the shapes of :attr:`parts` for Σ [G, R, R] with R > 1."""
         if self.kind == "lowrank":
             return [(groups, rank, min(self.size, rank))] * 2
         if self.is_diagonal:
@@ -103,10 +107,9 @@ class Core(NamedTuple):
         if self.kind == "lowrank":
             A, B = parts
             return grad_S, grad @ B, grad.mT @ A
-        (entries,) = parts
         views = off_diagonals(grad, *self._blocks(grad.shape[-1]))
         found = [view.reshape(len(grad), -1) for view in views]
-        return grad_S, torch.cat(found, dim=1) if found else torch.zeros_like(entries)
+        return grad_S, torch.cat(found, dim=1)
 
     def _blocks(self, rank: int) -> tuple[int, int]:
         """Return the size of the blocks that entries lie in, and how far beside the diagonal."""
