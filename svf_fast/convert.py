@@ -40,6 +40,7 @@ from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.log_scale import check_trains
 from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
+from svf_fast.layers.values import gathered
 from svf_fast.ops.core import Core
 from svf_fast.svd import Factors, are_of, decompose, has_memory
 
@@ -67,8 +68,9 @@ def svf_parameter_groups(
     - ``"sgd"``, for steps proportional to the gradient: ``lr · mean|S|²``.
 
     A step of ``log_scale`` is relative to S already: these share one group, with ``lr`` itself.
-    What AdamW decays S by goes with the rate of its group, and pulls S to 0, log_scale to the
-    pretrained S.
+    What a core has besides changes Σ as S does and goes at the rate of its S, ``core_A`` at one
+    by its own mean. What AdamW decays S by goes with the rate of its group, and pulls S to 0,
+    log_scale to the pretrained S.
 
     Raises TypeError when ``lr`` is no number; ValueError when it is negative or not finite, for
     another ``optimizer``, a model without SVF layers, and an S of zeros or without values (meta).
@@ -85,18 +87,32 @@ def svf_parameter_groups(
         raise ValueError("model: expected SVF layers, found none; call svf_fast.convert")
     factors = [layer.trained for layer in layers.values() if layer.trains == "log_scale"]
     groups: list[dict[str, Any]] = [{"params": factors, "lr": lr}] if factors else []
+    power = powers[optimizer]
     for name, layer in layers.items():
-        if layer.trains == "S":
-            if layer.S.is_meta:
-                raise ValueError(f"{name}.S: expected values, got none on meta: load weights first")
-            size = float(layer.singular_values().abs().mean())
-            if not 0 < size < math.inf:
-                raise ValueError(
-                    f"{name}.S: expected finite values that are not all 0, got a mean of {size}; "
-                    "give its S a group of its own, with a rate of its own"
-                )
-            groups.append({"params": [layer.S], "lr": lr * size ** powers[optimizer]})
+        relative = {"S": layer.S} if layer.trains == "S" else {}
+        relative |= dict(zip(layer.core.parts, layer.parts, strict=True))
+        if not relative:
+            continue
+        A = relative.pop("core_A", None)
+        if A is not None:
+            rate = lr * _size(f"{name}.core_A", A) ** power
+            groups.append({"params": [A], "lr": rate})
+        rate = lr * _size(f"{name}.S", layer.S, layer.singular_values) ** power
+        groups.append({"params": [*relative.values()], "lr": rate})
     return groups
+
+
+def _size(name: str, x: Tensor, values: Callable[[], Tensor] | None = None) -> float:
+    """Return the mean of |x|, or of the values that stand for it."""
+    if x.is_meta:
+        raise ValueError(f"{name}: expected values, got none on meta: load weights first")
+    size = float((gathered(x).detach() if values is None else values()).abs().mean())
+    if not 0 < size < math.inf:
+        raise ValueError(
+            f"{name}: expected finite values that are not all 0, got a mean of {size}; give it a "
+            "group of its own, with a rate of its own"
+        )
+    return size
 
 
 def convert(
