@@ -192,7 +192,13 @@ def lifted_inverse(
     if bool(_amplification(wide, inverse) <= GUARD_LIMIT) or not bool(wide.isfinite().all()):
         return inverse.to(core.dtype), lift
     groups, rank = wide.shape[:2]
-    P, D, Qt = torch.linalg.svd(wide)
+    try:
+        P, D, Qt = torch.linalg.svd(wide)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            "Σ: expected a matrix that can be decomposed, got other; load weights first (after "
+            "to_empty)"
+        ) from error
     found = guarded_indices(D.reshape(-1), groups, multiple, 0.9 * GUARD_LIMIT)
     if not found[0]:  # what an older lift serves no longer
         return _inverse(wide, None).to(core.dtype), None

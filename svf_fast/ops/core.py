@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -95,7 +96,7 @@ class Core(NamedTuple):
 
     def matrix(self, S: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """Compute Σ [G, R, R] of S [G·R] and :attr:`parts`; differentiable in all."""
-        with torch.autocast(S.device.type, enabled=False):
+        with _without_autocast(S):
             if self.kind == "lowrank":
                 return low_rank_core(S, *parts)
             (entries,) = parts
@@ -124,5 +125,11 @@ def turned(U: Tensor, core: Tensor) -> Tensor:
 
     Then ``U Σ Vᵀ`` is composed of it as ``U diag(S) Vᵀ`` is, with S of ones.
     """
-    with torch.autocast(U.device.type, enabled=False):
+    with _without_autocast(U):
         return definition_of_turned(U, core)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    if x.is_meta:  # where there is none
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
