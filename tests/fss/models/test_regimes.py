@@ -36,7 +36,9 @@ REGIMES = {
         f"svf_{''.join(factors)}": {"name": "svf", "factors": tuple(factors)}
         for factors in ("U", "V", "SU", "SV", "UV", "SUV")
     },
+    **{f"svf_{core}": {"name": "svf", "core": core} for core in ("band:1", "block:4", "lowrank:2")},
     "svf_scale": {"name": "svf_scale"},
+    "svf_scale_band": {"name": "svf_scale", "core": "band:2"},
     "svf_scale_S": {"name": "svf_scale", "factors": ["S", "S'"]},
     "scale_output": {"name": "scale_output"},
     "scale_input": {"name": "scale_input"},
@@ -49,6 +51,12 @@ REGIMES = {
     "bn_weight": {"name": "freeze", "batch_norm": "weight"},
     "bn_bias": {"name": "freeze", "batch_norm": "bias"},
     "bn_S": {"name": "svf", "batch_norm": "both"},
+}
+CORE_PARTS = {
+    "diag": (),
+    "band": ("off_diagonal",),
+    "block": ("off_diagonal",),
+    "lowrank": ("core_A", "core_B"),
 }
 every_regime = pytest.mark.parametrize("key", REGIMES)
 
@@ -144,6 +152,7 @@ def test_exactly_what_the_regime_says_trains(key):
         "scale_input": ["log_scale"],
         "rotated_scale": ["log_scale"],
     }.get(config.name, [])
+    kinds = [*kinds, *CORE_PARTS[config.core.partition(":")[0]]]
     expected = {f"{name}.{kind}" for name in chosen for kind in kinds}
     affine = {"both": ["weight", "bias"], "none": []}.get(config.batch_norm, [config.batch_norm])
     if config.name == "bias":
