@@ -271,14 +271,22 @@ def test_gradients_are_those_of_the_weights_they_make(key):
 def _composed(layer: nn.Module) -> torch.Tensor:
     if isinstance(layer, ComposedConv2d):
         return layer.composed_weight()
+    if _has_core(layer):
+        return layer.weight.detach()
     if isinstance(layer, svf_fast.SVFConv2d):
         S = layer.S if layer.log_scale is None else layer.S * layer.log_scale.exp()
         return svf_fast.compose(layer.U, S, layer.V)
     return layer.weight
 
 
+def _has_core(layer: nn.Module) -> bool:
+    return isinstance(layer, svf_fast.SVFConv2d) and str(layer.core) != "diag"
+
+
 def _chained(layer: nn.Module, kind: str, grad_weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of a factor, by hand, from the weight's."""
+    """The gradient of a factor, by hand, from the weight's; of a core by autograd."""
+    if _has_core(layer):
+        return torch.autograd.grad(layer.weight, getattr(layer, kind), grad_weight)[0]
     G = grad_weight.flatten(1)
     log_scale = getattr(layer, "log_scale", None)
     if not hasattr(layer, "U"):
