@@ -183,8 +183,8 @@ def lifted_inverse(
 
     A lift need not be of this Σ, only serve it: ``lift`` is kept while the root mean square of
     ``Σ_rms ‖K‖_F / √R`` over the groups is at most 2, the factor by which a rounding error of Σz
-    weighs more in z. Else another is made, with room for Σ to move. T as in
-    :func:`guarded_directions`. Inverted in float64, returned in the dtype of Σ; where Σ is not
+    weighs more in z. Else another is made, with room for Σ to move if there was one before. T as
+    in :func:`guarded_directions`. Inverted in float64, returned in the dtype of Σ; where Σ is not
     finite, neither is K.
     """
     wide = core.detach().double()
@@ -199,7 +199,8 @@ def lifted_inverse(
             "Σ: expected a matrix that can be decomposed, got other; load weights first (after "
             "to_empty)"
         ) from error
-    found = guarded_indices(D.reshape(-1), groups, multiple, 0.9 * GUARD_LIMIT)
+    limit = GUARD_LIMIT if lift is None else 0.9 * GUARD_LIMIT
+    found = guarded_indices(D.reshape(-1), groups, multiple, limit)
     if not found[0]:  # what an older lift serves no longer
         return _inverse(wide, None).to(core.dtype), None
     at = torch.tensor(found, device=core.device)[:, None, :].expand(-1, rank, -1)
