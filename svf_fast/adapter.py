@@ -217,7 +217,8 @@ class Adapter:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __repr__(self) -> str:
-        count = sum(values.numel() for values in self.S.values())
+        parts = [part for core in self.cores.values() for part in core.parts.values()]
+        count = sum(values.numel() for values in [*self.S.values(), *parts])
         also = f", also {len(self.also)} tensors" if self.also else ""
         return f"Adapter({len(self.S)} layers, {count} values, backbone {self.backbone[:8]}{also})"
 

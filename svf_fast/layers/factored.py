@@ -144,7 +144,7 @@ class Factored(nn.Module):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The parameters besides it that :attr:`svf_fast.ops.core.Core.parts` names."""
-        return tuple(self._parameters[name] for name in self.core.parts)  # type: ignore[misc]
+        return tuple(getattr(self, name) for name in self.core.parts)
 
     @property
     def all_trained(self) -> tuple[Tensor, ...]:
