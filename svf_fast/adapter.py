@@ -17,26 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from svf_fast.convert import candidates, check_factors, convert
-from svf_fast.files import save_atomically
+from svf_fast.files import ADAPTER_FORMAT, FLOATS, plain_json, read_adapter, save_atomically
 from svf_fast.fusion.plain import plain_layers
 from svf_fast.layers import fingerprint
+from svf_fast.layers.core_values import CoreValues, directions
 from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.layers.log_scale import out_of_reach
 from svf_fast.layers.names import Place, places, plain_names, within
 from svf_fast.svd import Factors, check_weight
 
-_FORMAT = "svf_fast adapter 1"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_FILE_BYTES = 64 * 2**20  # a thousand times a ResNet-50's
 _CARD_BYTES = 16 * 2**10
 _SHOWN = 5
 
@@ -47,7 +40,8 @@ class Adapter:
 
     Several can be in memory, 50 KB each for a ResNet-50, and take turns in one converted model:
     :meth:`apply` copies S, nothing is decomposed again. S is what a layer computes with: S·exp(s')
-    where s' trains, so an adapter does not tell which of the two did.
+    where s' trains, so an adapter does not tell which of the two did. Of layers with a core it has
+    all of Σ.
 
     Args:
         S: the singular values by layer, each [G·R], of a floating dtype.
@@ -59,6 +53,7 @@ class Adapter:
             ``fold``, ``shots``, ``model``, ``steps`` and ``metric`` (values by name).
         path: the file it was read from, for messages.
         also: parameters and buffers that go with it, of a trained head for example, by name.
+        cores: by layer, what of Σ stands beside S where it is more than diag(S).
 
     Raises:
         TypeError: S, ``also`` or the card of another type.
@@ -71,6 +66,7 @@ class Adapter:
     card: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
     also: Mapping[str, Tensor] = field(default_factory=dict)
+    cores: Mapping[str, CoreValues] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.S:
@@ -90,7 +86,12 @@ class Adapter:
                 )
         for name, values in self.also.items():
             _check_finite(name, values)
-        object.__setattr__(self, "card", _plain_card(self.card))
+        for name, core in self.cores.items():
+            if name not in self.S:
+                raise ValueError(f"cores: expected names of its layers, got {name!r}")
+            if problem := core.problem(len(self.S[name])):
+                raise ValueError(f"{name}: {problem}")
+        object.__setattr__(self, "card", plain_json("card", self.card, _CARD_BYTES))
 
     @classmethod
     def of(
@@ -109,7 +110,10 @@ class Adapter:
         S = {name: layer.singular_values() for name, layer in layers.items()}
         digits = fingerprint.as_texts([layer.fingerprint for layer in layers.values()])
         fingerprints = dict(zip(S, digits, strict=True))
-        return cls(S, fingerprints, {} if card is None else card, None, _chosen(model, also))
+        taken = {name: CoreValues.of(layer) for name, layer in layers.items()}
+        cores = {name: core for name, core in taken.items() if core is not None}
+        card = {} if card is None else card
+        return cls(S, fingerprints, card, None, _chosen(model, also), cores)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Adapter:
@@ -123,9 +127,9 @@ class Adapter:
         if not path.is_file():
             raise FileNotFoundError(f"adapter: no such file: {path}")
         try:
-            _check_size(path)
-            S, fingerprints, card, also = _read(path)
-            return cls(S, fingerprints, card, path, also)
+            S, fingerprints, card, also, found = read_adapter(path)
+            cores = {name: CoreValues.read(text, parts) for name, (text, parts) in found.items()}
+            return cls(S, fingerprints, card, path, also, cores)
         except SafetensorError as error:
             text = f"adapter {path}: not a readable safetensors file ({error})"
             raise ValueError(text) from error
@@ -133,13 +137,26 @@ class Adapter:
             raise ValueError(f"adapter {path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, whole or not at all: ``<layer>.S``, ``also`` and the card."""
+        """Write a safetensors file, whole or not at all: ``<layer>.S``, ``also`` and the card.
+
+        Of layers with a core also ``<layer>.off_diagonal``, or ``core_A`` and ``core_B``, and
+        ``<layer>.directions``, which tells the signs of U and V that they are in.
+        """
         metadata = {
-            "format": _FORMAT,
+            "format": ADAPTER_FORMAT,
             "fingerprints": json.dumps(dict(self.fingerprints), sort_keys=True),
             "card": json.dumps(dict(self.card), ensure_ascii=False),
         }
         tensors = {f"{name}.S": values.contiguous() for name, values in self.S.items()}
+        if self.cores:
+            metadata["cores"] = json.dumps(
+                {name: str(own.core) for name, own in self.cores.items()}
+            )
+            tensors |= {
+                f"{name}.{part}": values.contiguous()
+                for name, own in self.cores.items()
+                for part, values in own.tensors.items()
+            }
         if self.also:
             metadata["also"] = json.dumps(sorted(self.also))
             tensors |= {name: values.contiguous() for name, values in self.also.items()}
@@ -149,7 +166,8 @@ class Adapter:
         """Convert the layers of a plain model that this adapter has values for; returns the model.
 
         S stays as pretrained. A model that is converted already stays as it is, if the adapter fits
-        it. ``options``: those of :func:`svf_fast.convert` except ``layers``.
+        it. ``options``: those of :func:`svf_fast.convert` except ``layers``; without ``core`` that
+        of the adapter.
 
         Raises ValueError as :meth:`apply` does, before anything is converted.
         """
@@ -166,15 +184,25 @@ class Adapter:
 
         Raises ValueError when layers are missing or left over, shapes differ, the frozen weights
         are not those of the adapter, to rounding: another backbone, or other weights; when they
-        were decomposed into other directions; when the adapter fits several parts of the model; or
-        where s' trains and no s' gives a value of it, which of a plain model shows once converted.
+        were decomposed into other directions; when the adapter fits several parts of the model; of
+        another core; or where s' trains and no s' gives a value of it. The last, and other
+        directions than those of a core, show once a plain model is converted. One with S alone fits
+        every core: Σ becomes diag(S).
         """
         place = self._prepare(model, options)
         layers = _converted(model)
         if problem := out_of_reach(self.S, {name: layers[place(name)] for name in self.S}):
             raise ValueError(f"{self._name}: {problem}")
+        for name in self.cores:
+            if problem := self._core_problem(name, layers[place(name)]):
+                raise ValueError(f"{self._name}: {problem}")
         for name, values in self.S.items():
-            layers[place(name)].assign(values)
+            layer, core = layers[place(name)], self.cores.get(name)
+            if core is None:
+                layer.assign(values)
+            else:
+                there = directions(layer.U, layer.geometry.groups)
+                layer.assign(values, core.turned_for(there))
         tensors = _tensors(model) if self.also else {}
         with torch.no_grad():
             for name, values in self.also.items():
@@ -189,7 +217,8 @@ class Adapter:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __repr__(self) -> str:
-        count = sum(values.numel() for values in self.S.values())
+        parts = [part for core in self.cores.values() for part in core.parts.values()]
+        count = sum(values.numel() for values in [*self.S.values(), *parts])
         also = f", also {len(self.also)} tensors" if self.also else ""
         return f"Adapter({len(self.S)} layers, {count} values, backbone {self.backbone[:8]}{also})"
 
@@ -211,6 +240,15 @@ class Adapter:
         known: dict[nn.Module, Factors] = {there[name]: own for name, own in factors.items()}
         plain = {names[name]: layer for name, layer in there.items()}
         place = self._place(model, plain, known, exact=False)
+        cores = {str(own.core) for own in self.cores.values()}
+        if len(cores) > 1:
+            raise ValueError(
+                f"{self._name}: expected one core, to convert a plain model with, got "
+                f"{', '.join(sorted(cores))}; convert its layers first"
+            )
+        options = {"core": next(iter(cores), "diag"), **options}
+        if cores and str(options["core"]) not in cores:
+            raise ValueError(f"{self._name}: {_other_core(cores.pop(), options['core'])}")
         chosen = {id(plain[place(name)]) for name in self.S}
         wanted = [name for name, layer in plain.items() if id(layer) in chosen]  # all its names
         convert(model, [escape(name) for name in wanted], **options)
@@ -278,6 +316,9 @@ class Adapter:
                 "weights of the adapter, decomposed into other directions, or in another order; "
                 "convert with the factors= of the training, or without if it had none"
             )
+        for name in self.cores:
+            if problem := self._core_problem(name, own[name]):
+                return problem
         tensors = _tensors(model) if self.also else {}
         for name, values in self.also.items():
             there = tensors.get(place(name))
@@ -288,6 +329,21 @@ class Adapter:
                     f"{name}: expected {list(there.shape)} as in the model, got "
                     f"{list(values.shape)}; build the model with the layer that was trained"
                 )
+        return ""
+
+    def _core_problem(self, name: str, layer: nn.Module) -> str:
+        """Tell why the core of a layer does not fit; empty if it does, or shows later."""
+        own = self.cores[name]
+        if not isinstance(layer, Factored):
+            return ""
+        if layer.core != own.core:
+            return f"{name}: {_other_core(own.core, layer.core)}"
+        if own.turned_for(directions(layer.U, layer.geometry.groups)) is None:
+            return (
+                f"{name}: expected the directions U and V that Σ was trained in, got others, as "
+                "near or equal singular values have them from one machine to another; convert with "
+                "the factors= of the training"
+            )
         return ""
 
     def _other_names(self, layers: Mapping[str, nn.Module], exact: bool) -> str:
@@ -388,6 +444,16 @@ def interpolate_adapters(
             f"b: expected one with the same tensors besides S as a, got "
             f"{_listed(shapes[1]) or 'none'} for {_listed(shapes[0]) or 'none'}"
         )
+    cores: dict[str, CoreValues] = {}
+    for name in a.cores.keys() | b.cores.keys():
+        own, theirs = a.cores.get(name), b.cores.get(name)
+        mixed = own.mixed(theirs, float(t)) if own is not None and theirs is not None else None
+        if mixed is None:
+            raise ValueError(
+                "b: expected the core of a, 'diag', 'band:k' or 'block:b', in its directions, as "
+                f"mixtures of others are no such core, got another in {name}"
+            )
+        cores[name] = mixed
     S = {name: _mixed(values, b.S[name], float(t)) for name, values in a.S.items()}
     also = {name: _mixed(values, b.also[name], float(t)) for name, values in a.also.items()}
     if card is None:
@@ -398,7 +464,7 @@ def interpolate_adapters(
     fingerprints = {
         name: max(text, b.fingerprints[name], key=len) for name, text in a.fingerprints.items()
     }
-    return Adapter(S, fingerprints, card, None, also)
+    return Adapter(S, fingerprints, card, None, also, cores)
 
 
 def _mixed(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -443,6 +509,13 @@ def _chosen(model: nn.Module, also: Sequence[str]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if chosen(name)}
 
 
+def _other_core(own: object, there: object) -> str:
+    return (
+        f"expected a model with core={str(own)!r}, as the adapter has it, got one with "
+        f"core={str(there)!r}; convert it with the core of the training"
+    )
+
+
 def _count(layer: nn.Module) -> int:
     """Return how many singular values a layer has, or will have when it is converted."""
     if isinstance(layer, Factored):
@@ -462,70 +535,12 @@ def _fingerprint(layer: nn.Module, known: Factors | None) -> Tensor:
     return fingerprint.fingerprint(weight)
 
 
-def _read(
-    path: Path,
-) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any], dict[str, Tensor]]:
-    S, also = {}, {}
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(
-                f"expected format {_FORMAT!r}, got {metadata.get('format')!r:.50}; "
-                "adapters are written by svf_fast.save_adapter"
-            )
-        extra = _json(metadata, "also", list, "[]")
-        for key in file.keys():  # noqa: SIM118
-            part = file.get_slice(key)
-            if not key.isprintable() or not (key in extra or key.endswith(".S")):
-                raise ValueError(f"expected names of layers and '.S', got {key!r:.50}")
-            if key in extra:
-                also[key] = file.get_tensor(key).clone()
-                continue
-            if part.get_dtype() not in _DTYPES or len(part.get_shape()) != 1:
-                raise ValueError(
-                    f"{key}: expected [R] in one of {', '.join(_DTYPES)}, got "
-                    f"{part.get_shape()} in {part.get_dtype()}"
-                )
-            S[key.removesuffix(".S")] = file.get_tensor(key).clone()  # the file may change
-    if len(also) != len(extra):
-        raise ValueError(f"also: expected the {len(extra)} tensors it names, got {len(also)}")
-    return S, _json(metadata, "fingerprints", dict), _json(metadata, "card", dict, "{}"), also
-
-
-def _check_size(path: Path) -> None:
-    """Refuse a file that is too large, before it is read, unless it says to hold more than S."""
-    size = path.stat().st_size
-    if size <= _FILE_BYTES:
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError:
-        metadata = {}
-    if "also" not in metadata:
-        raise ValueError(
-            f"expected at most {_FILE_BYTES} bytes, got {size}: no adapter is so large"
-        )
-
-
-def _json(metadata: dict[str, str], key: str, kind: type, default: str = "") -> Any:
-    """Return a JSON object or list in the metadata."""
-    try:
-        found = json.loads(metadata.get(key, default))
-    except ValueError as error:
-        raise ValueError(f"{key}: expected JSON in the metadata, got other ({error})") from error
-    if not isinstance(found, kind):
-        expected = "object" if kind is dict else "list"
-        raise ValueError(f"{key}: expected a JSON {expected}, got {type(found).__name__}")
-    return found
-
-
 def _check_values(name: str, values: Tensor) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}.S: expected a tensor, got {type(values).__name__}")
-    if values.dim() != 1 or not values.numel() or values.dtype not in _DTYPES.values():
+    if values.dim() != 1 or not values.numel() or values.dtype not in FLOATS.values():
         raise ValueError(
-            f"{name}.S: expected [R] in one of {', '.join(_DTYPES)}, got {list(values.shape)} in "
+            f"{name}.S: expected [R] in one of {', '.join(FLOATS)}, got {list(values.shape)} in "
             f"{values.dtype}"
         )
     _check_finite(f"{name}.S", values)
@@ -536,21 +551,6 @@ def _check_finite(name: str, values: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(values).__name__}")
     if not values.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got NaN or Inf: training diverged")
-
-
-def _plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy that is plain JSON."""
-    if not isinstance(card, Mapping):
-        raise TypeError(f"card: expected a dict, got {type(card).__name__}")
-    try:
-        text = json.dumps(dict(card), allow_nan=False, ensure_ascii=False)
-        size = len(text.encode())
-    except (TypeError, ValueError, RecursionError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"card: expected plain JSON, got other ({error})") from error
-    if size > _CARD_BYTES:
-        raise ValueError(f"card: expected at most {_CARD_BYTES} bytes of JSON, got {size}")
-    return json.loads(text)
 
 
 def _distant(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, float]:

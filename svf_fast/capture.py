@@ -25,9 +25,10 @@ def follow(model: nn.Module) -> Hashable:
     networks: set[Network] = set()
     for module in model.modules():
         if isinstance(module, Factored):
-            plan, trained = module.current_plan(), module.trained
-            found += (plan, trained.data_ptr(), trained.requires_grad, module.geometry)
-            if not trained.requires_grad:  # then W is a constant of the graph
+            plan = module.current_plan()
+            addresses = [x.data_ptr() for x in module.all_trained]
+            found += (plan, *addresses, module.learns, module.geometry)
+            if not module.learns:  # then W is a constant of the graph
                 found.append(module.values.seen)
             networks.add(module.network)
         elif isinstance(module, Fused):

@@ -41,16 +41,19 @@ from svf_fast.layers.linear import SVFLinear
 from svf_fast.layers.log_scale import check_trains
 from svf_fast.layers.names import plain_names, within
 from svf_fast.layers.network import Network
+from svf_fast.layers.values import gathered
+from svf_fast.ops.core import Core
 from svf_fast.svd import Factors, are_of, decompose, has_memory
 
 
 def svf_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Yield what trains of a model's singular values, a vector a converted layer: S or log_scale.
+    """Yield what trains of a model's converted layers: S or log_scale, a vector each.
 
+    With a core the parameters that it has besides follow it: off_diagonal, or core_A and core_B.
     For rates relative to the size of S there is :func:`svf_parameter_groups`.
     """
     for layer in svf_layers(model).values():
-        yield layer.trained
+        yield from layer.all_trained
 
 
 def svf_parameter_groups(
@@ -66,8 +69,9 @@ def svf_parameter_groups(
     - ``"sgd"``, for steps proportional to the gradient: ``lr · mean|S|²``.
 
     A step of ``log_scale`` is relative to S already: these share one group, with ``lr`` itself.
-    What AdamW decays S by goes with the rate of its group, and pulls S to 0, log_scale to the
-    pretrained S.
+    What a core has besides changes Σ as S does and goes at the rate of its S, ``core_A`` at one
+    by its own mean. What AdamW decays S by goes with the rate of its group, and pulls S to 0,
+    log_scale to the pretrained S.
 
     Raises TypeError when ``lr`` is no number; ValueError when it is negative or not finite, for
     another ``optimizer``, a model without SVF layers, and an S of zeros or without values (meta).
@@ -84,18 +88,32 @@ def svf_parameter_groups(
         raise ValueError("model: expected SVF layers, found none; call svf_fast.convert")
     factors = [layer.trained for layer in layers.values() if layer.trains == "log_scale"]
     groups: list[dict[str, Any]] = [{"params": factors, "lr": lr}] if factors else []
+    power = powers[optimizer]
     for name, layer in layers.items():
-        if layer.trains == "S":
-            if layer.S.is_meta:
-                raise ValueError(f"{name}.S: expected values, got none on meta: load weights first")
-            size = float(layer.singular_values().abs().mean())
-            if not 0 < size < math.inf:
-                raise ValueError(
-                    f"{name}.S: expected finite values that are not all 0, got a mean of {size}; "
-                    "give its S a group of its own, with a rate of its own"
-                )
-            groups.append({"params": [layer.S], "lr": lr * size ** powers[optimizer]})
+        relative = {"S": layer.S} if layer.trains == "S" else {}
+        relative |= dict(zip(layer.core.parts, layer.parts, strict=True))
+        if not relative:
+            continue
+        A = relative.pop("core_A", None)
+        if A is not None:
+            rate = lr * _size(f"{name}.core_A", A) ** power
+            groups.append({"params": [A], "lr": rate})
+        rate = lr * _size(f"{name}.S", layer.S, layer.singular_values) ** power
+        groups.append({"params": [*relative.values()], "lr": rate})
     return groups
+
+
+def _size(name: str, x: Tensor, values: Callable[[], Tensor] | None = None) -> float:
+    """Return the mean of |x|, or of the values that stand for it."""
+    if x.is_meta:
+        raise ValueError(f"{name}: expected values, got none on meta: load weights first")
+    size = float((gathered(x).detach() if values is None else values()).abs().mean())
+    if not 0 < size < math.inf:
+        raise ValueError(
+            f"{name}: expected finite values that are not all 0, got a mean of {size}; give it a "
+            "group of its own, with a rate of its own"
+        )
+    return size
 
 
 def convert(
@@ -112,6 +130,7 @@ def convert(
     keep_norms_frozen: bool = True,
     trains: str = "S",
     keep: str = "exact",
+    core: str | Core = "diag",
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
@@ -160,6 +179,8 @@ def convert(
             bits. Outputs and the gradients that other layers get stay as they are, to the bit; the
             gradients of S are off by a few thousandths, a thirtieth of what bfloat16 does to them.
             ``"auto"``: as few of them as ``memory_budget`` asks for. What is not fused keeps all.
+        core: what trains beside S, at the same saved bytes: ``"band:k"``, ``"block:b"`` or
+            ``"lowrank:r"`` of Σ in ``W = U Σ Vᵀ``; see :class:`svf_fast.SVFConv2d`.
 
     Returns the model.
 
@@ -176,6 +197,7 @@ def convert(
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     check_trains(trains)
     _check_keep(keep, fuse, budget)
+    core = Core.of(core)
     if isinstance(layers, str):
         layers = (layers,)
     check_module(model)
@@ -206,7 +228,7 @@ def convert(
         # gram keeps its output, which the next module may overwrite
         inplace = strategy == "auto" and _feeds_inplace(model, name)
         planned.setdefault(plain[layer], ("chain" if inplace else strategy, known.get(name)))
-    made = _factored(planned, cache, progress, trains)
+    made = _factored(planned, cache, progress, trains, core)
     replaced = {layer: made[plain[layer]] for _, layer in chosen}
     for layer, factored in replaced.items():
         if _makes_its_weight(layer, plain[layer]):
@@ -458,6 +480,7 @@ def _factored(
     cache: str | os.PathLike | None,
     progress: bool,
     trains: str,
+    core: Core,
 ) -> dict[nn.Conv2d | nn.Linear, Factored]:
     """Return the SVF layer of each layer, given its strategy and factors if known.
 
@@ -470,8 +493,8 @@ def _factored(
         strategy, known = planned[layer]
         factors = known or _factors(layer, cache)
         if isinstance(layer, nn.Conv2d):
-            return SVFConv2d.from_conv(layer, strategy, factors, trains)
-        return SVFLinear.from_linear(layer, strategy, factors, trains)
+            return SVFConv2d.from_conv(layer, strategy, factors, trains, core)
+        return SVFLinear.from_linear(layer, strategy, factors, trains, core)
 
     def built(made: Iterable[Factored]) -> dict[nn.Conv2d | nn.Linear, Factored]:
         bar = tqdm(made, "decomposing", len(planned), unit="layer", delay=2, disable=not progress)

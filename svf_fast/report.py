@@ -347,7 +347,13 @@ def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Siz
     positions = math.prod(output_shape) // out_channels
     weight = 2 * positions * out_channels * fan_in
     if strategy in ("reference", "chain"):
-        return 4 * positions * groups * rank * (fan_in + out_channels // groups)
+        chain = 4 * positions * groups * rank * (fan_in + out_channels // groups)
+        if layer.core.is_diagonal:
+            return chain
+        # z to Σz, back, and dΣ of both; or dΣ of z and dL/dy
+        return chain + 2 * positions * rank * (
+            3 * groups * rank if strategy == "reference" else out_channels
+        )
     if strategy == "fold":
         return 3 * weight
     tail = 2 * positions * groups * guarded * (fan_in + out_channels // groups)
@@ -358,9 +364,11 @@ def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Siz
 
 def _resident(layer: Factored, folds: bool) -> int:
     """Count the bytes of factors and what is made of them, with `folds` also scaled by a norm."""
-    tensors = [layer.U, layer.V, layer.S]
+    tensors = [layer.U, layer.V, layer.S, *layer.parts]
     if layer.log_scale is not None:
         tensors += [layer.log_scale, layer.S_in_use]
+    if layer.values.core is not None:
+        tensors += [x for x in layer.values.core if x is not None]
     size, strategy = layer.U.element_size(), layer.strategy_in_use
     factors = sum(t.numel() * t.element_size() for t in tensors)
     if strategy == "reference":

@@ -158,14 +158,80 @@ def guarded_directions(S: Tensor, groups: int = 1, multiple: int = 1) -> Tensor:
     return torch.tensor(found, device=S.device)
 
 
-def guarded_indices(S: Tensor, groups: int = 1, multiple: int = 1) -> list[list[int]]:
+def guarded_indices(
+    S: Tensor, groups: int = 1, multiple: int = 1, limit: float = GUARD_LIMIT
+) -> list[list[int]]:
     """Return :func:`guarded_directions` as lists, one a group. Compiled, as it is asked often."""
     dtype = S.dtype
     if not (S.is_cpu and S.is_contiguous() and dtype in (torch.float32, torch.float64)):
         S, dtype = S.detach().cpu().double().contiguous(), torch.float64
     rank = S.numel() // groups
     wide = dtype == torch.float64
-    return _C.guarded_directions(S.data_ptr(), wide, groups, rank, GUARD_LIMIT, multiple)
+    return _C.guarded_directions(S.data_ptr(), wide, groups, rank, limit, multiple)
+
+
+def lifted_inverse(
+    core: Tensor, lift: Tensor | None = None, multiple: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``K = (Σ + P Qᵀ)⁻ᵀ`` [G, R, R] of a core Σ, and the lift P, Q [2, G, R, T] in it.
+
+    The guard of :func:`guarded_directions` for a Σ beyond the diagonal. With the singular value
+    decomposition of Σ the layer is one with its singular values D, and the factors U and V turned.
+    P and Q are the left and right vectors of the smallest T of D, P as long as the root mean square
+    of D: ``P Qᵀ`` lifts these to about that size, so that the sum can be inverted, and what it adds
+    to Σz is known from T maps ``Qᵀz``. None where T is 0.
+
+    A lift need not be of this Σ, only serve it: ``lift`` is kept while the root mean square of
+    ``Σ_rms ‖K‖_F / √R`` over the groups is at most 2, the factor by which a rounding error of Σz
+    weighs more in z. Else another is made, with room for Σ to move if there was one before. T as
+    in :func:`guarded_directions`. Inverted in float64, returned in the dtype of Σ; where Σ is not
+    finite, neither is K.
+    """
+    wide = core.detach().double()
+    inverse = _inverse(wide, lift)
+    if bool(_amplification(wide, inverse) <= GUARD_LIMIT) or not bool(wide.isfinite().all()):
+        return inverse.to(core.dtype), lift
+    groups, rank = wide.shape[:2]
+    try:
+        P, D, Qt = torch.linalg.svd(wide)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            "Σ: expected a matrix that can be decomposed, got other; load weights first (after "
+            "to_empty)"
+        ) from error
+    limit = GUARD_LIMIT if lift is None else 0.9 * GUARD_LIMIT
+    found = guarded_indices(D.reshape(-1), groups, multiple, limit)
+    if not found[0]:  # what an older lift serves no longer
+        return _inverse(wide, None).to(core.dtype), None
+    at = torch.tensor(found, device=core.device)[:, None, :].expand(-1, rank, -1)
+    size = D.square().mean(dim=1).sqrt()[:, None, None]
+    size = torch.where(size > 0, size, 1.0)
+    lift = torch.stack([P.gather(2, at) * size, Qt.mT.gather(2, at)]).to(core.dtype)
+    return _inverse(wide, lift).to(core.dtype), lift
+
+
+def inverse_with(core: Tensor, lift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return K of :func:`lifted_inverse` with a lift, and whether it serves, without waiting.
+
+    For graphs that run later: a lift serves up to twice the limit there.
+    """
+    wide = core.detach().double()
+    inverse = _inverse(wide, lift)
+    return inverse.to(core.dtype), _amplification(wide, inverse) <= 2 * GUARD_LIMIT
+
+
+def _inverse(core: Tensor, lift: Tensor | None) -> Tensor:
+    if lift is not None:
+        P, Q = lift.to(core.dtype)
+        core = core + P @ Q.mT
+    inverse, failed = torch.linalg.inv_ex(core)
+    return torch.where(failed[:, None, None] == 0, inverse.mT, torch.nan)
+
+
+def _amplification(core: Tensor, inverse: Tensor) -> Tensor:
+    """Compute the root mean square of ``Σ_rms ‖K‖_F / √R`` over the groups."""
+    square, inverse_square = (x.square().sum(dim=(1, 2)) for x in (core, inverse))
+    return (square * inverse_square).mean().sqrt() / core.shape[1]
 
 
 def dual(U: Tensor, groups: int = 1) -> Tensor | None:

@@ -8,6 +8,7 @@ differs.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -188,6 +189,9 @@ class RegimeConfig:
         strategy: how SVF layers compute: "auto", "reference", "fold", "chain" or "gram", all exact.
         keep: what fused blocks of SVF layers keep for the gradients of S: "exact", or "int8", a
             third of the bytes in float32, see `svf_fast.convert`.
+        core: what trains beside S in U Σ Vᵀ, for "svf" with S and "svf_scale" with S': "diag",
+            nothing; "band:k", the entries of Σ with |i - j| <= k; "block:b", those of the blocks of
+            b along the diagonal; "lowrank:r", Σ = S + A Bᵀ. Not of the paper.
     """
 
     name: RegimeName = "svf"
@@ -199,6 +203,7 @@ class RegimeConfig:
     adapter_reduction: int = 4
     strategy: Literal["auto", "reference", "fold", "chain", "gram"] = "auto"
     keep: Literal["exact", "int8"] = "exact"
+    core: str = "diag"
 
     def __post_init__(self) -> None:
         check_settings(self, "regime.")
@@ -222,11 +227,27 @@ class RegimeConfig:
                 f'its size; omit kernel, got "{self.kernel}"'
             )
         self._check_factors()
+        self._check_core()
         if self.keep != "exact" and set(self.trained_factors) not in ({"S"}, {"S'"}):
             trained = list(self.trained_factors)
             raise ValueError(
                 f'regime.keep: expected "exact" where other factors than S alone train, which are '
                 f'{trained} in "{self.name}"; got "{self.keep}"'
+            )
+
+    def _check_core(self) -> None:
+        if self.core == "diag":
+            return
+        if not re.fullmatch("(band|lowrank):[1-9][0-9]*|block:([2-9]|[1-9][0-9]+)", self.core):
+            raise ValueError(
+                "regime.core: expected diag, band:k, block:b or lowrank:r with k, r of at least 1 "
+                f"and b of at least 2, got {self.core!r}"
+            )
+        trained = {"svf": ("S",), "svf_scale": ("S'",)}.get(self.name)
+        if trained is None or self.trained_factors != trained:
+            raise ValueError(
+                'regime.core: expected with "svf" where S alone trains, or with "svf_scale" where '
+                f'S\' does; omit core for "{self.name}" with {list(self.trained_factors)}'
             )
 
     def _check_factors(self) -> None:
@@ -265,6 +286,8 @@ class RegimeConfig:
         values["layers"] = list(self.layers)
         if self.name != "adapter":
             del values["adapter_reduction"]
+        if self.core == "diag":
+            del values["core"]
         if not self.reads_layers:
             values["layers"] = None
         return values

@@ -58,7 +58,7 @@ def apply_regime(
 
 
 def trains_singular_values(regime: RegimeConfig) -> bool:
-    """Return whether the regime makes SVF layers, of which S alone trains, or S' alone."""
+    """Return whether the regime makes SVF layers, of which S trains, or S', or Σ with a core."""
     trained = set(regime.trained_factors)
     return trained == ({"S'"} if regime.name == "svf_scale" else {"S"})
 
@@ -78,7 +78,7 @@ def convert_backbone(
 ) -> None:
     """Make SVF layers that train what the regime says of S, with options of `svf_fast.convert`."""
     trains = "log_scale" if regime.name == "svf_scale" else "S"
-    svf_fast.convert(backbone, list(layers), trains=trains, **options)
+    svf_fast.convert(backbone, list(layers), trains=trains, core=regime.core, **options)
     if trains == "log_scale":
         backbone.register_load_state_dict_pre_hook(_complete_fingerprints)
 

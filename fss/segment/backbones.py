@@ -100,8 +100,17 @@ class Backbones:
         if leaves_adapter(regime):
             layers = self._decomposed(regime, progress)
             if regime.name == "svf" or all(x.trains == "log_scale" for x in layers.values()):
+                for name, layer in layers.items():
+                    own = str(layer.core)
+                    if regime.core not in ("diag", own) and layer.rank > 1:
+                        raise ValueError(
+                            f"what: expected core={own!r}, which {name} of this run has, or "
+                            f"'diag', which trains S alone; got {regime.core!r}"
+                        )
                 for layer in layers.values():
-                    layer.trained.requires_grad_(True)
+                    trained = (layer.trained,) if regime.core == "diag" else layer.all_trained
+                    for parameter in trained:
+                        parameter.requires_grad_(True)
                 return
         elif regime.name == "adapter":
             own = [n for n, child in self.model.backbone.named_children() if _has_adapter(child)]
@@ -111,13 +120,20 @@ class Backbones:
                     "replace; tune something else, or other layers"
                 )
         known = _svf_layers(self.model.backbone)
+        cored = [name for name, layer in known.items() if str(layer.core) != "diag"]
+        if cored and regime.name == "svf_scale":
+            raise ValueError(
+                f"what: expected a backbone of which S alone was trained for {regime.name}, got "
+                f"core={str(known[cored[0]].core)!r} in {cored[0]}; tune svf"
+            )
+        known = {name: layer for name, layer in known.items() if name not in cored}
         factors = {
             name: svf_fast.Factors(layer.U, layer.S_in_use, layer.V)
             for name, layer in known.items()
         }
         self._untuned = self.model.backbone
         copied = copy.deepcopy(self._untuned)
-        self.model.backbone = svf_fast.merge(copied) if known else copied
+        self.model.backbone = svf_fast.merge(copied) if _svf_layers(copied) else copied
         try:
             if layers:  # those that have singular values, no others
                 chosen = {name: factors[name] for name in layers}
@@ -148,7 +164,8 @@ class Backbones:
         adapter = svf_fast.Adapter.of(self.model.backbone, card)
         if self._untuned is not None:  # S·exp(s') of a copy: in the basis of the backbone
             known = svf_fast.Adapter.of(self._untuned)
-            adapter = svf_fast.Adapter({**known.S, **adapter.S}, known.fingerprints, card)
+            values = {**known.S, **adapter.S}
+            adapter = dataclasses.replace(known, S=values, card=card)
             adapter.apply(self._untuned)
             self._drop_copy()
         return adapter
@@ -163,7 +180,12 @@ class Backbones:
         if own is None or not self._was_plain or not adapter.S.keys() < own.S.keys():
             return adapter
         fingerprints = {**own.fingerprints, **adapter.fingerprints}
-        return dataclasses.replace(adapter, S={**own.S, **adapter.S}, fingerprints=fingerprints)
+        return dataclasses.replace(
+            adapter,
+            S={**own.S, **adapter.S},
+            fingerprints=fingerprints,
+            cores={**own.cores, **adapter.cores},
+        )
 
     def _decompose_for(self, adapter: svf_fast.Adapter, backbone: nn.Module) -> None:
         """Decompose the layers of an adapter that are still plain; the values stay."""

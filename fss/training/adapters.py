@@ -82,6 +82,10 @@ def adapter_files(
     ]
     if len(adapters) > 1:
         return "\n".join(" ".join([line, *card]) for line, card in zip(lines, cards, strict=True))
-    layers = [f"{name}: {len(values)} values" for name, values in adapters[0].S.items()]
+    cores = {name: f", core {own.core}" for name, own in adapters[0].cores.items()}
+    layers = [
+        f"{name}: {len(values)} values{cores.get(name, '')}"
+        for name, values in adapters[0].S.items()
+    ]
     also = [f"{name}: {list(values.shape)}" for name, values in adapters[0].also.items()]
     return "\n  ".join([*lines, *cards[0], *layers, *also])

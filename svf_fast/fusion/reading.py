@@ -14,7 +14,6 @@ from svf_fast.fusion.structure import StageNames
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.values import Plan
 from svf_fast.ops.block import Stage
-from svf_fast.ops.factors import SVFConvolution
 from svf_fast.ops.program import Programs
 
 
@@ -57,8 +56,8 @@ class Slot:
             self._known = plan, known
         kind, constants = known
         pair = conv.weights(kind, self.dtype, self._folded)
-        S, log_scale = (conv.S, None) if conv.trains == "S" else (conv.S_in_use, conv.log_scale)
-        made = SVFConvolution(kind, S, *pair, constants, log_scale)
+        S = conv.S if conv.trains == "S" else conv.S_in_use
+        made = conv.made_of(kind, constants, S, pair, conv.values.core)
         return plan, Stage(made, self.scale, self.shift)
 
 

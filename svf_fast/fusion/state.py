@@ -80,7 +80,7 @@ class Watch:
                     value = own[attribute]  # a list may be written to
                     kept = tuple(value) if isinstance(value, list) else value
                     self._values.append((own, attribute, kept))
-                self._convs.append((child, child.strategy_in_use, child.trained.requires_grad))
+                self._convs.append((child, child.strategy_in_use, child.learns))
                 self._tensor(own["_parameters"], "bias", copied=True)
             elif is_norm(child):
                 self._values.append((own, "eps", own.get("eps")))
@@ -179,7 +179,7 @@ class Watch:
         for conv, strategy, requires_grad in self._convs:
             plan = conv.current_plan()
             assert plan is not None
-            if plan.strategy != strategy or conv.trained.requires_grad is not requires_grad:
+            if plan.strategy != strategy or conv.learns is not requires_grad:
                 return False
         apart = all(torch.equal(tensor, copy) for tensor, copy in self._apart)
         return apart and _C.same_bytes(self._bytes)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from svf_fast.layers.factored import Factored
 from svf_fast.ops.convolution import Geometry
+from svf_fast.ops.core import Core
 from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
 from svf_fast.svd import Factors, check_weight
 
@@ -30,12 +31,20 @@ class SVFConv2d(Factored):
             keep their sign whatever the step, weight decay pulls them to the pretrained S, and a
             step of one size is the same change relative to each. A value of S that is 0 stays 0.
             Source: SVF (Sun et al. 2022), Table 23, appendix D.2.
+        core: what trains beside S in Σ of ``y = U Σ (Vᵀ * x) + bias``, per group: ``"diag"``,
+            nothing; ``"band:k"``, the entries with ``|i - j| <= k``; ``"block:b"``, those of the
+            blocks of b along the diagonal; ``"lowrank:r"``, ``Σ = diag(S) + A Bᵀ``. It starts at 0,
+            so that the layer computes what it did before (A is drawn, as in LoRA, and B is 0), and
+            keeps no more for the backward pass than ``"diag"``. Of a rank of 1 all are ``"diag"``.
 
     Attributes:
         U [Co, R], V [G·R, Ci/G, kh, kw]: buffers. R = min(Co/G, Ci/G·kh·kw) values per group.
         S [G·R]: the parameter that trains, in descending order at conversion; in float32 (float64)
             whatever dtype the layer is converted to. With ``trains="log_scale"`` a buffer.
         log_scale [G·R]: s', which trains from 0 on in the dtype of S; None with ``trains="S"``.
+        off_diagonal [G, n]: with ``"band:k"`` and ``"block:b"``, the diagonals of Σ beside S, block
+            after block, from the lowest to the highest; trains in the dtype of S.
+        core_A, core_B [G, R, r]: A and B of ``"lowrank:r"``; they train in the dtype of S.
         bias [Co]: a parameter that does not train (set ``requires_grad`` to change that), or None.
 
     Shapes: x [N, Ci, H, W] or [Ci, H, W] -> [N, Co, Ho, Wo] or [Co, Ho, Wo].
@@ -59,8 +68,9 @@ class SVFConv2d(Factored):
         dtype: torch.dtype | None = None,
         strategy: str = "auto",
         trains: str = "S",
+        core: str | Core = "diag",
     ):
-        super().__init__(strategy, trains)
+        super().__init__(strategy, trains, core)
         conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -83,6 +93,7 @@ class SVFConv2d(Factored):
         strategy: str = "auto",
         factors: Factors | None = None,
         trains: str = "S",
+        core: str | Core = "diag",
     ) -> SVFConv2d:
         """Return the layer that computes what ``conv`` does, to rounding; shares no memory with it.
 
@@ -100,7 +111,7 @@ class SVFConv2d(Factored):
                     "own; svf_fast.convert converts those that compute a convolution"
                 )
         layer = cls.__new__(cls)
-        Factored.__init__(layer, strategy, trains)
+        Factored.__init__(layer, strategy, trains, core)
         layer._configure(conv, factors)
         layer.train(conv.training)
         return layer
@@ -167,7 +178,7 @@ class SVFConv2d(Factored):
         conv = self.convolution(dtype)
         if conv is not None:
             return svf_conv2d(x, conv, self.bias)
-        return paper_layers(x, self.U, self.differentiable_S, self.V, self.bias, self.geometry)
+        return paper_layers(x, self.U, self.differentiable_core, self.V, self.bias, self.geometry)
 
     def merged(self) -> nn.Conv2d:
         """Return the plain ``nn.Conv2d`` with the composed weight; shares no memory with it."""

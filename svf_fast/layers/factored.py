@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from svf_fast import svd
+from svf_fast.layers import core as cores
+from svf_fast.layers.costs import gram_is_cheaper
 from svf_fast.layers.fingerprint import fingerprint, of_factors, of_older_version
 from svf_fast.layers.log_scale import check_trains, log_scale_of, scaled
 from svf_fast.layers.network import Network, assert_guarded
-from svf_fast.layers.values import Made, Plan, Seen, Values, gathered, sharded_as
+from svf_fast.layers.state_dict import explain_other_layer
+from svf_fast.layers.values import (
+    CoreInUse,
+    Made,
+    Plan,
+    Seen,
+    Values,
+    bytes_of,
+    gathered,
+    is_narrow,
+    sharded_as,
+    widened,
+)
 from svf_fast.layers.weight import read_only
 from svf_fast.ops import maps
 from svf_fast.ops.compose import Entry, compose
 from svf_fast.ops.convolution import Geometry, directions_first, directions_last
-from svf_fast.ops.factors import STRATEGIES, Constants, Kind, SVFConvolution, reads_input, weights
+from svf_fast.ops.core import DIAGONAL, Core
+from svf_fast.ops.factors import STRATEGIES, Constants, Kind, SVFConvolution, weights
 from svf_fast.ops.node import AS_REFERENCE, is_transforming, refuse_transforms
 from svf_fast.svd import (
     Factors,
@@ -29,12 +43,6 @@ from svf_fast.svd import (
     guarded_directions,
     guarded_indices,
 )
-
-
-def bytes_of(x: Tensor) -> bytes:
-    """Copy the values of a tensor on the CPU, to be compared."""
-    x = x if x.is_contiguous() else x.contiguous()
-    return ctypes.string_at(x.data_ptr(), x.nbytes)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -57,7 +65,7 @@ class Factored(nn.Module):
 
     With ``trains="log_scale"`` S is a buffer too, and log_scale trains. Both stay in float32
     (float64) whatever dtype the layer is converted to: in 16 bits the steps of an optimizer would
-    be rounded away.
+    be rounded away. So do the parameters that a core has besides.
     """
 
     U: Tensor
@@ -67,22 +75,24 @@ class Factored(nn.Module):
     bias: Tensor | None
     fingerprint: Tensor
     trains = "S"  # the name of the parameter that trains
+    core: Core = DIAGONAL  # the structure of Σ
     weight_made_by = ""  # the class that made its weight of parameters, as standardized ones
     plan: Plan | None  # of the last values that were planned for: `current_plan`
     network: Network
+    costs: tuple[tuple, int, int, int] | None = None  # kept by `gram_is_cheaper`
 
-    def __init__(self, strategy: str, trains: str = "S"):
+    def __init__(self, strategy: str, trains: str = "S", core: str | Core = DIAGONAL):
         super().__init__()
         check_trains(trains)
+        self.core = Core.of(core)
         if strategy not in ("auto", *STRATEGIES):
             expected = ", ".join(("auto", *STRATEGIES))
             raise ValueError(f"strategy: expected one of {expected}, got {strategy!r}")
         self.strategy, self.trains = strategy, trains
         self.plan = None
-        self._costs: tuple[tuple, int, int, int] | None = None  # of what depends on shapes alone
         self.values = Values()
         Network().join(self)
-        self._register_load_state_dict_pre_hook(_explain_weight_key, with_module=True)
+        self._register_load_state_dict_pre_hook(explain_other_layer, with_module=True)
 
     def _adopt(
         self, weight: Tensor, bias: Tensor | None, factors: Factors | None, groups: int = 1
@@ -94,13 +104,15 @@ class Factored(nn.Module):
         self.register_buffer("U", U)
         self.register_buffer("V", V)
         self.register_buffer("fingerprint", summary)
-        S = _widened(S.detach()).clone()  # known factors stay as they are
+        S = widened(S.detach()).clone()  # known factors stay as they are
         if self.trains == "S":
             self.S = nn.Parameter(S)
         else:
             self.register_buffer("S", S)
         log_scale = None if self.trains == "S" else nn.Parameter(torch.zeros_like(S))
         self.register_parameter("log_scale", log_scale)
+        self.core = self.core.within(self.rank)
+        cores.adopt_parts(self, S, groups)
         frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", frozen)
         self.refresh()
@@ -130,6 +142,21 @@ class Factored(nn.Module):
         return self.S if self.trains == "S" else self.log_scale  # type: ignore[return-value]
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The parameters besides it that :attr:`svf_fast.ops.core.Core.parts` names."""
+        return tuple(getattr(self, name) for name in self.core.parts)
+
+    @property
+    def all_trained(self) -> tuple[Tensor, ...]:
+        """All that trains: S or log_scale, and what a core has besides."""
+        return (self.trained, *self.parts)
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything of it takes a gradient."""
+        return self.trained.requires_grad or any(part.requires_grad for part in self.parts)
+
+    @property
     def S_in_use(self) -> Tensor:
         """The singular values that the layer computes with [G·R]: S, or S·exp(s') as it is kept.
 
@@ -148,6 +175,12 @@ class Factored(nn.Module):
         return self.S if self.trains == "S" else self.S * self.trained.exp()
 
     @property
+    def differentiable_core(self) -> Tensor:
+        """What stands between U and V: S in use [G·R], or a core's Σ [G, R, R]; differentiable."""
+        S = self.differentiable_S
+        return S if self.core.is_diagonal else self.core.matrix(S, self.parts)
+
+    @property
     def strategy_in_use(self) -> str:
         """The strategy of the next forward pass: what ``auto`` came to, else the one asked for."""
         plan = self.plan if torch.compiler.is_compiling() else self.current_plan()
@@ -157,11 +190,11 @@ class Factored(nn.Module):
     def guarded(self) -> int:
         """Directions per group whose gradient ``gram`` computes from v instead of dividing by S."""
         plan = self.current_plan()
-        return 0 if plan is None or plan.tail is None else plan.tail.shape[1]
+        return 0 if plan is None or plan.tail is None else plan.tail.shape[-1]
 
     @property
     def weight(self) -> Tensor:
-        """``U diag(S) V`` in the original weight's shape, differentiable in S, or in log_scale.
+        """``U diag(S) V`` in the original weight's shape, differentiable in what trains.
 
         Read only: writing to it raises RuntimeError, because it would reach nothing.
 
@@ -169,13 +202,17 @@ class Factored(nn.Module):
         whenever it is read, and its gradient costs a dense one: calling the layer is cheaper.
         """
         S = self.differentiable_S
-        W = svd.compose(self.U, S, self.V, self.geometry.groups).to(self.U.dtype)
+        core = None if self.core.is_diagonal else self.differentiable_core
+        factors = cores.composed_of(self, S, core)
+        W = svd.compose(*factors, self.V, self.geometry.groups).to(self.U.dtype)
         return read_only(W)
 
     def composed_weight(self) -> Tensor:
         """Compute ``U diag(S) V`` in the original weight's shape and dtype, detached."""
         S = self._gathered_S()
-        return compose(self.U, S, self.V, self.geometry.groups, self.U.dtype)[0]
+        with torch.no_grad():
+            U, S = cores.composed_of(self, S, cores.gathered_core(self, S))
+        return compose(U, S, self.V, self.geometry.groups, self.U.dtype)[0]
 
     def singular_values(self) -> Tensor:
         """Copy the values in use, S or S·exp(s'), to the host.
@@ -191,7 +228,8 @@ class Factored(nn.Module):
     def repr_of_factors(self) -> str:
         """Describe rank, strategy, and what trains unless it is S."""
         trains = "" if self.trains == "S" else f", trains={self.trains!r}"
-        return f"rank={self.rank}, strategy={self.strategy!r}{trains}"
+        core = "" if self.core.is_diagonal else f", core={str(self.core)!r}"
+        return f"rank={self.rank}, strategy={self.strategy!r}{trains}{core}"
 
     def refresh(self) -> None:
         """Plan anew from the values of U, S and V: strategy, guarded directions, composed weight.
@@ -206,16 +244,22 @@ class Factored(nn.Module):
         groups = self.geometry.groups
         with torch.no_grad():
             self._arrange()
-            factors, seen = Seen(*self._frozen()), Seen(self.trained)
+            factors, seen = Seen(*self._frozen()), Seen(*self.all_trained)
             S = self.present_S()
-            strategy, host_tail = self._choose(S.cpu())
-            tail = None if host_tail is None else host_tail.to(self.U.device)
+            core, in_use = cores.core_of(self, S), None
+            if core is None:
+                strategy, host_tail = self._choose(S.cpu())
+                tail = None if host_tail is None else host_tail.to(self.U.device)
+            else:
+                host_tail = None
+                strategy, tail, in_use = cores.choose(self, core, None)
             plan = Plan(factors, self.strategy, strategy, tail, host_tail)
             if self.strategy in ("auto", "gram"):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
                 plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
-        self.values = Values(seen, self.host_copy(), None if self.trains == "S" else S)
+        S_in_use = None if self.trains == "S" else S
+        self.values = Values(seen, self.host_copy(), S_in_use, in_use)
         self.plan = plan
 
     def _frozen(self) -> tuple[Tensor, ...]:
@@ -243,8 +287,10 @@ class Factored(nn.Module):
             self._buffers["V"] = directions_last(self.V) if inside else directions_first(self.V)
 
     @torch.no_grad()
-    def assign(self, S: Tensor) -> None:
+    def assign(self, S: Tensor, parts: Sequence[Tensor] | None = None) -> None:
         """Set S to values on the host, or log_scale so that S·exp(s') is these; plan for them.
+
+        ``parts``: of a core; without them Σ becomes diag(S).
 
         What follows from U and V alone is kept, W is composed when next needed; does not
         synchronize. Values far from the present ones are as good as near ones. With log_scale they
@@ -253,9 +299,14 @@ class Factored(nn.Module):
         trained = self.trained
         wanted = S if self.trains == "S" else log_scale_of(S, gathered(self.S))
         trained.copy_(sharded_as(trained, wanted))
+        for index, part in enumerate(self.parts):
+            if parts is not None:
+                part.copy_(sharded_as(part, parts[index]))
+            elif self.core.parts[index] != "core_A":  # which may be what it was drawn
+                part.zero_()
         if not self.has_values:
             return
-        if self._outdated():
+        if self._outdated() or not self.core.is_diagonal:
             self.refresh()
             return
         self.network.forget()
@@ -264,12 +315,14 @@ class Factored(nn.Module):
 
     def host_copy(self) -> bytes | None:
         """Return the bytes of what trains where that does not synchronize, else None."""
-        return None if self.trained.is_cuda else bytes_of(self.trained)
+        if self.trained.is_cuda:
+            return None
+        return b"".join(map(bytes_of, self.all_trained))
 
     @property
     def has_values(self) -> bool:
         """Whether U, S and V are more than shapes (meta or fake tensors), or shards of values."""
-        if not (svd.has_memory(self.U) and svd.has_memory(self.trained)):
+        if not (svd.has_memory(self.U) and all(map(svd.has_memory, self.all_trained))):
             return False
         return self.trains == "S" or svd.has_memory(cast(Tensor, self._buffers["S"]))
 
@@ -288,7 +341,7 @@ class Factored(nn.Module):
         # as weights of a GPU's products they come in multiples of eight
         tail = guarded_directions(S, self.geometry.groups, 8 if self.U.is_cuda else 1)
         if strategy == "auto":
-            strategy = "gram" if self._gram_is_cheaper(tail.shape[1]) else "chain"
+            strategy = "gram" if gram_is_cheaper(self, tail.shape[1]) else "chain"
         return strategy, tail if strategy == "gram" and tail.shape[1] else None
 
     def plan_for(self, S: Tensor) -> None:
@@ -308,23 +361,6 @@ class Factored(nn.Module):
             plan, strategy=strategy, tail=tail, host_tail=host_tail, constants={}
         )
 
-    def _gram_is_cheaper(self, guarded: int) -> bool:
-        """Tell whether ``gram`` multiplies less than ``chain``, per group and position.
-
-        Counted beyond the plain convolution's own multiplications. ``gram`` keeps a map that is
-        kept already, or the smaller one: ``chain`` never saves memory.
-        """
-        geometry = self.geometry
-        shapes = self.U.shape, self.V.shape, geometry
-        if self._costs is None or self._costs[0] != shapes:
-            fan_in, fan_out = self.V[0].numel(), len(self.U) // geometry.groups
-            weight_shape = torch.Size((len(self.U), *self.V.shape[1:], 1, 1)[:4])
-            matrix = fan_in if reads_input(weight_shape, geometry) else fan_out
-            chain = 2 * self.rank * (fan_in + fan_out) - 2 * fan_in * fan_out
-            self._costs = shapes, matrix**2, fan_in + fan_out, chain
-        _, gram, direction, chain = self._costs
-        return gram + guarded * direction <= chain
-
     def _outdated(self) -> bool:
         """Tell whether the plan is of other factors, or of another strategy than is asked for."""
         plan = self.plan
@@ -343,15 +379,18 @@ class Factored(nn.Module):
                 if self._outdated():
                     self.refresh()
             return self.plan
+        if not self.core.is_diagonal:
+            cores.follow(self)
+            return self.plan
         trained = self.trained
         if trained.is_cuda:
             if not torch.cuda.is_current_stream_capturing():
                 with self.network.lock:
                     self.network.follow(trained.device, not self.values.seen.holds(trained))
         # writes through `param.data` pass the version counter by: the values decide
-        elif not self.values.are(trained, now := bytes_of(trained)):
+        elif not self.values.are(now := bytes_of(trained), trained):
             with self.network.lock:
-                if not self.values.are(trained, now):
+                if not self.values.are(now, trained):
                     S = self.present_S()
                     self.plan_for(S)  # before others see that it is known
                     self.values.moved(Seen(trained), now, None if self.trains == "S" else S)
@@ -364,38 +403,56 @@ class Factored(nn.Module):
         :class:`svf_fast.ops.factors.SVFConvolution`.
         """
         # a graph runs again with other values of S: it composes W and checks the guard itself
-        in_graph = torch.compiler.is_compiling() or (self.is_captured and not self.network.composed)
+        in_graph = torch.compiler.is_compiling() or (
+            self.is_captured and not (self.network.composed and self.core.is_diagonal)
+        )
         plan = self.plan if in_graph else self.current_plan()
         if plan is None or plan.strategy == "reference":
             return None
         refuse_transforms(f"strategy {plan.strategy!r}", AS_REFERENCE)
         fresh = in_graph or not self.has_values
         S = self.present_S() if fresh else self.S_in_use
-        if in_graph and plan.strategy == "gram":
+        core = self.values.core
+        if fresh and not self.core.is_diagonal:
+            core = cores.in_graph(self, S)
+        elif in_graph and plan.strategy == "gram":
             layers = S.new_zeros((2, 2), dtype=torch.int64)
             layers[0, 1].fill_(self.geometry.groups)  # by kernels: nothing is sent in a capture
             layers[1, 0].fill_(S.numel())
             assert_guarded(S, self.guarded_mask(), layers)
         kind, constants = self.constants(plan, dtype, scale)
         if fresh:
-            pair = weights(kind, self.U, S, constants.V, dtype, scale)
+            pair = weights(kind, self.U, S, constants.V, dtype, scale, core and core.core)
         else:
             pair = self.weights(kind, dtype, scale)
+        return self.made_of(kind, constants, S, pair, core)
+
+    def made_of(
+        self,
+        kind: Kind,
+        constants: Constants,
+        S: Tensor,
+        pair: tuple[Tensor, Tensor | None],
+        core: CoreInUse | None,
+    ) -> SVFConvolution:
+        """Return the convolution of these and of what trains."""
         log_scale = None if self.trains == "S" else self.log_scale
-        return SVFConvolution(kind, S, *pair, constants, log_scale)
+        if core is None:
+            return SVFConvolution(kind, S, *pair, constants, log_scale)
+        return SVFConvolution(kind, S, *pair, constants, log_scale, self.parts, core.inverse)
 
     def constants(
         self, plan: Plan, dtype: torch.dtype, scale: Tensor | None
     ) -> tuple[Kind, Constants]:
         """Return what the gradients take of U and V under a plan, kept where that is possible."""
-        geometry, trains = self.geometry, self.trained.requires_grad
+        geometry, trains = self.geometry, self.learns
         keep = not torch.compiler.is_compiling() and self.has_values
         at = dtype, geometry, trains, scale is not None
         found = plan.constants.get(at) if keep else None
         if found is not None and found[0] is scale:
             return found[1:]
         U, V, strategy = self.U, self.kernel, plan.strategy if trains else "frozen"
-        kind = Kind.of(torch.Size((len(U), *V.shape[1:])), geometry, strategy)
+        kind = Kind.of(torch.Size((len(U), *V.shape[1:])), geometry, strategy, self.core)
         made = Constants.of(kind, U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale)
         if keep and not self.is_captured:
             plan.constants[at] = scale, kind, made
@@ -421,7 +478,8 @@ class Factored(nn.Module):
         if maps.on_gpu(self.U) and self.composes(dtype) and not self.is_captured:
             self.network.compose(self.network.to_compose(dtype, self.S.device), dtype)
         else:
-            pair = weights(kind, self.U, self.S_in_use, self.kernel, dtype, scale)
+            core = None if values.core is None else values.core.core
+            pair = weights(kind, self.U, self.S_in_use, self.kernel, dtype, scale, core)
             values.made[dtype] = Made(scale, chain, *pair)
         made = values.take(dtype, scale, chain)
         assert made is not None
@@ -432,6 +490,7 @@ class Factored(nn.Module):
         plan, U, S, V, trains = self.plan, self.U, self.S, self.V, self.trained.requires_grad
         return (
             dtype in self.values.scales
+            and self.core.is_diagonal
             and dtype != torch.float64
             and maps.on_gpu(U)
             and U.dtype == S.dtype == V.dtype == torch.float32
@@ -472,11 +531,12 @@ class Factored(nn.Module):
         return x.dtype
 
     def _apply(self, fn, recurse=True):
-        values = self.S, self.trained, self.trained.grad
+        trained = self.all_trained
+        values = self.S, *trained, *(x.grad for x in trained)
 
         def keeping_S_wide(x: Tensor) -> Tensor:
             moved = fn(x)
-            if any(x is one for one in values) and _is_narrow(moved):
+            if any(x is one for one in values) and is_narrow(moved):
                 return x.to(moved.device, torch.float32)
             return moved
 
@@ -496,10 +556,10 @@ class Factored(nn.Module):
 
         Not planned for are those of ``to_empty`` before others are loaded: anything, not of rank R.
         """
-        for name in ("S", "log_scale"):
+        for name in ("S", "log_scale", *self.core.parts):
             x = getattr(self, name)
-            if x is not None and _is_narrow(x):  # of an older file, assigned
-                wide = _widened(x.detach())
+            if x is not None and is_narrow(x):  # of an older file, assigned
+                wide = widened(x.detach())
                 is_buffer = name in self._buffers
                 setattr(self, name, wide if is_buffer else nn.Parameter(wide, x.requires_grad))
         with contextlib.suppress(ValueError):
@@ -522,27 +582,3 @@ class Factored(nn.Module):
         self._parameters.setdefault("log_scale", None)  # of an older version
         network.join(self)
         self._arrived()
-
-
-def _is_narrow(x: Tensor) -> bool:
-    return x.is_floating_point() and x.dtype.itemsize < 4
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if _is_narrow(x) else x
-
-
-def _explain_weight_key(module, state_dict, prefix, *_):
-    if f"{prefix}weight" in state_dict and f"{prefix}S" not in state_dict:
-        raise ValueError(
-            f"{prefix}weight: this checkpoint is of the plain layer, but the model here was "
-            "converted to U, S, V. Load it first and call svf_fast.convert after."
-        )
-    has_scale = f"{prefix}log_scale" in state_dict
-    if f"{prefix}S" in state_dict and has_scale != (module.trains == "log_scale"):
-        other = "log_scale" if has_scale else "S"
-        raise ValueError(
-            f"{prefix}{other}: this checkpoint is of a layer that trains {other}, but the one here "
-            f"trains {module.trains}. Convert the model with trains={other!r} and load it again; "
-            "svf_fast.save_adapter and load_adapter carry the values from one to the other."
-        )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from svf_fast.layers.factored import Factored
 from svf_fast.ops.convolution import Geometry
+from svf_fast.ops.core import Core
 from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
 from svf_fast.svd import Factors
 
@@ -28,8 +29,9 @@ class SVFLinear(Factored):
         dtype: torch.dtype | None = None,
         strategy: str = "auto",
         trains: str = "S",
+        core: str | Core = "diag",
     ):
-        super().__init__(strategy, trains)
+        super().__init__(strategy, trains, core)
         self._configure(nn.Linear(in_features, out_features, bias, device, dtype), None)
 
     @classmethod
@@ -39,6 +41,7 @@ class SVFLinear(Factored):
         strategy: str = "auto",
         factors: Factors | None = None,
         trains: str = "S",
+        core: str | Core = "diag",
     ) -> SVFLinear:
         """Return the layer that computes what ``linear`` does, to rounding; shares no memory.
 
@@ -47,7 +50,7 @@ class SVFLinear(Factored):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         layer = cls.__new__(cls)
-        Factored.__init__(layer, strategy, trains)
+        Factored.__init__(layer, strategy, trains, core)
         layer._configure(linear, factors)
         layer.train(linear.training)
         return layer
@@ -79,7 +82,7 @@ class SVFLinear(Factored):
             y = svf_conv2d(positions, conv, self.bias)
         else:
             y = paper_layers(
-                positions, self.U, self.differentiable_S, self.kernel, self.bias, Geometry()
+                positions, self.U, self.differentiable_core, self.kernel, self.bias, Geometry()
             )
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 

@@ -53,9 +53,13 @@ class Network:
         self._layers.append(weakref.ref(layer))
 
     def layers(self, device: torch.device) -> list[Factored]:
-        """Return those on a device that are alive, in the order they came."""
+        """Return those on a device that are alive, in the order they came.
+
+        Without those with a core beyond the diagonal: each of these follows its own values.
+        """
         alive = (ref() for ref in self._layers)
-        return [x for x in alive if x is not None and x.S.device == device]
+        found = (x for x in alive if x is not None and x.S.device == device)
+        return [x for x in found if x.core.is_diagonal]
 
     def follow(self, device: torch.device, moved: bool) -> None:
         """Plan for the values of S that have come from a GPU; with ``moved`` send for new ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Hashable
 from typing import NamedTuple, cast
@@ -27,6 +28,22 @@ def sharded_as(like: Tensor, x: Tensor) -> Tensor:
     sharded = cast(DTensor, like)
     local = x.to(like.device, like.dtype)
     return distribute_tensor(local, sharded.device_mesh, sharded.placements)
+
+
+def bytes_of(x: Tensor) -> bytes:
+    """Copy the values of a tensor on the CPU, to be compared."""
+    x = x if x.is_contiguous() else x.contiguous()
+    return ctypes.string_at(x.data_ptr(), x.nbytes)
+
+
+def is_narrow(x: Tensor) -> bool:
+    """Tell whether these are floating point values in 16 bits."""
+    return x.is_floating_point() and x.dtype.itemsize < 4
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32 at least."""
+    return x.float() if is_narrow(x) else x
 
 
 class Seen:
@@ -58,8 +75,8 @@ class Plan:
 
     A new object is created on every change, so callers may cache by identity. factors: what is
     frozen of U, S and V; asked: the strategy that was asked for. host_tail: the tail on the CPU,
-    where the directions are chosen. constants: what :meth:`Factored.constants` returned, after the
-    scale it was for.
+    where the directions are chosen; with a core the tail is what lifts them. constants: what
+    :meth:`Factored.constants` returned, after the scale it was for.
     """
 
     factors: Seen
@@ -83,6 +100,13 @@ class Made(NamedTuple):
     scaled: Tensor | None
 
 
+class CoreInUse(NamedTuple):
+    """Σ [G, R, R] of a core, and K of :func:`svf_fast.svd.lifted_inverse` for ``gram``."""
+
+    core: Tensor
+    inverse: Tensor | None
+
+
 class Values:
     """The values that a layer computes with, and what was made of them.
 
@@ -90,6 +114,7 @@ class Values:
         seen: what trains, S or log_scale, as it was then.
         trained: its bytes, on the CPU only.
         S_in_use: S·exp(s') where s' trains, else None. On a GPU it is written to when s' moves.
+        core: Σ and its inverse, None where it is diagonal.
         made: what follows from them, by dtype.
         scales: what was folded in when it was last asked for, by dtype.
     """
@@ -99,19 +124,27 @@ class Values:
         seen: Seen | None = None,
         trained: bytes | None = None,
         S_in_use: Tensor | None = None,
+        core: CoreInUse | None = None,
     ) -> None:
+        self.core = core
         self.seen, self.trained, self.S_in_use = seen or Seen(), trained, S_in_use
         self.made: dict[torch.dtype, Made] = {}
         self.scales: dict[torch.dtype, Tensor | None] = {}
         self._taken: set[torch.dtype] = set()
 
-    def are(self, trained: Tensor, values: bytes) -> bool:
-        """Tell whether what trains, on the CPU, and its bytes are these."""
-        return self.seen.holds(trained) and values == self.trained
+    def are(self, values: bytes | None, *trained: Tensor) -> bool:
+        """Tell whether what trains, and its bytes if it is on the CPU, are these."""
+        return self.seen.holds(*trained) and values == self.trained
 
-    def moved(self, seen: Seen, trained: bytes | None, S_in_use: Tensor | None) -> None:
+    def moved(
+        self,
+        seen: Seen,
+        trained: bytes | None,
+        S_in_use: Tensor | None,
+        core: CoreInUse | None = None,
+    ) -> None:
         """Drop what was made of other values, and forget the dtypes that nobody took."""
-        self.seen, self.trained, self.S_in_use = seen, trained, S_in_use
+        self.seen, self.trained, self.S_in_use, self.core = seen, trained, S_in_use, core
         for dtype in self.made.keys() - self._taken:
             del self.scales[dtype]
         self.made.clear()

@@ -166,7 +166,7 @@ def block(
     form = _form(kinds, kind, relu, recompute, int8)
     if programs is not None and not runs_programs():
         programs = None
-    trained = [stage.conv.trained for stage in every]
+    trained = [x for stage in every for x in stage.conv.all_trained]
     return _Block.apply(x, shortcut_x, form, every, programs, *trained)
 
 
@@ -208,18 +208,26 @@ class _Block(torch.autograd.Function):
                 constants = functools.partial(_constants, stages)
                 key = past, needs, *_switches(grad)
                 (grad_x, grad_shortcut_x, *grads_S), _ = programs.run(key, run, inputs, constants)
-        none = [None] * (0 if ctx.stages else len(own) // count - 1)
+        grads: list[Tensor | None] = []
+        for stage, grad_S in zip(stages, grads_S, strict=True):
+            found = stage.conv.gradients(grad_S)
+            none = [] if ctx.stages else [None] * (len(stage.tensors) - len(found))
+            grads += [*found, *none]
         if not keeps_graph():
             ctx.stages = ctx.programs = None
-        grads = [g for grad_S in grads_S for g in (grad_S, *none)]
         return grad_x, grad_shortcut_x, None, None, None, *grads
 
 
 def _unpack_stages(form: Form, tensors: Sequence[Any]) -> list[Stage]:
     """Return the stages whose :attr:`Stage.tensors` these are, one after another."""
-    size = len(tensors) // len(form.kinds)
-    parts = [tensors[size * index : size * (index + 1)] for index in range(len(form.kinds))]
-    return [Stage.of(kind, part) for kind, part in zip(form.kinds, parts, strict=True)]
+    parts = sum(len(kind.core.parts) for kind in form.kinds)  # what a core has beside the rest
+    size, at = (len(tensors) - parts) // len(form.kinds), 0
+    stages = []
+    for kind in form.kinds:
+        end = at + size + len(kind.core.parts)
+        stages.append(Stage.of(kind, tensors[at:end]))
+        at = end
+    return stages
 
 
 def _values(stages: Sequence[Stage]) -> list[Tensor | None]:
@@ -469,7 +477,7 @@ def _through_stage(
         grad_S = conv.scale_gradient(flow, own)
 
     of_before = read_off = None  # dL/dS [G, R] of the stage before; of this one, if it samples
-    if conv.kind.strides:
+    if conv.kind.strides or (conv.kind.samples and not conv.kind.core.is_diagonal):
         read_off = conv.read_off(own.x, Activation(grad_x))
         grad_x = conv.spread(grad_x, past.shapes[index])
     grad_x = grad_x.contiguous(memory_format=past.formats[index - 1])
@@ -477,7 +485,8 @@ def _through_stage(
         _back_(grad_x, None, mask, scale, None)
     else:
         assert y is not None
-        of_y = before.reader if before.kind.keeps == "y" else None
+        reads = before.kind.keeps == "y" and before.kind.core.is_diagonal
+        of_y = before.reader if reads else None
         of_x = conv.reader if conv.kind.samples and read_off is None else None
         grad_x, of_before, found = activation_gradients(grad_x, y, scale, shift, of_y, of_x, y_grid)
         read_off = found if read_off is None else read_off

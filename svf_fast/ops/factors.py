@@ -12,6 +12,9 @@ strategy      forward                 dS                                        
 ``gram``      conv W                  colsum(U ⊙ (M U)) / S,  M = Σ_p g yᵀ       y
 ``gram``, 1×1 conv W                  colsum(V ⊙ (M V)) / S,  M = Σ_p x dxᵀ      x, if narrower
 ============= ======================= ========================================== ==================
+
+With a core Σ in the place of S ``dΣ = Σ_p (Uᵀg)_p v_pᵀ`` is read off the same matrices:
+:func:`svf_fast.ops.core_gradient.core_gradient`. ``chain`` then takes one of g and v.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from svf_fast.ops.convolution import (
     directions_first,
     memory_format,
 )
+from svf_fast.ops.core import DIAGONAL, Core, turned
+from svf_fast.ops.core_gradient import core_gradient
+from svf_fast.ops.gram import gram
 from svf_fast.ops.gram_gradient import gram_gradient
 from svf_fast.ops.pointwise import Extras, fuses, pointwise, pointwise_dot
 from svf_fast.ops.quantize import dequantize
@@ -55,19 +61,27 @@ class Kind(NamedTuple):
     strategy: "fold", "chain", "gram", or "frozen" where S takes no gradient.
     keeps: the map that the gradient of S is read off: x (as sampled), v, y, or "" (none of them).
     samples: whether ``gram`` reads x and dx, where the stride of a 1×1 convolution picks them.
+    core: the structure of Σ.
     """
 
     geometry: Geometry
     strategy: str
     keeps: str
     samples: bool
+    core: Core = DIAGONAL
 
     @classmethod
-    def of(cls, weight_shape: torch.Size, geometry: Geometry, strategy: str) -> Kind:
+    def of(
+        cls,
+        weight_shape: torch.Size,
+        geometry: Geometry,
+        strategy: str,
+        core: Core = DIAGONAL,
+    ) -> Kind:
         """Return the kind for a weight [Co, Ci/G, kh, kw]."""
         samples = strategy == "gram" and reads_input(weight_shape, geometry)
         keeps = {"fold": "x", "chain": "v", "gram": "x" if samples else "y", "frozen": ""}
-        return cls(geometry, strategy, keeps[strategy], samples)
+        return cls(geometry, strategy, keeps[strategy], samples, core)
 
     @property
     def sampling(self) -> Geometry:
@@ -91,6 +105,10 @@ class Constants(NamedTuple):
     kernel: V in the compute dtype for ``chain``, None where V is.
     tail [G, T]: per-group indices of the guarded directions (``gram``), None where there are none.
     tail_U [G·T, Co/G, 1, 1], tail_V [G·T, Ci/G, kh, kw]: their rows of Uᵀ and V as weights.
+
+    With a core left is [G, Ca, R] for ``chain`` too. The lift P Qᵀ of
+    :func:`svf_fast.svd.lifted_inverse` is there as tail = P [G, R, T] and tail_V = QᵀV; or, where x
+    is read, as tail = Q and tail_U = (U P)ᵀ, with the length of P's columns in Q instead.
     """
 
     U: Tensor
@@ -117,7 +135,8 @@ class Constants(NamedTuple):
         """Make them in the compute dtype.
 
         dual_U, dual_V: :func:`svf_fast.svd.dual` of U, and of Vᵀ as [G·Ci/G, R], or None. The
-        gradient of y that the layer gets is to be multiplied by ``scale`` [Co].
+        gradient of y that the layer gets is to be multiplied by ``scale`` [Co]. tail: with a core
+        the lift [2, G, R, T] of :func:`svf_fast.svd.lifted_inverse`.
         """
         if kind.strategy == "frozen":
             return cls(U, V)
@@ -125,7 +144,10 @@ class Constants(NamedTuple):
         rows = U if scale is None else U * scale[:, None].to(U.dtype)
         if kind.strategy == "chain":
             kernel = directions_first(V.to(dtype))
-            left = _transposed(rows.to(dtype), groups)
+            if kind.core.is_diagonal:
+                left = _transposed(rows.to(dtype), groups)
+            else:
+                left = rows.reshape(groups, -1, rank)
             return cls(U, V, left, kernel=None if kernel is V else kernel)
         columns = V.reshape(groups, rank, -1).mT
         if kind.strategy == "fold":
@@ -138,6 +160,15 @@ class Constants(NamedTuple):
         found = cls(U, V, left, None if dual is None else dual.reshape(left.shape))
         if tail is None:
             return found
+        if not kind.core.is_diagonal:
+            P, Q = tail
+            if kind.samples:
+                size = P.norm(dim=1, keepdim=True)
+                tail_U = rows.reshape(groups, -1, rank).to(P.dtype) @ (P / size)
+                tail_U = _transposed(tail_U.flatten(0, 1).to(dtype), groups)
+                return found._replace(tail=Q * size, tail_U=tail_U)
+            tail_V = (Q.mT @ V.reshape(groups, rank, -1).to(Q.dtype)).reshape(-1, *V.shape[1:])
+            return found._replace(tail=P, tail_V=directions_first(tail_V).to(dtype))
         at = tail[:, None, :].expand(-1, len(U) // groups, -1)
         tail_U = rows.reshape(groups, -1, rank).gather(2, at).reshape(-1, tail.shape[1])
         first = torch.arange(0, groups * rank, rank, device=tail.device)
@@ -222,7 +253,8 @@ class Flow(NamedTuple):
     """What arrives at a convolution in the backward pass: dL/dy, and dL/dS where it is known.
 
     grad_S: [G·R] of ``chain``, which :meth:`SVFConvolution.through_U` computes; or [G, R] of
-    ``gram`` as it was read off a matrix, guarded directions apart.
+    ``gram`` as it was read off a matrix, guarded directions apart. With a core dL/dΣ [G, R, R]
+    of ``chain``, or the matrix [G, Ca, Cb] itself of ``gram``.
     """
 
     grad_y: Gradient
@@ -235,6 +267,8 @@ class SVFConvolution(NamedTuple):
     S: the values in use. weight: of the last convolution: W, or U diag(S) [Co, R, 1, 1] for
     ``chain``. scaled: scale ⊙ W where the gradient of y comes without its scale, else None.
     log_scale: s' where it trains and S is a constant times exp(s'); None where S itself trains.
+    parts: what else of a core trains. inverse: K [G, R, R] of a core for ``gram``, see
+    :func:`svf_fast.svd.lifted_inverse`.
     """
 
     kind: Kind
@@ -243,19 +277,25 @@ class SVFConvolution(NamedTuple):
     scaled: Tensor | None
     constants: Constants
     log_scale: Tensor | None = None
+    parts: tuple[Tensor, ...] = ()
+    inverse: Tensor | None = None
 
     @classmethod
     def of(cls, kind: Kind, tensors: Sequence[Any]) -> SVFConvolution:
         """Return the convolution of these `tensors`."""
-        trained, S, weight, scaled, *constants = tensors
+        count = len(kind.core.parts)
+        trained, *parts = tensors[: 1 + count]
+        S, weight, scaled, inverse, *constants = tensors[1 + count :]
         values, log_scale = (trained, None) if S is None else (S, trained)
-        return cls(kind, values, weight, scaled, Constants(*constants), log_scale)
+        of_constants = Constants(*constants)
+        return cls(kind, values, weight, scaled, of_constants, log_scale, tuple(parts), inverse)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All of it that is a tensor or None: what trains, S and what follows, the constants."""
         S = None if self.log_scale is None else self.S  # none of them twice
-        return (self.trained, S, self.weight, self.scaled, *self.constants)
+        values = S, self.weight, self.scaled, self.inverse
+        return (*self.all_trained, *values, *self.constants)
 
     @property
     def trained(self) -> Tensor:
@@ -263,14 +303,21 @@ class SVFConvolution(NamedTuple):
         return self.S if self.log_scale is None else self.log_scale
 
     @property
-    def values(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """S and what follows from it."""
-        return self.S, self.weight, self.scaled
+    def all_trained(self) -> tuple[Tensor, ...]:
+        """What the gradients are of: S, or log_scale, and the parts of a core."""
+        return (self.trained, *self.parts)
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def values(self) -> tuple[Tensor | None, ...]:
+        """S and what follows from it."""
+        if self.inverse is None:
+            return self.S, self.weight, self.scaled
+        return self.S, self.weight, self.scaled, self.inverse
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
         """What trains, U and V."""
-        return self.trained, self.constants.U, self.constants.V
+        return (*self.all_trained, self.constants.U, self.constants.V)
 
     @property
     def back(self) -> Tensor:
@@ -282,7 +329,7 @@ class SVFConvolution(NamedTuple):
 
     @property
     def reader(self) -> Reader:
-        """left, right and S, with which dS is read off a matrix."""
+        """left, right and S, with which dS of a diagonal Σ is read off a matrix."""
         left, right = self.constants.left, self.constants.right
         assert left is not None
         return left, left if right is None else right, self.S
@@ -340,6 +387,13 @@ class SVFConvolution(NamedTuple):
             return flow
         left, grad = self.constants.left, flow.grad_y.tensor()
         assert v is not None and left is not None
+        groups = self.kind.geometry.groups
+        if not self.kind.core.is_diagonal:
+            grad_core = core_gradient(left, gram(grad, v, groups)).to(self.S.dtype)
+            weight = self.weight if self.scaled is None else self.scaled
+            geometry = self.kind.geometry.pointwise()
+            grad = convolution_input_gradient(grad, weight, v.shape, geometry)
+            return Flow(Gradient(grad), grad_core)
         factor = self.S.to(torch.promote_types(grad.dtype, torch.float32))
         geometry = self.kind.geometry.pointwise()
         if fuses(grad, left, geometry, Extras(scale=True, dot=True)):
@@ -397,6 +451,8 @@ class SVFConvolution(NamedTuple):
         grad_y, grad_S = flow
         if self.kind.strategy in ("chain", "frozen"):
             return grad_S
+        if not self.kind.core.is_diagonal:
+            return self._core_gradient(grad_y, grad_S, kept)
         if self.kind.strategy == "fold":
             assert kept.x is not None
             return self._by_weight(grad_y.tensor(), kept.x.tensor())
@@ -415,23 +471,68 @@ class SVFConvolution(NamedTuple):
             grad_S = grad_S.scatter_(1, tail, exact.to(grad_S.dtype))
         return grad_S.reshape(-1).to(self.S.dtype)
 
+    def _core_gradient(self, grad_y: Gradient, M: Tensor | None, kept: Kept) -> Tensor:
+        """Compute dL/dΣ [G, R, R] for ``fold`` and ``gram``; M: as it was read off already."""
+        left, right, tail = self.constants.left, self.constants.right, self.constants.tail
+        groups, weak = self.kind.geometry.groups, None
+        assert left is not None
+        if self.kind.strategy == "fold":
+            assert kept.x is not None
+            M = self._weight_gradient(grad_y.tensor(), kept.x.tensor())
+            return core_gradient(left, M, right).to(self.S.dtype)
+        right = left if right is None else right
+        if M is None:
+            M = self.read_off(Activation(grad_y.tensor()), kept.y)
+        if tail is not None and self.kind.samples:
+            assert kept.x is not None and self.constants.tail_U is not None
+            x, geometry = kept.x, self.kind.geometry.pointwise()
+            weak_a = grad_y.convolved(self.constants.tail_U, geometry)
+            weak = gram(x.y, weak_a, groups, x.scale, x.shift, x.grid)
+        elif tail is not None:
+            assert kept.v is not None
+            weak = gram(grad_y.tensor(), kept.v, groups)
+        of_input = self.kind.samples
+        return core_gradient(left, M, right, weak, tail, self.inverse, of_input).to(self.S.dtype)
+
     def trained_gradient(self, grad_S: Tensor | None) -> Tensor | None:
-        """Return the gradient of what trains: dL/dS, or ``dL/ds' = dL/dS ⊙ S exp(s')``."""
-        if self.log_scale is None or grad_S is None:
+        """Return the gradient of what trains: dL/dS, or ``dL/ds' = dL/dS ⊙ S exp(s')``.
+
+        With a core dL/dΣ as it is, of which :meth:`gradients` makes those of all that trains.
+        """
+        if self.log_scale is None or grad_S is None or not self.kind.core.is_diagonal:
             return grad_S
         return grad_S * self.S
 
+    def gradients(self, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of :attr:`all_trained` from :meth:`trained_gradient`."""
+        if self.kind.core.is_diagonal:
+            return (grad,)
+        if grad is None:
+            return (None,) * len(self.all_trained)
+        grad_S, *grads = self.kind.core.gradients(grad, self.parts)
+        return (grad_S if self.log_scale is None else grad_S * self.S, *grads)
+
     def read_off(self, a: Activation | None, b: Activation | None) -> Tensor:
-        """Read dL/dS [G, R] of ``gram`` off the matrix of dL/dy and y, or of x and dL/dx."""
+        """Read dL/dS [G, R] of ``gram`` off the matrix of dL/dy and y, or of x and dL/dx.
+
+        With a core return the matrix [G, Ca, Cb] itself.
+        """
         assert a is not None and b is not None
         grid = b.grid if a.grid is None else a.grid
+        if not self.kind.core.is_diagonal:
+            return gram(a.y, b.y, self.kind.geometry.groups, a.scale, a.shift, grid)
         return scale_gradient(a.y, b.y, *self.reader, a.scale, a.shift, grid)
 
-    def _by_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
+    def _weight_gradient(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """Compute dL/dW as a matrix [G, Co/G, Ci/G·K], in float32 at least."""
         grad_weight = convolution_weight_gradient(grad_y, x, self.weight, self.kind.geometry)
-        left, right, _ = self.reader
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
-        grad_weight = grad_weight.reshape(len(left), left.shape[1], -1).to(dtype)
+        groups = self.kind.geometry.groups
+        return grad_weight.reshape(groups, len(grad_weight) // groups, -1).to(dtype)
+
+    def _by_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        grad_weight = self._weight_gradient(grad_y, x)
+        left, right, _ = self.reader
         ones = grad_weight.new_ones(len(left), left.shape[2])
         return gram_gradient(grad_weight, left, right, ones).reshape(-1).to(self.S.dtype)
 
@@ -443,9 +544,19 @@ def weights(
     V: Tensor,
     dtype: torch.dtype,
     scale: Tensor | None = None,
+    core: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute what follows from S: ``weight`` and ``scaled`` of :class:`SVFConvolution`."""
+    """Compute what follows from S: ``weight`` and ``scaled`` of :class:`SVFConvolution`.
+
+    core: Σ [G, R, R] in the place of ``diag(S)``.
+    """
     groups = kind.geometry.groups
+    if core is not None:
+        U, S = turned(U.detach(), core), torch.ones_like(S)
+        if kind.strategy == "chain":
+            columns = U.reshape(*U.shape, 1, 1)
+            scaled = None if scale is None else (columns * scale.reshape(-1, 1, 1, 1)).to(dtype)
+            return columns.to(dtype), scaled
     if kind.strategy == "chain":
         return scaled_columns(U, S, groups, dtype), None
     return compose(U, S, V, groups, dtype, scale)

@@ -20,7 +20,8 @@ from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 def svf_conv2d(x: Tensor, conv: SVFConvolution, bias: Tensor | None = None) -> Tensor:
     """Compute ``U (S ⊙ conv(x, V)) + bias``; differentiable in x, bias and what trains of S.
 
-    x [N, Ci, H, W] in the compute dtype of the layer, bias [Co] -> [N, Co, Ho, Wo].
+    x [N, Ci, H, W] in the compute dtype of the layer, bias [Co] -> [N, Co, Ho, Wo]. With a core
+    ``U Σ conv(x, V) + bias``.
 
     Raises RuntimeError when differentiated twice, or when a tensor it kept was changed in place.
     """
@@ -34,7 +35,10 @@ def svf_conv2d(x: Tensor, conv: SVFConvolution, bias: Tensor | None = None) -> T
 def paper_layers(
     x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """Compute :func:`svf_conv2d` as three layers, for the strategy ``reference``."""
+    """Compute :func:`svf_conv2d` as three layers, for the strategy ``reference``.
+
+    S: or a core Σ [G, R, R].
+    """
     U, S, V = (factor.to(x.dtype) for factor in (U, S, V))
     return definition(x, U, S, V, None if bias is None else bias.to(x.dtype), *geometry)
 
@@ -68,7 +72,8 @@ class _SVFConv2d(torch.autograd.Function):
             if needs_bias:
                 dtype = torch.promote_types(grad_y.dtype, torch.float32)
                 grad_bias = grad_y.sum(dim=(0, 2, 3), dtype=dtype).to(grad_y.dtype)
-            none = [None] * (len(ctx.tensors) - 1)
+            grads = conv.gradients(conv.trained_gradient(grad_S))
+            none = [None] * (len(ctx.tensors) - len(grads))
             if not keeps_graph():
                 ctx.tensors = ()
-            return grad_x, grad_bias, None, conv.trained_gradient(grad_S), *none
+            return grad_x, grad_bias, None, *grads, *none

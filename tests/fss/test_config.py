@@ -80,6 +80,16 @@ def test_dict_round_trip(tiny):
             lambda: RegimeConfig(name="svf_scale", factors=("S",)),
             r"""regime.factors: expected \["S'"\] or \['S', "S'"\] for "svf_scale", got""",
         ),
+        (lambda: RegimeConfig(core="band"), "regime.core: expected diag, band:k, .* got 'band'"),
+        (lambda: RegimeConfig(core="block:1"), "regime.core: .* b of at least 2, got 'block:1'"),
+        (
+            lambda: RegimeConfig(name="full", core="band:1"),
+            r"""regime.core: expected with "svf" .* omit core for "full" with \[\]""",
+        ),
+        (
+            lambda: RegimeConfig(factors=("S", "U"), core="band:1"),
+            r"""regime.core: expected .* omit core for "svf" with \['S', 'U'\]""",
+        ),
         (
             lambda: RegimeConfig(name="freeze", layers=(), batch_norm_statistics="batch"),
             'at least one layer for "batch_norm_statistics batch", got none',

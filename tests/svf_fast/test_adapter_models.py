@@ -476,7 +476,7 @@ def test_a_strangers_head_is_refused_by_name(tmp_path, extra, words):
 
 
 def test_a_large_head_is_no_reason_to_refuse(tmp_path, monkeypatch):
-    monkeypatch.setattr("svf_fast.adapter._FILE_BYTES", 1000)
+    monkeypatch.setattr("svf_fast.files._FILE_BYTES", 1000)
     svf_fast.save_adapter(trained(head=True), tmp_path / "x.safetensors", also=("fc",))
     assert (tmp_path / "x.safetensors").stat().st_size > 1000
     svf_fast.load_adapter(plain(), tmp_path / "x.safetensors")

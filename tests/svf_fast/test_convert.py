@@ -502,6 +502,27 @@ def test_factors_of_S_share_a_group_with_the_rate_itself():
     assert S["params"] == [net[2].S] and S["lr"] == pytest.approx(0.01 * float(net[2].S.mean()))
 
 
+@pytest.mark.parametrize("trains", ("S", "log_scale"))
+def test_what_a_core_has_goes_at_the_rate_of_its_S(trains):
+    net = svf_fast.convert(sized_net(), ["0"], trains=trains, core="block:2")
+    svf_fast.convert(net, ["2"], trains=trains, core="lowrank:2")
+    groups = svf_fast.svf_parameter_groups(net, 0.01, "sgd")
+    if trains == "log_scale":
+        factors, *groups = groups
+        assert factors == {"params": [net[0].log_scale, net[2].log_scale], "lr": 0.01}
+    entries, A, B = groups
+    S = [[layer.S] if trains == "S" else [] for layer in (net[0], net[2])]
+    assert entries["params"] == [*S[0], net[0].off_diagonal]
+    assert A["params"] == [net[2].core_A]
+    assert B["params"] == [*S[1], net[2].core_B]
+    sizes = (net[0].S, net[2].core_A, net[2].S)
+    for group, values in zip((entries, A, B), sizes, strict=True):
+        assert group["lr"] == pytest.approx(0.01 * float(values.abs().mean()) ** 2)
+    every = [*svf_fast.svf_parameters(net)]
+    grouped = [p for group in svf_fast.svf_parameter_groups(net, 0.01) for p in group["params"]]
+    assert {*map(id, every)} == {*map(id, grouped)} and len(every) == len(grouped) == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

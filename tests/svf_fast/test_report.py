@@ -137,6 +137,32 @@ def test_flops_of_a_bottleneck_are_those_of_the_design():
     assert report.flops == 37 * unit
 
 
+@pytest.mark.parametrize("core", ("band:1", "lowrank:2"))
+def test_a_core_costs_what_is_read_off_besides(core):
+    """Of FLOPs nothing with gram; of bytes nothing but its parameters, Σ and its inverse."""
+    C, size = 16, 10
+    layers = [nn.Conv2d(4 * C, C, 1, bias=False), nn.Conv2d(C, 4 * C, 1, bias=False)]
+    for conv in layers:
+        nn.init.orthogonal_(conv.weight)
+    shape, unit = (1, 4 * C, size, size), 2 * C * C * size * size
+    found = {}
+    for name, strategy in (("diag", "gram"), (core, "gram"), (core, "chain"), (core, "reference")):
+        model = nn.Sequential(
+            *[svf_fast.SVFConv2d.from_conv(c, strategy, core=name) for c in layers]
+        )
+        report = svf_fast.memory_report(model, shape)
+        found[name, strategy] = report
+        assert report.saved_bytes == saved_by(model, torch.randn(shape))
+    gram = found[core, "gram"]
+    assert gram.flops == found["diag", "gram"].flops == 18 * unit
+    assert gram.saved_bytes == found["diag", "gram"].saved_bytes
+    assert gram.reference_flops == found[core, "reference"].flops == (20 + 6) * unit
+    assert found[core, "chain"].flops == (20 + 5) * unit
+    parts = {"band:1": 2 * (C - 1), "lowrank:2": 4 * C}[core]
+    beside = gram.factor_bytes - found["diag", "gram"].factor_bytes
+    assert beside == 2 * 4 * (parts + 2 * C * C)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="was it converted"):
         svf_fast.memory_report(nn.Linear(1, 1), (1, 1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from svf_fast import compose, decompose
-from svf_fast.svd import GUARD_LIMIT, dual, guarded_directions
+from svf_fast.svd import GUARD_LIMIT, dual, guarded_directions, inverse_with, lifted_inverse
 
 
 @pytest.mark.parametrize(
@@ -140,3 +140,69 @@ def test_dual_is_needed_only_when_the_columns_are_not_orthonormal():
     P = dual(rounded)
     assert P is not None and P.dtype == torch.float32
     torch.testing.assert_close(P.mT @ rounded.float(), torch.eye(16), rtol=0, atol=1e-5)
+
+
+def amplification(core: torch.Tensor, K: torch.Tensor) -> float:
+    """The root mean square of D_rms / D_r over values and groups, of singular values."""
+    D, inverted = (torch.linalg.svdvals(x.double()) for x in (core, K))
+    return float((D.square().mean(1, keepdim=True) * inverted.square()).mean().sqrt())
+
+
+CORES = {
+    "well conditioned": lambda x: x + 3 * torch.eye(x.shape[1]),
+    "one weak": lambda x: x @ torch.diag(torch.tensor([1e-5] + [1.0] * (x.shape[1] - 1))),
+    "half weak": lambda x: x @ torch.diag(torch.logspace(0, -6, x.shape[1])),
+    "one zero": lambda x: x * (torch.arange(x.shape[1]) > 0),
+    "all zero": torch.zeros_like,
+    "one group": lambda x: x * torch.tensor([1e-3] + [1.0] * (len(x) - 1))[:, None, None],
+    "large": lambda x: 1e8 * x,
+    "small": lambda x: 1e-8 * x,
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize(("groups", "rank"), [(1, 6), (3, 4), (1, 40)])
+def test_a_lift_lets_every_core_be_inverted(name, groups, rank):
+    """K inverts Σ + P Qᵀ, amplifies errors by no more than 2, and P and Q take what they must."""
+    torch.manual_seed(1)
+    core = CORES[name](torch.randn(groups, rank, rank) / rank**0.5)
+    K, lift = lifted_inverse(core)
+    lifted = core.double()
+    if lift is not None:
+        P, Q = lift.double()
+        lifted = lifted + P @ Q.mT
+        eye = torch.eye(Q.shape[2]).expand(groups, -1, -1)
+        torch.testing.assert_close((Q.mT @ Q).float(), eye, rtol=0, atol=1e-5)
+    identity = torch.eye(rank, dtype=torch.float64).expand(groups, -1, -1)
+    torch.testing.assert_close(K.double().mT @ lifted, identity, rtol=0, atol=1e-5)
+    assert amplification(core, K) <= GUARD_LIMIT * (1 + 1e-5)
+    D = torch.linalg.svdvals(core)
+    expected = guarded_directions(D.flatten(), groups).shape[1]
+    assert (0 if lift is None else lift.shape[3]) == expected
+    assert (name in ("one weak", "half weak", "one zero", "all zero")) <= (expected > 0)
+    again, holds = inverse_with(core, lift)
+    assert bool(holds) and torch.equal(again, K)
+
+
+def test_a_lift_is_kept_while_it_serves_and_dropped_when_none_is_needed():
+    torch.manual_seed(1)
+    core = torch.randn(1, 8, 8) + 6 * torch.eye(8)
+    weak = core @ torch.diag(torch.tensor([1e-4] + [1.0] * 7))
+    _, lift = lifted_inverse(weak)
+    assert lift is not None
+    K, same = lifted_inverse(weak * 0.7 + 0.01 * torch.randn(8, 8), lift)
+    assert same is lift and amplification(weak, K) < 10
+    assert not inverse_with(weak, None)[1]
+    # where what was lifted is no longer weak, another lift may cancel it
+    other = weak - lift[0] @ lift[1].mT
+    assert not inverse_with(other, lift)[1]
+    K, found = lifted_inverse(other, lift)
+    assert found is None and amplification(other, K) <= GUARD_LIMIT
+
+
+def test_a_core_that_is_not_finite_has_no_inverse():
+    for value in (math.nan, math.inf):
+        core = torch.eye(4)[None].clone()
+        core[0, 1, 2] = value
+        K, lift = lifted_inverse(core)
+        assert lift is None and not K.isfinite().all()

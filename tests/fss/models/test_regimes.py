@@ -36,7 +36,9 @@ REGIMES = {
         f"svf_{''.join(factors)}": {"name": "svf", "factors": tuple(factors)}
         for factors in ("U", "V", "SU", "SV", "UV", "SUV")
     },
+    **{f"svf_{core}": {"name": "svf", "core": core} for core in ("band:1", "block:4", "lowrank:2")},
     "svf_scale": {"name": "svf_scale"},
+    "svf_scale_band": {"name": "svf_scale", "core": "band:2"},
     "svf_scale_S": {"name": "svf_scale", "factors": ["S", "S'"]},
     "scale_output": {"name": "scale_output"},
     "scale_input": {"name": "scale_input"},
@@ -49,6 +51,12 @@ REGIMES = {
     "bn_weight": {"name": "freeze", "batch_norm": "weight"},
     "bn_bias": {"name": "freeze", "batch_norm": "bias"},
     "bn_S": {"name": "svf", "batch_norm": "both"},
+}
+CORE_PARTS = {
+    "diag": (),
+    "band": ("off_diagonal",),
+    "block": ("off_diagonal",),
+    "lowrank": ("core_A", "core_B"),
 }
 every_regime = pytest.mark.parametrize("key", REGIMES)
 
@@ -144,6 +152,7 @@ def test_exactly_what_the_regime_says_trains(key):
         "scale_input": ["log_scale"],
         "rotated_scale": ["log_scale"],
     }.get(config.name, [])
+    kinds = [*kinds, *CORE_PARTS[config.core.partition(":")[0]]]
     expected = {f"{name}.{kind}" for name in chosen for kind in kinds}
     affine = {"both": ["weight", "bias"], "none": []}.get(config.batch_norm, [config.batch_norm])
     if config.name == "bias":
@@ -262,14 +271,22 @@ def test_gradients_are_those_of_the_weights_they_make(key):
 def _composed(layer: nn.Module) -> torch.Tensor:
     if isinstance(layer, ComposedConv2d):
         return layer.composed_weight()
+    if _has_core(layer):
+        return layer.weight.detach()
     if isinstance(layer, svf_fast.SVFConv2d):
         S = layer.S if layer.log_scale is None else layer.S * layer.log_scale.exp()
         return svf_fast.compose(layer.U, S, layer.V)
     return layer.weight
 
 
+def _has_core(layer: nn.Module) -> bool:
+    return isinstance(layer, svf_fast.SVFConv2d) and str(layer.core) != "diag"
+
+
 def _chained(layer: nn.Module, kind: str, grad_weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of a factor, by hand, from the weight's."""
+    """The gradient of a factor, by hand, from the weight's; of a core by autograd."""
+    if _has_core(layer):
+        return torch.autograd.grad(layer.weight, getattr(layer, kind), grad_weight)[0]
     G = grad_weight.flatten(1)
     log_scale = getattr(layer, "log_scale", None)
     if not hasattr(layer, "U"):

@@ -240,3 +240,36 @@ def test_unknown_layers_of_a_run_are_refused(run, examples):
     segmenter = given(run(), examples, 1)
     with pytest.raises(ValueError, match="what: expected layers of the backbone.*got 'layer9'"):
         segmenter.tune(what=RegimeConfig("svf", ("layer9", "layer4")))
+
+
+@pytest.mark.parametrize("core", ["band:1", "lowrank:2"])
+def test_a_backbone_with_more_than_S(run, examples, monkeypatch, core):
+    """Tuned is S alone, or all that the run's core has; what a copy trains begins where it was."""
+    always_better(monkeypatch)
+    segmenter = given(run(regime={"name": "svf", "core": core}), examples, 1)
+    backbone = segmenter.model.backbone
+    with torch.no_grad():
+        for parameter in svf_fast.svf_parameters(backbone):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    before = svf_fast.Adapter.of(backbone)
+    segmenter.adapter(before)  # features of the supports anew
+    own = segmenter(examples[3][0]).probability
+    parts = {}
+    for what in ("svf", RegimeConfig("svf", core=core)):
+        tuned = segmenter.tune(2, lr=0.1, what=what, progress=False).adapter
+        assert any(not torch.equal(values, before.S[name]) for name, values in tuned.S.items())
+        parts[str(what)] = [
+            torch.equal(values, before.cores[name].parts[part])
+            for name, found in tuned.cores.items()
+            for part, values in found.parts.items()
+        ]
+        segmenter.adapter(before)
+    alone, every = parts.values()
+    assert all(alone) and not any(every)
+    with pytest.raises(ValueError, match="what: expected a backbone of which S alone was trained"):
+        segmenter.tune(1, what="svf_scale", progress=False)
+    with pytest.raises(ValueError, match=f"what: expected core='{core}', which layer2.* 'block:2'"):
+        segmenter.tune(1, what=RegimeConfig("svf", core="block:2"), progress=False)
+    assert segmenter.tune(1, what="full", progress=False).history
+    segmenter.adapter(before)
+    np.testing.assert_allclose(segmenter(examples[3][0]).probability, own, atol=1e-5)

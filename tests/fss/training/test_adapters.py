@@ -73,6 +73,34 @@ def test_a_run_that_trains_a_factor_of_S_leaves_what_it_computes_with(tiny):
         torch.testing.assert_close(values, trained.S[name])
 
 
+@pytest.mark.parametrize("core", ["band:1", "lowrank:2"])
+def test_a_run_that_trains_beside_S_leaves_all_of_it(tiny, core):
+    config = tiny(steps=2, regime={"name": "svf", "core": core}, optimizer={"lr": 0.5})
+    train(config)
+    folder = Path(config.out)
+    assert RunFolder(folder).config().regime.core == core
+    trained = svf_fast.Adapter.load(folder / "adapter.safetensors")
+    weights = torch.load(folder / "best.pt", weights_only=True)["model"]
+    assert trained.cores.keys() == trained.S.keys()
+    for name, own in trained.cores.items():
+        assert str(own.core) == core
+        for part, values in own.parts.items():
+            assert torch.equal(values, weights[f"backbone.{name}.{part}"])
+    last = "core_B" if core.startswith("lowrank") else "off_diagonal"
+    assert any(own.parts[last].any() for own in trained.cores.values())
+    backbone = svf_fast.merge(RunFolder(folder).network("best.pt")[0]).backbone
+    pretrained = svf_fast.Adapter.load(folder / "pretrained.safetensors")
+    fresh = RunFolder(folder).network("best.pt")[0].backbone
+    x = torch.randn(1, 3, 49, 49)
+    pretrained.apply(fresh)
+    before = fresh(x)
+    trained.apply(fresh)
+    after = fresh(x)
+    for mine, merged in zip(after, backbone(x), strict=True):
+        torch.testing.assert_close(mine, merged, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(after[-1], before[-1])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

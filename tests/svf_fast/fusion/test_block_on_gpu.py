@@ -28,7 +28,11 @@ BLOCKS = {
 
 
 def converted(
-    name: str, strategy: str = "auto", orthogonal: bool = False, trains: str = "S"
+    name: str,
+    strategy: str = "auto",
+    orthogonal: bool = False,
+    trains: str = "S",
+    core: str = "diag",
 ) -> nn.Module:
     torch.manual_seed(0)
     block = frozen(BLOCKS[name]())
@@ -36,7 +40,8 @@ def converted(
         for module in block.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.orthogonal_(module.weight)
-    return svf_fast.convert(nn.Sequential(block), None, strategy=strategy, trains=trains)
+    model = nn.Sequential(block)
+    return svf_fast.convert(model, None, strategy=strategy, trains=trains, core=core)
 
 
 def image(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -57,6 +62,31 @@ def test_gradients_within_twice_the_error_of_the_reference(name, strategy, kerne
                     module.recompute = recompute
             compare(model, image(model), f"{name} {strategy}")
         compare(model, image(model).contiguous(), f"{name} {strategy} contiguous")
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("strategy", ("gram", "chain"))
+@pytest.mark.parametrize(
+    ("name", "core"),
+    [
+        ("bottleneck downsample", "band:1"),
+        ("bottleneck widening", "block:4"),
+        ("bottleneck odd", "lowrank:2"),
+        ("unit", "band:2"),
+    ],
+)
+def test_cores(name, core, strategy, kernels):
+    """With and without guarded directions."""
+    model = converted(name, strategy, core=core)
+    with torch.no_grad():
+        for layer in svf_layers(model).values():
+            layer.parts[-1].normal_(std=0.05)
+    with on_gpu(KERNELS[kernels]()):
+        for S in (layer.S for layer in svf_layers(model).values()):
+            compare(model, image(model), f"{name} {core} {strategy}")
+            with torch.no_grad():
+                S[-1] = 1e-4
+        compare(model, image(model), f"{name} {core} {strategy} guarded")
 
 
 @pytest.mark.parametrize("name", ("bottleneck", "bottleneck widening", "bottleneck downsample"))

@@ -208,6 +208,24 @@ def test_on_the_path_of_a_gpu(name):
         assert (mine - true).norm() < 0.05 * true.norm()
 
 
+@pytest.mark.parametrize("core", ("band:1", "block:3", "lowrank:2"))
+@pytest.mark.parametrize("name", ("bottleneck downsample", "basic downsample"))
+def test_beyond_the_diagonal(name, core):
+    exact = fused(name, core=core)
+    with torch.no_grad():
+        for layer in svf_layers(exact).values():
+            for part in layer.parameters():
+                part.add_(0.02 * torch.randn_like(part))
+    coded = in_8_bits(copy.deepcopy(exact))
+    x = torch.randn(3, first(exact).in_channels, 25, 27)
+    grad = torch.randn_like(exact(x))
+    y, dx, *trained = step(exact, x, grad)
+    y8, dx8, *trained8 = step(coded, x, grad)
+    assert torch.equal(y, y8) and torch.equal(dx, dx8)
+    for mine, true in zip(trained8, trained, strict=True):
+        assert 0 < (mine - true).norm() < 0.05 * true.norm()
+
+
 def test_convert_sets_what_it_fuses():
     model = nn.Sequential(frozen(BLOCKS["basic"]()), frozen(BLOCKS["unit"]()))
     svf_fast.convert(model, ("0",), keep="int8")
