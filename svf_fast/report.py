@@ -386,4 +386,4 @@ def _folding(model: nn.Module) -> set[Factored]:
 
 def _reads_input(layer: Factored) -> bool:
     shape = torch.Size((len(layer.U), *layer.V.shape[1:], 1, 1)[:4])
-    return reads_input(shape, layer.geometry)
+    return reads_input(shape, layer.geometry, layer.reads_square)

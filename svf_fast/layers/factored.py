@@ -68,6 +68,7 @@ class Factored(nn.Module):
     fingerprint: Tensor
     trains = "S"  # the name of the parameter that trains
     weight_made_by = ""  # the class that made its weight of parameters, as standardized ones
+    reads_square = False  # `square` of :func:`svf_fast.ops.factors.reads_input`
     plan: Plan | None  # of the last values that were planned for: `current_plan`
     network: Network
 
@@ -214,7 +215,8 @@ class Factored(nn.Module):
             if self.strategy in ("auto", "gram"):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
-                plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
+                narrower = len(rows) < len(self.U) + self.reads_square
+                plan.dual_V = dual(rows, groups) if narrower else None
         self.values = Values(seen, self.host_copy(), None if self.trains == "S" else S)
         self.plan = plan
 
@@ -319,7 +321,8 @@ class Factored(nn.Module):
         if self._costs is None or self._costs[0] != shapes:
             fan_in, fan_out = self.V[0].numel(), len(self.U) // geometry.groups
             weight_shape = torch.Size((len(self.U), *self.V.shape[1:], 1, 1)[:4])
-            matrix = fan_in if reads_input(weight_shape, geometry) else fan_out
+            reads_x = reads_input(weight_shape, geometry, self.reads_square)
+            matrix = fan_in if reads_x else fan_out
             chain = 2 * self.rank * (fan_in + fan_out) - 2 * fan_in * fan_out
             self._costs = shapes, matrix**2, fan_in + fan_out, chain
         _, gram, direction, chain = self._costs
@@ -395,7 +398,8 @@ class Factored(nn.Module):
         if found is not None and found[0] is scale:
             return found[1:]
         U, V, strategy = self.U, self.kernel, plan.strategy if trains else "frozen"
-        kind = Kind.of(torch.Size((len(U), *V.shape[1:])), geometry, strategy)
+        shape = torch.Size((len(U), *V.shape[1:]))
+        kind = Kind.of(shape, geometry, strategy, self.reads_square)
         made = Constants.of(kind, U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale)
         if keep and not self.is_captured:
             plan.constants[at] = scale, kind, made

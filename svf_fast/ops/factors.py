@@ -41,11 +41,14 @@ from svf_fast.reference.pointwise import Epilogue, Prologue
 STRATEGIES = ("reference", "fold", "chain", "gram")
 
 
-def reads_input(weight_shape: torch.Size, geometry: Geometry) -> bool:
-    """Tell whether ``gram`` takes its matrix of x and dx (1×1, narrower input), not of y and g."""
+def reads_input(weight_shape: torch.Size, geometry: Geometry, square: bool = False) -> bool:
+    """Tell whether ``gram`` takes its matrix of x and dx (1×1, narrower input), not of y and g.
+
+    square: whether so where x is as wide as y, too: of a linear layer, whose x others keep anyway.
+    """
     out_channels, in_channels, height, width = weight_shape
     pointwise = height == width == 1 and geometry.padding == (0, 0)
-    return pointwise and in_channels * geometry.groups < out_channels
+    return pointwise and in_channels * geometry.groups < out_channels + square
 
 
 class Kind(NamedTuple):
@@ -62,9 +65,11 @@ class Kind(NamedTuple):
     samples: bool
 
     @classmethod
-    def of(cls, weight_shape: torch.Size, geometry: Geometry, strategy: str) -> Kind:
-        """Return the kind for a weight [Co, Ci/G, kh, kw]."""
-        samples = strategy == "gram" and reads_input(weight_shape, geometry)
+    def of(
+        cls, weight_shape: torch.Size, geometry: Geometry, strategy: str, square: bool = False
+    ) -> Kind:
+        """Return the kind for a weight [Co, Ci/G, kh, kw]; ``square`` as for `reads_input`."""
+        samples = strategy == "gram" and reads_input(weight_shape, geometry, square)
         keeps = {"fold": "x", "chain": "v", "gram": "x" if samples else "y", "frozen": ""}
         return cls(geometry, strategy, keeps[strategy], samples)
 
