@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from svf_fast.fusion.blocks import ResidualUnit
+from svf_fast.fusion.transformer import SVFTransformerBlock
 from svf_fast.report import MemoryReport, memory_report
 
 _UNITS = {
@@ -52,12 +53,13 @@ class BudgetError(ValueError):
 def fit(
     model: nn.Module, budget: int, input_shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> None:
-    """Set which residual blocks recompute, so that a forward pass keeps at most ``budget`` bytes.
+    """Set which fused blocks recompute, so that a forward pass keeps at most ``budget`` bytes.
 
     Of the plans that fit, that with the fewest FLOPs. Bytes and ``dtype`` as in
     :func:`svf_fast.memory_report`. Raises BudgetError when none fits; then nothing is changed.
     """
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualUnit)}
+    kinds = ResidualUnit | SVFTransformerBlock
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     before = {name: block.recompute for name, block in blocks.items()}
     try:
         keeping = _report(model, blocks, False, input_shape, dtype)
@@ -82,7 +84,7 @@ def fit(
 
 def _report(
     model: nn.Module,
-    blocks: dict[str, ResidualUnit],
+    blocks: dict[str, ResidualUnit | SVFTransformerBlock],
     recompute: bool,
     input_shape: Sequence[int],
     dtype: torch.dtype | None,

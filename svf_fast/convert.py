@@ -34,6 +34,8 @@ from svf_fast.fusion.fused import Fused, restore
 from svf_fast.fusion.norm import StaysFrozen, is_frozen, keep_frozen
 from svf_fast.fusion.plain import plain_layers
 from svf_fast.fusion.structure import Chain, Unit, find
+from svf_fast.fusion.tokens import find_transformers, layers_of
+from svf_fast.fusion.transformer import SVFTransformerBlock
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
@@ -130,14 +132,15 @@ def convert(
             None converts the whole model.
         strategy: see :class:`svf_fast.SVFConv2d`.
         fuse: run residual blocks and conv-BN-ReLU sequences of converted convolutions as one
-            autograd node each, wherever their batch norms are frozen (evaluation mode). They are
-            found by what their forward computes, whatever their classes and names.
+            autograd node each, wherever their batch norms are frozen (evaluation mode), and
+            transformer blocks of converted linear layers as two (:class:`SVFTransformerBlock`).
+            They are found by what their forward computes, whatever their classes and names.
         cache: folder where decompositions are kept and found again by the hash of their weight.
         progress: show a bar when it takes more than two seconds.
         memory_budget: most that autograd may keep of one forward pass, like ``"1.5GiB"`` or an
             integer of bytes, as :func:`svf_fast.memory_report` counts it: weights and what lives
             within the step are not in it. The fastest plan that fits is set: fused blocks compute
-            their second convolution twice where that is needed.
+            their second convolution, or the first layer of their MLP, twice where that is needed.
         input_shape: of the forward pass that the budget is for.
         dtype: of the activations in it, for a run under autocast.
         factors: U, S and V by the name of their layer, where they are known already, from a state
@@ -315,7 +318,7 @@ def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], o
     chosen = _chosen(model, layers)
 
     def factored(name: str) -> bool:
-        return chosen(name) or isinstance(model.get_submodule(name), SVFConv2d)
+        return chosen(name) or isinstance(model.get_submodule(name), Factored)
 
     undo: list[Callable[[], object]] = []
     blocks, units, _ = find(model, factored)
@@ -327,6 +330,9 @@ def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], o
     for chain in (unit for unit in units if isinstance(unit, Chain)):
         if any(map(chosen, chain.convs)):
             undo.append(FusedChain.adopt(model.get_submodule(chain.name), chain).unfuse)
+    for name, modes in find_transformers(model, factored)[0].items():
+        if any(map(chosen, layers_of(name, modes))):
+            undo.append(SVFTransformerBlock.adopt(model.get_submodule(name), modes).unfuse)
     sequences = (unit for unit in units if isinstance(unit, Unit))
     for container, group in groupby(sequences, lambda unit: unit.container):
         module = model.get_submodule(container)

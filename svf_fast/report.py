@@ -19,6 +19,8 @@ from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.norm import is_norm
 from svf_fast.fusion.plain import plain_layers
 from svf_fast.fusion.structure import find
+from svf_fast.fusion.tokens import find_transformers
+from svf_fast.fusion.transformer import SVFTransformerBlock
 from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.ops.factors import reads_input
 
@@ -158,7 +160,8 @@ def memory_report(
         if name in outputs
     ]
     reports.append(UnitReport(_OTHER, (), "", "", (), 0, 0, 0, 0))
-    notes, folding = find(model, lambda _: True)[2], _folding(model)
+    notes = find(model, lambda _: True)[2] | find_transformers(model, lambda _: True)[1]
+    folding = _folding(model)
     return MemoryReport(
         tuple(
             dataclasses.replace(
@@ -311,15 +314,18 @@ def _report(
     prefix = f"{name}." if name else ""
     names = {name, *(prefix + inner for inner in _run_by(unit))}
     inner = {inside: layer for inside, layer in layers.items() if inside in names}
-    again = unit.recomputed if isinstance(unit, ResidualUnit) and unit.recompute else ""
+    again: tuple[str, ...] = ()
+    note = ""
+    if isinstance(unit, ResidualUnit | SVFTransformerBlock):
+        again = unit.run_again
+        note = f"computes {unit.recomputed} again" if unit.recompute else ""
     flops = reference_flops = 0
     for inside, layer in inner.items():
         for _, shape in shapes.get(inside, ()):
             flops += _flops(layer, layer.strategy_in_use, layer.guarded, shape)
             reference_flops += _flops(layer, "reference", 0, shape)
-            if again and inside == prefix + again:
+            if inside.removeprefix(prefix) in again:
                 flops += 2 * math.prod(shape) * layer.V[0].numel()
-    note = f"computes {again} again" if again else ""
     if isinstance(unit, Fused) and (reason := unit.unfused_reason()):
         note = f"not fused: {reason}"
     strategy = "/".join(dict.fromkeys(layer.strategy_in_use for layer in inner.values()))
