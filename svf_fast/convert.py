@@ -212,6 +212,7 @@ def convert(
     for factored in svf_layers(model).values():
         network.join(factored)
     undo = _fuse(model, layers) if fuse else []
+    _warn_of_training_parts(model)
     if keep_norms_frozen:
         _warn_of_training_norms(model)
         undo += keep_frozen(model)
@@ -397,6 +398,20 @@ def _warn_of_training_norms(model: nn.Module) -> None:
             "frozen: these blocks run layer by layer and keep more for the backward pass. Call "
             "model.eval().requires_grad_(False) before the conversion; if batch norms are to "
             "train, pass keep_norms_frozen=False",
+            stacklevel=3,
+        )
+
+
+def _warn_of_training_parts(model: nn.Module) -> None:
+    """Warn of transformer blocks that run layer by layer because something else trains."""
+    blocks = [module for module in model.modules() if isinstance(module, SVFTransformerBlock)]
+    parts = [list(block.frozen_parts().values()) for block in blocks]
+    training = sum(any(part.requires_grad for part in each) for each in parts)
+    if training:
+        warnings.warn(
+            f"svf_fast.convert: of {training} of the {len(blocks)} transformer blocks layer norms, "
+            "scales or biases train: these run layer by layer and keep more for the backward pass. "
+            "Call model.requires_grad_(False) before the conversion, if these are to stay",
             stacklevel=3,
         )
 

@@ -297,6 +297,17 @@ def test_partly_converted_blocks_say_so():
     assert "'attn.proj' is a Linear" in notes["0.attn.qkv"] or notes["0.attn.qkv"] == ""
 
 
+def test_convert_warns_of_norms_that_train():
+    model = nn.Sequential(drawn(Block()), drawn(Block()))
+    model[1].norm1.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="of 1 of the 2 transformer blocks layer norms"):
+        svf_fast.convert(model, None, progress=False)
+    assert [block.unfused_reason() for block in model] == [
+        "",
+        "norm1.weight trains: call requires_grad_(False) on it",
+    ]
+
+
 def test_log_scale_trains():
     model = svf_fast.convert(
         nn.Sequential(drawn(Block())), None, progress=False, trains="log_scale"
