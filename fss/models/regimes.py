@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import svf_fast
 from fss.config import RegimeConfig
 from fss.models.regime_layers import Adapter, FactoredConv2d, ScaledConv2d, random_rotation
+from fss.models.vit import ViT
 from svf_fast import Factors
 
 FACTORS = ("U", "S", "V")
@@ -49,8 +50,10 @@ def apply_regime(
         for layer in _layers(backbone, regime):
             _append_adapter(backbone, layer, regime.adapter_reduction)
     elif regime.name == "bias":
-        kinds = nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm
-        _train_affine(backbone, regime, ("bias",), kinds)
+        types: tuple[type, ...] = nn.Conv2d, nn.BatchNorm2d
+        if isinstance(backbone, ViT):
+            types = *types, nn.Linear, nn.LayerNorm
+        _train_affine(backbone, regime, ("bias",), types)
     if regime.batch_norm != "none":
         kinds = ("weight", "bias") if regime.batch_norm == "both" else (regime.batch_norm,)
         _train_affine(backbone, regime, kinds, (nn.BatchNorm2d,))

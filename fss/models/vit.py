@@ -254,8 +254,8 @@ def own_keys(state: dict[str, _Value]) -> dict[str, _Value]:
     """Rename timm's and DINOv2's keys to those of `ViT`, with a position for the class token.
 
     `blocks.N` becomes `layerM.N`. DINOv2's own files may have their blocks in chunks,
-    `blocks.C.N`, and call registers `register_tokens`; `mask_token`, which training alone uses, is
-    left out. Where positions are those of patches alone (timm with registers), the class token has
+    `blocks.C.N`, and call registers `register_tokens`. `mask_token`, which training alone uses, and
+    timm's classifier `head` are left out. Where positions are those of patches alone (timm with registers), the class token has
     its own already.
     """
     numbers = [_number(key) for key in state if key.startswith("blocks.")]
@@ -263,7 +263,7 @@ def own_keys(state: dict[str, _Value]) -> dict[str, _Value]:
     renamed: dict[str, _Value] = {}
     for key, value in state.items():
         number = _number(key) if key.startswith("blocks.") else None
-        if key == "mask_token":
+        if key == "mask_token" or key.startswith("head."):
             continue
         if number is not None:
             layer = next(n for n in range(_LAYERS) if number < (n + 1) * depth // _LAYERS)

@@ -16,7 +16,7 @@ from fss.models.vit import ViT
 
 _SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
 # Of ImageNet's classes, and SwAV's.
-_HEADS = ("fc.", "head.", "classifier.", "projection_head.", "prototypes.")
+_HEADS = ("fc.", "classifier.", "projection_head.", "prototypes.")
 
 
 class _Description(NamedTuple):
