@@ -255,8 +255,8 @@ def own_keys(state: dict[str, _Value]) -> dict[str, _Value]:
 
     `blocks.N` becomes `layerM.N`. DINOv2's own files may have their blocks in chunks,
     `blocks.C.N`, and call registers `register_tokens`. `mask_token`, which training alone uses, and
-    timm's classifier `head` are left out. Where positions are those of patches alone (timm with registers), the class token has
-    its own already.
+    timm's classifier `head` are left out. Where positions are those of patches alone (timm with
+    registers), the class token has its own already.
     """
     numbers = [_number(key) for key in state if key.startswith("blocks.")]
     depth = 1 + max((number for number in numbers if number is not None), default=0)
