@@ -314,18 +314,15 @@ def _report(
     prefix = f"{name}." if name else ""
     names = {name, *(prefix + inner for inner in _run_by(unit))}
     inner = {inside: layer for inside, layer in layers.items() if inside in names}
-    again: tuple[str, ...] = ()
     note = ""
-    if isinstance(unit, ResidualUnit | SVFTransformerBlock):
-        again = unit.run_again
-        note = f"computes {unit.recomputed} again" if unit.recompute else ""
+    if isinstance(unit, ResidualUnit | SVFTransformerBlock) and unit.recompute:
+        note = f"computes {unit.recomputed} again"
     flops = reference_flops = 0
     for inside, layer in inner.items():
         for _, shape in shapes.get(inside, ()):
             flops += _flops(layer, layer.strategy_in_use, layer.guarded, shape)
             reference_flops += _flops(layer, "reference", 0, shape)
-            if inside.removeprefix(prefix) in again:
-                flops += 2 * math.prod(shape) * layer.V[0].numel()
+            flops += _flops_again(unit, inside.removeprefix(prefix), layer, shape)
     if isinstance(unit, Fused) and (reason := unit.unfused_reason()):
         note = f"not fused: {reason}"
     strategy = "/".join(dict.fromkeys(layer.strategy_in_use for layer in inner.values()))
@@ -341,6 +338,21 @@ def _report(
         flops,
         reference_flops,
     )
+
+
+def _flops_again(unit: nn.Module, name: str, layer: Factored, output_shape: torch.Size) -> int:
+    """Count the FLOPs of what a unit computes a second time of a layer in the backward pass."""
+    if not isinstance(unit, ResidualUnit | SVFTransformerBlock) or unit.unfused_reason():
+        return 0
+    chain = layer.strategy_in_use == "chain"
+    fan_in, out_channels = layer.V[0].numel(), len(layer.U)
+    positions = math.prod(output_shape) // out_channels
+    of_V = 2 * positions * layer.geometry.groups * layer.rank * fan_in
+    if name in unit.run_again:
+        of_U = 2 * positions * layer.rank * out_channels
+        return of_V + of_U if chain else 2 * positions * out_channels * fan_in
+    directions = unit.directions_again if isinstance(unit, SVFTransformerBlock) else ()
+    return of_V if chain and name in directions else 0
 
 
 def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Size) -> int:

@@ -73,4 +73,5 @@ TOKEN_PEERS = {
     "svf_fast, unfused": Peer(ours(fuse=False)),
     "svf_fast": Peer(ours()),
     "svf_fast, recompute": Peer(recomputed),
+    "svf_fast, chain": Peer(ours("chain")),
 }

@@ -72,6 +72,12 @@ class SVFTransformerBlock(Fused):
         proj = self._fitting().proj
         return (proj, self.recomputed) if self.recompute else (proj,)
 
+    @property
+    def directions_again(self) -> tuple[str, ...]:
+        """Names of the layers of which ``chain`` computes Vᵀx again in the backward pass."""
+        names = self._fitting()
+        return (names.queries,) if self.recompute else (names.queries, names.fc1)
+
     def unfused_reasons(self) -> list[str]:
         names = self._names[self.training]
         if isinstance(names, str):

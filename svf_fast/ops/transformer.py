@@ -64,10 +64,13 @@ class Linear(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Compute dL/dx [..., Ci = channels], and the gradient of what trains.
 
-        x: the tokens it read, where :attr:`reads` says so.
+        x: the tokens it read, where :attr:`reads` says so. v: that of ``chain`` is computed again
+        from x where it was not kept.
         """
         positions = maps.of_tokens(grad.to(self.dtype))
         read = None if x is None else Activation(maps.of_tokens(x.to(self.dtype)))
+        if v is None and read is not None:
+            v = self.conv.last(read)[2]
         shape = torch.Size((positions.shape[0], channels, *positions.shape[2:]))
         flow, kept = Flow(Gradient(positions)), Kept(read, v, y)
         grad_x, grad_S = self.conv.backward(flow, shape, kept)
@@ -76,8 +79,12 @@ class Linear(NamedTuple):
 
     @property
     def reads(self) -> bool:
-        """Whether dS is computed from its input."""
-        return self.conv.kind.keeps == "x"
+        """Whether dS is computed from its input, with ``chain`` by v, which is made of that."""
+        return self.conv.kind.keeps in ("x", "v")
+
+    def kept(self, v: Tensor | None) -> Tensor | None:
+        """Return v as far as it is kept where the input is at hand in the backward pass."""
+        return None if self.reads else v
 
 
 class Norm(NamedTuple):
@@ -167,7 +174,7 @@ class _NormalizedLinear(torch.autograd.Function):
         norm, linear = Norm(weight, bias, eps), Linear.of(kind, tensors)
         out, v, y = linear.forward(norm.forward(x)[0])
         # the frozen tensors too: a change of theirs in place is noticed
-        ctx.save_for_backward(x, v, y, weight, bias, linear.bias, *linear.conv.factors)
+        ctx.save_for_backward(x, linear.kept(v), y, weight, bias, linear.bias, *linear.conv.factors)
         ctx.kind, ctx.eps, ctx.tensors = kind, eps, tensors
         return out
 
@@ -216,8 +223,8 @@ class _AfterAttention(torch.autograd.Function):
         hidden, fc1_v, fc1_y = fc1.forward(rest.norm.forward(middle)[0])
         out, fc2_v, fc2_y = fc2.forward(_aten.gelu(hidden, approximate=form.gelu))
         out = _added(middle, out, scale2)
-        of_fc1 = (None, None, None) if form.recompute else (hidden, fc1_v, fc1_y)
-        kept = x, attended, *of_fc1, proj_v, proj_y, fc2_v, fc2_y
+        of_fc1 = (None, None, None) if form.recompute else (hidden, fc1.kept(fc1_v), fc1_y)
+        kept = x, attended, *of_fc1, proj.kept(proj_v), proj_y, fc2_v, fc2_y
         frozen = [t for one in (proj, fc1, fc2) for t in (one.bias, *one.conv.factors)]
         ctx.save_for_backward(*kept, *own, *frozen)
         ctx.form, ctx.tensors = form, tensors
@@ -231,12 +238,17 @@ class _AfterAttention(torch.autograd.Function):
         rest = ctx.form.rest(own[:4], ctx.tensors)
         proj, fc1, fc2, norm, scale1, scale2, gelu = rest
         with no_autocast(grad):
-            middle = _added(x, _projected(proj, attended, proj_y), scale1)
+            projected, again = _projected(proj, attended, proj_y)
+            middle = _added(x, projected, scale1)
+            del projected
             normalized, mean, rstd = norm.forward(middle)
             if ctx.form.recompute:
                 hidden, fc1_v, fc1_y = fc1.forward(normalized)
 
-            activated = _aten.gelu(hidden, approximate=gelu) if fc2.reads else None
+            by_input = (
+                fc2.conv.kind.keeps == "x"
+            )  # of `chain` v is kept: hidden is four times wider
+            activated = _aten.gelu(hidden, approximate=gelu) if by_input else None
             scaled = _scaled(grad, scale2)
             grad_hidden, fc2_S = fc2.backward(scaled, activated, fc2_v, fc2_y, hidden.shape[-1])
             del activated, scaled
@@ -247,7 +259,9 @@ class _AfterAttention(torch.autograd.Function):
             grad_x = norm.backward(grad_norm, middle, mean, rstd).add_(grad)
             read = attended if proj.reads else None
             scaled = _scaled(grad_x, scale1)
-            grad_attended, proj_S = proj.backward(scaled, read, proj_v, proj_y, attended.shape[-1])
+            grad_attended, proj_S = proj.backward(
+                scaled, read, proj_v if again is None else again, proj_y, attended.shape[-1]
+            )
         grads_S = proj_S, fc1_S, fc2_S
         none = [None] * (len(ctx.tensors) // 3 - 1)
         if not keeps_graph():
@@ -266,12 +280,12 @@ def _scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
     return grad if scale is None else grad * scale
 
 
-def _projected(proj: Linear, attended: Tensor, y: Tensor | None) -> Tensor:
-    """Return what the layer made of the attention's result, from y where that is kept."""
+def _projected(proj: Linear, attended: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return what the layer made of the attention's result, from y where that is kept; and v."""
     if y is None:
-        return proj.forward(attended)[0]
+        return proj.forward(attended)[:2]
     out = maps.to_tokens(y, attended.shape)
-    return out if proj.bias is None else out + proj.bias.to(proj.dtype)
+    return (out if proj.bias is None else out + proj.bias.to(proj.dtype)), None
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -254,6 +254,12 @@ def test_what_they_keep():
     # x, attended, the input of GELU (4) and the output of fc2
     assert kept_by(rest, parts, x, attended) == 7 * count * channels
     assert kept_by(rest, parts, x, attended, True) == 3 * count * channels
+    parts.set("chain")  # v of fc2 in the place of its y; the others' are computed again
+    assert kept_by(queries, parts, x) == count * channels
+    assert kept_by(rest, parts, x, attended) == 7 * count * channels
+    assert kept_by(rest, parts, x, attended, True) == 3 * count * channels
+    parts.set("fold")
+    assert kept_by(rest, parts, x, attended, True) == 2 * count * channels
     parts.set("reference")
     assert kept_by(defined_rest, parts, x, attended) > 14 * count * channels
 
