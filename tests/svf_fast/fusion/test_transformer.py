@@ -338,3 +338,22 @@ def test_data_parallel_replicas_and_threads_read_for_themselves():
     model(x)
     replica = model[0]._replicate_for_data_parallel()
     assert "_reading" not in replica.__dict__
+
+
+@pytest.mark.parametrize("name", ("timm", "DINOv2"))
+def test_exported_on_shapes_and_in_inference(name):
+    model, x = fused(name), torch.randn(2, 7, 16)
+    expected = model(x)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == x.shape
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+def test_transforms_of_torch_func_run_as_the_paper_has_it():
+    model, x = fused().double(), torch.randn(2, 7, 16).double()
+    (expected,) = torch.autograd.grad(model(y := x.clone().requires_grad_()).sum(), y)
+    with pytest.raises(RuntimeError, match="no transform of torch.func"):
+        torch.func.grad(lambda x: model(x).sum())(x)
+    reference = as_reference(model)
+    torch.testing.assert_close(torch.func.grad(lambda x: reference(x).sum())(x), expected)
