@@ -245,10 +245,9 @@ class _AfterAttention(torch.autograd.Function):
             if ctx.form.recompute:
                 hidden, fc1_v, fc1_y = fc1.forward(normalized)
 
-            by_input = (
-                fc2.conv.kind.keeps == "x"
-            )  # of `chain` v is kept: hidden is four times wider
-            activated = _aten.gelu(hidden, approximate=gelu) if by_input else None
+            # not for `chain`, whose v is kept here: to make it again takes four times the products
+            folds = fc2.conv.kind.keeps == "x"
+            activated = _aten.gelu(hidden, approximate=gelu) if folds else None
             scaled = _scaled(grad, scale2)
             grad_hidden, fc2_S = fc2.backward(scaled, activated, fc2_v, fc2_y, hidden.shape[-1])
             del activated, scaled
