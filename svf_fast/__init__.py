@@ -4,7 +4,7 @@ from svf_fast._library import __version__, build_info
 from svf_fast.adapter import Adapter, interpolate_adapters, load_adapter, save_adapter
 from svf_fast.capture import composed, follow
 from svf_fast.convert import convert, merge, svf_parameter_groups, svf_parameters
-from svf_fast.fusion import Fused, SVFBasicBlock, SVFBottleneck, SVFConvBNAct
+from svf_fast.fusion import Fused, SVFBasicBlock, SVFBottleneck, SVFConvBNAct, SVFTransformerBlock
 from svf_fast.layers import SVFConv2d, SVFLinear
 from svf_fast.ops.cosine_max import cosine_max
 from svf_fast.ops.relu import relu
@@ -20,6 +20,7 @@ __all__ = [
     "SVFConv2d",
     "SVFConvBNAct",
     "SVFLinear",
+    "SVFTransformerBlock",
     "__version__",
     "build_info",
     "compose",

@@ -14,6 +14,7 @@ from torch import nn
 
 from svf_fast.fusion.blocks import ResidualUnit
 from svf_fast.fusion.fused import Fused
+from svf_fast.fusion.transformer import SVFTransformerBlock
 from svf_fast.report import MemoryReport, memory_report
 
 _UNITS = {
@@ -63,8 +64,8 @@ class Way(NamedTuple):
 
     def set(self, unit: Fused) -> None:
         """Let a module compute so, as far as it can."""
-        unit.keeps_int8 = self.keeps_int8
-        if isinstance(unit, ResidualUnit):
+        unit.keeps_int8 = self.keeps_int8 and unit.takes_int8
+        if isinstance(unit, ResidualUnit | SVFTransformerBlock):
             unit.recompute = self.recompute
 
 
@@ -77,10 +78,10 @@ def fit(
 ) -> None:
     """Set how fused modules keep what they keep, so that a forward pass keeps ``budget`` bytes.
 
-    Residual blocks may recompute; with ``keep="auto"`` they and other fused modules may keep in 8
-    bits instead, with "int8" all do already. Of the plans that fit, that of the least cost: FLOPs,
-    and for 8 bits :data:`CODING`. Bytes and ``dtype`` as in :func:`svf_fast.memory_report`. Raises
-    BudgetError when none fits; then nothing is changed.
+    Residual and transformer blocks may recompute; with ``keep="auto"`` what can keeps in 8 bits
+    instead, with "int8" all that can does already. Of the plans that fit, that of the least cost:
+    FLOPs, and for 8 bits :data:`CODING`. Bytes and ``dtype`` as in
+    :func:`svf_fast.memory_report`. Raises BudgetError when none fits; then nothing is changed.
     """
     units = {name: m for name, m in model.named_modules() if isinstance(m, Fused)}
     before = {name: Way.of(unit) for name, unit in units.items()}

@@ -35,6 +35,8 @@ from svf_fast.fusion.fused import Fused, restore
 from svf_fast.fusion.norm import StaysFrozen, is_frozen, keep_frozen
 from svf_fast.fusion.plain import plain_layers
 from svf_fast.fusion.structure import Chain, Unit, find
+from svf_fast.fusion.tokens import find_transformers, layers_of
+from svf_fast.fusion.transformer import SVFTransformerBlock
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.factored import Factored, check_module, svf_layers
 from svf_fast.layers.linear import SVFLinear
@@ -151,15 +153,16 @@ def convert(
             None converts the whole model.
         strategy: see :class:`svf_fast.SVFConv2d`.
         fuse: run residual blocks and conv-BN-ReLU sequences of converted convolutions as one
-            autograd node each, wherever their batch norms are frozen (evaluation mode). They are
-            found by what their forward computes, whatever their classes and names.
+            autograd node each, wherever their batch norms are frozen (evaluation mode), and
+            transformer blocks of converted linear layers as two (:class:`SVFTransformerBlock`).
+            They are found by what their forward computes, whatever their classes and names.
         cache: folder where decompositions are kept and found again by the hash of their weight.
         progress: show a bar when it takes more than two seconds.
         memory_budget: most that autograd may keep of one forward pass, like ``"1.5GiB"`` or an
             integer of bytes, as :func:`svf_fast.memory_report` counts it: weights and what lives
             within the step are not in it. The fastest plan that fits is set: fused blocks compute
-            their second convolution twice where that is needed, or, with ``keep="auto"``, keep in
-            8 bits.
+            their second convolution, or the first layer of their MLP, twice where that is needed,
+            or, with ``keep="auto"``, keep in 8 bits.
         input_shape: of the forward pass that the budget is for.
         dtype: of the activations in it, for a run under autocast.
         factors: U, S and V by the name of their layer, where they are known already, from a state
@@ -178,7 +181,8 @@ def convert(
             of S alone are computed from, a third of the bytes in float32 and six tenths in 16
             bits. Outputs and the gradients that other layers get stay as they are, to the bit; the
             gradients of S are off by a few thousandths, a thirtieth of what bfloat16 does to them.
-            ``"auto"``: as few of them as ``memory_budget`` asks for. What is not fused keeps all.
+            ``"auto"``: as few of them as ``memory_budget`` asks for. Transformer blocks, and what
+            is not fused, keep all.
         core: what trains beside S, at the same saved bytes: ``"band:k"``, ``"block:b"`` or
             ``"lowrank:r"`` of Σ in ``W = U Σ Vᵀ``; see :class:`svf_fast.SVFConv2d`.
 
@@ -242,6 +246,7 @@ def convert(
     undo = _fuse(model, layers) if fuse else []
     if keep == "int8":
         undo = _keep_int8(model, layers) + undo
+    _warn_of_training_parts(model)
     if keep_norms_frozen:
         _warn_of_training_norms(model)
         undo += keep_frozen(model)
@@ -348,7 +353,7 @@ def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], o
     chosen = _chosen(model, layers)
 
     def factored(name: str) -> bool:
-        return chosen(name) or isinstance(model.get_submodule(name), SVFConv2d)
+        return chosen(name) or isinstance(model.get_submodule(name), Factored)
 
     undo: list[Callable[[], object]] = []
     blocks, units, _ = find(model, factored)
@@ -360,6 +365,9 @@ def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], o
     for chain in (unit for unit in units if isinstance(unit, Chain)):
         if any(map(chosen, chain.convs)):
             undo.append(FusedChain.adopt(model.get_submodule(chain.name), chain).unfuse)
+    for name, modes in find_transformers(model, factored)[0].items():
+        if any(map(chosen, layers_of(name, modes))):
+            undo.append(SVFTransformerBlock.adopt(model.get_submodule(name), modes).unfuse)
     sequences = (unit for unit in units if isinstance(unit, Unit))
     for container, group in groupby(sequences, lambda unit: unit.container):
         module = model.get_submodule(container)
@@ -391,11 +399,16 @@ def _keep_int8(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[
     undo: list[Callable[[], object]] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, Fused) and any(
-            chosen(prefix + conv) for conv in module.fused_convs()
-        ):
+        takes = isinstance(module, Fused) and module.takes_int8
+        if takes and any(chosen(prefix + conv) for conv in module.fused_convs()):
             undo.append(partial(setattr, module, "keeps_int8", module.keeps_int8))
             module.keeps_int8 = True
+    if not undo:
+        warnings.warn(
+            "svf_fast.convert: keep='int8': nothing that was converted keeps 8 bits, which fused "
+            "residual blocks and conv-BN-ReLU units do; svf_fast.memory_report says what is fused",
+            stacklevel=3,
+        )
     return undo
 
 
@@ -453,6 +466,20 @@ def _warn_of_training_norms(model: nn.Module) -> None:
             "frozen: these blocks run layer by layer and keep more for the backward pass. Call "
             "model.eval().requires_grad_(False) before the conversion; if batch norms are to "
             "train, pass keep_norms_frozen=False",
+            stacklevel=3,
+        )
+
+
+def _warn_of_training_parts(model: nn.Module) -> None:
+    """Warn of transformer blocks that run layer by layer because something else trains."""
+    blocks = [module for module in model.modules() if isinstance(module, SVFTransformerBlock)]
+    parts = [list(block.frozen_parts().values()) for block in blocks]
+    training = sum(any(part.requires_grad for part in each) for each in parts)
+    if training:
+        warnings.warn(
+            f"svf_fast.convert: of {training} of the {len(blocks)} transformer blocks layer norms, "
+            "scales or biases train: these run layer by layer and keep more for the backward pass. "
+            "Call model.requires_grad_(False) before the conversion, if these are to stay",
             stacklevel=3,
         )
 

@@ -19,6 +19,8 @@ from svf_fast.fusion.fused import Fused
 from svf_fast.fusion.norm import is_norm
 from svf_fast.fusion.plain import plain_layers
 from svf_fast.fusion.structure import find
+from svf_fast.fusion.tokens import find_transformers
+from svf_fast.fusion.transformer import SVFTransformerBlock
 from svf_fast.layers.factored import Factored, svf_layers
 from svf_fast.ops.factors import reads_input
 
@@ -158,7 +160,8 @@ def memory_report(
         if name in outputs
     ]
     reports.append(UnitReport(_OTHER, (), "", "", (), 0, 0, 0, 0))
-    notes, folding = find(model, lambda _: True)[2], _folding(model)
+    notes = find(model, lambda _: True)[2] | find_transformers(model, lambda _: True)[1]
+    folding = _folding(model)
     return MemoryReport(
         tuple(
             dataclasses.replace(
@@ -311,17 +314,17 @@ def _report(
     prefix = f"{name}." if name else ""
     names = {name, *(prefix + inner for inner in _run_by(unit))}
     inner = {inside: layer for inside, layer in layers.items() if inside in names}
-    again = unit.recomputed if isinstance(unit, ResidualUnit) and unit.recompute else ""
+    note = ""
+    if isinstance(unit, ResidualUnit | SVFTransformerBlock) and unit.recompute:
+        note = f"computes {unit.recomputed} again"
     flops = reference_flops = 0
     for inside, layer in inner.items():
         for _, shape in shapes.get(inside, ()):
             flops += _flops(layer, layer.strategy_in_use, layer.guarded, shape)
             reference_flops += _flops(layer, "reference", 0, shape)
-            if again and inside == prefix + again:
-                flops += 2 * math.prod(shape) * layer.V[0].numel()
-    trades = [f"computes {again} again"] if again else []
-    trades += ["keeps 8 bits"] if isinstance(unit, Fused) and unit.keeps_int8 else []
-    note = ", ".join(trades)
+            flops += _flops_again(unit, inside.removeprefix(prefix), layer, shape)
+    if isinstance(unit, Fused) and unit.keeps_int8:
+        note = ", ".join(filter(None, (note, "keeps 8 bits")))
     if isinstance(unit, Fused) and (reason := unit.unfused_reason()):
         note = f"not fused: {reason}"
     strategy = "/".join(dict.fromkeys(layer.strategy_in_use for layer in inner.values()))
@@ -337,6 +340,21 @@ def _report(
         flops,
         reference_flops,
     )
+
+
+def _flops_again(unit: nn.Module, name: str, layer: Factored, output_shape: torch.Size) -> int:
+    """Count the FLOPs of what a unit computes a second time of a layer in the backward pass."""
+    if not isinstance(unit, ResidualUnit | SVFTransformerBlock) or unit.unfused_reason():
+        return 0
+    chain = layer.strategy_in_use == "chain"
+    fan_in, out_channels = layer.V[0].numel(), len(layer.U)
+    positions = math.prod(output_shape) // out_channels
+    of_V = 2 * positions * layer.geometry.groups * layer.rank * fan_in
+    if name in unit.run_again:
+        of_U = 2 * positions * layer.rank * out_channels
+        return of_V + of_U if chain else 2 * positions * out_channels * fan_in
+    directions = unit.directions_again if isinstance(unit, SVFTransformerBlock) else ()
+    return of_V if chain and name in directions else 0
 
 
 def _flops(layer: Factored, strategy: str, guarded: int, output_shape: torch.Size) -> int:
@@ -396,4 +414,4 @@ def _folding(model: nn.Module) -> set[Factored]:
 
 def _reads_input(layer: Factored) -> bool:
     shape = torch.Size((len(layer.U), *layer.V.shape[1:], 1, 1)[:4])
-    return reads_input(shape, layer.geometry)
+    return reads_input(shape, layer.geometry, layer.reads_square)

@@ -23,7 +23,7 @@ from benchmarks.race.contest import Contest
 from benchmarks.race.levels import LEVELS, Level, Settings, defaults
 from benchmarks.render import markdown
 
-ROUNDS = {"layer": 11, "block": 11, "backbone": 9, "step": 7, "prior": 5}
+ROUNDS = {"layer": 11, "block": 11, "backbone": 9, "step": 7, "prior": 5, "vit": 7}
 GPU_ROUNDS = 31  # milliseconds each
 
 

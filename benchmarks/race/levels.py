@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 import fss.models.prior
 from benchmarks.race.peers import LAYER_PEERS, PEERS, REGIMES, Layers, Peer
+from benchmarks.race.token_peers import TOKEN_PEERS
 from fss.config import ModelConfig
 from fss.models import MODELS, Baseline, build_backbone, load_backbone
 from fss.models.backbone import BasicBlock, Bottleneck
+from fss.models.vit import VITS, Block
 from svf_fast import cosine_max
 from svf_fast.reference.cosine_max import cosine_max as dense_cosine_max
 
@@ -123,7 +125,7 @@ class Level:
     def units(self, network: nn.Module, compiled: bool) -> list[str]:
         """List the parts of a converted network whose gradients can be judged alone.
 
-        Residual blocks; where torch.compile made one of each of `layers`, those.
+        Residual and transformer blocks; where torch.compile made one of each of `layers`, those.
         """
         layers = [self.trunk + layer for layer in self.layers or ()]
         if compiled:
@@ -131,7 +133,7 @@ class Level:
         return [
             name
             for name, module in network.named_modules()
-            if isinstance(module, BasicBlock | Bottleneck)
+            if isinstance(module, BasicBlock | Bottleneck | Block)
             and (not layers or any(name.startswith(f"{layer}.") for layer in layers))
         ]
 
@@ -350,6 +352,36 @@ class PriorLevel(Level):
         return function(*inputs.arguments)
 
 
+class VitLevel(Level):
+    """The blocks of a vision transformer, from the tokens of pictures to the last block's.
+
+    Scales and shifts of the layer norms are sampled, so that nothing is trivial.
+    """
+
+    name = "vit"
+    title = "The blocks of a ViT-S/16"
+    groups = ("blocks",)
+    peers = TOKEN_PEERS
+
+    def network(self, settings, group):
+        torch.manual_seed(0)
+        backbone = build_backbone(settings.backbone, width=settings.width)
+        layers = [backbone.get_submodule(f"layer{n}") for n in range(1, 5)]
+        trunk = nn.Sequential(*(block for layer in layers for block in layer))
+        for norm in (m for m in trunk.modules() if isinstance(m, nn.LayerNorm)):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.2)
+        return _placed(trunk.eval().requires_grad_(False), settings)
+
+    def inputs(self, settings, group, seed=0):
+        architecture = VITS[settings.backbone]
+        generator = torch.Generator().manual_seed(seed)
+        tokens = 1 + architecture.registers + (settings.size // architecture.patch) ** 2
+        shape = settings.batch, tokens, architecture.heads * settings.width
+        x, grad_y = (torch.randn(shape, generator=generator) for _ in range(2))
+        return Inputs((_leaf(_cast(x, settings)),), _cast(grad_y, settings))
+
+
 LEVELS = {
     level.name: level
     for level in (
@@ -359,12 +391,18 @@ LEVELS = {
         StepLevel(),
         ModelsLevel(),
         PriorLevel(),
+        VitLevel(),
     )
 }
 
 
 def defaults(level: str) -> Settings:
-    """Return one episode for a step, one shot at full size for a prior, else two images."""
+    """Return one episode for a step, one shot at full size for a prior, else two images.
+
+    Of a ViT those that it was trained with, 224 px.
+    """
+    if level == "vit":
+        return Settings(size=224, backbone="vit_small_patch16")
     if level == "prior":
         return Settings(size=641, batch=1)
     return Settings(batch=1 if level == "step" else 2)

@@ -14,6 +14,15 @@ MethodName = Literal[
 ]  # fmt: skip
 
 
+BackboneName = Literal[
+    "resnet18", "resnet50", "resnet101", "vgg16_bn", "vgg16",
+    "vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16",
+    "vit_small_patch14_dinov2", "vit_base_patch14_dinov2", "vit_large_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2", "vit_base_patch14_reg4_dinov2",
+    "vit_large_patch14_reg4_dinov2",
+]  # fmt: skip
+
+
 class Method(NamedTuple):
     """What a configuration must know of a method; its network is in `fss.models.MODELS`.
 
@@ -56,11 +65,12 @@ class ModelConfig:
     Args:
         name: "baseline", the paper's: PFENet with an ASPP instead of its FEM and only the main
             loss. The others are the published methods that docs/methods.md describes.
-        backbone: the feature extractor.
+        backbone: the feature extractor; a vision transformer for "baseline" alone.
         stem: "plain", one 7×7 convolution (torchvision), or "deep", three 3×3 ones (semseg).
         stride_on: the bottleneck convolution that has the stride: "conv2" (torchvision) or "conv1"
             (Caffe, Keras).
-        width: channels of the backbone's stem; 64 in every published ResNet and VGG.
+        width: channels of the backbone's stem, or of a head of a vision transformer; 64 in every
+            published one.
         weights: pretrained weights of the backbone: a file, "torchvision" (downloaded by name),
             "shapes" (embedded, for resnet18 of width 24) or "none" (random). A base learner brings
             its own backbone.
@@ -77,7 +87,7 @@ class ModelConfig:
     """
 
     name: MethodName = "baseline"
-    backbone: Literal["resnet18", "resnet50", "resnet101", "vgg16_bn", "vgg16"] = "resnet50"
+    backbone: BackboneName = "resnet50"
     stem: Literal["plain", "deep"] = "plain"
     stride_on: Literal["conv1", "conv2"] = "conv2"
     width: int = 64

@@ -37,6 +37,7 @@ from fss.models.regimes import (
 )
 from fss.models.sgone import SGOne
 from fss.models.state_dict import read_state_dict
+from fss.models.vit import ViT
 from fss.models.weights import backbone_name, backbone_of, load_backbone
 from svf_fast import Factors
 
@@ -64,6 +65,7 @@ __all__ = [
     "Prediction",
     "ResNet",
     "SGOne",
+    "ViT",
     "backbone_name",
     "backbone_of",
     "build_backbone",

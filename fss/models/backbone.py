@@ -1,4 +1,4 @@
-"""Feature extractors: ResNets with dilated last layers, and VGG-16.
+"""Feature extractors: ResNets with dilated last layers, VGG-16, and vision transformers.
 
 He et al., "Deep Residual Learning for Image Recognition", 2016; dilation as in Yu et al., "Dilated
 Residual Networks", 2017. State-dict keys are torchvision's; the deep stem adds those of semseg.
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import svf_fast
 from fss.models.vgg import VGG
+from fss.models.vit import VITS, ViT
 
 
 class Architecture(NamedTuple):
@@ -247,10 +248,15 @@ class ResNet(nn.Module):
         return self.layer4(self.features(images)[1])
 
 
-Backbone = ResNet | VGG
-"""What a few-shot model runs on: `features`, `layer4`, `levels` and `channels` are all it uses."""
+Backbone = ResNet | VGG | ViT
+"""What a few-shot model runs on: `features`, `layer4`, `levels` and `channels` are all it uses.
 
-BACKBONES = (*ARCHITECTURES, "vgg16_bn", "vgg16")
+The `features` of a ResNet or VGG are layers 2 and 3, and `layer4` maps the latter to layer 4; those
+of a ViT are layers 2, 3 and 4.
+"""
+
+CONVOLUTIONAL = (*ARCHITECTURES, "vgg16_bn", "vgg16")
+BACKBONES = (*CONVOLUTIONAL, *VITS)
 
 
 def build_backbone(
@@ -268,7 +274,7 @@ def build_backbone(
 
     `stride_on` concerns bottlenecks only (resnet50, resnet101): a basic block strides on conv1.
     A VGG has `width`, `last_relu` and, as its `dilation`, `vgg_dilation`, without which its output
-    stride is 16.
+    stride is 16. A vision transformer has `width`, the channels of a head.
 
     Raises:
         ValueError: an unknown name or option, or a width below 1.
@@ -285,6 +291,8 @@ def build_backbone(
     if name not in ARCHITECTURES:
         if stem != "plain":
             raise ValueError(f"stem: expected plain, {name} has no other; got {stem!r}")
+        if name in VITS:
+            return ViT(name, width)
         return VGG(width, name == "vgg16_bn", vgg_dilation, last_relu)
     form = stem, stride_on, width, output_stride, sums, last_relu, late_dilation
     return ResNet(ARCHITECTURES[name], *form)

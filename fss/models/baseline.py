@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fss.models.backbone import Backbone
+from fss.models.backbone import BACKBONES, Backbone
 from fss.models.episode import Prediction
 from fss.models.features import Features
 from fss.models.layers import classifier, pointwise, two_convolutions
@@ -53,11 +53,13 @@ class Baseline(PriorGuided):
     Sources: SVF (Sun et al. 2022), section 4.1; PFENet (Tian et al. 2020), section 3.
 
     Args:
-        backbone: a backbone of output stride 8, or a VGG.
+        backbone: a backbone of output stride 8, a VGG, or a ViT.
         channels: width of the head.
         dropout: probability that a reduced channel is dropped; unless it is 0, the classifier
             drops 0.1 of its channels too.
     """
+
+    backbones = BACKBONES
 
     def __init__(self, backbone: Backbone, channels: int = 256, dropout: float = 0.5) -> None:
         super().__init__(backbone, channels, dropout)

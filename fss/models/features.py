@@ -14,11 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from fss.config import ModelConfig
-from fss.models.backbone import BACKBONES, Backbone
+from fss.models.backbone import CONVOLUTIONAL, Backbone
 from fss.models.episode import Prediction, check_episode, check_target
 from fss.models.loss import deep_supervision
 from fss.models.pooling import resize
 from fss.models.prior import prior_masks
+from fss.models.vit import ViT
 
 Maps = tuple[Tensor, ...]
 
@@ -116,7 +117,7 @@ class FewShotModel(nn.Module, ABC):
 
     inputs: ClassVar[tuple[str, ...]] = ("query_image", "support_images", "support_masks")
     targets: ClassVar[tuple[str, ...]] = ("query_mask",)
-    backbones: ClassVar[tuple[str, ...]] = BACKBONES
+    backbones: ClassVar[tuple[str, ...]] = CONVOLUTIONAL
     backbone_options: ClassVar[Mapping[str, Any]] = {}
     unused_layers: ClassVar[tuple[str, ...]] = ()
     any_size: ClassVar[bool] = False
@@ -132,6 +133,11 @@ class FewShotModel(nn.Module, ABC):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
+        if isinstance(backbone, ViT) and backbone.name not in self.backbones:
+            raise ValueError(
+                f"backbone: expected one of {', '.join(self.backbones)} for {type(self).__name__}, "
+                f"whose head reads maps that a vision transformer has not; got {backbone.name}"
+            )
         for layer in self.unused_layers:
             backbone.set_submodule(layer, nn.Sequential())
         self.backbone = backbone.eval()

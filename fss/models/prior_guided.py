@@ -15,8 +15,8 @@ class PriorGuided(FewShotModel):
     """A head that reads layers 2 and 3, reduced, of queries and supports, and the prior mask.
 
     The prior compares layer 4 of the queries with that of the supports, whose layer 3 is masked
-    before. `features.query` are the maps of layers 2, 3 and 4; `features.supports` what
-    `summarize` says.
+    before; of a ViT layer 4 itself is, whose blocks need the tokens of all. `features.query` are
+    the maps of layers 2, 3 and 4; `features.supports` what `summarize` says.
 
     Args:
         backbone: a backbone of output stride 8, or a VGG.
@@ -38,16 +38,16 @@ class PriorGuided(FewShotModel):
         return cls(backbone, config.channels, config.dropout)
 
     def query_maps(self, *maps: Tensor) -> Maps:
-        """Compute layer 4 of the queries from their layers 2 and 3."""
+        """Compute layer 4 of the queries from their layers 2 and 3; a ViT has it already."""
         # not in one call with the supports: the queries' layer 3 would be copied beside theirs
-        return (self.backbone.layer4(maps[1]),)
+        return () if len(maps) > 2 else (self.backbone.layer4(maps[1]),)
 
     def support_features(self, maps: Maps, masks: Tensor) -> Supports:
         """Compute a masked layer 4 of the supports, and their summaries."""
-        low, middle = maps
+        low, middle, *known = maps
         mask = self.shrink_mask(masks, middle)
         with self._recorded(middle):
-            high = self.backbone.layer4(middle * mask)
+            high = known[0] * mask if known else self.backbone.layer4(middle * mask)
         return Supports(self.summarize(low, middle, mask), mask, high)
 
     def query(self, features: Features) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import svf_fast
 from fss.config import RegimeConfig
 from fss.models.regime_layers import Adapter, FactoredConv2d, ScaledConv2d, random_rotation
+from fss.models.vit import ViT
 from svf_fast import Factors
 
 FACTORS = ("U", "S", "V")
@@ -49,7 +50,10 @@ def apply_regime(
         for layer in _layers(backbone, regime):
             _append_adapter(backbone, layer, regime.adapter_reduction)
     elif regime.name == "bias":
-        _train_affine(backbone, regime, ("bias",), (nn.Conv2d, nn.BatchNorm2d))
+        types: tuple[type, ...] = nn.Conv2d, nn.BatchNorm2d
+        if isinstance(backbone, ViT):
+            types = *types, nn.Linear, nn.LayerNorm
+        _train_affine(backbone, regime, ("bias",), types)
     if regime.batch_norm != "none":
         kinds = ("weight", "bias") if regime.batch_norm == "both" else (regime.batch_norm,)
         _train_affine(backbone, regime, kinds, (nn.BatchNorm2d,))
@@ -99,6 +103,13 @@ def _train_convolutions(
     progress: bool,
 ) -> None:
     convolutions = _convolutions(backbone, regime)
+    linear = next((name for name, m in convolutions.items() if isinstance(m, nn.Linear)), None)
+    if linear and regime.name in _COMPOSED and not trains_singular_values(regime):
+        raise ValueError(
+            "regime.name: expected freeze, full, bias, or svf and svf_scale with their default "
+            f"factors for a vision transformer, got {regime.name} with {regime.trained_factors}, "
+            f"whose layers are convolutions; {linear!r} is linear"
+        )
     if regime.name == "full":
         for convolution in convolutions.values():
             convolution.requires_grad_(True)
@@ -240,15 +251,18 @@ def _is_taken_out(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Sequential) and len(layer) == 0
 
 
-def _convolutions(backbone: nn.Module, regime: RegimeConfig) -> dict[str, nn.Conv2d]:
-    """Collect the convolutions of the regime's layers and kernel size, by name in the backbone."""
-    chosen: dict[str, nn.Conv2d] = {}
+def _convolutions(backbone: nn.Module, regime: RegimeConfig) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Collect the convolutions of the regime's layers and kernel size, by name in the backbone.
+
+    A linear layer, as of a ViT, is one of 1×1.
+    """
+    chosen: dict[str, nn.Conv2d | nn.Linear] = {}
     for layer in _layers(backbone, regime):
         found = {
             f"{layer}.{name}".rstrip("."): module
             for name, module in backbone.get_submodule(layer).named_modules()
-            if isinstance(module, nn.Conv2d)
-            and regime.kernel in ("all", "x".join(map(str, module.kernel_size)))
+            if isinstance(module, nn.Conv2d | nn.Linear)
+            and regime.kernel in ("all", "x".join(map(str, getattr(module, "kernel_size", (1, 1)))))
         }
         if not found and regime.layers != ("all",):
             kind = "a convolution" if regime.kernel == "all" else f"a {regime.kernel} convolution"

@@ -19,8 +19,8 @@ from svf_fast import Factors
 # Where training code keeps a state dict in its file; of student and teacher the teacher is used.
 _ENTRIES = ("state_dict", "model", "model_state_dict", "model_state", "network", "teacher", "net")
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
-# Parameters that every ResNet or VGG has.
-_MARKS = ("layer1.0.conv1.", "features.0.")
+# Parameters that every ResNet, VGG or ViT has.
+_MARKS = ("layer1.0.conv1.", "features.0.", "patch_embed.proj.")
 # Of several encoders in a file, those that its method uses afterwards.
 _ENCODERS = ("encoder_q.", "base_encoder.", "online_encoder.", "teacher.")
 # Of the authors' SVF layer `SVD_Conv2d`.

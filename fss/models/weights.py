@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fss.models import vit
 from fss.models.backbone import ARCHITECTURES, BACKBONES, Backbone, BasicBlock, build_backbone
 from fss.models.state_dict import StateDict, backbone_part, differences, read_state_dict
 from fss.models.vgg import VGG, has_batch_norm, own_keys
+from fss.models.vit import ViT
 
 _SHAPES = Path(__file__).parents[1] / "weights" / "shapes_resnet18.safetensors"
 # Of ImageNet's classes, and SwAV's.
@@ -36,8 +39,8 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
         backbone: from `build_backbone`.
         weights: "none" (stay random); "shapes" (embedded, for the shapes data); "torchvision"
             (ImageNet weights, downloaded by torchvision); or the path of a `.safetensors`, `.pth`
-            or `.pt` file with a state dict of torchvision or semseg, at the top or in an entry
-            like `state_dict`.
+            or `.pt` file with a state dict of torchvision or semseg, of a vision transformer that
+            of timm or DINOv2, at the top or in an entry like `state_dict`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -54,7 +57,9 @@ def load_backbone(backbone: Backbone, weights: str) -> None:
     else:
         read = read_state_dict(_path(weights))
     read = backbone_part(read, weights)
-    rename = own_keys if isinstance(backbone, VGG) else dict
+    rename: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    if isinstance(backbone, VGG | ViT):
+        rename = own_keys if isinstance(backbone, VGG) else vit.own_keys
     state = rename({key: value for key, value in read.values.items() if not _ignored(key)})
     _check(backbone, state, weights)
     if read.stride_on and backbone.stride_on and read.stride_on != backbone.stride_on:
@@ -97,7 +102,7 @@ def backbone_of(
         read = backbone_part(read_state_dict(path), weights)
         found = _describe(read.values)
         if found is None or found.backbone not in BACKBONES or name not in (None, found.backbone):
-            what = "of no ResNet or VGG" if found is None else f"of {found.backbone}"
+            what = "of no ResNet, VGG or ViT" if found is None else f"of {found.backbone}"
             raise ValueError(
                 f"weights: expected those of {name or ' or '.join(BACKBONES)}, {path} has weights "
                 f"{what}"
@@ -110,6 +115,8 @@ def backbone_of(
 
 def backbone_name(backbone: Backbone) -> str:
     """Return the name of a backbone as `build_backbone` takes it."""
+    if isinstance(backbone, ViT):
+        return backbone.name
     return _describe(backbone.state_dict()).backbone
 
 
@@ -129,6 +136,11 @@ def _ignored(key: str) -> bool:
 
 def _download(backbone: Backbone) -> dict[str, Tensor]:
     name = backbone_name(backbone)
+    if isinstance(backbone, ViT):
+        raise ValueError(
+            f"weights: expected the path of a file of timm's or DINOv2's for {name}, which "
+            'torchvision does not have; got "torchvision"'
+        )
     try:
         from torchvision.models import get_model_weights
     except ImportError as error:
@@ -149,6 +161,9 @@ def _download(backbone: Backbone) -> dict[str, Tensor]:
 
 def _check(backbone: Backbone, state: dict[str, Any], weights: str) -> None:
     expected = {key: value for key, value in backbone.state_dict().items() if not _ignored(key)}
+    positions = state.get("pos_embed")
+    if isinstance(backbone, ViT) and isinstance(positions, Tensor) and backbone.fits(positions):
+        expected["pos_embed"] = positions  # of a grid of its own, which is taken
     report = differences(expected, state)
     if not report:
         return
@@ -159,8 +174,8 @@ def _check(backbone: Backbone, state: dict[str, Any], weights: str) -> None:
 def _guess(expected: _Description, got: _Description | None) -> str:
     if got is None:
         return (
-            "It has no keys of a ResNet (conv1, bn1, layer1.0.conv1, …) or VGG (features.0, …): is "
-            "it the right file?"
+            "It has no keys of a ResNet (conv1, bn1, layer1.0.conv1, …), VGG (features.0, …) or "
+            "ViT (patch_embed, blocks.0, …): is it the right file?"
         )
     settings = [
         f"{name}={value}"
@@ -177,6 +192,9 @@ def _guess(expected: _Description, got: _Description | None) -> str:
 
 
 def _describe(state: dict[str, Any]) -> _Description | None:
+    transformer = vit.describe(state)
+    if transformer is not None:
+        return _Description(transformer[0], "plain", transformer[1])
     vgg = own_keys(state).get("layer0.0.weight")
     if isinstance(vgg, Tensor) and vgg.ndim == 4:
         name = "vgg16_bn" if has_batch_norm(state) else "vgg16"

@@ -7,38 +7,29 @@ hooks and place in the model. Only its class is another, a subclass of its own w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from svf_fast.fusion.attributes import attributes, snapshot
+from svf_fast.fusion.changes import (
+    changed,
+    hooked,
+    hooked_module,
+    is_read,
+    remember,
+    replaced,
+)
 from svf_fast.fusion.fused import Fused, original_class, recast
-from svf_fast.fusion.graph import is_conv
-from svf_fast.fusion.norm import FORWARDS, Norm, is_norm
+from svf_fast.fusion.norm import Norm
 from svf_fast.fusion.plain import plain_conv
-from svf_fast.fusion.reading import Readable, Reading, conv_of
-from svf_fast.fusion.state import is_hooked, watch
+from svf_fast.fusion.reading import conv_of, read
 from svf_fast.fusion.structure import Chain, ResidualBlock, StageNames, Unit, examine
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.ops.block import block
-from svf_fast.ops.node import is_tracing
-
-
-def _read(module: Readable) -> Reading:
-    """Return the reading of the module as it is now, kept until something in it changes."""
-    if is_tracing():
-        return Reading(module, None)
-    known = module.__dict__.get("_reading")
-    if known is not None and known.holds(module):
-        return known
-    reading = Reading(module, watch(cast(nn.Module, module)))
-    if reading.watch is not None:
-        module.__dict__["_reading"] = reading
-    return reading
 
 
 class ResidualUnit(Fused):
@@ -55,7 +46,7 @@ class ResidualUnit(Fused):
 
     stage_count: int  # beside the shortcut
     recompute: bool
-    keeps_int8 = False
+    takes_int8 = True
     _names: ResidualBlock
     # of the inner modules, and their attributes, as they were when the forward was read
     _kinds: dict[str, str]
@@ -96,7 +87,7 @@ class ResidualUnit(Fused):
         """Fuse a block that was found, in place."""
         fused = recast(module, cls)
         fused._names, fused.recompute = found, False
-        fused._kinds, fused._attributes = _remember(fused, found.pre)
+        fused._kinds, fused._attributes = remember(fused, found.pre)
         return fused
 
     def fused_convs(self) -> dict[str, bool]:
@@ -109,20 +100,25 @@ class ResidualUnit(Fused):
         """Name of the convolution that ``recompute`` runs again."""
         return self._names.stages[1].conv
 
+    @property
+    def run_again(self) -> tuple[str, ...]:
+        """Names of the layers that the backward pass runs again, as it is set now."""
+        return (self.recomputed,) if self.recompute else ()
+
     def fused_stages(self) -> list[StageNames]:
         """Name the stages that run as one, that of the shortcut last."""
         return [*self._names.stages, *filter(None, [self._names.shortcut])]
 
     def unfused_reasons(self) -> list[str]:
         return [
-            _replaced(self, self._kinds)
-            or _changed(self)
+            replaced(self, self._kinds)
+            or changed(self)
             or _reason(self, self.fused_stages())
-            or _hooked(self, self._names.pre)
+            or hooked(self, self._names.pre)
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        names, reading = self._names, _read(self)
+        names, reading = self._names, read(self)
         if reading.reasons(self)[0]:
             return super().forward(x)
         dtype = _compute_dtype(x, conv_of(self, names.stages[0]), type(self).__name__)
@@ -176,7 +172,7 @@ class FusedSequential(Fused):
     """An ``nn.Sequential`` that runs each conv, batch norm and ReLU in it as one autograd node."""
 
     is_whole = False
-    keeps_int8 = False
+    takes_int8 = True
     _names: tuple[Unit, ...]
     # of the norms that are more than torch's: the classes of the modules in each, all attributes
     _kinds: dict[str, dict[str, str]] = {}  # noqa: RUF012  of a pickle that has none
@@ -197,8 +193,8 @@ class FusedSequential(Fused):
         self._names = units
         self._kinds, self._attributes = {}, {}
         for bn in (unit.stage.bn for unit in units):
-            if _is_read(norm := self.get_submodule(bn)):
-                self._kinds[bn], read = _remember(norm, ())
+            if is_read(norm := self.get_submodule(bn)):
+                self._kinds[bn], read = remember(norm, ())
                 self._attributes |= {f"{bn}.{name}".rstrip("."): own for name, own in read.items()}
         self.__dict__.pop("_reading", None)
 
@@ -222,7 +218,7 @@ class FusedSequential(Fused):
         for name in _children(unit):
             if name not in self._modules:
                 return f"{name} is no longer there"
-            if reason := _hooked_module(name, self.get_submodule(name)):
+            if reason := hooked_module(name, self.get_submodule(name)):
                 return reason
         if unit.relu and type(self.get_submodule(unit.relu)) is not nn.ReLU:
             return f"{unit.relu} is no longer a ReLU"
@@ -233,9 +229,9 @@ class FusedSequential(Fused):
         norm = self.get_submodule(bn)
         if bn not in self._kinds:
             kind = original_class(norm).__name__
-            return f"{bn} is a {kind}, which it was not at conversion" if _is_read(norm) else ""
-        reason = _replaced(norm, self._kinds[bn]) or _hooked(norm)
-        return f"{bn}: {reason}" if reason else _changed(self, bn)
+            return f"{bn} is a {kind}, which it was not at conversion" if is_read(norm) else ""
+        reason = replaced(norm, self._kinds[bn]) or hooked(norm)
+        return f"{bn}: {reason}" if reason else changed(self, bn)
 
     def forward(self, x: Tensor) -> Tensor:
         skipped: set[str] = set()
@@ -244,7 +240,7 @@ class FusedSequential(Fused):
             if name in skipped:
                 continue
             if reading is None or units is None:
-                reading = _read(self)
+                reading = read(self)
                 reasons = zip(self._names, reading.reasons(self), strict=True)
                 units = {unit.stage.conv: unit for unit, reason in reasons if not reason}
             unit = units.get(name)
@@ -272,7 +268,7 @@ class FusedChain(Fused):
     """
 
     is_whole = False
-    keeps_int8 = False
+    takes_int8 = True
     _names: Chain
     _kinds: dict[str, str]
     _attributes: dict[str, dict[str, Any]]
@@ -282,7 +278,7 @@ class FusedChain(Fused):
         """Fuse a chain that was found, in place."""
         fused = recast(module, cls)
         fused._names = found
-        fused._kinds, fused._attributes = _remember(fused, fused._called())
+        fused._kinds, fused._attributes = remember(fused, fused._called())
         return fused
 
     def _called(self) -> tuple[str, ...]:
@@ -298,14 +294,14 @@ class FusedChain(Fused):
     def unfused_reasons(self) -> list[str]:
         called = self._called()
         return [
-            _replaced(self, self._kinds, called)
-            or _changed(self)
+            replaced(self, self._kinds, called)
+            or changed(self)
             or _reason(self, self.fused_stages())
-            or _hooked(self, called)
+            or hooked(self, called)
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        reading = _read(self)
+        reading = read(self)
         if reading.reasons(self)[0]:
             return super().forward(x)
         for step in self._names.steps:
@@ -368,14 +364,14 @@ class SVFConvBNAct(nn.Module):
         return self.unfused_reasons()[0]
 
     def unfused_reasons(self) -> list[str]:
-        return [_reason(self, [StageNames("conv", "bn", self.relu)]) or _hooked(self)]
+        return [_reason(self, [StageNames("conv", "bn", self.relu)]) or hooked(self)]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None and not isinstance(residual, Tensor):
             raise TypeError(
                 f"SVFConvBNAct: residual: expected a tensor or None, got {type(residual).__name__}"
             )
-        reading = _read(self)
+        reading = read(self)
         if reading.reasons(self)[0]:
             out = self.bn(self.conv(x))
             out = out if residual is None else out + residual
@@ -424,89 +420,3 @@ def _reason(module: nn.Module, stages: list[StageNames]) -> str:
         if conv.bias is not None and conv.bias.requires_grad:
             return f"the bias of {stage.conv} trains: call requires_grad_(False) on it"
     return ""
-
-
-def _kind(module: nn.Module) -> str:
-    """Name the role of a module in a fused block."""
-    if isinstance(module, nn.Conv2d | SVFConv2d):
-        return "convolution"
-    if isinstance(module, nn.SyncBatchNorm):
-        return nn.BatchNorm2d.__name__  # the same with stored statistics
-    return original_class(module).__name__
-
-
-def _remember(
-    module: nn.Module, called: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Return what a forward pass that was read depends on, but for the parts that it calls."""
-    inner = [("", module), *_inner(module, called)]
-    read = {name: attributes(part) for name, part in inner if _is_read(part) and name not in called}
-    return {name: _kind(part) for name, part in inner if name}, read
-
-
-def _is_read(part: nn.Module) -> bool:
-    """Tell whether its own attributes decide what a part computes, and no other reason knows."""
-    if is_norm(part):
-        return isinstance(part, _BatchNorm) and original_class(part).forward not in FORWARDS
-    return not is_conv(part)
-
-
-def _replaced(module: nn.Module, kinds: dict[str, str], called: tuple[str, ...] = ()) -> str:
-    """Name the first inner module that was replaced, added or removed."""
-    now = {name: _kind(inner) for name, inner in _inner(module, called)}
-    if now == kinds:
-        return ""
-    name = next(name for name in (*kinds, *now) if now.get(name) != kinds.get(name))
-    was, is_now = kinds.get(name, "missing"), now.get(name, "missing")
-    return f"{name} was {was} at conversion and is {is_now} now"
-
-
-def _changed(module: ResidualUnit | FusedChain | FusedSequential, within: str = "") -> str:
-    """Name the first attribute that is not as it was when the forward was read.
-
-    ``within``: the part that is looked at, by default all.
-    """
-    for name, before in module._attributes.items():
-        if within and not f"{name}.".startswith(f"{within}."):
-            continue
-        now = module.get_submodule(name).__dict__
-        for key, value in before.items():
-            what, own = f"{name}.{key}".lstrip("."), now.get(key)
-            if isinstance(value, tuple):
-                if _differs(module, name, key):
-                    return f"{what} is not what it was at conversion"
-            elif own != value and key not in ("eps", "momentum"):
-                return f"{what} was {value!r} at conversion and is {own!r} now"
-    return ""
-
-
-def _differs(module: ResidualUnit | FusedChain | FusedSequential, name: str, key: str) -> bool:
-    """Tell whether an attribute of several values is not as it was."""
-    now = module.get_submodule(name).__dict__.get(key)
-    return snapshot(now) != module._attributes[name][key]
-
-
-# Dynamo does not look into all objects: it is told to run this while it traces. So does
-# `torch.compiler.assume_constant_result`, which imports Dynamo, for 2 s, whether it is used or not.
-vars(_differs)["_dynamo_marked_constant"] = True
-
-
-def _hooked(module: nn.Module, besides: tuple[str, ...] = ()) -> str:
-    """Name the first inner module that the fused pass would skip although a hook listens to it."""
-    for name, inner in _inner(module, besides):
-        if name not in besides and (reason := _hooked_module(name, inner)):
-            return reason
-    return ""
-
-
-def _inner(module: nn.Module, called: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules inside of a module by name, but those inside of the parts it calls."""
-    beyond = tuple(f"{name}." for name in called)
-    found = module.named_modules()
-    return ((name, inner) for name, inner in found if name and not name.startswith(beyond))
-
-
-def _hooked_module(name: str, module: nn.Module) -> str:
-    if is_hooked(module):
-        return f"{name} has a hook"
-    return f"{name} has a forward of its own" if "forward" in vars(module) else ""

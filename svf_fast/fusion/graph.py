@@ -55,17 +55,18 @@ def hook_kind(module: nn.Module) -> str | None:
 class ForwardGraph:
     """The forward pass of a module in training or evaluation; the module is left as it was.
 
-    Modules are its leaves, but with ``opens`` those that ``is_open`` holds for. A node that
-    ``operands`` or ``value`` went through counts as ``seen``.
+    Modules are its leaves, but those that the ``tracer`` opens. A node that ``operands`` or
+    ``value`` went through counts as ``seen``.
 
     Raises Misfit when the forward pass cannot be traced, keeps something on the module, or switches
     autocast or gradients, which a graph does not show.
     """
 
-    def __init__(self, module: nn.Module, training: bool, opens: bool = True):
+    def __init__(self, module: nn.Module, training: bool, tracer: type[Tracer] | None = None):
+        tracer = tracer or Tracer
         self.modules = dict(module.named_modules())
         # a switch that changes nothing where gradients are on and autocast is off does where not
-        graph, other = (_traced(module, training, opens, differ) for differ in (False, True))
+        graph, other = (_traced(module, training, tracer, differ) for differ in (False, True))
         if str(graph) != str(other):
             raise Misfit("its forward depends on autocast or on whether gradients are on")
         self.nodes = list(graph.nodes)
@@ -79,7 +80,7 @@ class ForwardGraph:
 
     def skip(self, node: fx.Node) -> fx.Node:
         """Skip modules that are the identity."""
-        while (module := self.module(node)) is not None and _does_nothing(module):
+        while (module := self.module(node)) is not None and does_nothing(module):
             node = self.operands(node, 1)[0]
         return node
 
@@ -105,7 +106,7 @@ class ForwardGraph:
         if not is_norm(self.module(node)) or len(node.all_input_nodes) != 1:
             return ""
         node = node.all_input_nodes[0]
-        while (module := self.module(node)) is not None and _does_nothing(module):
+        while (module := self.module(node)) is not None and does_nothing(module):
             node = node.all_input_nodes[0]
         return str(node.target) if is_conv(self.module(node)) else ""
 
@@ -190,9 +191,9 @@ def _switched(differ: bool) -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def _traced(module: nn.Module, training: bool, opens: bool, differ: bool) -> fx.Graph:
-    with _switched(differ), _restored(module, training):
-        tracer = _Tracer(opens)
+def _traced(module: nn.Module, training: bool, kind: type[Tracer], differ: bool) -> fx.Graph:
+    with _switched(differ), _restored(module, training, kind):
+        tracer = kind()
         try:
             graph = tracer.trace(module)
         except Exception as error:  # whatever a forward raises when it meets a proxy
@@ -203,21 +204,27 @@ def _traced(module: nn.Module, training: bool, opens: bool, differ: bool) -> fx.
     return graph
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Looks into a module that `opens` holds for."""
+
     proxy_buffer_attributes = True  # else a forward that writes to a buffer writes to it here
 
-    def __init__(self, opens: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._opens = opens
         self._switches = _Switches.now()
         self.switched = ""
+
+    @staticmethod
+    def opens(module: nn.Module) -> bool:
+        """Tell whether a module's own calls are looked at, not its call alone."""
+        return is_open(module)
 
     def create_node(self, *args, **options) -> fx.Node:
         self.switched = self.switched or _Switches.now().switched(self._switches)
         return super().create_node(*args, **options)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return not (self._opens and is_open(module)) or hook_kind(module) is not None
+        return not self.opens(module) or hook_kind(module) is not None
 
     def call_module(self, m: nn.Module, forward, args, kwargs):
         if isinstance(m, Fused):
@@ -225,10 +232,18 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
 
-class _Proxy(fx.Proxy):
+class ShallowTracer(Tracer):
+    """Looks into no module."""
+
+    @staticmethod
+    def opens(module: nn.Module) -> bool:
+        return False
+
+
+class Proxy(fx.Proxy):
     """Tells ``a += b`` from ``a + b``: only the first overwrites a."""
 
     def __iadd__(self, other):
@@ -236,9 +251,9 @@ class _Proxy(fx.Proxy):
 
 
 @contextmanager
-def _restored(module: nn.Module, training: bool) -> Iterator[None]:
+def _restored(module: nn.Module, training: bool, tracer: type[Tracer]) -> Iterator[None]:
     """Run the body in the given mode; put back every attribute that it may have set."""
-    traced = [inner for inner in module.modules() if inner is module or is_open(inner)]
+    traced = [inner for inner in module.modules() if inner is module or tracer.opens(inner)]
     before = [dict(vars(inner)) for inner in traced]
     held = [
         (key, value, copy.copy(value))
@@ -272,10 +287,10 @@ def _elements(of: list | dict | set) -> list:
     return list(of.values()) if isinstance(of, dict) else list(of)
 
 
-def _does_nothing(module: nn.Module) -> bool:
-    """Tell whether its output is its input, in training too."""
+def does_nothing(module: nn.Module, training: bool = True) -> bool:
+    """Tell whether its output is its input, by default in training too."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p == 0
+        return module.p == 0 or not training
     if type(module) is nn.Identity:
         return True
     if (
@@ -284,7 +299,7 @@ def _does_nothing(module: nn.Module) -> bool:
     ):
         return False
     try:
-        graph = ForwardGraph(module, training=True)
+        graph = ForwardGraph(module, training)
     except Misfit:
         return False
     idle = all(node.op in ("placeholder", "get_attr", "output") for node in graph.nodes)

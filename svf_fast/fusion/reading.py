@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from svf_fast.fusion.norm import Norm
-from svf_fast.fusion.state import Watch
+from svf_fast.fusion.state import Watch, watch
 from svf_fast.fusion.structure import StageNames
 from svf_fast.layers.conv2d import SVFConv2d
 from svf_fast.layers.values import Plan
 from svf_fast.ops.block import Stage
+from svf_fast.ops.node import is_tracing
 from svf_fast.ops.program import Programs
 
 
@@ -168,3 +169,16 @@ def _affine(module: Readable, names: StageNames, dtype: torch.dtype) -> tuple[Te
         mean = norm.mean.to(dtype)
         shift = -(mean if bias is None else mean - bias.to(dtype)) * scale
         return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+
+
+def read(module: Readable) -> Reading:
+    """Return the reading of the module as it is now, kept until something in it changes."""
+    if is_tracing():
+        return Reading(module, None)
+    known = module.__dict__.get("_reading")
+    if known is not None and known.holds(module):
+        return known
+    reading = Reading(module, watch(cast(nn.Module, module)))
+    if reading.watch is not None:
+        module.__dict__["_reading"] = reading
+    return reading

@@ -18,6 +18,7 @@ from svf_fast.fusion.attributes import attributes, snapshot
 from svf_fast.fusion.fused import original_class
 from svf_fast.fusion.norm import FORWARDS, is_norm
 from svf_fast.layers.conv2d import SVFConv2d
+from svf_fast.layers.factored import Factored
 from svf_fast.ops.node import is_tracing
 
 _HOOKS = (
@@ -54,7 +55,7 @@ class Watch:
         self._counts: list[tuple[dict, int]] = []
         self._values: list[tuple[dict[str, Any], str, Any]] = []
         self._snapshots: list[tuple[dict[str, Any], str, Any]] = []
-        self._convs: list[tuple[SVFConv2d, str, bool]] = []
+        self._layers: list[tuple[Factored, str, bool]] = []
         self._tensors: list[tuple] = []
         # writes through `tensor.data` pass the version counter by; on the CPU the bytes decide, on
         # a GPU looking would mean waiting
@@ -73,14 +74,14 @@ class Watch:
             own = child.__dict__
             state = own["training"], is_hooked(child), "forward" in own
             self._children.append((module._modules, name, child, type(child), own, *state))
-            if isinstance(child, SVFConv2d):
+            if isinstance(child, Factored):
                 if not child.has_values:
                     raise _Unseen
-                for attribute in _OF_CONV:
+                for attribute in _OF_CONV if isinstance(child, SVFConv2d) else ():
                     value = own[attribute]  # a list may be written to
                     kept = tuple(value) if isinstance(value, list) else value
                     self._values.append((own, attribute, kept))
-                self._convs.append((child, child.strategy_in_use, child.learns))
+                self._layers.append((child, child.strategy_in_use, child.learns))
                 self._tensor(own["_parameters"], "bias", copied=True)
             elif is_norm(child):
                 self._values.append((own, "eps", own.get("eps")))
@@ -176,10 +177,10 @@ class Watch:
         for of, name, value in self._snapshots:
             if snapshot(of.get(name)) != value:
                 return False
-        for conv, strategy, requires_grad in self._convs:
-            plan = conv.current_plan()
+        for layer, strategy, requires_grad in self._layers:
+            plan = layer.current_plan()
             assert plan is not None
-            if plan.strategy != strategy or conv.learns is not requires_grad:
+            if plan.strategy != strategy or layer.learns is not requires_grad:
                 return False
         apart = all(torch.equal(tensor, copy) for tensor, copy in self._apart)
         return apart and _C.same_bytes(self._bytes)

@@ -23,6 +23,7 @@ from svf_fast.fusion.fused import Fused, hidden_name, original_class
 from svf_fast.fusion.graph import (
     ForwardGraph,
     Misfit,
+    ShallowTracer,
     hook_kind,
     is_conv,
     is_open,
@@ -31,6 +32,7 @@ from svf_fast.fusion.graph import (
 from svf_fast.fusion.norm import FORWARDS, Norm, is_norm
 from svf_fast.fusion.plain import plain_conv
 from svf_fast.layers.conv2d import SVFConv2d, as_pair, explicit_padding
+from svf_fast.layers.factored import Factored
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
 _OTHER_NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
@@ -210,9 +212,9 @@ def _examine(module: nn.Module, places: Counter[nn.Module]) -> ResidualBlock | s
         graphs = [ForwardGraph(module, training) for training in (True, False)]
         if not any(graph.is_sum(node) for graph in graphs for node in graph.nodes):
             return None
-        _check_names(module)
+        check_names(module)
         for name, inner in module.named_modules():
-            _check_call(name, inner, module, places)
+            check_call(name, inner, module, places)
         training, evaluation = map(_match, graphs)
         if training != evaluation:
             raise Misfit("its forward differs between training and evaluation")
@@ -363,12 +365,12 @@ def _weight_shape(conv: nn.Conv2d | SVFConv2d) -> tuple[int, ...]:
     return tuple(conv.weight.shape)
 
 
-def _check_names(module: nn.Module) -> None:
+def check_names(module: nn.Module) -> None:
     if not isinstance(module, Fused) and (name := hidden_name(module)):
         raise Misfit(f"it has an attribute {name!r} of its own, which a fused one needs; rename it")
 
 
-def _check_call(
+def check_call(
     name: str, module: nn.Module, container: nn.Module, places: Counter[nn.Module]
 ) -> None:
     """Check that a call of the module does what its class says, and is the container's alone."""
@@ -377,7 +379,8 @@ def _check_call(
         raise Misfit(f"{what} has a {kind}")
     if "forward" in vars(module):
         raise Misfit(f"{what} has a forward of its own instead of its class's")
-    if (is_conv(module) or is_norm(module)) and places[module] != places[container]:
+    own = is_conv(module) or is_norm(module) or isinstance(module, nn.Linear | Factored)
+    if own and places[module] != places[container]:
         raise Misfit(f"{what} is used twice in the model")
 
 
@@ -450,13 +453,13 @@ def _units(
             continue
         relu, third = children[i + 2]
         try:
-            _check_names(module)
-            _check_call(conv, first, module, places)
-            _check_call(bn, second, module, places)
+            check_names(module)
+            check_call(conv, first, module, places)
+            check_call(bn, second, module, places)
             _check_conv(conv, first)
             own = _check_norm(bn, second)
             if type(third) is nn.ReLU:
-                _check_call(relu, third, module, places)
+                check_call(relu, third, module, places)
                 yield Unit(container, StageNames(conv, bn, True), relu)
             else:
                 yield Unit(container, StageNames(conv, bn, own), None)
@@ -480,20 +483,20 @@ def _chains(
     if any(is_conv(inner) for part in others for inner in part.modules()):
         return  # a network, of which this is the stem
     try:
-        graphs = [ForwardGraph(module, training, opens=False) for training in (True, False)]
+        graphs = [ForwardGraph(module, training, ShallowTracer) for training in (True, False)]
         convs = [conv for conv in convs if any(graph.precedes_norm(conv) for graph in graphs)]
         if not convs:
             return
         if isinstance(module, fx.GraphModule):
             raise Misfit("convert the network before it is traced")
-        _check_names(module)
+        check_names(module)
         if kind := hook_kind(module):
             raise Misfit(f"it has a {kind}")
         training, evaluation = map(_match_chain, graphs)
         if training != evaluation:
             raise Misfit("it differs between training and evaluation")
         for part in (part for stage in training.stages for part in (stage.conv, stage.bn)):
-            _check_call(part, module.get_submodule(part), module, places)
+            check_call(part, module.get_submodule(part), module, places)
         if len(convs) < len(training.stages):
             raise Misfit(f"only {len(convs)} of its {len(training.stages)} stages are chosen")
         yield replace(training, name=name)

@@ -23,7 +23,8 @@ def gram_is_cheaper(layer: Factored, guarded: int) -> bool:
     if layer.costs is None or layer.costs[0] != shapes:
         fan_in, fan_out = layer.V[0].numel(), len(layer.U) // geometry.groups
         weight_shape = torch.Size((len(layer.U), *layer.V.shape[1:], 1, 1)[:4])
-        matrix = fan_in if reads_input(weight_shape, geometry) else fan_out
+        reads_x = reads_input(weight_shape, geometry, layer.reads_square)
+        matrix = fan_in if reads_x else fan_out
         chain = 2 * layer.rank * (fan_in + fan_out) - 2 * fan_in * fan_out
         chain += 0 if layer.core.is_diagonal else layer.rank * fan_out  # dΣ from g and v
         layer.costs = shapes, matrix**2, fan_in + fan_out, chain

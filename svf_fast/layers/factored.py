@@ -77,6 +77,7 @@ class Factored(nn.Module):
     trains = "S"  # the name of the parameter that trains
     core: Core = DIAGONAL  # the structure of Σ
     weight_made_by = ""  # the class that made its weight of parameters, as standardized ones
+    reads_square = False  # `square` of :func:`svf_fast.ops.factors.reads_input`
     plan: Plan | None  # of the last values that were planned for: `current_plan`
     network: Network
     costs: tuple[tuple, int, int, int] | None = None  # kept by `gram_is_cheaper`
@@ -257,7 +258,8 @@ class Factored(nn.Module):
             if self.strategy in ("auto", "gram"):
                 rows = self.V.reshape(groups, self.rank, -1).mT.reshape(-1, self.rank)
                 plan.dual_U = dual(self.U, groups)
-                plan.dual_V = dual(rows, groups) if len(rows) < len(self.U) else None
+                narrower = len(rows) < len(self.U) + self.reads_square
+                plan.dual_V = dual(rows, groups) if narrower else None
         S_in_use = None if self.trains == "S" else S
         self.values = Values(seen, self.host_copy(), S_in_use, in_use)
         self.plan = plan
@@ -452,7 +454,8 @@ class Factored(nn.Module):
         if found is not None and found[0] is scale:
             return found[1:]
         U, V, strategy = self.U, self.kernel, plan.strategy if trains else "frozen"
-        kind = Kind.of(torch.Size((len(U), *V.shape[1:])), geometry, strategy, self.core)
+        shape = torch.Size((len(U), *V.shape[1:]))
+        kind = Kind.of(shape, geometry, strategy, self.core, self.reads_square)
         made = Constants.of(kind, U, V, dtype, plan.tail, plan.dual_U, plan.dual_V, scale)
         if keep and not self.is_captured:
             plan.constants[at] = scale, kind, made

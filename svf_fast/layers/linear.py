@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from svf_fast.layers.factored import Factored
+from svf_fast.ops import maps
 from svf_fast.ops.convolution import Geometry
 from svf_fast.ops.core import Core
 from svf_fast.ops.svf_conv2d import paper_layers, svf_conv2d
@@ -19,6 +20,8 @@ class SVFLinear(Factored):
     [out] frozen, or None.
     Shapes: x [..., in] -> [..., out]. Raises as SVFConv2d does.
     """
+
+    reads_square = True
 
     def __init__(
         self,
@@ -73,10 +76,7 @@ class SVFLinear(Factored):
             raise ValueError(
                 f"SVFLinear: expected x of shape [..., {self.in_features}], got {list(x.shape)}"
             )
-        # a 1×1 convolution of one image: over images, CPUs without bfloat16 sum a gradient in it
-        count = x.numel() // self.in_features
-        images, height = (1, count) if count else (0, 1)  # no convolution takes a height of 0
-        positions = x.to(dtype).reshape(images, height, 1, self.in_features).permute(0, 3, 1, 2)
+        positions = maps.of_tokens(x.to(dtype))
         conv = self.convolution(dtype)
         if conv is not None:
             y = svf_conv2d(positions, conv, self.bias)
@@ -84,7 +84,7 @@ class SVFLinear(Factored):
             y = paper_layers(
                 positions, self.U, self.differentiable_core, self.kernel, self.bias, Geometry()
             )
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        return maps.to_tokens(y, x.shape)
 
     def merged(self) -> nn.Linear:
         """Return the plain ``nn.Linear`` with the composed weight; shares no memory with it."""

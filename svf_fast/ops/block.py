@@ -19,7 +19,15 @@ from torch import Tensor
 from svf_fast.ops import maps
 from svf_fast.ops.activation_gradients import activation_gradients
 from svf_fast.ops.convolution import convolution, memory_format
-from svf_fast.ops.factors import Activation, Flow, Gradient, Kept, Kind, SVFConvolution
+from svf_fast.ops.factors import (
+    Activation,
+    Flow,
+    Gradient,
+    Kept,
+    Kind,
+    SVFConvolution,
+    parted,
+)
 from svf_fast.ops.node import (
     AS_REFERENCE,
     differentiable_once,
@@ -220,14 +228,7 @@ class _Block(torch.autograd.Function):
 
 def _unpack_stages(form: Form, tensors: Sequence[Any]) -> list[Stage]:
     """Return the stages whose :attr:`Stage.tensors` these are, one after another."""
-    parts = sum(len(kind.core.parts) for kind in form.kinds)  # what a core has beside the rest
-    size, at = (len(tensors) - parts) // len(form.kinds), 0
-    stages = []
-    for kind in form.kinds:
-        end = at + size + len(kind.core.parts)
-        stages.append(Stage.of(kind, tensors[at:end]))
-        at = end
-    return stages
+    return list(map(Stage.of, form.kinds, parted(form.kinds, tensors)))
 
 
 def _values(stages: Sequence[Stage]) -> list[Tensor | None]:

@@ -79,8 +79,12 @@ def _order(V: Tensor) -> list[int]:
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Compute ``conv2d`` of x [N, Ci, H, W] with weight [Co, Ci/G, kh, kw] -> [N, Co, Ho, Wo]."""
-    if bias is None and _is_product(x, weight, geometry):
-        return _product(weight.flatten(1), x)
+    if _is_product(x, weight, geometry):
+        if bias is None:
+            return _product(weight.flatten(1), x)
+        if is_channels_last(x):
+            out = functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
+            return out.permute(0, 3, 1, 2)
     return functional.conv2d(
         x,
         match_layout(weight, x),

@@ -48,11 +48,14 @@ from svf_fast.reference.pointwise import Epilogue, Prologue
 STRATEGIES = ("reference", "fold", "chain", "gram")
 
 
-def reads_input(weight_shape: torch.Size, geometry: Geometry) -> bool:
-    """Tell whether ``gram`` takes its matrix of x and dx (1×1, narrower input), not of y and g."""
+def reads_input(weight_shape: torch.Size, geometry: Geometry, square: bool = False) -> bool:
+    """Tell whether ``gram`` takes its matrix of x and dx (1×1, narrower input), not of y and g.
+
+    square: whether so where x is as wide as y, too: of a linear layer, whose x others keep anyway.
+    """
     out_channels, in_channels, height, width = weight_shape
     pointwise = height == width == 1 and geometry.padding == (0, 0)
-    return pointwise and in_channels * geometry.groups < out_channels
+    return pointwise and in_channels * geometry.groups < out_channels + square
 
 
 class Kind(NamedTuple):
@@ -77,9 +80,10 @@ class Kind(NamedTuple):
         geometry: Geometry,
         strategy: str,
         core: Core = DIAGONAL,
+        square: bool = False,
     ) -> Kind:
-        """Return the kind for a weight [Co, Ci/G, kh, kw]."""
-        samples = strategy == "gram" and reads_input(weight_shape, geometry)
+        """Return the kind for a weight [Co, Ci/G, kh, kw]; ``square`` as for `reads_input`."""
+        samples = strategy == "gram" and reads_input(weight_shape, geometry, square)
         keeps = {"fold": "x", "chain": "v", "gram": "x" if samples else "y", "frozen": ""}
         return cls(geometry, strategy, keeps[strategy], samples, core)
 
@@ -535,6 +539,18 @@ class SVFConvolution(NamedTuple):
         left, right, _ = self.reader
         ones = grad_weight.new_ones(len(left), left.shape[2])
         return gram_gradient(grad_weight, left, right, ones).reshape(-1).to(self.S.dtype)
+
+
+def parted(kinds: Sequence[Kind], tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """Part the tensors of several layers, one after the other, of which a core's has more."""
+    more = sum(len(kind.core.parts) for kind in kinds)
+    size, at = (len(tensors) - more) // len(kinds), 0
+    found = []
+    for kind in kinds:
+        end = at + size + len(kind.core.parts)
+        found.append(tensors[at:end])
+        at = end
+    return found
 
 
 def weights(

@@ -24,6 +24,23 @@ def shrinks(x: Tensor) -> bool:
     return spared > 3 * torch.promote_types(x.dtype, torch.float32).itemsize
 
 
+def of_tokens(x: Tensor) -> Tensor:
+    """Return tokens [..., C] as the positions of one map [1, C, count, 1], in channels_last order.
+
+    A linear layer is a 1×1 convolution of it. One image: over several, CPUs without bfloat16 sum
+    a gradient in it. No convolution takes a height of 0, so no tokens are no image.
+    """
+    channels = x.shape[-1]
+    count = x.shape[:-1].numel()
+    images, height = (1, count) if count else (0, 1)
+    return x.reshape(images, height, 1, channels).permute(0, 3, 1, 2)
+
+
+def to_tokens(y: Tensor, shape: torch.Size) -> Tensor:
+    """Return the positions of one map as tokens [..., C], of `shape` but for the channels."""
+    return y.permute(0, 2, 3, 1).reshape(*shape[:-1], y.shape[1])
+
+
 def float32_products() -> tuple[str, str]:
     """Return torch's switches for float32 products on a GPU: of convolutions, and of matrices."""
     # not `allow_tf32`, which raises once anyone has set `fp32_precision`

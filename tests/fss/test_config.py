@@ -35,7 +35,10 @@ def test_dict_round_trip(tiny):
         (lambda: DataConfig(root="x", min_area=0), "data.min_area: .*above 0, got 0"),
         (lambda: DataConfig(root="x", scale=(1.1, 0.9)), r"data.scale: .*got \[1.1, 0.9\]"),
         (lambda: DataConfig(root="x", rotate=-5), "data.rotate: expected 0 to 180 degrees, got -5"),
-        (lambda: ModelConfig(backbone="vgg"), "model.backbone: .*vgg16_bn, vgg16; got 'vgg'"),
+        (
+            lambda: ModelConfig(backbone="vgg"),
+            "model.backbone: .*vgg16_bn, vgg16, vit_tiny_patch16, .*; got 'vgg'",
+        ),
         (lambda: ModelConfig(dropout=1.0), "model.dropout: expected 0 up to below 1, got 1.0"),
         (lambda: ModelConfig(weights=""), "model.weights: expected a file"),
         (lambda: RegimeConfig(name="part"), "regime.name: .*freeze, full, svf, .*got 'part'"),

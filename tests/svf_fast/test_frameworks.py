@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import svf_fast
 from svf_fast import Fused
 from svf_fast.layers.factored import svf_layers
+from tests.svf_fast.saved_bytes import saved_by
 
 
 class Net(NamedTuple):
@@ -87,6 +88,56 @@ def test_converts_and_merges_back(net):
         tensor.zero_()
     original.load_state_dict(state, strict=True)
     assert distance(original(x), expected) < 2e-5
+
+
+VITS = {
+    "vit_tiny_patch16_224": {},
+    "deit3_small_patch16_224": {},  # with LayerScale
+    "vit_small_patch14_dinov2": {},
+    "vit_small_patch14_reg4_dinov2": {},  # with registers
+    "vit_tiny_patch16_224 with norms of queries and keys": {"qk_norm": True},
+    "vit_tiny_patch16_224 with a norm of what attends": {"scale_attn_norm": True},
+}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_blocks_of_timms_vits_are_fused(name):
+    """Exact, and at the memory of a frozen network."""
+    size = 56 if "dinov2" in name else 64
+    options = {"depth": 2, "img_size": size, **VITS[name]}
+    model = build(Net("timm", name.split()[0], (), size, options))
+    frozen = copy.deepcopy(model)
+    svf_fast.convert(model, ["blocks"], progress=False)
+    assert all(isinstance(block, svf_fast.SVFTransformerBlock) for block in model.blocks)
+    assert all(block.unfused_reason() == "" for block in model.blocks)
+    truth = copy.deepcopy(model).double()
+    for block in truth.blocks:
+        block.unfuse()
+    for layer in svf_layers(truth).values():
+        layer.strategy = "reference"
+        layer.refresh()
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    for recompute in (False, True):
+        for block in model.blocks:
+            block.recompute = recompute
+        mine, exact = model(x), truth(x.double())
+        assert distance(mine, exact) < 1e-5
+        both = (
+            torch.autograd.grad(y.square().sum(), list(svf_fast.svf_parameters(network)))
+            for y, network in ((mine, model), (exact, truth))
+        )
+        assert all(distance(*pair) < 2e-5 for pair in zip(*both, strict=True))
+
+    tokens = torch.randn(2, 9, model.embed_dim, requires_grad=True)
+    kept = saved_by(frozen.blocks, tokens)
+    for block in model.blocks:
+        block.recompute = False
+    fc2 = (layer for layer in svf_layers(model).values() if layer.in_features > layer.out_features)
+    kept += 4 * 2 * 9 * sum(layer.guarded for layer in fc2)
+    if " with " in name:  # what these norms leave is copied, or made anew, before `proj` reads it
+        kept += 2 * tokens.nbytes
+    statistics = 4 * 2 * 9 * 2 * 2 * 2  # of two layer norms in two blocks
+    assert saved_by(model.blocks, tokens) == kept - statistics
 
 
 def test_linear_layers_of_a_vit_are_named_like_any_module():

@@ -129,7 +129,7 @@ def test_trains_like_any_module():
         (
             {"name": "resnet34"},
             ValueError,
-            "backbone: .*resnet101, vgg16_bn, vgg16; got 'resnet",
+            "backbone: .*resnet101, vgg16_bn, vgg16, vit_tiny_patch16, .*; got 'resnet",
         ),
         ({"stem": "wide"}, ValueError, "stem: expected one of plain, deep; got 'wide'"),
         (

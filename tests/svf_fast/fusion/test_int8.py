@@ -251,6 +251,11 @@ class Calls(nn.Module):
         return self.relu(self.bn(self.conv(x)))
 
 
+def test_what_cannot_keep_8_bits_is_told():
+    with pytest.warns(UserWarning, match="keep='int8': nothing that was converted keeps 8 bits"):
+        svf_fast.convert(nn.Sequential(nn.Linear(4, 4)), None, keep="int8")
+
+
 def test_a_chain_and_a_unit_of_its_own():
     chain = svf_fast.convert(nn.Sequential(frozen(Calls())), None)
     assert isinstance(chain[0], FusedChain)
