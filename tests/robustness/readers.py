@@ -306,10 +306,6 @@ def _torch_seeds(content: object) -> list[Seed]:
 
 
 def _weights(folder: Path) -> list[Reader]:
-    model = svf_fast.convert(_network(), None, progress=False)
-    svf_fast.save_adapter(model, folder / "adapter.safetensors")
-    adapter = (folder / "adapter.safetensors").read_bytes()
-    before = copy.deepcopy(model.state_dict())
     backbone = build_backbone("resnet18", width=4)
     state = {key: value.contiguous() for key, value in backbone.state_dict().items()}
     save_file(state, folder / "backbone.safetensors", {"stride": "conv2"})
@@ -332,12 +328,25 @@ def _weights(folder: Path) -> list[Reader]:
         shapes = {key: value.shape for key, value in module.state_dict().items()}
         assert shapes == {key: value.shape for key, value in kept.items()}
 
-    def adapt(path: Path) -> None:
-        all_or_nothing(lambda m: svf_fast.load_adapter(m, path), model)
-        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if "S" not in k)
+    def adapter(core: str, weight: int) -> Reader:
+        model = svf_fast.convert(_network(), None, progress=False, core=core)
+        svf_fast.save_adapter(model, folder / "adapter.safetensors")
+        data = (folder / "adapter.safetensors").read_bytes()
+        before = copy.deepcopy(model.state_dict())
+        trained = ("S", "off_diagonal", "core_A", "core_B")
+
+        def adapt(path: Path) -> None:
+            all_or_nothing(lambda m: svf_fast.load_adapter(m, path), model)
+            frozen = {k: v for k, v in model.state_dict().items() if not k.endswith(trained)}
+            assert all(torch.equal(before[key], value) for key, value in frozen.items())
+
+        name = "adapter" if core == "diag" else f"adapter with {core}"
+        return Reader(name, ".safetensors", weight, [Seed(data), header(data)], adapt)
 
     return [
-        Reader("adapter", ".safetensors", 6, [Seed(adapter), header(adapter)], adapt),
+        adapter("diag", 6),
+        adapter("band:1", 2),
+        adapter("lowrank:2", 2),
         Reader(
             "backbone",
             ".safetensors",

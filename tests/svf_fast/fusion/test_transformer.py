@@ -66,6 +66,22 @@ def test_gradients_within_twice_the_error_of_the_reference(name, strategy, dtype
         compare(model, torch.randn(2, 7, 16).to(dtype))
 
 
+@pytest.mark.parametrize("core", ("band:1", "lowrank:2"))
+@pytest.mark.parametrize("strategy", ("gram", "chain", "fold"))
+def test_beyond_the_diagonal(core, strategy):
+    """Cores of which the layers have different numbers of tensors, by the 2x rule."""
+    block = drawn(BLOCKS["timm"]())
+    model = svf_fast.convert(nn.Sequential(block), None, strategy, progress=False, core=core)
+    assert isinstance(model[0], SVFTransformerBlock) and model[0].unfused_reason() == ""
+    with torch.no_grad():
+        for part in (p for p in model.parameters() if p.requires_grad):
+            part.add_(0.02 * torch.randn_like(part))
+    for recompute in (False, True):
+        model[0].recompute = recompute
+        compare(model, torch.randn(2, 7, 16))
+        assert model[0].unfused_reason() == ""
+
+
 def errors(run, truth: list[torch.Tensor]) -> torch.Tensor:
     pairs = zip(run, truth, strict=True)
     return torch.stack([(value.double() - true).norm() / true.norm() for value, true in pairs])

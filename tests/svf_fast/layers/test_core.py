@@ -328,6 +328,34 @@ def test_layers_with_cores_of_their_own_in_one_block():
     compare(moved(model), torch.randn(2, 6, 9, 9), passes=3)
 
 
+@pytest.mark.parametrize("weak", (False, True))
+@pytest.mark.parametrize("name", ("bottleneck", "bottleneck downsample", "basic"))
+@pytest.mark.parametrize("core", CORES)
+def test_maps_in_8_bits(core, name, weak):
+    """Output and dx stay to the bit; the gradients of all of Σ move as those of S alone do."""
+    torch.manual_seed(1)
+    block, results, saved = frozen(BLOCKS[name]()), {}, {}
+    x = torch.randn(
+        2, next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels, 17, 19
+    )
+    for keep in ("exact", "int8"):
+        model = nn.Sequential(copy.deepcopy(block))
+        svf_fast.convert(model, None, "gram", core=core, keep=keep)
+        diagonal = svf_fast.convert(nn.Sequential(copy.deepcopy(block)), None, "gram", keep=keep)
+        assert saved_by(model, x) == saved_by(diagonal, x)
+        torch.manual_seed(2)
+        moved(model, 0.1)
+        with torch.no_grad():
+            for layer in svf_layers(model).values():
+                layer.S[1] *= 1e-3 if weak else 1
+        results[keep], saved[keep] = step(model, x), saved_by(model, x)
+    assert saved["int8"] < 0.6 * saved["exact"]
+    (y, dx, *exact), (y8, dx8, *rounded) = results.values()
+    assert torch.equal(y, y8) and torch.equal(dx, dx8)
+    for one, other in zip(exact, rounded, strict=True):
+        assert 0 < (one - other).norm() < 0.05 * one.norm()
+
+
 @pytest.mark.parametrize("core", CORES)
 def test_16_bit_blocks(core):
     """Over draws, the median error at most twice the paper's layers': as `ops/test_block.py`."""
