@@ -214,8 +214,8 @@ def _follows(name: str, norm: nn.Module) -> str:
             "such layers alone"
         )
     return (
-        f"{name} ({type(norm).__name__}) follows, which computes its statistics from each map; only "
-        "those of a frozen batch norm are constants"
+        f"{name} ({type(norm).__name__}) follows, which computes its statistics from each map; "
+        "only those of a frozen batch norm are constants"
     )
 
 
