@@ -64,7 +64,9 @@ def test_matches_definition(case, dtype, layout, transposed, poisoned_memory) ->
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("images", [1, 3])
-def test_sizes_beyond_a_block(images, dtype, layout, threads, poisoned_memory) -> None:
+def test_sizes_beyond_a_block_at_any_number_of_threads(
+    images, dtype, layout, threads, poisoned_memory
+) -> None:
     """Of csrc/cpu/packed_product.cpp, whose blocks have 256 terms, 672 rows and 1024 columns."""
     x = maps((images, 257, 31, 41), dtype, layout)
     weight = torch.randn(691, 257, dtype=torch.float64).to(dtype)
