@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from svf_fast.fusion.blocks import ResidualUnit
+from svf_fast.fusion.fused import Fused
 from svf_fast.report import MemoryReport, memory_report
 
 _UNITS = {
@@ -24,6 +25,7 @@ _UNITS = {
     "KB": 10**3,
     "B": 1,
 }
+CODING = 90  # FLOPs that take as long as to spare one byte by 8 bits, coding and decoding it
 _SIZES = {name.lower(): size for name, size in _UNITS.items()}
 
 
@@ -49,46 +51,80 @@ class BudgetError(ValueError):
         return type(self), (self.smallest, self.budget)
 
 
-def fit(
-    model: nn.Module, budget: int, input_shape: Sequence[int], dtype: torch.dtype | None = None
-) -> None:
-    """Set which residual blocks recompute, so that a forward pass keeps at most ``budget`` bytes.
+class Way(NamedTuple):
+    """How a fused module keeps what it keeps: see the attributes of these names."""
 
-    Of the plans that fit, that with the fewest FLOPs. Bytes and ``dtype`` as in
-    :func:`svf_fast.memory_report`. Raises BudgetError when none fits; then nothing is changed.
+    recompute: bool = False
+    keeps_int8: bool = False
+
+    @classmethod
+    def of(cls, unit: Fused) -> Way:
+        return cls(getattr(unit, "recompute", False), unit.keeps_int8)
+
+    def set(self, unit: Fused) -> None:
+        """Let a module compute so, as far as it can."""
+        unit.keeps_int8 = self.keeps_int8
+        if isinstance(unit, ResidualUnit):
+            unit.recompute = self.recompute
+
+
+def fit(
+    model: nn.Module,
+    budget: int,
+    input_shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+    keep: str = "exact",
+) -> None:
+    """Set how fused modules keep what they keep, so that a forward pass keeps ``budget`` bytes.
+
+    Residual blocks may recompute; with ``keep="auto"`` they and other fused modules may keep in 8
+    bits instead, with "int8" all do already. Of the plans that fit, that of the least cost: FLOPs,
+    and for 8 bits :data:`CODING`. Bytes and ``dtype`` as in :func:`svf_fast.memory_report`. Raises
+    BudgetError when none fits; then nothing is changed.
     """
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualUnit)}
-    before = {name: block.recompute for name, block in blocks.items()}
+    units = {name: m for name, m in model.named_modules() if isinstance(m, Fused)}
+    before = {name: Way.of(unit) for name, unit in units.items()}
+    int8 = keep == "int8"
+    ways = [Way(False, int8), Way(True, int8), *([Way(False, True)] if keep == "auto" else [])]
     try:
-        keeping = _report(model, blocks, False, input_shape, dtype)
-        if keeping.saved_bytes <= budget:
+        reports = [_report(model, units, ways[0], input_shape, dtype)]
+        if reports[0].saved_bytes <= budget:
             return
-        recomputing = _report(model, blocks, True, input_shape, dtype)
+        reports += [_report(model, units, way, input_shape, dtype) for way in ways[1:]]
         names, options, fixed = [], [], 0
-        for keep, again in zip(keeping.units, recomputing.units, strict=True):
-            if keep.name in blocks:
-                names.append(keep.name)
-                options.append([Option(unit.saved_bytes, unit.flops) for unit in (keep, again)])
+        for found in zip(*(report.units for report in reports), strict=True):
+            if found[0].name in units:
+                names.append(found[0].name)
+                most = found[0].saved_bytes
+                options.append(
+                    [
+                        Option(
+                            unit.saved_bytes,
+                            unit.flops + CODING * max(0, most - unit.saved_bytes) * coded,
+                        )
+                        for unit, coded in zip(found, (0, 0, 1), strict=False)
+                    ]
+                )
             else:
-                fixed += keep.saved_bytes
+                fixed += found[0].saved_bytes
         chosen = choose(options, budget, fixed)
     except Exception:
-        for name, block in blocks.items():
-            block.recompute = before[name]
+        for name, unit in units.items():
+            before[name].set(unit)
         raise
     for name, choice in zip(names, chosen, strict=True):
-        blocks[name].recompute = bool(choice)
+        ways[choice].set(units[name])
 
 
 def _report(
     model: nn.Module,
-    blocks: dict[str, ResidualUnit],
-    recompute: bool,
+    units: dict[str, Fused],
+    way: Way,
     input_shape: Sequence[int],
     dtype: torch.dtype | None,
 ) -> MemoryReport:
-    for block in blocks.values():
-        block.recompute = recompute
+    for unit in units.values():
+        way.set(unit)
     return memory_report(model, input_shape, dtype)
 
 

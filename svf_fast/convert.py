@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def convert(
     factors: Mapping[str, Factors] | None = None,
     keep_norms_frozen: bool = True,
     trains: str = "S",
+    keep: str = "exact",
 ) -> nn.Module:
     """Replace the convolutions and linear layers of a pretrained model by SVF layers, in place.
 
@@ -137,7 +139,8 @@ def convert(
         memory_budget: most that autograd may keep of one forward pass, like ``"1.5GiB"`` or an
             integer of bytes, as :func:`svf_fast.memory_report` counts it: weights and what lives
             within the step are not in it. The fastest plan that fits is set: fused blocks compute
-            their second convolution twice where that is needed.
+            their second convolution twice where that is needed, or, with ``keep="auto"``, keep in
+            8 bits.
         input_shape: of the forward pass that the budget is for.
         dtype: of the activations in it, for a run under autocast.
         factors: U, S and V by the name of their layer, where they are known already, from a state
@@ -152,6 +155,11 @@ def convert(
             before.
         trains: what of the converted layers trains: S, or with ``"log_scale"`` s' of S·exp(s'), at
             the same saved bytes; see :class:`svf_fast.SVFConv2d`.
+        keep: ``"exact"``, or ``"int8"``: fused blocks and units keep in 8 bits what the gradients
+            of S alone are computed from, a third of the bytes in float32 and six tenths in 16
+            bits. Outputs and the gradients that other layers get stay as they are, to the bit; the
+            gradients of S are off by a few thousandths, a thirtieth of what bfloat16 does to them.
+            ``"auto"``: as few of them as ``memory_budget`` asks for. What is not fused keeps all.
 
     Returns the model.
 
@@ -167,6 +175,7 @@ def convert(
         )
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     check_trains(trains)
+    _check_keep(keep, fuse, budget)
     if isinstance(layers, str):
         layers = (layers,)
     check_module(model)
@@ -209,12 +218,14 @@ def convert(
     for factored in svf_layers(model).values():
         network.join(factored)
     undo = _fuse(model, layers) if fuse else []
+    if keep == "int8":
+        undo = _keep_int8(model, layers) + undo
     if keep_norms_frozen:
         _warn_of_training_norms(model)
         undo += keep_frozen(model)
     if budget is not None and input_shape is not None:
         try:
-            fit(model, budget, input_shape, dtype)
+            fit(model, budget, input_shape, dtype, keep)
         except Exception:
             for each in undo:
                 each()
@@ -334,6 +345,35 @@ def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], o
         new = tuple(unit for unit in group if chosen(prefix + unit.stage.conv))
         if new:
             undo.append(FusedSequential.adopt(module, new))
+    return undo
+
+
+def _check_keep(keep: str, fuse: bool, budget: int | None) -> None:
+    if keep not in ("exact", "int8", "auto"):
+        raise ValueError(f"keep: expected 'exact', 'int8' or 'auto', got {keep!r}")
+    if keep != "exact" and not fuse:
+        raise ValueError(
+            f"keep: expected 'exact' with fuse=False, got {keep!r}: only fused blocks keep in 8 "
+            "bits, because a layer alone keeps a map that its batch norm keeps anyway"
+        )
+    if keep == "auto" and budget is None:
+        raise ValueError(
+            "keep: expected a memory_budget with 'auto', which keeps in 8 bits what a budget asks "
+            "for; use 'int8' to keep all fused blocks so"
+        )
+
+
+def _keep_int8(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], object]]:
+    """Let what is fused of `layers` keep in 8 bits; returns what undoes it."""
+    chosen = _chosen(model, layers)
+    undo: list[Callable[[], object]] = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Fused) and any(
+            chosen(prefix + conv) for conv in module.fused_convs()
+        ):
+            undo.append(partial(setattr, module, "keeps_int8", module.keeps_int8))
+            module.keeps_int8 = True
     return undo
 
 

@@ -35,7 +35,7 @@ class UnitReport:
         name: of the module.
         layers: names of the SVF layers in it.
         strategy: of these layers, and the number of guarded directions where there are any.
-        note: why what could be fused is not, or that a fused block recomputes.
+        note: why what could be fused is not, or that it recomputes or keeps 8 bits.
         output_shape: of its first call; empty for the other layers.
         saved_bytes: what autograd keeps in its forward passes; a tensor that several keep counts
             for the first.
@@ -335,7 +335,9 @@ def _report(
             reference_flops += _flops(layer, "reference", 0, shape)
             if again and inside == prefix + again:
                 flops += 2 * math.prod(shape) * layer.V[0].numel()
-    note = f"computes {again} again" if again else ""
+    trades = [f"computes {again} again"] if again else []
+    trades += ["keeps 8 bits"] if isinstance(unit, Fused) and unit.keeps_int8 else []
+    note = ", ".join(trades)
     if isinstance(unit, Fused) and (reason := unit.unfused_reason()):
         note = f"not fused: {reason}"
     strategy = "/".join(dict.fromkeys(layer.strategy_in_use for layer in inner.values()))

@@ -84,7 +84,8 @@ class Judge:
     A whole network's error in 16 bits says little where many layers amplify it. There each unit of
     the network, a block, is judged alone as well: on the input and the gradient that the chain in
     float64 has there, rounded to 16 bits. What is allowed to the whole is asked for only as long as
-    a gradient of zeros would fail; where a level has no blocks it is never more than `LIMIT`.
+    a gradient of zeros would fail; where a level has no blocks it is never more than `LIMIT`. A
+    peer that rounds what it keeps is held to what the chain's error is in `Peer.judged_in`.
 
     Args:
         level, group: what is raced.
@@ -115,8 +116,13 @@ class Judge:
         level = self._level
         units = {name: self._units(level.peers[name].compiled, settings) for name in networks}
         truths = [self._truth(seed, settings, set().union(*units.values())) for seed in seeds]
-        allowed = self._allowed(truths, settings)
-        waiting = {name: {WHOLE, *units[name]} & allowed.keys() for name in networks}
+        rules = {name: level.peers[name].judged_in or settings.dtype for name in networks}
+        by_dtype = {
+            dtype: self._allowed(truths, dataclasses.replace(settings, dtype=dtype))
+            for dtype in set(rules.values())
+        }
+        allows = {name: by_dtype[dtype] for name, dtype in rules.items()}
+        waiting = {name: {WHOLE, *units[name]} & allows[name].keys() for name in networks}
         for truth in truths:
             for name in [name for name in waiting if waiting[name]]:
                 errors: dict[str, float] = {}
@@ -128,7 +134,7 @@ class Judge:
                 rows[name]["error"] = errors[WHOLE]
                 if of_units := [error for key, error in errors.items() if key != WHOLE]:
                     rows[name]["block_error"] = max(of_units)
-                waiting[name] -= {key for key, e in errors.items() if e <= allowed.get(key, 0)}
+                waiting[name] -= {key for key, e in errors.items() if e <= allows[name].get(key, 0)}
         return {name for name in waiting if not waiting[name]}
 
     def _units(self, compiled: bool, settings: Settings) -> list[str]:

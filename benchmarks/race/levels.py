@@ -27,6 +27,7 @@ from svf_fast.reference.cosine_max import cosine_max as dense_cosine_max
 
 SVF_LAYERS = ("layer2", "layer3", "layer4")
 BASE_CLASSES = 60  # of a fold of COCO-20i
+SUPPORTS_AGAIN = "svf_fast, 8 bits, supports computed again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +52,17 @@ class Settings:
 
     @classmethod
     def of(cls, options: argparse.Namespace, **given: Any) -> Settings:
-        """Take the options with the names of fields, and the first of ``batches``.
+        """Take the options with the names of fields, of several values the first.
 
-        given: what is not an option.
+        given: what is not an option. ``batches`` stands for batch.
         """
         named = vars(options)
         if "batches" in named:
             given["batch"] = named["batches"][0]
         names = {field.name for field in dataclasses.fields(cls)} & named.keys()
-        return cls(**{name: named[name] for name in names}, **given)
+        values = {name: named[name] for name in names}
+        first = {name: x[0] if isinstance(x, list) else x for name, x in values.items()}
+        return cls(**first, **given)
 
     @property
     def map_size(self) -> int:
@@ -219,6 +222,7 @@ class StepLevel(Level):
     name = "step"
     title = "A training step of the baseline"
     groups = ("step",)
+    peers: dict[str, Peer] = PEERS | {SUPPORTS_AGAIN: PEERS["svf_fast, 8 bits"]}
     layers = SVF_LAYERS
     trunk = "backbone."
     check_size = 33
@@ -242,6 +246,7 @@ class StepLevel(Level):
 
     def convert(self, network, name, cache):
         backbone = network.backbone
+        network.recompute_supports = name == SUPPORTS_AGAIN
         self.peers[name].convert(backbone, self.layers, cache)
         if self.peers[name].trains == "nothing":  # let the gradient pass layers 2-4 all the same
             like = backbone.conv1.weight

@@ -2,6 +2,7 @@
 
     python -m benchmarks.race.memory && python -m benchmarks.race.memory --models
     python -m benchmarks.race.memory --models --peaks --name memory-methods
+    python -m benchmarks.race.memory --only step --shots 1 5 10 20 --sizes 641 --name memory-shots
     python -m benchmarks.render
 
 ResNet-50's layers 2-4 for one image, whose input needs no gradient, for layer 1 is frozen; the
@@ -20,7 +21,7 @@ import dataclasses
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--sizes", type=int, nargs="+", default=[641, 473], help="first: the step")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5], help="of the step")
+    parser.add_argument("--only", choices=("backbone", "step", "prior"), help="one level of three")
+    parser.add_argument("--peers", help="names separated by semicolons (default: all)")
     parser.add_argument("--peaks", nargs="*", default=["float32"], help="dtypes to measure them in")
     parser.add_argument("--largest", type=float, default=float("inf"), help="peak to measure, GiB")
     parser.add_argument("--models", action="store_true", help="a step of each model instead")
@@ -52,6 +55,7 @@ def main() -> int:
     parser.add_argument("--name", help="of the file of results, without .json")
     options = parser.parse_args()
     base = Settings.of(options, size=options.sizes[0], batch=1)
+    chosen = options.peers.split(";") if options.peers else None
     name = options.name or ("memory-models" if options.models else "memory")
     with tempfile.TemporaryDirectory() as cache:  # of the decomposed weights, which groups share
         groups = [
@@ -61,6 +65,7 @@ def main() -> int:
                 settings,
                 options.largest if settings.dtype in options.peaks else 0.0,
                 Path(cache),
+                chosen,
             )
             for level, group, settings in (_models if options.models else _peers)(base, options)
         ]
@@ -71,11 +76,14 @@ def main() -> int:
 
 def _peers(base: Settings, options: argparse.Namespace) -> Iterator[tuple[str, str, Settings]]:
     """Yield level, group and settings of each column of memory.json."""
+    wanted = [options.only] if options.only else ["backbone", "step", "prior"]
     for dtype in options.dtypes:
-        for size in options.sizes:
+        for size in options.sizes if "backbone" in wanted else ():
             yield "backbone", "layers 2-4", dataclasses.replace(base, size=size, dtype=dtype)
-        yield "step", "step", dataclasses.replace(base, dtype=dtype)
-    yield "prior", "cosine_max", base
+        for shots in options.shots if "step" in wanted else ():
+            yield "step", "step", dataclasses.replace(base, dtype=dtype, shots=shots)
+    if "prior" in wanted:
+        yield "prior", "cosine_max", base
 
 
 def _models(base: Settings, options: argparse.Namespace) -> Iterator[tuple[str, str, Settings]]:
@@ -85,17 +93,22 @@ def _models(base: Settings, options: argparse.Namespace) -> Iterator[tuple[str, 
 
 
 def figure(
-    level_name: str, group: str, settings: Settings, largest: float, cache: Path | None = None
+    level_name: str,
+    group: str,
+    settings: Settings,
+    largest: float,
+    cache: Path | None = None,
+    peers: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Count all peers of a group for one size and dtype; measure peaks up to `largest` GiB.
+    """Count the peers of a group for one size and dtype; measure peaks up to `largest` GiB.
 
-    `cache` is a folder of decompositions.
+    `cache` is a folder of decompositions; `peers` are all if not given.
     """
     level = LEVELS[level_name]
     plain = level.network(settings, group)
     rows = []
     for name, peer in level.peers.items():
-        if peer.compiled:
+        if peer.compiled or (peers is not None and name not in peers):
             continue
         network = level.convert(copy.deepcopy(plain), name, cache)
         shapes = level_name == "models" or not (

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,13 @@ class Peer(NamedTuple):
     trains: "S", "weights", "the head alone", or "nothing", where only the gradient of the input is
         asked for.
     compiled: it needs a C++ compiler when first called, and much time then.
+    judged_in: the dtype whose rule its gradients are held to; "" for that of the race.
     """
 
     convert: Convert
     trains: str = "S"
     compiled: bool = False
+    judged_in: str = ""
 
 
 def official(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
@@ -117,11 +119,11 @@ def compiled(convert: Convert) -> Convert:
     return converted
 
 
-def ours(strategy: str = "auto", fuse: bool = True) -> Convert:
+def ours(strategy: str = "auto", **options: Any) -> Convert:
     """Return svf_fast's conversion as a user calls it."""
 
     def converted(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-        return svf_fast.convert(model, layers, strategy, fuse=fuse, cache=cache, progress=False)
+        return svf_fast.convert(model, layers, strategy, cache=cache, progress=False, **options)
 
     return converted
 
@@ -138,6 +140,7 @@ PEERS = {
     "torch.compile of recomposed": Peer(compiled(recomposed), compiled=True),
     "svf_fast, unfused": Peer(ours(fuse=False)),
     "svf_fast": Peer(ours()),
+    "svf_fast, 8 bits": Peer(ours(keep="int8"), judged_in="bfloat16"),
 }
 # What `fss train` makes of a backbone: the head trains in each of them.
 REGIMES = {
@@ -150,7 +153,13 @@ REGIMES = {
 LAYER_PEERS = {
     name: peer
     for name, peer in PEERS.items()
-    if name not in ("official, checkpoint per block", "recomposed, BN folded", "svf_fast, unfused")
+    if name
+    not in (
+        "official, checkpoint per block",
+        "recomposed, BN folded",
+        "svf_fast, unfused",
+        "svf_fast, 8 bits",
+    )
 } | {f"svf_fast, {name}": Peer(ours(name)) for name in ("fold", "chain", "gram")}
 
 

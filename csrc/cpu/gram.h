@@ -12,7 +12,7 @@ using torch::stable::Tensor;
 Tensor channel_dot(const Tensor& a, const Tensor& b);
 
 Tensor gram(const Tensor& a, const Tensor& b, int64_t groups, const std::optional<Tensor>& scale,
-            const std::optional<Tensor>& shift);
+            const std::optional<Tensor>& shift, const std::optional<Tensor>& grid = std::nullopt);
 
 Tensor gram_gradient(const Tensor& M, const Tensor& left, const Tensor& right, const Tensor& S);
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -44,6 +45,18 @@ SVF_FAST_INLINE void store_part(T* to, const V& value, int64_t count) {
   T padded[lanes];
   Memory<kBytes>::store(padded, value);
   std::memcpy(to, padded, count * sizeof(T));
+}
+
+// The value as storage type T holds it.
+template <int kBytes, typename T, typename V>
+SVF_FAST_INLINE V rounded(const V& value) {
+  if constexpr (std::is_same_v<T, accumulator_t<T>>) {
+    return value;
+  } else {
+    T stored[kBytes / sizeof(accumulator_t<T>)];
+    Memory<kBytes>::store(stored, value);
+    return Memory<kBytes>::load(stored);
+  }
 }
 
 // Sums of products in double, one per lane. In halves: compilers split wider conversions badly.

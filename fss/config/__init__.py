@@ -186,6 +186,8 @@ class RegimeConfig:
             ones: as PFENet's code does in "all" layers of its frozen backbone.
         adapter_reduction: a stage's channels divided by the channels inside its adapter.
         strategy: how SVF layers compute: "auto", "reference", "fold", "chain" or "gram", all exact.
+        keep: what fused blocks of SVF layers keep for the gradients of S: "exact", or "int8", a
+            third of the bytes in float32, see `svf_fast.convert`.
     """
 
     name: RegimeName = "svf"
@@ -196,6 +198,7 @@ class RegimeConfig:
     batch_norm_statistics: Literal["frozen", "batch"] = "frozen"
     adapter_reduction: int = 4
     strategy: Literal["auto", "reference", "fold", "chain", "gram"] = "auto"
+    keep: Literal["exact", "int8"] = "exact"
 
     def __post_init__(self) -> None:
         check_settings(self, "regime.")
@@ -219,6 +222,12 @@ class RegimeConfig:
                 f'its size; omit kernel, got "{self.kernel}"'
             )
         self._check_factors()
+        if self.keep != "exact" and set(self.trained_factors) not in ({"S"}, {"S'"}):
+            trained = list(self.trained_factors)
+            raise ValueError(
+                f'regime.keep: expected "exact" where other factors than S alone train, which are '
+                f'{trained} in "{self.name}"; got "{self.keep}"'
+            )
 
     def _check_factors(self) -> None:
         if self.factors is None:
@@ -251,7 +260,7 @@ class RegimeConfig:
     def signature(self) -> dict[str, Any]:
         """Return, as plain values, what determines which weights exist and which of them train."""
         values = dataclasses.asdict(self)
-        del values["strategy"]
+        del values["strategy"], values["keep"]
         values["factors"] = sorted(self.trained_factors)
         values["layers"] = list(self.layers)
         if self.name != "adapter":
@@ -354,6 +363,9 @@ class TrainConfig:
             this.
         test_episodes: novel-class episodes per seed of the test at the end of the run.
         test_seeds: seeds of that test; mean and spread are reported (defaults: BAM's).
+        recompute_supports: compute what leads from the supports' photos to the head again in the
+            backward pass, one shot after the other, instead of keeping it: less memory, the more
+            shots the less, for the time of their forward pass. Steps then run without a graph.
         checkpoint: the checkpoint that is tested: "best" has the highest validation mIoU, see
             `validation_classes`; "last" selects nothing.
         resize: how a prediction is resized to its photo: "photo" crops it to the part that the
@@ -404,6 +416,7 @@ class TrainConfig:
     early_stop: int = 0
     test_episodes: int = free(1000, "resume")
     test_seeds: tuple[int, ...] = free((510, 365, 382, 322, 988), "resume")
+    recompute_supports: bool = free(False, "resume", "finished", "mean")
     checkpoint: Checkpoint = free("best", "resume")
     resize: Resize = free("photo", "resume")
     feature_cache: float = free(2.0, "resume", "mean")
@@ -446,6 +459,11 @@ class TrainConfig:
                 f"got {self.accumulate}"
             )
         check_positive("foreground_weight", self.foreground_weight)
+        if self.recompute_supports and self.regime.batch_norm_statistics == "batch":
+            raise ValueError(
+                "recompute_supports: expected regime.batch_norm_statistics frozen: batch norms "
+                "would take each batch of supports into their statistics twice"
+            )
         if not self.test_seeds:
             raise ValueError("test_seeds: expected at least one seed, got none")
         if len(set(self.test_seeds)) != len(self.test_seeds):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from fss.config import ModelConfig
 from fss.models.backbone import BACKBONES, Backbone
@@ -102,11 +103,15 @@ class FewShotModel(nn.Module, ABC):
         needs_base_classes: whether it is built for the fold's base classes without that.
         transformer: beginnings of the names of parameters that have their own optimizer, see
             `OptimizerConfig.transformer_lr`.
+        supports_train: whether a gradient reaches the backbone through the supports.
         votes: whether several supports vote, so that small differences make other logits or none.
         official_names: beginnings of our names and of those in the authors' files, see
             `official_keys`.
         official_shapes: shapes of the values that the authors have in another one, by our names.
         official_unused: beginnings of the names of what in the authors' files computes nothing.
+        recompute_supports: keep of the supports what the head reads alone, and compute what leads
+            to it again in the backward pass, one shot after the other: less memory, for the time
+            of a forward pass of the supports.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("query_image", "support_images", "support_masks")
@@ -118,10 +123,12 @@ class FewShotModel(nn.Module, ABC):
     needs_base_learner: ClassVar[bool] = False
     needs_base_classes: ClassVar[bool] = False
     transformer: ClassVar[tuple[str, ...]] = ()
+    supports_train: ClassVar[bool] = True
     votes: ClassVar[bool] = False
     official_names: ClassVar[Mapping[str, str]] = {}
     official_shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     official_unused: ClassVar[tuple[str, ...]] = ()
+    recompute_supports: bool = False
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -183,7 +190,7 @@ class FewShotModel(nn.Module, ABC):
         """Compute what the head reads, in one run of the backbone over all images.
 
         Where batch norms use statistics of the batch, queries and each of the K shots are batches
-        of their own, as in the published code.
+        of their own, as in the published code; also with `recompute_supports`.
 
         Args:
             query_image: normalized images [B, 3, H, W], H-1 and W-1 multiples of 8 unless the model
@@ -193,9 +200,19 @@ class FewShotModel(nn.Module, ABC):
 
         Raises:
             TypeError, ValueError: inputs of another type, shape, size or device.
+            RuntimeError: `recompute_supports` with batch norms that use the batch's statistics.
         """
         self.check(query_image, support_images, support_masks)
-        if any(isinstance(m, _BatchNorm) and m.training for m in self.backbone.modules()):
+        by_batch = any(isinstance(m, _BatchNorm) and m.training for m in self.backbone.modules())
+        if self.recompute_supports and self.supports_train and torch.is_grad_enabled():
+            if by_batch:
+                raise RuntimeError(
+                    "recompute_supports: expected batch norms of the backbone with stored "
+                    "statistics, got some that would take a batch into theirs twice; turn it off, "
+                    "or freeze them"
+                )
+            return self._features_by_shot(query_image, support_images, support_masks)
+        if by_batch:
             return self._features_by_batch(query_image, support_images, support_masks)
         batch, shots = support_masks.shape[:2]
         images = torch.cat([query_image, support_images.flatten(0, 1)])
@@ -224,6 +241,30 @@ class FewShotModel(nn.Module, ABC):
             shots.append(self.support_features(maps, masks))
         with self._recorded(query_image):
             return Features.of(query, Supports.stack(shots))
+
+    def _features_by_shot(
+        self, query_image: Tensor, support_images: Tensor, support_masks: Tensor
+    ) -> Features:
+        """Compute `features` of each shot in a checkpoint, which keeps its photos and results."""
+        with self._recorded(query_image):
+            seen = self.maps(query_image)
+            query = (*seen, *self.query_maps(*seen))
+
+        def of_shot(images: Tensor, masks: Tensor, *query: Tensor) -> tuple[Tensor | None, ...]:
+            with self._recorded(images):
+                maps = self.maps(images)
+            supports = self.support_features(maps, masks).map(lambda each: each.unsqueeze(1))
+            with self._recorded(images):
+                _, summaries, priors = Features.of(query, supports)
+            return (*summaries, priors)
+
+        shots = [
+            checkpoint(of_shot, images, masks, *query, use_reentrant=False)
+            for images, masks in zip(support_images.unbind(1), support_masks.unbind(1), strict=True)
+        ]
+        *summaries, priors = zip(*shots, strict=True)
+        joined = tuple(torch.cat(each, dim=1) for each in summaries)
+        return Features(query, joined, None if priors[0] is None else torch.cat(priors))
 
     def maps(self, images: Tensor) -> Maps:
         """Compute what the backbone finds in photos [N, 3, H, W], whatever their role: [N, …]."""

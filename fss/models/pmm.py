@@ -57,6 +57,8 @@ class PMM(DenseComparison):
         },
     }
 
+    supports_train = False
+
     def __init__(self, backbone: Backbone, channels: int = 256, dropout: float = 0.5) -> None:
         super().__init__(backbone, channels, dropout, self.batch_norm)
         norm = "merge" in self.batch_norm

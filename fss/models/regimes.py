@@ -117,6 +117,7 @@ def _train_convolutions(
             convolutions,
             regime,
             strategy=regime.strategy,
+            keep=regime.keep,
             factors=known,
             progress=progress,
             keep_norms_frozen=regime.batch_norm_statistics == "frozen",

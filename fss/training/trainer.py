@@ -79,6 +79,7 @@ class Trainer(Loop):
 
         network = build_model(config.model, self.base_classes, config.data.shots)
         apply_regime(network, config.regime)
+        network.recompute_supports = config.recompute_supports
         if config.sync_batch_norm:
             network = synchronize_batch_norms(network, config.regime, fabric)
         optimizer = build_optimizer(network, config.optimizer)
@@ -86,8 +87,9 @@ class Trainer(Loop):
         self._set_up(network, optimizer, scheduler)
         self.class_weight = fabric.to_device(torch.tensor([1.0, config.foreground_weight]))
         inputs = (*network.inputs, *network.targets, "query_mask", "class_id")
+        graph = "off" if config.recompute_supports else config.graph
         self._run_parts = captured(
-            self._backward_parts, network, inputs, fabric, config.graph, self._print
+            self._backward_parts, network, inputs, fabric, graph, self._print
         )
 
         self.title = f"{config.regime.name} fold {config.data.fold}"

@@ -50,10 +50,13 @@ class ResidualUnit(Fused):
     Attributes:
         recompute: run the second convolution again in the backward pass instead of keeping its
             output; less memory, more time.
+        keeps_int8: keep in 8 bits what the gradients of S alone are computed from; less memory,
+            the same output and the same gradient of x, rounded gradients of S.
     """
 
     stage_count: int  # beside the shortcut
     recompute: bool
+    keeps_int8 = False
     _names: ResidualBlock
     # of the inner modules, and their attributes, as they were when the forward was read
     _kinds: dict[str, str]
@@ -131,16 +134,17 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        x, main, shortcut, again = x.to(dtype), names.stages, "identity", self.recompute
+        x, main, way, again = x.to(dtype), names.stages, "identity", self.recompute
+        int8 = self.keeps_int8
         if names.gate is not None:
             shortcut_x = x if shortcut_x is None else shortcut_x
             stages, programs = reading.stages(self, main[:-1], dtype, False)
-            x = block(x, stages, recompute=again, programs=programs)
+            x = block(x, stages, recompute=again, programs=programs, int8=int8)
             x = self.get_submodule(names.gate)(x).to(dtype)
-            main, shortcut, again = main[-1:], "given", False
+            main, way, again = main[-1:], "given", False
         stages, programs = reading.stages(self, main, dtype, True, names.shortcut)
-        way = shortcut if names.shortcut is None else stages.pop()
-        return block(x, stages, way, shortcut_x, names.relu, again, programs)
+        shortcut = way if names.shortcut is None else stages.pop()
+        return block(x, stages, shortcut, shortcut_x, names.relu, again, programs, int8)
 
 
 class SVFBottleneck(ResidualUnit):
@@ -181,6 +185,7 @@ class FusedSequential(Fused):
     """An ``nn.Sequential`` that runs each conv, batch norm and ReLU in it as one autograd node."""
 
     is_whole = False
+    keeps_int8 = False
     _names: tuple[Unit, ...]
     # of the norms that are more than torch's: the classes of the modules in each, all attributes
     _kinds: dict[str, dict[str, str]] = {}  # noqa: RUF012  of a pickle that has none
@@ -258,7 +263,13 @@ class FusedSequential(Fused):
                 continue
             dtype = _compute_dtype(x, conv_of(self, unit.stage), "SVFConvBNAct")
             stages, programs = reading.stages(self, [unit.stage], dtype, not unit.stage.relu)
-            x = block(x.to(dtype), stages, relu=unit.stage.relu, programs=programs)
+            x = block(
+                x.to(dtype),
+                stages,
+                relu=unit.stage.relu,
+                programs=programs,
+                int8=self.keeps_int8,
+            )
             skipped = {unit.stage.bn, *([unit.relu] if unit.relu else [])}
         return x
 
@@ -270,6 +281,7 @@ class FusedChain(Fused):
     """
 
     is_whole = False
+    keeps_int8 = False
     _names: Chain
     _kinds: dict[str, str]
     _attributes: dict[str, dict[str, Any]]
@@ -311,7 +323,8 @@ class FusedChain(Fused):
                 continue
             dtype = _compute_dtype(x, conv_of(self, step), type(self).__name__)
             stages, programs = reading.stages(self, [step], dtype, not step.relu)
-            x = block(x.to(dtype), stages, relu=step.relu, programs=programs)
+            x = x.to(dtype)
+            x = block(x, stages, relu=step.relu, programs=programs, int8=self.keeps_int8)
         return x
 
 
@@ -322,6 +335,9 @@ class SVFConvBNAct(nn.Module):
         conv: a convolution; a plain one is converted with ``strategy``.
         bn: the batch norm that follows; it uses its stored statistics (evaluation mode).
         relu: whether a ReLU ends it.
+
+    Attributes:
+        keeps_int8: keep y in 8 bits, as a block does: see :class:`ResidualUnit`.
 
     Shapes: x [N, Ci, H, W], residual [N, Co, Ho, Wo] or None -> [N, Co, Ho, Wo]. With ``gram`` it
     keeps y alone, or y and a bit per element where a residual is added. Where batch norm trains or
@@ -353,6 +369,7 @@ class SVFConvBNAct(nn.Module):
         self.conv = conv if isinstance(conv, SVFConv2d) else SVFConv2d.from_conv(conv, strategy)
         self.bn = bn
         self.relu = relu
+        self.keeps_int8 = False
         self.train(bn.training)
 
     def unfused_reason(self) -> str:
@@ -375,13 +392,15 @@ class SVFConvBNAct(nn.Module):
         dtype = _compute_dtype(x, self.conv, "SVFConvBNAct")
         names, folds = StageNames("conv", "bn", self.relu), residual is not None or not self.relu
         stages, programs = reading.stages(self, [names], dtype, folds)
-        if residual is None:
-            return block(x.to(dtype), stages, relu=self.relu, programs=programs)
-        given = residual.to(dtype)
-        return block(x.to(dtype), stages, "given", given, self.relu, False, programs)
+        kind, given = ("", None) if residual is None else ("given", residual.to(dtype))
+        int8 = self.keeps_int8
+        return block(x.to(dtype), stages, kind, given, self.relu, False, programs, int8)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_reading"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"keeps_int8": False, **state})  # of an older version
 
 
 def _compute_dtype(x: Tensor, conv: SVFConv2d, name: str) -> torch.dtype:

@@ -29,6 +29,7 @@ class Fused(Recast):
     """Base of what runs several modules as one; its forward falls back to that of `original`."""
 
     is_whole = True  # whether it runs all that is in it
+    keeps_int8: bool  # whether it keeps in 8 bits what the gradients of S alone are read off
     _reading: object  # what the last forward pass read of the module
 
     def unfused_reason(self) -> str:
@@ -51,7 +52,8 @@ class Fused(Recast):
         reading = self.__dict__.get("_reading")
         if reading is None or any(self.unfused_reasons()):
             return ()
-        return reading.watch.key(self), getattr(self, "recompute", False)
+        trades = getattr(self, "recompute", False), self.keeps_int8
+        return reading.watch.key(self), *trades
 
     def unfuse(self) -> nn.Module:
         """Give the module its original class back, in place; returns it."""

@@ -3,7 +3,8 @@
 A bottleneck keeps y1 and y2, the outputs of its first two convolutions, and one bit per element
 of its last ReLU (none where it ends in the sum). x2 and x3 are ``relu(bn(y1))`` and
 ``relu(bn(y2))``, rebuilt when they are read; the Gram matrices of conv1 and conv2 need y1 and y2,
-that of conv3 needs x3; x is not needed.
+that of conv3 needs x3; x is not needed. In 8 bits y1 and y2 serve the Gram matrices alone: the
+masks that their codes tell are exact, and so is dL/dx.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from svf_fast.ops.node import (
 )
 from svf_fast.ops.pointwise import Extras, fuses, pointwise
 from svf_fast.ops.program import Programs, runs_programs
+from svf_fast.ops.quantize import quantized_backward
 from svf_fast.reference.pointwise import Epilogue, Prologue
 
 # of svf_fast.ops.affine_act, whose checks are the caller's here
@@ -39,6 +41,8 @@ _back, _back_ = (
     torch.ops.svf_fast.affine_act_backward.default,
     torch.ops.svf_fast.affine_act_backward_.default,
 )
+
+_quantize = torch.ops.svf_fast.quantize.default  # of svf_fast.ops.quantize
 
 _T = TypeVar("_T")
 
@@ -88,6 +92,7 @@ class Form(NamedTuple):
         "convolution" (a stage of its own).
     relu: whether a ReLU ends it. Between the stages there always is one.
     recompute: y of the second stage is not kept but computed again from the first's.
+    int8: x and y are kept in 8 bits, but for a y that another is computed from again.
     keeps: of each stage beside the shortcut.
     """
 
@@ -95,10 +100,13 @@ class Form(NamedTuple):
     shortcut: str
     relu: bool
     recompute: bool
+    int8: bool
     keeps: tuple[Keeps, ...]
 
     @classmethod
-    def of(cls, kinds: tuple[Kind, ...], shortcut: str, relu: bool, recompute: bool) -> Form:
+    def of(
+        cls, kinds: tuple[Kind, ...], shortcut: str, relu: bool, recompute: bool, int8: bool
+    ) -> Form:
         """Decide what each stage keeps."""
         count, keeps = len(kinds) - (shortcut == "convolution"), []
         recompute = recompute and count > 1
@@ -111,7 +119,7 @@ class Form(NamedTuple):
                 y = y or is_source or kinds[index + 1].keeps == "x"
                 mask = not y
             keeps.append(Keeps(y, mask, recomputes))
-        return cls(kinds, shortcut, relu, recompute, tuple(keeps))
+        return cls(kinds, shortcut, relu, recompute, int8, tuple(keeps))
 
     def split(self, every: Sequence[_T]) -> tuple[Sequence[_T], _T | None]:
         """Part the stages, or what there is of each, from the shortcut's, which is the last."""
@@ -129,6 +137,7 @@ def block(
     relu: bool = True,
     recompute: bool = False,
     programs: Programs | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """Compute ``relu(stage_n(… relu(stage_1(x))) + shortcut)``, differentiable in x and every S.
 
@@ -136,7 +145,9 @@ def block(
     (x where None), or "identity" (x itself), "given" (``shortcut_x`` itself), or "" (nothing). With
     ``recompute`` (two stages at least) the second convolution runs again in the backward pass
     instead of being kept. ``programs``: of calls whose stages differ in S and what follows from it
-    alone.
+    alone. With ``int8`` what is kept for the gradients of S alone is kept in 8 bits, see
+    :func:`svf_fast.ops.quantize.quantize`: the output and dL/dx are as without, to the bit, the
+    gradients of S are not.
     Definition: :func:`svf_fast.reference.block.block`.
     """
     if isinstance(shortcut, str) and shortcut not in ("", "identity", "given"):
@@ -149,10 +160,10 @@ def block(
     kind = shortcut if isinstance(shortcut, str) else "convolution"
     kinds = tuple(stage.conv.kind for stage in every)
     if torch.compiler.is_compiling():  # a trace wants to see every tensor
-        form = Form.of(kinds, kind, relu, recompute)
+        form = Form.of(kinds, kind, relu, recompute, int8)
         tensors = [t for stage in every for t in stage.tensors]
         return _Block.apply(x, shortcut_x, form, None, None, *tensors)
-    form = _form(kinds, kind, relu, recompute)
+    form = _form(kinds, kind, relu, recompute, int8)
     if programs is not None and not runs_programs():
         programs = None
     trained = [stage.conv.trained for stage in every]
@@ -232,16 +243,23 @@ class Maps(NamedTuple):
     """The maps of a stage that are kept, as far as its kind and :class:`Keeps` say so.
 
     x: of the first stage and the shortcut's; that of another is rebuilt from y of the one before.
+    x_grid, y_grid: where x and y are codes of 8 bits, else None.
     """
 
     x: Tensor | None
+    x_grid: Tensor | None
     v: Tensor | None
     y: Tensor | None
+    y_grid: Tensor | None
     mask: Tensor | None
 
-    def kept(self, x: Activation | None = None) -> Kept:
-        """Return what its convolution's gradients read, with `x` where its own is not kept."""
-        return Kept(x if self.x is None else Activation(self.x), self.v, self.y)
+    def kept(self, dtype: torch.dtype, x: Activation | None = None) -> Kept:
+        """Return what its convolution's gradients read, with `x` where its own is not kept.
+
+        dtype: of maps that codes stand for.
+        """
+        own = Activation.of(self.x, self.x_grid, dtype)
+        return Kept(x if own is None else own, self.v, Activation.of(self.y, self.y_grid, dtype))
 
 
 def _pack(every: Sequence[Maps]) -> list[Tensor | None]:
@@ -279,9 +297,11 @@ def _forward_pass(
         conv, residual_scale = shortcut.conv, shortcut.scale
         source = conv.sample(x if shortcut_x is None else shortcut_x)
         residual, v = conv.forward(source)
-        keeps = conv.kind.keeps
         of_shortcut = Maps(
-            source if keeps == "x" else None, v, residual if keeps == "y" else None, None
+            *_stored(form, source if conv.kind.keeps == "x" else None),
+            _sampled_v(form, conv, source) if v is None else v,
+            *_stored(form, residual if conv.kind.keeps == "y" else None),
+            None,
         )
 
     h = Activation(x)
@@ -316,27 +336,57 @@ def _run_stage(
     x = h.y if index == 0 and conv.kind.keeps == "x" else None
     read, geometry, v = conv.last(h)
     guards = v is None and conv.constants.tail_V is not None
+    if conv.kind.samples:  # computed from x again, unless that is kept in 8 bits
+        guards = guards and form.int8 and not (form.recompute and index > 0)
     on_gpu = maps.on_gpu(read.y)
     prologue = Prologue(read.scale, read.shift)
     epilogue = Epilogue(
         scale, shift, residual, residual_scale, relu=relu, keep=keeps_y, mask=keeps.mask
     )
+    edge = scale if relu and not keeps.mask else None  # its mask is to be told by y
+    term = None if edge is None else shift
+    of_source = form.recompute and index == 0  # another y is computed from it again
     if on_gpu and fuses(read.y, conv.weight, geometry, Extras.of(prologue, epilogue)):
         out, y, mask = pointwise(read.y, conv.weight.flatten(1), prologue, epilogue)
         v = conv.guarded(h.tensor()) if guards else v
+        stored = _stored(form, y, edge, term, of_source) if keeps_y else (None, None)
     else:
         entering = read.tensor()
         y = convolution(entering, conv.weight, None, geometry)
         v = conv.guarded(entering) if guards else v
         if on_gpu and keeps_y and not last and _rebuilds_input(form, stages, index + 1, y):
-            return Activation(y, scale, shift), Maps(x, v, y, None)
-        if keeps_y:
+            stored = _stored(form, y, scale, shift, of_source)
+            return Activation(y, scale, shift), Maps(*_stored(form, x), v, *stored, None)
+        stored = _stored(form, y, edge, term, of_source) if keeps_y else (None, None)
+        if stored[0] is y:
             out, mask = _activate(y, scale, shift, residual, residual_scale, relu, keeps.mask)
         else:  # y is this node's own and read by nobody else
             mask = _activate_(y, scale, shift, residual, residual_scale, relu, keeps.mask)
             out = y
     kept_v = None if keeps.recomputes else v
-    return Activation(out), Maps(x, kept_v, y if keeps_y else None, mask if keeps.mask else None)
+    kept_mask = mask if keeps.mask else None
+    return Activation(out), Maps(*_stored(form, x), kept_v, *stored, kept_mask)
+
+
+def _stored(
+    form: Form,
+    x: Tensor | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    exactly: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what is kept of a map, and its grid if that is codes.
+
+    scale, shift: before the ReLU whose mask the codes are to tell.
+    """
+    if x is None or exactly or not form.int8 or not maps.shrinks(x):
+        return x, None
+    return _quantize(x, scale, shift)
+
+
+def _sampled_v(form: Form, conv: SVFConvolution, x: Tensor) -> Tensor | None:
+    """Compute v of the guarded directions where x, off which it is read, is kept in 8 bits."""
+    return conv.guarded(x) if form.int8 and conv.kind.samples else None
 
 
 def _rebuilds_input(form: Form, stages: Sequence[Stage], index: int, y: Tensor) -> bool:
@@ -375,6 +425,7 @@ def _backward_pass(
     grad = grad.contiguous(memory_format=past.formats[-1])
     total = Gradient(grad, last.mask if form.relu and form.shortcut else None)  # of the sum
     flow = Flow(total)
+    dtype = grad.dtype
     if form.relu and not form.shortcut:
         flow = Flow(Gradient(_relu_gradient(grad, stages[-1], last)))
     grads_S: list[Tensor | None] = [None] * len(every)
@@ -387,14 +438,14 @@ def _backward_pass(
     if shortcut is not None:
         own_x = past.shortcut_shape is not None
         shape = past.shortcut_shape or past.shapes[0]
-        arriving, own = Flow(total), kept[-1].kept()
+        arriving, own = Flow(total), kept[-1].kept(dtype)
         found, grads_S[-1] = shortcut.conv.backward(arriving, shape, own, needs[own_x])
         if own_x:
             grad_shortcut_x = found
         elif found is not None:
             into = Gradient(found)
     grad_x, grads_S[0] = stages[0].conv.backward(
-        flow, past.shapes[0], kept[0].kept(), needs[0], into
+        flow, past.shapes[0], kept[0].kept(dtype), needs[0], into
     )
     if grad_x is not None and form.shortcut == "identity" and not form.relu:
         grad_x.add_(total.tensor())
@@ -410,15 +461,16 @@ def _through_stage(
     flow: past U. The stage's input is ``x = relu(y·scale + shift)`` of the stage before.
     """
     conv, (before, scale, shift) = stages[index].conv, stages[index - 1]
-    _, _, y, mask = kept[index - 1]
-    own = kept[index].kept(_rebuilt_input(conv, stages[index - 1], y))
+    dtype = flow.grad_y.value.dtype
+    _, _, _, y, y_grid, mask = kept[index - 1]
+    own = kept[index].kept(dtype, _rebuilt_input(conv, stages[index - 1], kept[index - 1], dtype))
     grad_x = conv.input_gradient(flow.grad_y, past.shapes[index])
     if not conv.kind.samples:
         grad_S = conv.scale_gradient(flow, own)
 
     of_before = read_off = None  # dL/dS [G, R] of the stage before; of this one, if it samples
     if conv.kind.strides:
-        read_off = conv.read_off(own.x, grad_x)
+        read_off = conv.read_off(own.x, Activation(grad_x))
         grad_x = conv.spread(grad_x, past.shapes[index])
     grad_x = grad_x.contiguous(memory_format=past.formats[index - 1])
     if mask is not None:
@@ -427,7 +479,7 @@ def _through_stage(
         assert y is not None
         of_y = before.reader if before.kind.keeps == "y" else None
         of_x = conv.reader if conv.kind.samples and read_off is None else None
-        grad_x, of_before, found = activation_gradients(grad_x, y, scale, shift, of_y, of_x)
+        grad_x, of_before, found = activation_gradients(grad_x, y, scale, shift, of_y, of_x, y_grid)
         read_off = found if read_off is None else read_off
     if conv.kind.samples:
         grad_S = conv.scale_gradient(Flow(flow.grad_y, read_off), own)
@@ -438,6 +490,9 @@ def _relu_gradient(grad: Tensor, stage: Stage, kept: Maps) -> Tensor:
     """Compute dL/dy of a stage from the gradient of its ReLU's output."""
     if kept.mask is not None:
         return _back(grad, None, kept.mask, stage.scale, None)
+    if kept.y_grid is not None:
+        assert kept.y is not None
+        return quantized_backward(grad, kept.y, kept.y_grid, stage.scale)
     return _back(grad, kept.y, None, stage.scale, stage.shift)
 
 
@@ -450,10 +505,12 @@ def _recompute(stages: Sequence[Stage], kept: Sequence[Maps]) -> Maps:
     return kept[1]._replace(v=v, y=y)
 
 
-def _rebuilt_input(conv: SVFConvolution, before: Stage, y: Tensor | None) -> Activation | None:
+def _rebuilt_input(
+    conv: SVFConvolution, before: Stage, kept: Maps, dtype: torch.dtype
+) -> Activation | None:
     """Return the input of a stage after the first, if dS is computed from it."""
     if conv.kind.keeps != "x":
         return None
-    assert y is not None
-    x = Activation(y, before.scale, before.shift)
+    assert kept.y is not None
+    x = Activation(kept.y, before.scale, before.shift, kept.y_grid, dtype)
     return Activation(conv.sample(x.tensor())) if conv.kind.strides else x

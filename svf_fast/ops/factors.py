@@ -35,6 +35,7 @@ from svf_fast.ops.convolution import (
 )
 from svf_fast.ops.gram_gradient import gram_gradient
 from svf_fast.ops.pointwise import Extras, fuses, pointwise, pointwise_dot
+from svf_fast.ops.quantize import dequantize
 from svf_fast.ops.scale_gradient import Reader, scale_gradient
 from svf_fast.reference.pointwise import Epilogue, Prologue
 
@@ -146,14 +147,30 @@ class Constants(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """The input of a convolution: y itself, or ``relu(y·scale_c + shift_c)``, rebuilt when read."""
+    """A map that is read: y itself, or ``relu(y·scale_c + shift_c)``, rebuilt when it is.
+
+    grid: where y is codes of :func:`svf_fast.ops.quantize.quantize`, which stand for a map in
+    ``dtype``; else None.
+    """
 
     y: Tensor
     scale: Tensor | None = None
     shift: Tensor | None = None
+    grid: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(
+        cls, y: Tensor | None, grid: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Activation | None:
+        """Return y itself as a map that is read; None for none."""
+        return None if y is None else cls(y, grid=grid, dtype=dtype)
 
     def tensor(self) -> Tensor:
-        """Return the input itself."""
+        """Return the map itself."""
+        if self.grid is not None:
+            assert self.dtype is not None
+            return dequantize(self.y, self.grid, self.dtype, self.scale, self.shift)
         if self.scale is None or self.shift is None:
             return self.y
         activate = torch.ops.svf_fast.affine_act.default
@@ -161,7 +178,8 @@ class Activation(NamedTuple):
 
     def convolved(self, weight: Tensor, geometry: Geometry) -> Tensor:
         """Return its convolution; a kernel that can rebuilds it as it reads it."""
-        if self.scale is None or not fuses(self.y, weight, geometry, Extras(in_scale=True)):
+        plain = self.scale is None or self.grid is not None
+        if plain or not fuses(self.y, weight, geometry, Extras(in_scale=True)):
             return convolution(self.tensor(), weight, None, geometry)
         return pointwise(self.y, weight.flatten(1), Prologue(self.scale, self.shift)).out
 
@@ -191,12 +209,13 @@ class Gradient:
 class Kept(NamedTuple):
     """The maps that the gradients of a convolution read: x, v and y, as far as its kind keeps them.
 
-    v: all of it (``chain``), that of the guarded directions (``gram`` by y), or None.
+    v: all of it (``chain``), that of the guarded directions (``gram``; by x and dx only where x is
+    kept in 8 bits), or None.
     """
 
     x: Activation | None
     v: Tensor | None
-    y: Tensor | None
+    y: Activation | None
 
 
 class Flow(NamedTuple):
@@ -279,7 +298,9 @@ class SVFConvolution(NamedTuple):
         """Compute y, and v as far as :class:`Kept` has it; x as :meth:`sample` returns it."""
         read, geometry, v = self.last(Activation(x))
         y = convolution(read.y, self.weight, bias, geometry)
-        return y, self.guarded(x) if v is None else v
+        if v is None and not self.kind.samples:
+            v = self.guarded(x)
+        return y, v
 
     def last(self, x: Activation) -> tuple[Activation, Geometry, Tensor | None]:
         """Return what the convolution that makes y reads, its geometry; and v (``chain``)."""
@@ -289,10 +310,10 @@ class SVFConvolution(NamedTuple):
         return x, self.kind.sampling, None
 
     def guarded(self, x: Tensor) -> Tensor | None:
-        """Compute v of the guarded directions, where ``gram`` by y has any."""
-        if self.constants.tail_V is None or self.kind.samples:
+        """Compute v of the guarded directions if ``gram`` has any; x as :meth:`sample` has it."""
+        if self.constants.tail_V is None:
             return None
-        return convolution(x, self.constants.tail_V, None, self.kind.geometry)
+        return convolution(x, self.constants.tail_V, None, self.kind.sampling)
 
     def backward(
         self,
@@ -306,7 +327,7 @@ class SVFConvolution(NamedTuple):
         flow = self.through_U(flow, kept.v)
         if self.kind.samples:  # its matrix wants its own gradient alone
             sampled = self.input_gradient(flow.grad_y, shape)
-            flow = Flow(flow.grad_y, self.read_off(kept.x, sampled))
+            flow = Flow(flow.grad_y, self.read_off(kept.x, Activation(sampled)))
             grad_S = self.scale_gradient(flow, kept)
             into_x = None if into is None else into.tensor()
             return self.spread(sampled, shape, into_x) if needs_x else None, grad_S
@@ -385,7 +406,7 @@ class SVFConvolution(NamedTuple):
         if tail is not None:
             assert tail_U is not None and tail_V is not None
             v = kept.v
-            if self.kind.samples:
+            if v is None:
                 assert kept.x is not None
                 v = kept.x.convolved(tail_V, self.kind.sampling)
             assert v is not None
@@ -400,10 +421,11 @@ class SVFConvolution(NamedTuple):
             return grad_S
         return grad_S * self.S
 
-    def read_off(self, a: Activation | None, b: Tensor | None) -> Tensor:
+    def read_off(self, a: Activation | None, b: Activation | None) -> Tensor:
         """Read dL/dS [G, R] of ``gram`` off the matrix of dL/dy and y, or of x and dL/dx."""
         assert a is not None and b is not None
-        return scale_gradient(a.y, b, *self.reader, a.scale, a.shift)
+        grid = b.grid if a.grid is None else a.grid
+        return scale_gradient(a.y, b.y, *self.reader, a.scale, a.shift, grid)
 
     def _by_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
         grad_weight = convolution_weight_gradient(grad_y, x, self.weight, self.kind.geometry)

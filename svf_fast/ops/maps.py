@@ -18,6 +18,12 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def shrinks(x: Tensor) -> bool:
+    """Tell whether codes of 8 bits and their grid are smaller than a map x [N, C, *spatial]."""
+    spared = x.shape[2:].numel() * (x.dtype.itemsize - 1)
+    return spared > 3 * torch.promote_types(x.dtype, torch.float32).itemsize
+
+
 def float32_products() -> tuple[str, str]:
     """Return torch's switches for float32 products on a GPU: of convolutions, and of matrices."""
     # not `allow_tf32`, which raises once anyone has set `fp32_precision`

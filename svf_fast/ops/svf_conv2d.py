@@ -61,7 +61,7 @@ class _SVFConv2d(torch.autograd.Function):
         x, v, y, *_ = unpack_saved(ctx, f"strategy {ctx.kind.strategy!r}")
         conv = SVFConvolution.of(ctx.kind, ctx.tensors)
         with no_autocast(grad_y):
-            kept = Kept(None if x is None else Activation(x), v, y)
+            kept = Kept(Activation.of(x), v, Activation.of(y))
             needs_x, needs_bias, *_ = ctx.needs_input_grad
             grad_x, grad_S = conv.backward(Flow(Gradient(grad_y)), ctx.shape, kept, needs_x)
             grad_bias = None

@@ -16,11 +16,12 @@ def scale_gradient(
     S: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    grid: Tensor | None = None,
 ) -> Tensor:
     """Compute ``dS_r = left_rᵀ M right_r / S_r`` of ``M = gram(a, b)``, per group.
 
-    left [G, Ca/G, R], right [G, Cb/G, R], S [G·R] -> [G, R].
+    left [G, Ca/G, R], right [G, Cb/G, R], S [G·R] -> [G, R]. scale, shift and grid as for gram.
     """
     groups = len(left)
-    M = gram(a, b, groups, scale, shift)
+    M = gram(a, b, groups, scale, shift, grid)
     return gram_gradient(M, left, right, S.reshape(groups, -1))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svf_fast.triton.language import dot, narrow
+from svf_fast.triton.language import decode, dot, narrow
 from svf_fast.triton.launch import launch
 from svf_fast.triton.maps import dense
 from svf_fast.triton.read_off import read_off
@@ -23,6 +23,7 @@ from svf_fast.triton.splits import (
     Launch,
     configurations,
     dtype_name,
+    image_of,
     loads_vectors,
     offsets,
     positions_of_resnet,
@@ -44,6 +45,7 @@ def activation_grams_partial_kernel(
     y,
     scale,
     shift,
+    grid,
     g,
     partial,
     side,
@@ -52,6 +54,7 @@ def activation_grams_partial_kernel(
     split_steps,
     positions,
     channels,
+    grid_size,  # images * channels of the codes
     image_stride,
     position_stride,
     channel_stride,
@@ -88,15 +91,36 @@ def activation_grams_partial_kernel(
         # x takes no gradient: the second side loads these rows of it where it writes g
         used = exists if ONE_TILE else tl.where(after, written, exists)
         grad_a = tl.load(grad + start + at_a, mask=used & inside_a, other=0.0)
-        y_a = tl.load(y + start + at_a, mask=exists & inside_a, other=0.0)
-        z = y_a.to(tl.float32) * factor + offset
-        stopped = z <= 0
-        g_a = narrow(tl.where(stopped, 0.0, grad_a.to(tl.float32) * factor), y_a.dtype)
-        x_a = narrow(tl.where(stopped, 0.0, z), y_a.dtype)
+        y_a = tl.load(y + start + at_a, mask=exists & inside_a, other=0)
+        if grid is not None:
+            image = image_of(step, positions, BLOCK_P) * channels
+            codes = y_a.to(tl.float32)
+            y_a, passing = decode(codes, grid, image + row, grid_size, row < channels, grad_a.dtype)
+            z = y_a.to(tl.float32) * factor + offset
+            stopped = codes < passing
+            z = tl.where(z < 0, 0.0, z)
+            y_a = tl.where(exists & inside_a, y_a, 0.0)
+        else:
+            z = y_a.to(tl.float32) * factor + offset
+            stopped = z <= 0
+        g_a = narrow(tl.where(stopped, 0.0, grad_a.to(tl.float32) * factor), grad_a.dtype)
+        x_a = narrow(tl.where(stopped, 0.0, z), grad_a.dtype)
+        if grid is not None:
+            x_a = tl.where(exists & inside_a, x_a, 0.0)
         tl.store(g + start + at_a, g_a, mask=written & inside_a)
         left = tl.where(after, x_a, g_a)
         if ONE_TILE:
             right = tl.where(after, grad_a, y_a)
+        elif grid is not None:
+            # of both sides' operands the one that this program multiplies
+            coded = (rows[:, None] < tl.where(after, 0, count)) & inside_b
+            plain = (rows[:, None] < tl.where(after, count, 0)) & inside_b
+            codes_b = tl.load(y + start + at_b, mask=coded, other=0)
+            decoded, _ = decode(
+                codes_b, grid, image + column, grid_size, column < channels, grad_a.dtype
+            )
+            grad_b = tl.load(grad + start + at_b, mask=plain, other=0.0)
+            right = tl.where(coded, decoded, grad_b)
         else:
             source = tl.where(after, grad, y)
             right = tl.load(source + start + at_b, mask=exists & inside_b, other=0.0)
@@ -113,15 +137,16 @@ def activation_gradients(
     shift: Tensor,
     before: Sequence[Tensor],
     after: Sequence[Tensor],
+    grid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``g = dL/dy`` of ``x = relu(y · scale + shift)``, and dS of the layers on both sides.
 
-    grad, y, scale, shift as for :func:`activation_grams`. before: left, right [1, C, R] and S [R]
-    of the layer that made y, whose matrix is ``Σ_p g_p y_pᵀ``; after: of the one that reads x,
-    whose matrix is ``Σ_p x_p grad_pᵀ``; empty for none -> g, dS [1, R] of each, read off its
+    grad, y, scale, shift, grid as for :func:`activation_grams`. before: left, right [1, C, R] and
+    S [R] of the layer that made y, whose matrix is ``Σ_p g_p y_pᵀ``; after: of the one that reads
+    x, whose matrix is ``Σ_p x_p grad_pᵀ``; empty for none -> g, dS [1, R] of each, read off its
     matrix, empty for none.
     """
-    g, partial = _partial(grad, y, scale, shift, bool(before), bool(after), None)
+    g, partial = _partial(grad, y, scale, shift, bool(before), bool(after), grid, None)
     sides = [(side[0], side[1], side[2]) for side in (before, after) if side]
     found = read_off(partial, sides) if sides else []
     own = found.pop(0) if before else partial.new_empty(0)
@@ -135,6 +160,7 @@ def activation_grams(
     shift: Tensor,
     before: bool,
     after: bool,
+    grid: Tensor | None = None,
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,13 +172,13 @@ def activation_grams(
     [N, C, *spatial] in the layout of y, the matrices [1, C, C] in float32; one that is not wanted
     has no elements; for neither, g is affine_act_backward's. x and g are rounded to the dtype
     of the maps. Maps that are contiguous or channels_last (which loads 16 bytes at a time) are read
-    as they lie; grad is brought to the layout of y. Bytes of DRAM: grad and y read once, g written
-    once, partial matrices.
+    as they lie; grad is brought to the layout of y. With a grid y is codes. Bytes of DRAM: grad and
+    y read once, g written once, partial matrices.
 
     Raises:
         TypeError: another dtype than float32, bfloat16 and float16.
     """
-    g, partial = _partial(grad, y, scale, shift, before, after, config)
+    g, partial = _partial(grad, y, scale, shift, before, after, grid, config)
     none = partial.new_empty(0)
     first = partial[:, 0].sum(dim=0, keepdim=True) if before else none
     return g, first, partial[:, -1].sum(dim=0, keepdim=True) if after else none
@@ -165,26 +191,31 @@ def _partial(
     shift: Tensor,
     before: bool,
     after: bool,
+    grid: Tensor | None,
     config: Config | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute g, and the matrices that are wanted over each split [splits, sides, C, C]."""
-    refuse_float64("activation_gradients", "y", y)
+    refuse_float64("activation_gradients", "y", grad.dtype)
     scale, shift = scale.contiguous(), shift.contiguous()
     sides = before + after
     if not sides:
-        g = torch.ops.svf_fast.affine_act_backward(grad, y, None, scale, shift)
+        if grid is None:
+            g = torch.ops.svf_fast.affine_act_backward(grad, y, None, scale, shift)
+        else:
+            g = torch.ops.svf_fast.quantized_backward(grad, y, grid, scale)
         return g, y.new_empty(0, dtype=torch.float32)
     channels = y.shape[1]
     y = dense(y)
     if grad.stride() != y.stride():
-        grad = torch.empty_like(y).copy_(grad)
-    g = torch.empty_like(y)
+        grad = torch.empty_like(y, dtype=grad.dtype).copy_(grad)
+    g = torch.empty_like(y, dtype=grad.dtype)
     if y.numel() == 0:
         partial = y.new_zeros((1, sides, channels, channels), dtype=torch.float32)
         return g, partial
-    maps = sequences(grad, y, g)
+    maps = sequences(grad, y, g, joined=grid is None)
     images, positions, _ = maps[0].shape
-    problem = Problem(channels, images * positions, sides, y.dtype, loads_vectors(maps))
+    vectors, coded = loads_vectors(maps), grid is not None
+    problem = Problem(channels, images * positions, sides, grad.dtype, vectors, coded)
     with torch.cuda.device_of(y):
         splits, tiles, constants = (
             _launch(problem, images)
@@ -198,6 +229,7 @@ def _partial(
             *maps[:2],
             scale,
             shift,
+            grid,
             maps[2],
             partial,
             0 if before else 1,
@@ -206,9 +238,10 @@ def _partial(
             splits.steps,
             positions,
             channels,
+            0 if grid is None else grid[0].numel(),
             *maps[0].stride(),
             ONE_TILE=tiles == 1,
-            PRECISION=product_precision(y.dtype),
+            PRECISION=product_precision(grad.dtype),
             **constants,
         )
         return g, partial
@@ -225,7 +258,7 @@ class Problem(NamedTuple):
     """What a configuration depends on.
 
     Channels; positions of all images; matrices that are asked for; dtype; whether the maps can be
-    loaded by 16 bytes.
+    loaded by 16 bytes; whether y is codes.
     """
 
     channels: int
@@ -233,32 +266,40 @@ class Problem(NamedTuple):
     sides: int
     dtype: torch.dtype
     vectors: bool = True
+    coded: bool = False
 
     def key(self) -> str:
         sides = ("", "one side", "both sides")[self.sides]
         where = f"{self.channels} channels, {bucket(self.positions)} positions"
         loads = "" if self.vectors else ", loads by elements"
-        return f"{where}, {sides}, {dtype_name(self.dtype)}{loads}"
+        coded = ", 8 bits" if self.coded else ""
+        return f"{where}, {sides}, {dtype_name(self.dtype)}{coded}{loads}"
 
     def candidates(self, arch: int) -> list[Config]:
         width = self.channels
-        shapes = shapes_for(width, self.dtype, self.vectors, arch)
+        # decoding takes registers that the widest tiles have not
+        widest = min(width, 128) if self.coded else width
+        shapes = shapes_for(widest, self.dtype, self.vectors, arch)
         return configurations(shapes, width, width, self.sides, arch)
 
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         grad, y = random_maps(self.positions, [self.channels] * 2, self.dtype, self.vectors, device)
         scale, shift = torch.randn(2, self.channels, device=device)
-        both = self.sides == 2
-        return lambda config: activation_grams(grad, y, scale, shift, True, both, config=config)
+        both, grid = self.sides == 2, None
+        if self.coded:
+            y, grid = torch.ops.svf_fast.quantize(y, scale, shift)
+        sides = True, both, grid
+        return lambda config: activation_grams(grad, y, scale, shift, *sides, config=config)
 
 
 def problems() -> list[Problem]:
     """List y1 (its own matrix) and y2 (both sides) of the bottlenecks of layers 2-4."""
     return [
-        Problem(channels, positions, sides, torch.bfloat16)
+        Problem(channels, positions, sides, torch.bfloat16, True, coded)
         for channels in (128, 256, 512)
         for positions in positions_of_resnet()
         for sides in (1, 2)
+        for coded in (False, True)
     ]
 
 

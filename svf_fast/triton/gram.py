@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svf_fast.triton.language import affine_relu, dot
+from svf_fast.triton.language import affine_relu, decode, dot
 from svf_fast.triton.launch import launch
 from svf_fast.triton.read_off import read_off
 from svf_fast.triton.splits import (
     Launch,
     configurations,
     dtype_name,
+    image_of,
     loads_vectors,
     offsets,
     positions_of_resnet,
@@ -40,10 +41,12 @@ def gram_partial_kernel(
     b,
     scale,
     shift,
+    grid,
     partial,
     steps,
     split_steps,
     positions,
+    grid_size,  # images * channels of the codes
     groups,
     width_a,
     width_b,
@@ -83,10 +86,23 @@ def gram_partial_kernel(
         start_b, count = tile_at(step, positions, b_image, b_position, BLOCK_P)
         inside_a = (rows[:, None] < count) & (row[None, :] < width_a)
         inside_b = (rows[:, None] < count) & (column[None, :] < width_b)
-        left = tl.load(a + start_a + at_a, mask=inside_a, other=0.0)
-        right = tl.load(b + start_b + at_b, mask=inside_b, other=0.0)
-        if scale is not None:
+        left = tl.load(a + start_a + at_a, mask=inside_a, other=0)
+        right = tl.load(b + start_b + at_b, mask=inside_b, other=0)
+        image = image_of(step, positions, BLOCK_P)
+        if a.dtype.element_ty == tl.uint8:
+            at = image * groups * width_a + channels_a
+            codes = left.to(tl.float32)
+            left, first_passing = decode(codes, grid, at, grid_size, row < width_a, right.dtype)
+            if scale is not None:
+                rebuilt = affine_relu(left, factor, offset)
+                left = tl.where(codes >= first_passing, rebuilt, 0.0)
+            left = tl.where(inside_a, left, 0.0)
+        elif scale is not None:
             left = tl.where(inside_a, affine_relu(left, factor, offset), 0.0)
+        if b.dtype.element_ty == tl.uint8:
+            at = image * groups * width_b + channels_b
+            right, _ = decode(right, grid, at, grid_size, column < width_b, left.dtype)
+            right = tl.where(inside_b, right, 0.0)
         total = dot(tl.trans(left), right, total, PRECISION)
 
     at = matrix.to(tl.int64) * width_a * width_b + row[:, None] * width_b + column[None, :]
@@ -99,6 +115,7 @@ def gram(
     groups: int = 1,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    grid: Tensor | None = None,
     *,
     config: Config | None = None,
 ) -> Tensor:
@@ -106,8 +123,8 @@ def gram(
 
     a [N, Ca, *spatial] and b [N, Cb, *spatial] of one dtype, scale and shift [Ca] in float32 ->
     [G, Ca/G, Cb/G] in float32. a' is rounded to the dtype of a. A map is read as it lies wherever
-    its positions have a common stride, channels_last maps 16 bytes at a time. Bytes of DRAM: a and
-    b once, partial matrices.
+    its positions have a common stride, channels_last maps 16 bytes at a time. With a grid one of
+    both is codes, decoded as they are read. Bytes of DRAM: a and b once, partial matrices.
 
     Raises:
         TypeError: another dtype than float32, bfloat16 and float16.
@@ -115,7 +132,7 @@ def gram(
     if a.numel() == 0 or b.numel() == 0:
         widths = a.shape[1] // groups, b.shape[1] // groups
         return a.new_zeros((groups, *widths), dtype=torch.float32)
-    return _partial(a, b, groups, scale, shift, config).sum(dim=0)
+    return _partial(a, b, groups, scale, shift, grid, config).sum(dim=0)
 
 
 def scale_gradient(
@@ -126,6 +143,7 @@ def scale_gradient(
     left: Tensor,
     right: Tensor,
     S: Tensor,
+    grid: Tensor | None = None,
     *,
     config: Config | None = None,
 ) -> Tensor:
@@ -136,7 +154,7 @@ def scale_gradient(
     """
     if a.numel() == 0 or b.numel() == 0:
         return a.new_zeros((len(left), left.shape[2]), dtype=torch.float32)
-    partial = _partial(a, b, len(left), scale, shift, config)
+    partial = _partial(a, b, len(left), scale, shift, grid, config)
     return read_off(partial, [(left, right, S)])[0]
 
 
@@ -146,15 +164,17 @@ def _partial(
     groups: int,
     scale: Tensor | None,
     shift: Tensor | None,
+    grid: Tensor | None,
     config: Config | None,
 ) -> Tensor:
     """Sum over each split of the positions -> [splits, G, Ca/G, Cb/G]."""
-    refuse_float64("gram", "a", a)
+    dtype = b.dtype if a.dtype == torch.uint8 else a.dtype
+    refuse_float64("gram", "a", dtype)
     width_a, width_b = a.shape[1] // groups, b.shape[1] // groups
-    maps = sequences(a, b)
+    maps = sequences(a, b, joined=grid is None)
     images, positions, _ = maps[0].shape
     count, rebuild, vectors = images * positions, scale is not None, loads_vectors(maps)
-    problem = Problem(width_a, width_b, groups, count, a.dtype, rebuild, vectors)
+    problem = Problem(width_a, width_b, groups, count, dtype, rebuild, vectors, grid is not None)
     with torch.cuda.device_of(a):
         splits, tiles, constants = (
             _launch(problem, images)
@@ -168,16 +188,18 @@ def _partial(
             *maps,
             None if scale is None else scale.contiguous(),
             None if shift is None else shift.contiguous(),
+            grid,
             partial,
             splits.all_steps,
             splits.steps,
             positions,
+            0 if grid is None else grid[0].numel(),
             groups,
             width_a,
             width_b,
             *maps[0].stride(),
             *maps[1].stride(),
-            PRECISION=product_precision(a.dtype),
+            PRECISION=product_precision(dtype),
             **constants,
         )
         return partial
@@ -193,7 +215,7 @@ class Problem(NamedTuple):
     """What a configuration depends on.
 
     Channels of a and of b per group; groups; positions of all images; dtype; whether a is rebuilt;
-    whether the maps can be loaded by 16 bytes.
+    whether the maps can be loaded by 16 bytes; whether one of both is codes.
     """
 
     width_a: int
@@ -203,13 +225,15 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     rebuild: bool
     vectors: bool = True
+    coded: bool = False
 
     def key(self) -> str:
         where = f"{self.width_a} x {self.width_b} channels, {bucket(self.positions)} positions"
         groups = f", {self.groups} groups" if self.groups > 1 else ""
         rebuilt = ", rebuilt" if self.rebuild else ""
         loads = "" if self.vectors else ", loads by elements"
-        return f"{where}{groups}, {dtype_name(self.dtype)}{rebuilt}{loads}"
+        coded = ", 8 bits" if self.coded else ""
+        return f"{where}{groups}, {dtype_name(self.dtype)}{rebuilt}{coded}{loads}"
 
     def candidates(self, arch: int) -> list[Config]:
         shapes = shapes_for(max(self.width_a, self.width_b), self.dtype, self.vectors, arch)
@@ -218,17 +242,23 @@ class Problem(NamedTuple):
     def launcher(self, device: torch.device) -> Callable[[Config], object]:
         channels = [self.groups * self.width_a, self.groups * self.width_b]
         a, b = random_maps(self.positions, channels, self.dtype, self.vectors, device)
-        affine = torch.randn(2, channels[0], device=device) if self.rebuild else (None, None)
-        return lambda config: gram(a, b, self.groups, *affine, config=config)
+        scale, shift = torch.randn(2, channels[0], device=device) if self.rebuild else (None, None)
+        grid = None
+        if self.coded and self.rebuild:
+            a, grid = torch.ops.svf_fast.quantize(a, scale, shift)
+        elif self.coded:
+            b, grid = torch.ops.svf_fast.quantize(b, None, None)
+        return lambda config: gram(a, b, self.groups, scale, shift, grid, config=config)
 
 
 def problems() -> list[Problem]:
     """List the widths in layers 2-4, also rebuilding the inputs of the third convolutions."""
     return [
-        Problem(width, width, 1, positions, torch.bfloat16, rebuild)
+        Problem(width, width, 1, positions, torch.bfloat16, rebuild, True, coded)
         for width in (128, 256, 512, 1024)
         for positions in positions_of_resnet()
         for rebuild in ((False, True) if width <= 512 else (False,))
+        for coded in (False, True)
     ]
 
 

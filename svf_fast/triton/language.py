@@ -38,6 +38,18 @@ def affine_relu(y, scale, shift):
 
 
 @triton.jit
+def decode(codes, grid, at, size, inside, dtype: tl.constexpr):
+    """Return what a tile of codes stands for in a dtype, and the first code that the ReLU passes.
+
+    grid [3, N, C]: offset, step, first, ``size`` apart; at: of the channels of the tile's image.
+    """
+    offset = tl.load(grid + at, mask=inside, other=0.0)[None, :]
+    step = tl.load(grid + size + at, mask=inside, other=0.0)[None, :]
+    first = tl.load(grid + 2 * size + at, mask=inside, other=0.0)[None, :]
+    return narrow(tl.fma(step, codes.to(tl.float32), offset), dtype), first
+
+
+@triton.jit
 def pack_bits(passes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pack booleans [ROWS, COLUMNS] into bytes [ROWS, COLUMNS / 8], element i at bit i % 8."""
     eights = tl.reshape(passes.to(tl.int32), (ROWS, COLUMNS // 8, 8))

@@ -65,19 +65,26 @@ def tile_at(step, positions, image_stride, position_stride, BLOCK_P: tl.constexp
 
 
 @triton.jit
+def image_of(step, positions, BLOCK_P: tl.constexpr):
+    """Return the image in which the step-th tile of BLOCK_P positions lies."""
+    return step // tl.cdiv(positions, BLOCK_P)
+
+
+@triton.jit
 def offsets(rows, channels, position_stride, channel_stride):
     """Return the offsets of a tile [positions, channels] from where it begins."""
     return rows[:, None] * position_stride + channels[None, :].to(tl.int64) * channel_stride
 
 
-def sequences(*maps: Tensor) -> list[Tensor]:
+def sequences(*maps: Tensor, joined: bool = True) -> list[Tensor]:
     """Return [N, C, *spatial] as [N, P, C], or as [1, N · P, C] if images are adjacent in all maps.
 
-    Views; a map is copied only where its positions have no common stride.
+    Views; a map is copied only where its positions have no common stride. Not ``joined``: always
+    the former, for maps of which each image has values of its own.
     """
     images, positions = maps[0].shape[0], maps[0].shape[2:].numel()
     found = [x.movedim(1, -1).reshape(images, positions, x.shape[1]) for x in maps]
-    if all(1 in x.shape[:2] or x.stride(0) == positions * x.stride(1) for x in found):
+    if joined and all(1 in x.shape[:2] or x.stride(0) == positions * x.stride(1) for x in found):
         return [x.reshape(1, images * positions, x.shape[2]) for x in found]
     return found
 
@@ -158,10 +165,10 @@ def _splits_for(programs: int, places: int) -> int:
     return splits
 
 
-def refuse_float64(op: str, name: str, maps: Tensor) -> None:
+def refuse_float64(op: str, name: str, dtype: torch.dtype) -> None:
     """Raise TypeError for maps that tensor cores do not multiply."""
-    if maps.dtype not in TRITON_DTYPES:
-        raise TypeError(f"{op}: {name}: expected float32, bfloat16 or float16, got {maps.dtype}")
+    if dtype not in TRITON_DTYPES:
+        raise TypeError(f"{op}: {name}: expected float32, bfloat16 or float16, got {dtype}")
 
 
 def product_precision(dtype: torch.dtype) -> str:

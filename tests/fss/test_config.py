@@ -61,6 +61,22 @@ def test_dict_round_trip(tiny):
             r"""regime.factors: expected \['S'\] or .*\['S', 'U', 'V'\] for "svf", got \[\]""",
         ),
         (
+            lambda: RegimeConfig(name="full", keep="int8"),
+            r"""regime.keep: expected "exact" where other .* are \[\] in "full"; got .int8""",
+        ),
+        (
+            lambda: RegimeConfig(factors=("S", "U"), keep="int8"),
+            r"""regime.keep: expected "exact" where .* are \['S', 'U'\] in "svf"; got .int8""",
+        ),
+        (
+            lambda: TrainConfig(
+                DataConfig(root="x"),
+                regime=RegimeConfig(name="full", batch_norm_statistics="batch"),
+                recompute_supports=True,
+            ),
+            "recompute_supports: expected regime.batch_norm_statistics frozen",
+        ),
+        (
             lambda: RegimeConfig(name="svf_scale", factors=("S",)),
             r"""regime.factors: expected \["S'"\] or \['S', "S'"\] for "svf_scale", got""",
         ),

@@ -13,6 +13,7 @@ import torch
 from svf_fast import svd
 from svf_fast.ops import maps, pointwise
 from svf_fast.reference import pointwise as definition
+from svf_fast.reference import quantize
 from svf_fast.reference.activation_gradients import activation_gradients as activation_definition
 from svf_fast.reference.affine_act import pack_mask
 from svf_fast.reference.guard import guards_hold
@@ -29,12 +30,12 @@ def defined_pointwise(x, weight, prologue, epilogue):
     return out, y if epilogue.keep else x.new_empty(0), bits
 
 
-def defined_scale_gradient(a, b, scale, shift, left, right, S):
-    return scale_definition(a, b, left, right, S, scale, shift)
+def defined_scale_gradient(a, b, scale, shift, left, right, S, grid=None):
+    return scale_definition(a, b, left, right, S, scale, shift, grid)
 
 
-def defined_activation_gradients(grad, y, scale, shift, before, after):
-    g, *found = activation_definition(grad, y, scale, shift, before, after)
+def defined_activation_gradients(grad, y, scale, shift, before, after, grid=None):
+    g, *found = activation_definition(grad, y, scale, shift, before, after, grid)
     g = g.contiguous(memory_format=torch.channels_last)
     return g, *(scale.new_empty(0) if dS is None else dS for dS in found)
 
@@ -59,6 +60,8 @@ def defined() -> dict[str, Callable]:
         "pointwise_dot": definition.pointwise_dot,
         "scale_gradient": defined_scale_gradient,
         "activation_gradients": defined_activation_gradients,
+        **{name: getattr(quantize, name) for name in ("dequantize", "quantized_backward")},
+        "quantize": quantize.quantize,
     }
 
 
@@ -71,8 +74,10 @@ def interpreted() -> dict[str, Callable]:
     from svf_fast.triton.gram import gram, scale_gradient
     from svf_fast.triton.pointwise import pointwise as kernel
     from svf_fast.triton.pointwise import pointwise_dot
+    from svf_fast.triton.quantize import dequantize, quantize, quantized_backward
 
-    kernels = (activation_gradients, compose, compose_all, gram, scale_gradient, pointwise_dot)
+    products = (activation_gradients, compose, compose_all, gram, scale_gradient, pointwise_dot)
+    kernels = (*products, quantize, dequantize, quantized_backward)
     found: dict[str, Callable] = {kernel.__name__: kernel for kernel in kernels}
     return {**found, "pointwise": pointwise.with_ends(kernel), "guards_hold": guards_hold}
 

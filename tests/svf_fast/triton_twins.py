@@ -14,6 +14,7 @@ TWINS = {
     "affine_act": ("affine_act", "affine_act_", "affine_act_backward", "affine_act_backward_"),
     "channel_dot": ("channel_dot", "channel_dot_scale_"),
     "guard": ("guards_hold",),
+    "quantize": ("quantize", "dequantize", "quantized_backward", "quantized_backward_"),
 }
 _library = torch.library.Library("svf_fast", "IMPL")
 

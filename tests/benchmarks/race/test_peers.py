@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.race.exactness import gradients, step
-from benchmarks.race.levels import LEVELS, SVF_LAYERS, Settings, trained
+from benchmarks.race.levels import LEVELS, SUPPORTS_AGAIN, SVF_LAYERS, Settings, trained
 from benchmarks.race.peers import LAYER_PEERS, PEERS, compiled, official
 from fss.training.measure import saved_bytes
 
@@ -25,10 +25,12 @@ def tiny(name: str, level: str = "backbone", **settings) -> tuple[nn.Module, Set
     return LEVELS[level].convert(network, name, None), own
 
 
-def assert_same(found: dict, expected: dict) -> None:
+def assert_same(found: dict, expected: dict, peer: str = "official") -> None:
+    """Gradients to rounding; of S, where a peer rounds what it keeps for them, to some percent."""
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm() / gradient.norm()
-        assert error < TOLERANCE, name
+        rounded = LEVELS["step"].peers[peer].judged_in and name.rpartition(".")[2] == "S"
+        assert error < (0.1 if rounded else TOLERANCE), name
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
@@ -50,7 +52,7 @@ def test_output_and_gradients(name, backbone):
     assert (outputs[0] - outputs[1]).norm() < TOLERANCE * outputs[1].norm()
     if PEERS[name].trains != "S":
         expected = {"x": expected["x"]}
-    assert_same(found, expected)
+    assert_same(found, expected, name)
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -63,7 +65,7 @@ def test_what_trains(name):
         assert len(trained(network)) == len(convolutions)
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", [*EAGER, SUPPORTS_AGAIN])
 def test_a_training_step(name):
     level = LEVELS["step"]
     settings = Settings(size=33, width=8, batch=1, shots=2, dtype="float64")
@@ -72,10 +74,10 @@ def test_a_training_step(name):
         gradients(level, tiny(peer, "step")[0], inputs, peer, settings)
         for peer in (name, "official")
     )
-    if PEERS[name].trains != "S":
+    if level.peers[name].trains != "S":
         expected = {key: value for key, value in expected.items() if "backbone" not in key}
     assert expected
-    assert_same(found, expected)
+    assert_same(found, expected, name)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYER_PEERS if not LAYER_PEERS[name].compiled])

@@ -467,7 +467,20 @@ def test_signatures_tell_regimes_apart():
         signature = str(regime(key).signature())
         assert signature not in seen, (key, seen.get(signature))
         seen[signature] = key
-    assert RegimeConfig().signature() == RegimeConfig(factors=("S",), strategy="fold").signature()
+    same = RegimeConfig(factors=("S",), strategy="fold", keep="int8")
+    assert RegimeConfig().signature() == same.signature()
+
+
+@pytest.mark.parametrize("name", ("svf", "svf_scale"))
+def test_blocks_keep_what_the_regime_says(name):
+    kept = {}
+    for keep in ("exact", "int8"):
+        model = build()
+        apply_regime(model, RegimeConfig(name=name, keep=keep))
+        blocks = [m for m in model.backbone.modules() if isinstance(m, svf_fast.Fused)]
+        assert blocks and all(block.keeps_int8 == (keep == "int8") for block in blocks)
+        kept[keep] = model
+    assert kept["exact"].state_dict().keys() == kept["int8"].state_dict().keys()
 
 
 def test_config_round_trip():

@@ -155,6 +155,19 @@ def test_kept_are_two_maps_before_the_gate_one_in_it_and_one_after(recompute):
     assert report.saved_bytes == saved_by(model, torch.randn(2, 12, 9, 11))
 
 
+def test_8_bits_on_both_sides_of_the_gate():
+    model, x = fused("torchvision"), torch.randn(2, 12, 65, 67)
+    exact, before = step(model, x), saved_by(model, x)
+    model[0].keeps_int8 = True
+    y, dx, *dS = step(model, x)
+    assert torch.equal(y, exact[0]) and torch.equal(dx, exact[1])
+    for mine, other in zip(dS, exact[2:], strict=True):
+        assert (mine - other).norm() < 0.05 * other.norm()
+    # y of b and of c; y of a makes the input of b, and the gate keeps what it weighs
+    assert before - saved_by(model, x) > 1.4 * x.nbytes
+    assert svf_fast.memory_report(model, x.shape).saved_bytes == saved_by(model, x)
+
+
 def test_copies_pickles_and_merges():
     model, x = fused("torchvision").double(), torch.randn(2, 12, 9, 11, dtype=torch.float64)
     expected = step(model, x)

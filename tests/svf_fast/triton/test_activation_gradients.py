@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from svf_fast.reference import gram as reference
+from svf_fast.reference import quantize as definition
 from svf_fast.reference.affine_act import affine_act_backward
 from tests.svf_fast.drawn import maps
 from tests.svf_fast.tolerance import accumulated, assert_error_within
@@ -152,6 +153,42 @@ def test_nan_and_the_edge_of_the_relu(device) -> None:
     assert (g[0, 1:] == 1).all()
     assert before[0, 2].isnan().tolist() == [False, True, False]
     assert after.isnan().any(dim=2).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 19, 40])  # of a tile and more
+def test_y_in_8_bits(channels, dtype, layout, sides, device, poisoned_memory) -> None:
+    """As of the map that the codes stand for, with the mask that they tell."""
+    grad, y = (maps((2, channels, 13, 5), dtype, layout, device) for _ in range(2))
+    scale, shift = affine(channels, device)
+    codes, grid = definition.quantize(y, scale.contiguous(), shift.contiguous())
+    g, before, after = activation_grams(grad, codes, scale, shift, *sides, grid)
+    expected = definition.quantized_backward(grad, codes, grid, scale)
+    assert torch.equal(g, expected) and g.stride() == y.stride()
+    decoded = definition.dequantize(codes, grid, None, None, dtype)
+    x = definition.dequantize(codes, grid, scale, shift, dtype)
+    # what x is the difference of beside the edge
+    sizes = decoded.double().abs() * scale.double().abs()[:, None, None]
+    sizes = torch.where(x > 0, sizes + shift.double().abs()[:, None, None], 0)
+    for matrix, asked, pair in ((before, sides[0], (g, decoded)), (after, sides[1], (x, grad))):
+        if not asked:
+            assert matrix.numel() == 0
+            continue
+        exact = [factor.double() for factor in pair]
+        rounded = sizes if pair[0] is x else exact[0].abs()
+        terms = reference.gram(rounded, exact[1].abs())
+        turns = dtype != torch.float32  # a value may round the other way
+        assert_error_within(
+            matrix,
+            reference.gram(*pair),
+            reference.gram(*exact),
+            magnitude=terms if turns else accumulated(terms, torch.float32),
+            dtype=dtype,
+            channel_dim=None,
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from svf_fast.reference import gram as reference
 from tests.svf_fast.drawn import maps
+from tests.svf_fast.ops.test_quantize import GRAMS, check_gram
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
 pytest.importorskip("triton")
@@ -72,6 +73,15 @@ def test_matches_definition(case, dtype, layout, device, poisoned_memory) -> Non
     b = maps((images, width_b, *spatial), dtype, layout, device)
     for arguments in ((a, b, groups), (a, b, groups, *affine(width_a, device))):
         check(gram(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("left", (False, True), ids=("b is codes", "a is codes"))
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GRAMS)
+def test_of_codes(case, dtype, layout, left, device, poisoned_memory) -> None:
+    check_gram(gram, case, dtype, layout, left, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -31,6 +31,7 @@ CHOSEN = {
         " and not (shape6 and (channels_last or dtype2))"
     ),
     "guard": "not opcheck",
+    "quantize": "not (opcheck or gram or refusals or whatever or float64 or 150)",
 }
 
 
@@ -43,7 +44,9 @@ def run(root: Path, *arguments: str | Path, **variables: str) -> subprocess.Comp
     return done
 
 
-@pytest.mark.parametrize("op, least", [("affine_act", 90), ("channel_dot", 80), ("guard", 8)])
+@pytest.mark.parametrize(
+    "op, least", [("affine_act", 90), ("channel_dot", 80), ("guard", 8), ("quantize", 90)]
+)
 def test_the_op(op: str, least: int, root: Path) -> None:
     options = [
         "-q",
