@@ -9,6 +9,7 @@
 
 #include "cpu/guarded.h"
 #include "cpu/isa.h"
+#include "cpu/packed_product.h"
 
 namespace py = pybind11;
 
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, module) {
         facts["compiler"] = SVF_FAST_COMPILER;
         facts["torch_built_against"] = SVF_FAST_TORCH;
         facts["instruction_set"] = svf_fast::isa_name(svf_fast::isa());
+        facts["matrix_products"] = svf_fast::multiplies_packed() ? "packed" : "BLAS";
         facts["cuda_built"] = static_cast<bool>(SVF_FAST_CUDA_BUILT);
         facts["cuda_decision"] = SVF_FAST_CUDA_DECISION;
         facts["cuda_arch_list"] = SVF_FAST_CUDA_ARCH_LIST;

@@ -26,6 +26,7 @@ from svf_fast.ops.factors import reads_input
 
 _MIB = 2**20
 _OTHER = "other layers"
+_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm2d)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +206,25 @@ def _note(name: str, notes: dict[str, str], normed: dict[str, str]) -> str:
     around = [key for key in notes if not key or f"{name}.".startswith(f"{key}.")]
     if around:
         return f"not fused: {notes[max(around, key=len)]}"
-    if name in normed:
+    return f"not fused: {normed[name]}" if name in normed else ""
+
+
+def _follows(name: str, norm: nn.Module) -> str:
+    """Tell why a layer is not fused with the norm that gets its output."""
+    if is_norm(norm):
         return (
-            f"not fused: {normed[name]} follows, but not in an nn.Sequential, a residual block or "
-            "a module that calls such layers alone"
+            f"{name} follows, but not in an nn.Sequential, a residual block or a module that calls "
+            "such layers alone"
         )
-    return ""
+    return (
+        f"{name} ({type(norm).__name__}) follows, which computes its statistics from each map; "
+        "only those of a frozen batch norm are constants"
+    )
+
+
+def _is_view_of(x: Tensor, y: Tensor) -> bool:
+    """Tell whether x is y, or all of it in another order of its dimensions."""
+    return x is y or (x._base is y and x.numel() == y.numel())
 
 
 class _SavedBytes:
@@ -240,7 +254,8 @@ def _run(
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
     """Return kept bytes and output shape per unit.
 
-    Fills `shapes`, and `normed` with the norm that gets a layer's output; then none may run fused.
+    Fills `shapes`, and `normed` with why a norm that gets a layer's output is not fused with it;
+    then none may run fused.
     """
     layers = svf_layers(model)
     device, own = next((layer.U.device, layer.U.dtype) for layer in layers.values())
@@ -278,8 +293,9 @@ def _run(
             return hook
 
         def receive(normed, norm):
-            def hook(_, inputs):
-                normed.update((name, norm) for output, name in returned if output is inputs[0])
+            def hook(module, inputs):
+                same = (name for output, name in returned if _is_view_of(inputs[0], output))
+                normed.update((name, _follows(norm, module)) for name in same)
 
             return hook
 
@@ -290,7 +306,7 @@ def _run(
             for name, layer in layers.items():
                 handles.append(layer.register_forward_hook(record(shapes, name)))
             for name, module in model.named_modules():
-                if is_norm(module):
+                if is_norm(module) or isinstance(module, _OTHER_NORMS):
                     handles.append(module.register_forward_pre_hook(receive(normed, name)))
         try:
             x = torch.empty(tuple(input_shape), device=device, dtype=own)

@@ -1,5 +1,5 @@
-// Matrix products through torch's BLAS on memory that is already there: no dispatcher, so neither
-// autograd nor autocast sees them.
+// Matrix products through torch's BLAS, or our own, on memory that is already there: no dispatcher,
+// so neither autograd nor autocast sees them.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "packed_product.h"
 
 namespace svf_fast {
 
@@ -37,6 +39,9 @@ torch::stable::Tensor matrix(const T* data, int64_t rows, int64_t columns, int64
 // out = a b
 inline void multiply(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
                      const torch::stable::Tensor& b) {
+  if (multiplies_packed()) {
+    return multiply_packed(out, false, a, b);
+  }
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
@@ -52,12 +57,18 @@ torch::stable::Tensor matrices(const T* data, int64_t count, int64_t rows, int64
 // out = a b, for each of a number of matrices
 inline void multiply_each(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
                           const torch::stable::Tensor& b) {
+  if (multiplies_packed()) {
+    return multiply_packed(out, false, a, b);
+  }
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
 }
 
 // out = a b, or out += a b with `add`, for each of a number of matrices
 inline void add_products(const torch::stable::Tensor& out, bool add, const torch::stable::Tensor& a,
                          const torch::stable::Tensor& b) {
+  if (multiplies_packed()) {
+    return multiply_packed(out, add, a, b);
+  }
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_baddbmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, 1.0));
 }

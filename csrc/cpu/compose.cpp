@@ -40,15 +40,56 @@ void scale_rows(const Acc* from, const Acc* by, Acc* to, int64_t rows, int64_t w
   });
 }
 
+constexpr int64_t kSmallRank = 4;  // up to which a group costs less than a call of a product
+
+// U diag(S) V of groups of small rank, as depthwise convolutions have them. Units are rows of U.
+template <typename Acc>
+struct Small {
+  const Acc* U;  // [groups * rows, rank]
+  const Acc* S;  // [groups, rank]
+  const Acc* V;  // [groups * rank, columns]
+  Acc* W;        // [groups * rows, columns]
+  int64_t rows;
+  int64_t rank;
+  int64_t columns;
+};
+
+struct ComposeSmall {
+  template <int kBytes, typename Acc>
+  static SVF_FAST_INLINE void run(const Small<Acc>& task, int64_t begin, int64_t end) {
+    using V = Vector<Acc, kBytes>;
+    const auto& [U, S, factor, W, rows, rank, columns] = task;
+    for (int64_t row = begin; row < end; ++row) {
+      Acc* out = W + row * columns;
+      const int64_t first = row / rows * rank;
+      for (int64_t r = 0; r < rank; ++r) {
+        const V scale = V{} + U[row * rank + r] * S[first + r];
+        for_vectors<kBytes>(factor + (first + r) * columns, columns,
+                            [&](int64_t i, const V& value, int64_t count) SVF_FAST_LAMBDA {
+                              const V before = r == 0 ? V{} : load_part<kBytes>(out + i, count);
+                              store_part<kBytes>(out + i, before + scale * value, count);
+                            });
+      }
+    }
+  }
+};
+
 template <typename Acc>
 void product(const Tensor& U, const Tensor& S, const Tensor& V, int64_t groups, const Tensor& out) {
   const int64_t rows = U.size(0) / groups, rank = U.size(1), columns = V.numel() / V.size(0);
-  std::vector<Tensor> owned;
-  Acc* scaled = scratch<Acc>(owned, U, rows * rank);
   const auto* u = static_cast<const Acc*>(U.const_data_ptr());
   const auto* s = static_cast<const Acc*>(S.const_data_ptr());
   const auto* v = static_cast<const Acc*>(V.const_data_ptr());
   auto* w = static_cast<Acc*>(out.mutable_data_ptr());
+  if (groups > 1 && rank <= kSmallRank) {
+    const Small<Acc> task{u, s, v, w, rows, rank, columns};
+    torch::stable::parallel_for(
+        0, U.size(0), grain(rank * columns),
+        [&](int64_t begin, int64_t end) { run<ComposeSmall>(task, begin, end); });
+    return;
+  }
+  std::vector<Tensor> owned;
+  Acc* scaled = scratch<Acc>(owned, U, rows * rank);
   for (int64_t g = 0; g < groups; ++g) {
     scale_rows(u + g * rows * rank, s + g * rank, scaled, rows, rank, false);
     multiply(matrix(w + g * rows * columns, rows, columns, columns, 1),

@@ -53,10 +53,53 @@ struct Dots {
   }
 };
 
+constexpr int64_t kSmall = 64;  // multiplications up to which a group costs less than a call
+
+template <typename Acc>
+struct Matrices {
+  const Acc* data;
+  int64_t group_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+
+  explicit Matrices(const Tensor& x)
+      : data(static_cast<const Acc*>(x.const_data_ptr())),
+        group_stride(x.stride(0)),
+        row_stride(x.stride(1)),
+        column_stride(x.stride(2)) {}
+  double at(int64_t group, int64_t row, int64_t column) const {
+    return data[group * group_stride + row * row_stride + column * column_stride];
+  }
+};
+
+// dS of groups as small as those of depthwise convolutions, in double.
+template <typename Acc>
+void reduce_small(const Tensor& M, const Tensor& left, const Tensor& right, const Tensor& S,
+                  const Tensor& out) {
+  const int64_t channels = left.size(1), others = right.size(1), rank = left.size(2);
+  const Matrices<Acc> middle(M), l(left), u(right);
+  const auto* divisor = static_cast<const Acc*>(S.const_data_ptr());
+  auto* result = static_cast<Acc*>(out.mutable_data_ptr());
+  for (int64_t g = 0; g < S.size(0); ++g) {
+    for (int64_t r = 0; r < rank; ++r) {
+      double sum = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t d = 0; d < others; ++d) {
+          sum += l.at(g, c, r) * middle.at(g, c, d) * u.at(g, d, r);
+        }
+      }
+      result[g * rank + r] = static_cast<Acc>(sum / divisor[g * rank + r]);
+    }
+  }
+}
+
 template <typename Acc>
 void reduce(const Tensor& M, const Tensor& left, const Tensor& right, const Tensor& S,
             const Tensor& out) {
   const int64_t channels = left.size(1), others = right.size(1), rank = left.size(2);
+  if (channels * others * rank <= kSmall) {
+    return reduce_small<Acc>(M, left, right, S, out);
+  }
   const int64_t block = std::min(kBlock, rank);
   std::vector<Tensor> owned;
   Acc* memory = scratch<Acc>(owned, M, channels * block);

@@ -1,4 +1,4 @@
-// product on the CPU: a 1x1 convolution of maps as they lie, by BLAS.
+// product on the CPU: a 1x1 convolution of maps as they lie, as a matrix product.
 #include <optional>
 #include <vector>
 
@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../maps.h"
+#include "packed_product.h"
 
 namespace svf_fast {
 namespace {
@@ -41,11 +42,15 @@ void multiply_into(const Tensor& out, bool add, const Tensor& x, const Tensor& w
   auto* factor = const_cast<void*>(weight.const_data_ptr());
   const int64_t row = weight.stride(0), column = weight.stride(1);
   const double beta = add ? 1.0 : 0.0;
+  const bool packed = multiplies_packed() && accumulation_type(type) == type;
   if (last) {
     const int64_t rows = images * positions;
     const Tensor y = from_blob(to, {rows, outputs}, {outputs, 1}, device, type);
     const Tensor a = from_blob(from, {rows, inputs}, {inputs, 1}, device, type);
     const Tensor b = from_blob(factor, {inputs, outputs}, {column, row}, device, type);
+    if (packed) {
+      return multiply_packed(y, add, a, b);
+    }
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), beta, 1.0));
     return;
   }
@@ -54,6 +59,9 @@ void multiply_into(const Tensor& out, bool add, const Tensor& x, const Tensor& w
   const Tensor a = from_blob(factor, {images, outputs, inputs}, {0, row, column}, device, type);
   const Tensor b = from_blob(from, {images, inputs, positions}, {inputs * positions, positions, 1},
                              device, type);
+  if (packed) {
+    return multiply_packed(y, add, a, b);
+  }
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(y.get(), y.get(), a.get(), b.get(), beta, 1.0));
 }
 

@@ -35,7 +35,8 @@ from svf_fast.ops.block import block
 class ResidualUnit(Fused):
     """``relu(stages(x) + shortcut(x))`` with frozen batch norms, as one autograd node.
 
-    The last ReLU is there where the block's own forward has it.
+    The last ReLU is there where the block's own forward has it. A gate before the last convolution
+    (squeeze-and-excitation) is called as it is, between two nodes.
 
     Attributes:
         recompute: run the second convolution again in the backward pass instead of keeping its
@@ -87,7 +88,7 @@ class ResidualUnit(Fused):
         """Fuse a block that was found, in place."""
         fused = recast(module, cls)
         fused._names, fused.recompute = found, False
-        fused._kinds, fused._attributes = remember(fused, found.pre)
+        fused._kinds, fused._attributes = remember(fused, found.called)
         return fused
 
     def fused_convs(self) -> dict[str, bool]:
@@ -110,11 +111,12 @@ class ResidualUnit(Fused):
         return [*self._names.stages, *filter(None, [self._names.shortcut])]
 
     def unfused_reasons(self) -> list[str]:
+        called = self._names.called
         return [
-            replaced(self, self._kinds)
+            replaced(self, self._kinds, called)
             or changed(self)
             or _reason(self, self.fused_stages())
-            or hooked(self, self._names.pre)
+            or hooked(self, called)
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,9 +130,16 @@ class ResidualUnit(Fused):
             for name in names.pre:
                 shortcut_x = self.get_submodule(name)(shortcut_x)
             shortcut_x = shortcut_x.to(dtype)
-        stages, programs = reading.stages(self, names.stages, dtype, True, names.shortcut)
-        shortcut = "identity" if names.shortcut is None else stages.pop()
-        again, int8, x = self.recompute, self.keeps_int8, x.to(dtype)
+        x, main, way, again = x.to(dtype), names.stages, "identity", self.recompute
+        int8 = self.keeps_int8
+        if names.gate is not None:
+            shortcut_x = x if shortcut_x is None else shortcut_x
+            stages, programs = reading.stages(self, main[:-1], dtype, False)
+            x = block(x, stages, recompute=again, programs=programs, int8=int8)
+            x = self.get_submodule(names.gate)(x).to(dtype)
+            main, way, again = main[-1:], "given", False
+        stages, programs = reading.stages(self, main, dtype, True, names.shortcut)
+        shortcut = way if names.shortcut is None else stages.pop()
         return block(x, stages, shortcut, shortcut_x, names.relu, again, programs, int8)
 
 

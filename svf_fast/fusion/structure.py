@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from svf_fast.fusion.plain import plain_conv
 from svf_fast.layers.conv2d import SVFConv2d, as_pair, explicit_padding
 from svf_fast.layers.factored import Factored
 
+_MULTIPLY = {operator.mul, torch.mul, "mul"}
 _BATCH_NORM = inspect.signature(functional.batch_norm)
 _OTHER_NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 _MOST_CONVS = 8  # a module with more of its own is no residual block
@@ -62,6 +64,8 @@ class ResidualBlock:
         pre: pooling modules applied to x before the shortcut's convolution.
         shortcut: its convolution and batch norm, or None where it is x itself.
         relu: whether a ReLU follows the sum; without it the sum is what the block returns.
+        gate: a module that weighs the map which the last of three convolutions reads by something
+            made of it, as squeeze-and-excitation does (Hu et al. 2018); None without one.
     """
 
     name: str
@@ -69,6 +73,12 @@ class ResidualBlock:
     pre: tuple[str, ...]
     shortcut: StageNames | None
     relu: bool = True
+    gate: str | None = None
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Names of the modules that it calls as they are."""
+        return self.pre if self.gate is None else (*self.pre, self.gate)
 
     @property
     def convs(self) -> tuple[str, ...]:
@@ -240,19 +250,25 @@ def _match(graph: ForwardGraph) -> ResidualBlock:
     if graph.overwrites(total) and operands[0] in graph.inputs:
         raise Misfit("it writes its sum over its input")
     branches = [_branch(graph, node) for node in operands]
-    (shortcut, pre), (stages, pools) = sorted(branches, key=lambda branch: len(branch[0]))
+    (shortcut, pre, _), (stages, pools, gate) = sorted(branches, key=lambda way: len(way[0]))
     _check_stages(stages, pools)
     _check_shortcut(shortcut, pre)
     _check_shapes(graph, stages, pre, shortcut)
     _check_all_is_used(graph)
     _check_called_once([name for stage in stages + shortcut for name in (stage.conv, stage.bn)])
-    return ResidualBlock("", stages, pre, shortcut[0] if shortcut else None, relu)
+    return ResidualBlock("", stages, pre, shortcut[0] if shortcut else None, relu, gate)
 
 
-def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[StageNames, ...], tuple[str, ...]]:
-    """Return the stages between the input and a node, and the pooling before the first of them."""
+def _branch(
+    graph: ForwardGraph, node: fx.Node
+) -> tuple[tuple[StageNames, ...], tuple[str, ...], str | None]:
+    """Return the stages between the input and a node, the pooling before the first, and the gate.
+
+    The gate stands before the last stage, with two others before it.
+    """
     stages: list[StageNames] = []
     pools: list[str] = []
+    gate = None
     while node not in graph.inputs:
         module = graph.module(node)
         if module is not None and _pools(module):
@@ -260,10 +276,15 @@ def _branch(graph: ForwardGraph, node: fx.Node) -> tuple[tuple[StageNames, ...],
             node = graph.value(node)
         elif pools:
             raise Misfit(f"{pools[0]!r} pools after a convolution")
+        elif len(stages) == 1 and gate is None and module is not None and _gates(module):
+            gate = str(node.target)
+            node = graph.value(node)
         else:
             stage, node = _stage(graph, node, "a ReLU" if stages else "a batch norm")
             stages.insert(0, stage)
-    return tuple(stages), tuple(pools)
+    if gate is not None and len(stages) != 3:
+        raise Misfit(f"{gate!r} stands in a path of {len(stages)} convolutions instead of 3")
+    return tuple(stages), tuple(pools), gate
 
 
 def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[StageNames, fx.Node]:
@@ -282,6 +303,24 @@ def _stage(graph: ForwardGraph, node: fx.Node, expected: str) -> tuple[StageName
         raise graph.misfit_at(node, "a convolution")
     _check_conv(str(node.target), conv)
     return StageNames(str(node.target), bn, relu), graph.value(node)
+
+
+def _gates(module: nn.Module) -> bool:
+    """Tell whether a module returns its input times something, and so a map of the same shape."""
+    if is_norm(module) or type(module).__module__.startswith("torch.nn."):
+        return False
+    try:
+        graphs = [ForwardGraph(module, training) for training in (True, False)]
+    except Misfit:
+        return False
+    return all(_is_weighted_input(graph) for graph in graphs)
+
+
+def _is_weighted_input(graph: ForwardGraph) -> bool:
+    end = graph.output.args[0]
+    if len(graph.inputs) != 1 or not isinstance(end, fx.Node) or not graph.calls(end, _MULTIPLY):
+        return False
+    return graph.inputs[0] in end.args and len(end.all_input_nodes) == 2
 
 
 def _pools(module: nn.Module) -> bool:

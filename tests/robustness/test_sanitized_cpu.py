@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     emulated_cuda.compiler() is None, reason="no C++ compiler here ($CXX or g++)"
 )
 
-OPS = ("channel_dot", "affine_act", "gram", "cosine_max")
+OPS = ("channel_dot", "affine_act", "gram", "cosine_max", "product")
 # Other processes would load the ordinary library; what torch compiles takes minutes.
 UNFIT = "not capability and not instruction_sets and not compile and not opcheck and not lower"
 UNFIT += " and not cuda"

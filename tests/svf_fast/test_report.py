@@ -91,6 +91,41 @@ def test_table():
     assert lines[-2].startswith("total")
 
 
+class ConvNeXtBlock(nn.Module):
+    """As torchvision's CNBlock and timm's ConvNeXtBlock compute it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), 0.5))
+
+    def forward(self, x):
+        y = self.norm(self.conv_dw(x).permute(0, 2, 3, 1))
+        y = self.fc2(torch.nn.functional.gelu(self.fc1(y))) * self.gamma
+        return x + y.permute(0, 3, 1, 2)
+
+
+def test_a_convnext_block_says_why_it_is_not_fused_and_keeps_a_narrow_map_a_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(ConvNeXtBlock(8)).eval().requires_grad_(False)
+    svf_fast.convert(model, None)
+    x = torch.randn(2, 8, 9, 7)
+    report = svf_fast.memory_report(model, x.shape)
+    units = {unit.name: unit for unit in report.units}
+    assert units["0.conv_dw"].note == (
+        "not fused: 0.norm (LayerNorm) follows, which computes its statistics from each map; only "
+        "those of a frozen batch norm are constants"
+    )
+    assert [units[f"0.{name}"].strategy for name in ("conv_dw", "fc1", "fc2")] == 3 * ["gram"]
+    # y of the depthwise convolution, x of the first linear layer, y of the second
+    assert [units[f"0.{name}"].saved_bytes for name in ("conv_dw", "fc1", "fc2")] == 3 * [x.nbytes]
+    # GELU keeps its input, four times as wide; LayerNorm its own, copied, with mean and deviation
+    assert report.units[-1].saved_bytes == 4 * x.nbytes + x.nbytes + 2 * x[:, 0].nbytes
+    assert report.saved_bytes == saved_by(model, x)
+
+
 def test_the_model_still_works_after_its_report():
     model = svf_fast.convert(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), None)
     x = torch.randn(1, 4, 6, 6)

@@ -70,6 +70,23 @@ def test_batch_norms_with_their_own_activation():
 
 
 @pytest.mark.parametrize(
+    "library, name, blocks, gate",
+    [
+        ("torchvision", "regnet_x_400mf", 22, None),
+        ("torchvision", "regnet_y_400mf", 16, "f.se"),
+        ("timm", "regnetx_004", 22, None),
+        ("timm", "regnety_004", 16, "se"),
+    ],
+)
+def test_regnets(library, name, blocks, gate):
+    package = pytest.importorskip(library)
+    found, units, reasons = find(getattr(package.models, name)(), everywhere)
+    assert len(found) == blocks and len(units) == 1 and not reasons  # the unit is the stem
+    assert {block.gate for block in found} == {gate}
+    assert sum(block.shortcut is not None for block in found) == 4
+
+
+@pytest.mark.parametrize(
     "name, options, reason",
     [
         ("seresnet50", {}, "'se' (SEModule) stands where a batch norm would fit"),

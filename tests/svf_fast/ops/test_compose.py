@@ -10,8 +10,9 @@ from svf_fast.reference.compose import compose as definition
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Co, Ci per group, kernel, groups: odd, one, 1×1, grouped, depthwise
-CASES = [(5, 3, 3, 1), (1, 1, 1, 1), (40, 17, 1, 1), (36, 6, 3, 3), (8, 1, 3, 8)]
+# Co, Ci per group, kernel, groups: odd, one, 1×1, grouped, with small rank, depthwise
+CASES = [(5, 3, 3, 1), (1, 1, 1, 1), (40, 17, 1, 1), (36, 6, 3, 3), (12, 2, 3, 4)]
+CASES += [(8, 1, 3, 8), (74, 1, 7, 37)]
 LAYOUTS = ("contiguous", "channels_last", "rank inside")
 
 

@@ -14,7 +14,7 @@ from tests.svf_fast.ops.test_gram import DTYPES
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
 # Groups, rows and columns of M, directions: fewer than a vector, several units, several blocks, of
-# a weight's gradient, none
+# a weight's gradient, none; of groups that are so small that no product is called
 FACTORS = [
     (3, 9, 9, 7),
     (1, 65, 65, 65),
@@ -22,6 +22,8 @@ FACTORS = [
     (2, 9, 45, 9),
     (1, 70, 17, 17),
     (2, 1, 1, 1),
+    (37, 1, 1, 1),
+    (5, 3, 4, 4),
     (1, 5, 5, 0),
     (0, 4, 4, 3),
 ]

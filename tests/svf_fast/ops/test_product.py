@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from svf_fast import build_info
 from svf_fast.ops.convolution import Geometry, convolution
 from tests.svf_fast.drawn import maps
 from tests.svf_fast.tolerance import accumulated, assert_error_within
@@ -54,6 +58,40 @@ def test_matches_definition(case, dtype, layout, transposed, poisoned_memory) ->
         before = into.clone()
         assert product_add_(into, x, weight) is None
         check(into, x, weight, before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("images", [1, 3])
+def test_sizes_beyond_a_block_at_any_number_of_threads(
+    images, dtype, layout, threads, poisoned_memory
+) -> None:
+    """Of csrc/cpu/packed_product.cpp, whose blocks have 256 terms, 672 rows and 1024 columns."""
+    x = maps((images, 257, 31, 41), dtype, layout)
+    weight = torch.randn(691, 257, dtype=torch.float64).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = product(x, weight)
+        into = maps(tuple(y.shape), dtype, layout)
+        added = into.clone()
+        product_add_(into, x, weight)
+    finally:
+        torch.set_num_threads(before)
+    check(y, x, weight)
+    check(into, x, weight, added)
+
+
+def test_the_machine_says_how_it_multiplies() -> None:
+    facts = build_info()
+    expected = "packed" if facts["instruction_set"] == "avx512" and not is_intel() else "BLAS"
+    assert facts["matrix_products"] == expected
+
+
+def is_intel() -> bool:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in lines)
 
 
 def test_layout_is_that_of_the_convolution() -> None:
