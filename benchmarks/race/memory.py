@@ -1,8 +1,9 @@
-"""What a step keeps, at the sizes papers train at: results/memory.json and memory-models.json.
+r"""What a step keeps, at the sizes papers train at: results/memory.json and memory-models.json.
 
     python -m benchmarks.race.memory && python -m benchmarks.race.memory --models
     python -m benchmarks.race.memory --models --peaks --name memory-methods
-    python -m benchmarks.race.memory --only step --shots 1 5 10 20 --sizes 641 --name memory-shots
+    python -m benchmarks.race.memory --only backbone step --shots 1 5 10 20 --sizes 641 \
+      --peers "svf_fast;svf_fast, 8 bits" --name memory-int8
     python -m benchmarks.render
 
 ResNet-50's layers 2-4 for one image, whose input needs no gradient, for layer 1 is frozen; the
@@ -46,7 +47,8 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[641, 473], help="first: the step")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--shots", type=int, nargs="+", default=[5], help="of the step")
-    parser.add_argument("--only", choices=("backbone", "step", "prior"), help="one level of three")
+    levels = "backbone", "step", "prior"
+    parser.add_argument("--only", nargs="+", choices=levels, default=levels, help="of the levels")
     parser.add_argument("--peers", help="names separated by semicolons (default: all)")
     parser.add_argument("--peaks", nargs="*", default=["float32"], help="dtypes to measure them in")
     parser.add_argument("--largest", type=float, default=float("inf"), help="peak to measure, GiB")
@@ -76,7 +78,7 @@ def main() -> int:
 
 def _peers(base: Settings, options: argparse.Namespace) -> Iterator[tuple[str, str, Settings]]:
     """Yield level, group and settings of each column of memory.json."""
-    wanted = [options.only] if options.only else ["backbone", "step", "prior"]
+    wanted = options.only
     for dtype in options.dtypes:
         for size in options.sizes if "backbone" in wanted else ():
             yield "backbone", "layers 2-4", dataclasses.replace(base, size=size, dtype=dtype)
