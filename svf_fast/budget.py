@@ -79,54 +79,75 @@ def fit(
     """Set how fused modules keep what they keep, so that a forward pass keeps ``budget`` bytes.
 
     Residual and transformer blocks may recompute; with ``keep="auto"`` what can keeps in 8 bits
-    instead, with "int8" all that can does already. Of the plans that fit, that of the least cost:
-    FLOPs, and for 8 bits :data:`CODING`. Bytes and ``dtype`` as in
-    :func:`svf_fast.memory_report`. Raises BudgetError when none fits; then nothing is changed.
+    instead, otherwise each keeps as it does. Of the plans that fit, that of the least cost: FLOPs,
+    and for 8 bits :data:`CODING`; where several keep the same tensor, one that fits. Bytes and
+    ``dtype`` as in :func:`svf_fast.memory_report`. Raises BudgetError when none fits; then nothing
+    is changed.
     """
     units = {name: m for name, m in model.named_modules() if isinstance(m, Fused)}
     before = {name: Way.of(unit) for name, unit in units.items()}
-    int8 = keep == "int8"
-    ways = [Way(False, int8), Way(True, int8), *([Way(False, True)] if keep == "auto" else [])]
+    ways = [
+        {name: way._replace(recompute=again) for name, way in before.items()}
+        for again in (False, True)
+    ]
+    if keep == "auto":
+        ways.append({name: Way(False, True) for name in units})
+
+    def report(way: dict[str, Way]) -> MemoryReport:
+        for name, unit in units.items():
+            way[name].set(unit)
+        return memory_report(model, input_shape, dtype)
+
     try:
-        reports = [_report(model, units, ways[0], input_shape, dtype)]
-        if reports[0].saved_bytes <= budget:
+        first = report(ways[0])
+        if first.saved_bytes <= budget:
             return
-        reports += [_report(model, units, way, input_shape, dtype) for way in ways[1:]]
-        names, options, fixed = [], [], 0
-        for found in zip(*(report.units for report in reports), strict=True):
+        reports = [first, *map(report, ways[1:])]
+        names, options = [], []
+        for found in zip(*(each.units for each in reports), strict=True):
             if found[0].name in units:
                 names.append(found[0].name)
-                most = found[0].saved_bytes
-                options.append(
-                    [
-                        Option(
-                            unit.saved_bytes,
-                            unit.flops + CODING * max(0, most - unit.saved_bytes) * coded,
-                        )
-                        for unit, coded in zip(found, (0, 0, 1), strict=False)
-                    ]
-                )
-            else:
-                fixed += found[0].saved_bytes
-        chosen = choose(options, budget, fixed)
+                options.append(_options([(unit.saved_bytes, unit.flops) for unit in found]))
+        fixed = first.saved_bytes - sum(unit[0].bytes for unit in options)
+        tried = list(zip((each.saved_bytes for each in reports), ways, strict=True))
+        room = budget
+        while True:  # what several keep is one's: the plan that is made of parts may keep more
+            chosen = choose(options, room, fixed)
+            plan = {name: ways[way][name] for name, way in zip(names, chosen, strict=True)}
+            plan = ways[0] | plan
+            size = report(plan).saved_bytes
+            if size <= budget:
+                return
+            tried.append((size, plan))
+            room -= size - budget
+    except BudgetError as error:
+        least, plan = min(tried, key=lambda one: one[0])
+        if least <= budget:
+            report(plan)
+            return
+        if len(tried) == len(reports):  # nothing was tried yet of what it says suffices
+            chosen = choose(options, error.smallest, fixed)
+            plan = {name: ways[way][name] for name, way in zip(names, chosen, strict=True)}
+            least = min(least, report(ways[0] | plan).saved_bytes)
+        _restore(units, before)
+        raise BudgetError(least, budget) from None
     except Exception:
-        for name, unit in units.items():
-            before[name].set(unit)
+        _restore(units, before)
         raise
-    for name, choice in zip(names, chosen, strict=True):
-        ways[choice].set(units[name])
 
 
-def _report(
-    model: nn.Module,
-    units: dict[str, Fused],
-    way: Way,
-    input_shape: Sequence[int],
-    dtype: torch.dtype | None,
-) -> MemoryReport:
-    for unit in units.values():
-        way.set(unit)
-    return memory_report(model, input_shape, dtype)
+def _options(ways: Sequence[tuple[int, int]]) -> list[Option]:
+    """Return the options of a unit from bytes and FLOPs as it is, recomputing, and in 8 bits."""
+    most = ways[0][0]
+    costs = [
+        flops + CODING * max(0, most - size) * (way == 2) for way, (size, flops) in enumerate(ways)
+    ]
+    return [Option(size, cost) for (size, _), cost in zip(ways, costs, strict=True)]
+
+
+def _restore(units: dict[str, Fused], before: dict[str, Way]) -> None:
+    for name, unit in units.items():
+        before[name].set(unit)
 
 
 def parse_bytes(size: str | int) -> int:

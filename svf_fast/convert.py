@@ -30,6 +30,7 @@ from svf_fast.fusion.blocks import (
     ResidualUnit,
     SVFBasicBlock,
     SVFBottleneck,
+    SVFConvBNAct,
 )
 from svf_fast.fusion.fused import Fused, restore
 from svf_fast.fusion.norm import StaysFrozen, is_frozen, keep_frozen
@@ -366,8 +367,9 @@ def _fuse(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[[], o
         if any(map(chosen, chain.convs)):
             undo.append(FusedChain.adopt(model.get_submodule(chain.name), chain).unfuse)
     for name, modes in find_transformers(model, factored)[0].items():
-        if any(map(chosen, layers_of(name, modes))):
-            undo.append(SVFTransformerBlock.adopt(model.get_submodule(name), modes).unfuse)
+        module = model.get_submodule(name)
+        if not isinstance(module, Fused) and any(map(chosen, layers_of(name, modes))):
+            undo.append(SVFTransformerBlock.adopt(module, modes).unfuse)
     sequences = (unit for unit in units if isinstance(unit, Unit))
     for container, group in groupby(sequences, lambda unit: unit.container):
         module = model.get_submodule(container)
@@ -399,8 +401,10 @@ def _keep_int8(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[
     undo: list[Callable[[], object]] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        takes = isinstance(module, Fused) and module.takes_int8
-        if takes and any(chosen(prefix + conv) for conv in module.fused_convs()):
+        convs: Iterable[str] = ("conv",) if isinstance(module, SVFConvBNAct) else ()
+        if isinstance(module, Fused) and module.takes_int8:
+            convs = module.fused_convs()
+        if any(chosen(prefix + conv) for conv in convs):
             undo.append(partial(setattr, module, "keeps_int8", module.keeps_int8))
             module.keeps_int8 = True
     if not undo:

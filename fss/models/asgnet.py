@@ -56,6 +56,7 @@ class ASGNet(FewShotModel):
     """
 
     unused_layers = ("layer4",)
+    supports_train = False
     official_names: ClassVar[Mapping[str, str]] = {
         "reduce.": "down_conv.",
         "enrich.merge.": "corr_conv.",

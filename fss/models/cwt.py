@@ -92,6 +92,7 @@ class CWT(FewShotModel):
     """
 
     needs_base_learner = True
+    supports_train = False
     official_names: ClassVar[Mapping[str, str]] = {
         "base_learner.pool.": "ppm.",
         "base_learner.classifier.": "bottleneck.",

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
+import svf_fast
 from fss.colors import SKY
 from fss.data import build_episodes, build_source, test_transform
 from fss.data.images import read_picture
@@ -264,7 +265,11 @@ def _inputs(backbone: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[s
 
 @torch.no_grad()
 def _responses(module: nn.Module, x: Tensor, components: Tensor) -> Tensor:
-    """Return |V_rᵀ * x| of these components, [n, h, w]."""
+    """Return |V_rᵀ * x| of these components, [n, h, w]; of tokens at those of a square photo."""
+    if isinstance(module, svf_fast.SVFLinear):
+        tokens = (x[0] @ module.V[components].T).abs().T
+        side = math.isqrt(tokens.shape[1])  # what comes before the patches is of no place
+        return tokens[:, -side * side :].unflatten(1, (side, side))
     maps = functional.conv2d(
         x, module.V[components], None, module.stride, module.padding, module.dilation
     )

@@ -87,7 +87,8 @@ class Trainer(Loop):
         self._set_up(network, optimizer, scheduler)
         self.class_weight = fabric.to_device(torch.tensor([1.0, config.foreground_weight]))
         inputs = (*network.inputs, *network.targets, "query_mask", "class_id")
-        graph = "off" if config.recompute_supports else config.graph
+        again = config.recompute_supports and network.supports_train
+        graph = "off" if again else config.graph
         self._run_parts = captured(
             self._backward_parts, network, inputs, fabric, graph, self._print
         )

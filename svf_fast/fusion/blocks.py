@@ -221,6 +221,7 @@ class FusedSequential(Fused):
         part = super().__getitem__(index)  # type: ignore[misc]
         if isinstance(part, FusedSequential) and isinstance(index, slice):
             part._set(tuple(u for u in self._names if part._modules.keys() >= set(_children(u))))
+            part.keeps_int8 = self.keeps_int8
         return part
 
     def _unit_reason(self, unit: Unit) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -68,7 +69,10 @@ def changed(module: Remembering, within: str = "") -> str:
     for name, before in module._attributes.items():
         if within and not f"{name}.".startswith(f"{within}."):
             continue
-        now = module.get_submodule(name).__dict__
+        part = module.get_submodule(name)
+        now = part.__dict__
+        if hidden := _hidden_method(part, before):
+            return f"{name}.{hidden} is not what it was at conversion".lstrip(".")
         for key, value in before.items():
             what, own = f"{name}.{key}".lstrip("."), now.get(key)
             if isinstance(value, tuple):
@@ -77,6 +81,13 @@ def changed(module: Remembering, within: str = "") -> str:
             elif own != value and key not in ("eps", "momentum"):
                 return f"{what} was {value!r} at conversion and is {own!r} now"
     return ""
+
+
+def _hidden_method(part: nn.Module, before: dict[str, Any]) -> str:
+    """Name a method of a module's class that a later attribute of its own stands before."""
+    kind = original_class(part)
+    new = (key for key in part.__dict__ if key not in before and key != "forward")
+    return next((key for key in new if inspect.isroutine(getattr(kind, key, None))), "")
 
 
 def _differs(module: Remembering, name: str, key: str) -> bool:

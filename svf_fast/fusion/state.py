@@ -64,6 +64,7 @@ class Watch:
         self._apart: list[tuple[Tensor, Tensor]] = []  # whose elements do not lie side by side
         # of the module itself, by name: its dictionary holds this watch, which must not hold it
         self._own = [*attributes(module).items()]
+        self._size = len({*module.__dict__, "_reading"})  # a new one may hide a method
         self._look(module)
 
     def _look(self, module: nn.Module) -> None:
@@ -97,8 +98,9 @@ class Watch:
                 self._look(child)
 
     def _note(self, module: nn.Module) -> None:
-        """Remember the attributes of a module."""
+        """Remember the attributes of a module, and how many there are."""
         own = module.__dict__
+        self._counts.append((own, len(own)))
         for name, value in attributes(module).items():
             if isinstance(value, tuple):
                 self._snapshots.append((own, name, value))
@@ -141,6 +143,8 @@ class Watch:
     def holds(self, module: nn.Module) -> bool:
         """Tell whether all is as it was in the module that is watched."""
         own_now = module.__dict__
+        if len(own_now) != self._size:
+            return False
         for name, value in self._own:
             now = own_now.get(name)
             if now is not value and snapshot(now) != value:

@@ -6,12 +6,14 @@ layer after the attention may be anything: it is kept as a list of steps, and ru
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,6 +37,8 @@ _MUL = {operator.mul, torch.mul, "mul", "mul_"}
 _LAYER_NORM = inspect.signature(functional.layer_norm)
 _SHAPES = {"shape", "ndim"}
 _SIZES = {"size", "dim"}
+_NUMBERS = _SIZES | {"numel", "nelement", "ndimension", "stride", "item", "tolist", "get_device"}
+_FACTS = _SHAPES | {"dtype", "device", "layout", "is_cuda", "requires_grad", "itemsize", "nbytes"}
 _FEWEST, _MOST = 4, 8  # linear layers of a block: queries to fc2, with what an attention may have
 
 
@@ -227,7 +231,15 @@ class _TokenTracer(Tracer):
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _TokenProxy(node, self)
+        # what takes a number in C would read one that says it is a tensor as memory of a tensor
+        return fx.Proxy(node, self) if _is_number(node) else _TokenProxy(node, self)
+
+    def trace(self, *args, **kwargs) -> fx.Graph:
+        with contextlib.ExitStack() as stack:
+            for name in ("tensor", "as_tensor", "asarray"):  # which ask no proxy
+                makes = _refusing_proxies(getattr(torch, name))
+                stack.enter_context(mock.patch.object(torch, name, makes))
+            return super().trace(*args, **kwargs)
 
 
 class TokenGraph(ForwardGraph):
@@ -281,6 +293,10 @@ class TokenGraph(ForwardGraph):
         )
         if len({*block.layers}) < len(block.layers):
             raise Misfit("it calls a linear layer twice")
+        width = self.modules[queries].in_features
+        for name in (proj, fc2):
+            if self.modules[name].out_features != width:
+                raise Misfit(f"{name!r} returns other channels than its input has")
         return block
 
     def _remove(self, node: fx.Node, instead: fx.Node | None = None) -> None:
@@ -447,6 +463,28 @@ def _numbered(argument: Any, numbers: dict[fx.Node, Ref]) -> Any:
         kind = list if isinstance(argument, list) else tuple
         return kind(_numbered(each, numbers) for each in argument)
     return argument
+
+
+def _refusing_proxies(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def called(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if issubclass(type(data), fx.Proxy):
+            raise Misfit("it makes a tensor of its input's values")
+        return make(data, *args, **kwargs)
+
+    return called
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Tell whether a node is a size, a dtype or a device, or is computed of such."""
+    if node.op == "call_method" and node.target in _NUMBERS:
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _FACTS
+    made_of = node.all_input_nodes
+    plain = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
+    return plain and bool(made_of) and all(map(_is_number, made_of))
 
 
 def _reads_shape(node: fx.Node) -> bool:

@@ -131,6 +131,8 @@ class SVFTransformerBlock(Fused):
             )
         queries = normalized_linear(x, self._norm(names.norm1), _linear(first, dtype))
         attended = self._run(names.attention, queries, x)
+        if attended.shape[:-1] != x.shape[:-1]:  # added to each token, as pooled ones are
+            return super().forward(x, *others, **given)
         proj, fc1, fc2 = (_linear(self._layer(name), dtype) for name in names.layers[1:])
         scale1, scale2 = (_own(self, n) if n else None for n in (names.scale1, names.scale2))
         rest = Rest(proj, fc1, fc2, self._norm(names.norm2), scale1, scale2, names.gelu)

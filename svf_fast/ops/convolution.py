@@ -79,12 +79,9 @@ def _order(V: Tensor) -> list[int]:
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Compute ``conv2d`` of x [N, Ci, H, W] with weight [Co, Ci/G, kh, kw] -> [N, Co, Ho, Wo]."""
-    if _is_product(x, weight, geometry):
-        if bias is None:
-            return _product(weight.flatten(1), x)
-        if is_channels_last(x):
-            out = functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
-            return out.permute(0, 3, 1, 2)
+    if _is_product(x, weight, geometry) and (bias is None or is_channels_last(x)):
+        out = _product(weight.flatten(1), x)
+        return out if bias is None else out.add_(bias[:, None, None])
     return functional.conv2d(
         x,
         match_layout(weight, x),

@@ -45,7 +45,7 @@ def activation_grams_partial_kernel(
     y,
     scale,
     shift,
-    grid,
+    lattice,
     g,
     partial,
     side,
@@ -92,10 +92,12 @@ def activation_grams_partial_kernel(
         used = exists if ONE_TILE else tl.where(after, written, exists)
         grad_a = tl.load(grad + start + at_a, mask=used & inside_a, other=0.0)
         y_a = tl.load(y + start + at_a, mask=exists & inside_a, other=0)
-        if grid is not None:
+        if lattice is not None:
             image = image_of(step, positions, BLOCK_P) * channels
             codes = y_a.to(tl.float32)
-            y_a, passing = decode(codes, grid, image + row, grid_size, row < channels, grad_a.dtype)
+            y_a, passing = decode(
+                codes, lattice, image + row, grid_size, row < channels, grad_a.dtype
+            )
             z = y_a.to(tl.float32) * factor + offset
             stopped = codes < passing
             z = tl.where(z < 0, 0.0, z)
@@ -105,19 +107,19 @@ def activation_grams_partial_kernel(
             stopped = z <= 0
         g_a = narrow(tl.where(stopped, 0.0, grad_a.to(tl.float32) * factor), grad_a.dtype)
         x_a = narrow(tl.where(stopped, 0.0, z), grad_a.dtype)
-        if grid is not None:
+        if lattice is not None:
             x_a = tl.where(exists & inside_a, x_a, 0.0)
         tl.store(g + start + at_a, g_a, mask=written & inside_a)
         left = tl.where(after, x_a, g_a)
         if ONE_TILE:
             right = tl.where(after, grad_a, y_a)
-        elif grid is not None:
+        elif lattice is not None:
             # of both sides' operands the one that this program multiplies
             coded = (rows[:, None] < tl.where(after, 0, count)) & inside_b
             plain = (rows[:, None] < tl.where(after, count, 0)) & inside_b
             codes_b = tl.load(y + start + at_b, mask=coded, other=0)
             decoded, _ = decode(
-                codes_b, grid, image + column, grid_size, column < channels, grad_a.dtype
+                codes_b, lattice, image + column, grid_size, column < channels, grad_a.dtype
             )
             grad_b = tl.load(grad + start + at_b, mask=plain, other=0.0)
             right = tl.where(coded, decoded, grad_b)

@@ -41,7 +41,7 @@ def gram_partial_kernel(
     b,
     scale,
     shift,
-    grid,
+    lattice,
     partial,
     steps,
     split_steps,
@@ -92,7 +92,7 @@ def gram_partial_kernel(
         if a.dtype.element_ty == tl.uint8:
             at = image * groups * width_a + channels_a
             codes = left.to(tl.float32)
-            left, first_passing = decode(codes, grid, at, grid_size, row < width_a, right.dtype)
+            left, first_passing = decode(codes, lattice, at, grid_size, row < width_a, right.dtype)
             if scale is not None:
                 rebuilt = affine_relu(left, factor, offset)
                 left = tl.where(codes >= first_passing, rebuilt, 0.0)
@@ -101,7 +101,7 @@ def gram_partial_kernel(
             left = tl.where(inside_a, affine_relu(left, factor, offset), 0.0)
         if b.dtype.element_ty == tl.uint8:
             at = image * groups * width_b + channels_b
-            right, _ = decode(right, grid, at, grid_size, column < width_b, left.dtype)
+            right, _ = decode(right, lattice, at, grid_size, column < width_b, left.dtype)
             right = tl.where(inside_b, right, 0.0)
         total = dot(tl.trans(left), right, total, PRECISION)
 

@@ -74,7 +74,7 @@ def grid_kernel(
     partial,
     scale,
     shift,
-    grid,  # [3, N, C]: offset, step, first
+    lattice,  # [3, N, C]: offset, step, first
     plan,  # [2, N, C]: anchor, inverse
     splits,
     size,  # N * C
@@ -117,9 +117,9 @@ def grid_kernel(
         first = tl.zeros((BLOCK,), tl.float32)
         anchor, offset = low, low
         step, inverse = tl.where(flat, 0.0, width / 255.0), 255.0 / width
-    tl.store(grid + at, tl.where(finite, offset, float("nan")), mask=inside)
-    tl.store(grid + size + at, tl.where(finite, step, 0.0), mask=inside)
-    tl.store(grid + 2 * size + at, first, mask=inside)
+    tl.store(lattice + at, tl.where(finite, offset, float("nan")), mask=inside)
+    tl.store(lattice + size + at, tl.where(finite, step, 0.0), mask=inside)
+    tl.store(lattice + 2 * size + at, first, mask=inside)
     tl.store(plan + at, tl.where(finite, anchor, 0.0), mask=inside)
     tl.store(plan + size + at, tl.where(flat | (finite == 0), 0.0, inverse), mask=inside)
 
@@ -129,7 +129,7 @@ def encode_kernel(
     y,
     scale,
     shift,
-    grid,
+    lattice,
     plan,
     codes,
     size,
@@ -154,7 +154,7 @@ def encode_kernel(
     anchor = tl.load(plan + own, mask=inside, other=0.0)[None, :]
     inverse = tl.load(plan + size + own, mask=inside, other=0.0)[None, :]
     if scale is not None:
-        first = tl.load(grid + 2 * size + own, mask=inside, other=0.0)[None, :]
+        first = tl.load(lattice + 2 * size + own, mask=inside, other=0.0)[None, :]
         factor = tl.load(scale + column, mask=inside, other=0.0)[None, :]
         term = tl.load(shift + column, mask=inside, other=0.0)[None, :]
         stops = tl.fma(value, factor, term) <= 0
@@ -171,7 +171,7 @@ def encode_kernel(
 @triton.jit
 def decode_kernel(
     codes,
-    grid,
+    lattice,
     grad,  # None: the values themselves
     scale,
     shift,
@@ -195,7 +195,7 @@ def decode_kernel(
     at = offsets(rows, column, position_stride, channel_stride)
     dtype = out.dtype.element_ty
     coded = tl.load(codes + start + at, mask=there, other=0).to(tl.float32)
-    value, first = decode(coded, grid, image * channels + column, size, inside, dtype)
+    value, first = decode(coded, lattice, image * channels + column, size, inside, dtype)
     if scale is not None:
         factor = tl.load(scale + column, mask=inside, other=0.0)[None, :]
         if grad is not None:

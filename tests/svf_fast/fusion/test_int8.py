@@ -28,6 +28,7 @@ from tests.svf_fast.ops.test_block import (
     first,
     frozen,
     step,
+    unit,
 )
 from tests.svf_fast.saved_bytes import saved_by
 from tests.svf_fast.tolerance import assert_error_within
@@ -314,6 +315,71 @@ def test_a_budget_takes_8_bits_before_it_recomputes():
         less = {"memory_budget": sizes["int8"] - 1, "input_shape": shape}
         svf_fast.convert(blocks(), None, keep="auto", **less)
     assert error.value.smallest == sizes["int8"]
+
+
+class Skip(nn.Module):
+    """A block and a head that keep the same map, whose bytes count for the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = conv(8, 64, 3), Bottleneck(64, 8, 128)
+        self.head = conv(64, 4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.block(x).mean() + self.head(x).mean()
+
+
+def test_a_budget_holds_where_others_keep_what_a_block_keeps():
+    """Taken out of a block's bytes, a shared map is in another's: no plan may go by sums alone."""
+    shape = (2, 8, 24, 24)
+
+    def build(**options) -> nn.Module:
+        torch.manual_seed(0)
+        model = frozen(Skip())
+        model.head.requires_grad_(True)
+        return svf_fast.convert(model, ("block",), "gram", **options)
+
+    x, sizes = torch.randn(shape), {}
+    for keep in ("exact", "int8"):
+        sizes[keep] = svf_fast.memory_report(build(keep=keep), shape).saved_bytes
+    assert sizes["int8"] > 0.7 * sizes["exact"]  # its x stays alive
+    met = 0
+    for budget in range(sizes["exact"], sizes["exact"] // 4, -7001):
+        options = {"keep": "auto", "memory_budget": budget, "input_shape": shape}
+        try:
+            model = build(**options)
+        except BudgetError as error:
+            smallest = error.smallest
+            assert budget < smallest
+            continue
+        assert saved_by(model, x) <= budget
+        met += 1
+    assert met > 1
+    model = build(keep="auto", memory_budget=smallest, input_shape=shape)
+    assert saved_by(model, x) <= smallest
+
+
+def test_a_later_budget_leaves_the_rounding_of_others_as_it_is():
+    ample = {"memory_budget": "1GiB", "input_shape": (2, 6, 16, 16)}
+    for before, then in (("exact", "int8"), ("int8", "exact")):
+        model = nn.Sequential(frozen(BLOCKS["basic"]()), frozen(BLOCKS["basic"]()))
+        svf_fast.convert(model, ("0",), keep=before)
+        svf_fast.convert(model, ("1",), keep=then, **ample)
+        assert [block.keeps_int8 for block in model] == [before == "int8", then == "int8"]
+
+
+def test_a_slice_keeps_as_the_whole():
+    model = svf_fast.convert(frozen(nn.Sequential(*unit(), *unit_of(9))), None, keep="int8")
+    assert isinstance(model, FusedSequential) and model.keeps_int8
+    part = model[:3]
+    assert isinstance(part, FusedSequential) and part.keeps_int8
+    stem = nn.Sequential(SVFConvBNAct(*frozen(unit(False))), conv(9, 4))
+    assert svf_fast.convert(stem, None, keep="int8")[0].keeps_int8
+
+
+def unit_of(channels: int) -> nn.Sequential:
+    return nn.Sequential(conv(channels, channels, 3), nn.BatchNorm2d(channels), nn.ReLU())
 
 
 def test_a_graph_of_the_exact_block_is_not_one_of_the_coded():

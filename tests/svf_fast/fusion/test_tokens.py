@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import svf_fast
 from svf_fast.fusion.tokens import TransformerBlock, find_transformers
 from tests.svf_fast.transformers import BLOCKS, Block, DinoBlock, drawn
 
@@ -175,3 +176,43 @@ def test_the_model_is_as_it_was():
     assert block.training and all(part.training for part in block.modules())
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in block.state_dict().items())
+
+
+class Masked(nn.Module):
+    """Attention whose mask is made of sizes, which C code reads as numbers."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.n1, self.n2, self.make = nn.LayerNorm(8), nn.LayerNorm(8), make
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        h = self.n1(x)
+        w = (self.q(h) @ self.k(h).mT).softmax(-1)
+        return self.n2(x + self.o(w @ self.v(h)) + self.make(x, x.shape[1]).sum())
+
+
+MAKES = {
+    "ones": lambda x, n: torch.ones(n, n).tril(),
+    "zeros of a tuple": lambda x, n: torch.zeros((n, n)),
+    "zeros on its device": lambda x, n: torch.zeros(n, n, device=x.device),
+    "full": lambda x, n: torch.full((n,), 2.0),
+    "eye": lambda x, n: torch.eye(n),
+    "arange": lambda x, n: torch.arange(n // 2 + 1),
+    "empty": lambda x, n: torch.empty(n).fill_(1.0),
+    "linspace": lambda x, n: torch.linspace(0, 1, n),
+    "tensor": lambda x, n: torch.tensor(n),
+    "as_tensor": lambda x, n: torch.as_tensor(n),
+    "as_tensor of its input": lambda x, n: torch.as_tensor(x),
+    "size": lambda x, n: torch.ones(x.size(1), x.dim()),
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_sizes_are_no_tensors(name):
+    """Once they said that they were, and a constructor in C ended the process."""
+    model = nn.Sequential(Masked(MAKES[name])).requires_grad_(False)
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    svf_fast.convert(model, None, progress=False)
+    torch.testing.assert_close(model(x), expected)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import svf_fast
@@ -373,3 +375,62 @@ def test_transforms_of_torch_func_run_as_the_paper_has_it():
         torch.func.grad(lambda x: model(x).sum())(x)
     reference = as_reference(model)
     torch.testing.assert_close(torch.func.grad(lambda x: reference(x).sum())(x), expected)
+
+
+def test_a_block_used_twice():
+    block = drawn(BLOCKS["timm"]())
+    plain = nn.Sequential(block, block)
+    x = torch.randn(2, 7, 16)
+    expected = plain(x)
+    model = svf_fast.convert(plain, None, progress=False)
+    assert model[0] is model[1] and isinstance(model[0], SVFTransformerBlock)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class Pooling(nn.Module):
+    def __init__(self, channels, width=None):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.qkv, self.proj = (
+            nn.Linear(channels, 3 * channels),
+            nn.Linear(channels, width or channels),
+        )
+        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.pools = width is None
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        if self.pools:
+            attended = attended.mean(dim=-2, keepdim=True)
+        x = x + self.proj(attended)
+        return x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
+
+
+@pytest.mark.parametrize("width", (None, 1), ids=("fewer tokens", "fewer channels"))
+def test_a_branch_that_is_broadcast(width):
+    """In the sum; its gradient is one of fewer numbers."""
+    model = svf_fast.convert(nn.Sequential(drawn(Pooling(16, width))), None, progress=False)
+    compare(model, torch.randn(2, 7, 16))
+
+
+def test_a_method_replaced_on_the_block_or_in_it():
+    model = fused()
+    x = torch.randn(2, 7, 16)
+    before = model(x)
+    assert model[0].unfused_reason() == ""
+    model[0].attn.forward_features = lambda x: x  # of no method: nothing runs it
+    assert torch.equal(model(x), before)
+    model[0].mlp.forward = types.MethodType(lambda self, x: 0 * x, model[0].mlp)
+    assert "forward of its own" in model[0].unfused_reason()
+    del model[0].mlp.forward
+    kind = type(model[0]).original
+    kind.halved = lambda self, x: x
+    try:
+        model = fused()
+        model(x)
+        model[0].halved = lambda x: x / 2  # one that its forward might call
+        assert "halved is not what it was at conversion" in model[0].unfused_reason()
+        model(x)
+    finally:
+        del kind.halved

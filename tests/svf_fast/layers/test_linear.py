@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import svf_fast
 from svf_fast import SVFLinear
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 
@@ -89,3 +90,24 @@ def test_bad_input():
         SVFLinear(6, 9)(torch.randn(3, 5))
     with pytest.raises(TypeError, match="expected an nn.Linear, got Conv2d"):
         SVFLinear.from_linear(nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize("strategy", ("auto", "gram", "chain", "fold", "reference"))
+@pytest.mark.parametrize("sizes", ((8, 8), (8, 16), (16, 8)))
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("shape", ((3,), (2, 3)))
+def test_an_activation_in_place_may_follow(strategy, sizes, bias, shape):
+    """As in the classifiers of VGG and AlexNet."""
+    linear = nn.Linear(*sizes, bias=bias)
+    x = torch.randn(*shape, sizes[0])
+    plain = nn.Sequential(linear, nn.ReLU(inplace=True))
+    expected = plain(x)
+    model = svf_fast.convert(copy.deepcopy(plain), None, strategy, progress=False)
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    if strategy == "gram" and sizes == (16, 8) and not bias:  # which keeps what is overwritten
+        with pytest.raises(RuntimeError, match="Set inplace=False there"):
+            y.sum().backward()
+        return
+    y.sum().backward()
+    assert model[0].S.grad.isfinite().all()
