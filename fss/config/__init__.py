@@ -462,7 +462,7 @@ class TrainConfig:
         if self.graph is False:  # what YAML 1.1 reads of a bare off
             self.graph = "off"
         check_settings(self)
-        if not METHODS[self.model.name].any_size:
+        if not (METHODS[self.model.name].any_size or self.model.backbone.startswith("vit_")):
             check_side("data.size", self.data.size)
         scaled = METHODS[self.model.name].bins
         authors = scaled and self.model.official

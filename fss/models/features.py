@@ -120,7 +120,7 @@ class FewShotModel(nn.Module, ABC):
     backbones: ClassVar[tuple[str, ...]] = CONVOLUTIONAL
     backbone_options: ClassVar[Mapping[str, Any]] = {}
     unused_layers: ClassVar[tuple[str, ...]] = ()
-    any_size: ClassVar[bool] = False
+    any_size: bool = False
     needs_base_learner: ClassVar[bool] = False
     needs_base_classes: ClassVar[bool] = False
     transformer: ClassVar[tuple[str, ...]] = ()
@@ -141,6 +141,7 @@ class FewShotModel(nn.Module, ABC):
         for layer in self.unused_layers:
             backbone.set_submodule(layer, nn.Sequential())
         self.backbone = backbone.eval()
+        self.any_size = self.any_size or getattr(backbone, "any_size", False)
 
     @classmethod
     @abstractmethod

@@ -141,6 +141,7 @@ class ViT(nn.Module):
     """
 
     stride_on = None
+    any_size = True  # of images: no maps at a stride of 8 must align
 
     def __init__(self, name: str, width: int = 64) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import svf_fast
-from fss.config import ModelConfig, RegimeConfig
+from fss.config import DataConfig, ModelConfig, RegimeConfig, TrainConfig
 from fss.models import (
     Baseline,
     Matching,
@@ -320,3 +320,31 @@ def test_equals_timm(tmp_path, name):
 def test_own_keys_leave_others_alone():
     state = {"conv1.weight": 1, "layer1.0.conv1.weight": 2}
     assert own_keys(state) == state
+
+
+@pytest.mark.parametrize("side", (32, 48, 50))
+def test_images_of_the_sides_that_it_was_trained_on(side):
+    """Multiples of the patch, as 224 and 518 are; others are resized to the nearest."""
+    config = TrainConfig(
+        DataConfig(source="shapes", size=side),
+        model=ModelConfig(backbone="vit_tiny_patch16", width=4, weights="none", channels=8),
+    )
+    model = build_model(config.model, {1: "class 1"}, 1)
+    photos = torch.randn(1, 3, side, side)
+    masks = torch.ones(1, 1, side, side, dtype=torch.int64)
+    assert model(photos, photos[None], masks).logits.shape == (1, 2, side, side)
+
+
+@pytest.mark.parametrize("kind", ("attn.qkv", "mlp.fc2"))
+def test_responses_to_tokens_lie_where_their_patches_do(kind):
+    from fss.report.components import _inputs, _responses
+
+    backbone = build_backbone("vit_tiny_patch16", width=4).eval().requires_grad_(False)
+    svf_fast.convert(backbone, None, progress=False)
+    layer = next(name for name, _ in backbone.named_modules() if name.endswith(kind))
+    x = _inputs(backbone, torch.randn(3, 64, 64), [layer])[layer]
+    module = backbone.get_submodule(layer)
+    maps = _responses(module, x, torch.tensor([2, 0]))
+    assert maps.shape == (2, 4, 4)
+    patches = x[0, 1:].unflatten(0, (4, 4))  # behind the class token
+    torch.testing.assert_close(maps[0], (patches @ module.V[2]).abs())
