@@ -210,7 +210,7 @@ def change_in_words(before: float, after: float) -> str:
 
 
 def _layer_title(spectrum: Spectrum) -> str:
-    return f"{spectrum.layer}, {'×'.join(map(str, spectrum.kernel))}"
+    return f"{spectrum.layer}, {spectrum.size}"
 
 
 def _height_of(photo: Photo) -> float:

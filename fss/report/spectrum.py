@@ -36,16 +36,21 @@ class Spectrum:
 
     Attributes:
         layer: its name in the backbone.
-        kernel: height and width.
+        kernel: height and width; none of a linear layer.
         component: [R], number of the singular vectors in U and V.
         before, after: [R], pretrained and trained.
     """
 
     layer: str
-    kernel: tuple[int, int]
+    kernel: tuple[int, ...]
     component: Tensor
     before: Tensor
     after: Tensor
+
+    @property
+    def size(self) -> str:
+        """Say the size of its kernel, like 3×3; of a linear layer that it is one."""
+        return "×".join(map(str, self.kernel)) or "linear"
 
     @property
     def difference(self) -> Tensor:
@@ -295,7 +300,7 @@ def change_rows(spectra: Sequence[Spectrum]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "layer": spectrum.layer,
-                    "kernel": "×".join(map(str, spectrum.kernel)),
+                    "kernel": spectrum.size,
                     "rank": len(spectrum.before),
                     "rms": float(change.square().mean().sqrt()),
                     "lowest": float(change.min()),
@@ -308,4 +313,4 @@ def change_rows(spectra: Sequence[Spectrum]) -> list[dict[str, Any]]:
 def _title(spectrum: Spectrum) -> str:
     """Return a title as short as panels are narrow."""
     layer = spectrum.layer.replace(".downsample.0", ".downsample")
-    return f"{layer} {'×'.join(map(str, spectrum.kernel))}"
+    return f"{layer} {spectrum.size}"

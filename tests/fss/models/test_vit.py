@@ -348,3 +348,10 @@ def test_responses_to_tokens_lie_where_their_patches_do(kind):
     assert maps.shape == (2, 4, 4)
     patches = x[0, 1:].unflatten(0, (4, 4))  # behind the class token
     torch.testing.assert_close(maps[0], (patches @ module.V[2]).abs())
+
+
+def test_titles_of_layers_say_their_kernel_or_that_they_have_none():
+    from fss.report.spectrum import Spectrum
+
+    sizes = [Spectrum("layer", kernel, *torch.ones(3, 2)).size for kernel in ((3, 3), (1, 1), ())]
+    assert sizes == ["3×3", "1×1", "linear"]
