@@ -113,9 +113,7 @@ def figure(
         if peer.compiled or (peers is not None and name not in peers):
             continue
         network = level.convert(copy.deepcopy(plain), name, cache)
-        shapes = level_name == "models" or not (
-            name.startswith("svf_fast") or level_name == "prior"
-        )
+        shapes = level_name == "models" or not (by_values(name) or level_name == "prior")
         count = saved_on_shapes if shapes else saved_measured
         inputs = level.inputs(settings, group)
         if level_name == "backbone" and peer.trains != "nothing":
@@ -131,6 +129,11 @@ def figure(
     parts = [f"{settings.shots}-shot"] if level_name in ("step", "models") else []
     name = ", ".join([what, f"{settings.size} px", *parts, settings.dtype])
     return {"name": name, "level": level_name, "rows": rows}
+
+
+def by_values(name: str) -> bool:
+    """Tell whether what a peer keeps depends on values: guarded directions, or codes of maps."""
+    return name.startswith("svf_fast") or name == "official, 8 bits"
 
 
 def saved_measured(

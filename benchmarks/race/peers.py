@@ -93,7 +93,16 @@ def saved_in_8_bits(
 
 def _hooked(forward: Callable, pack: Callable, unpack: Callable) -> Callable:
     def run(x: Tensor) -> Tensor:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        # hooks hide what is saved from those around them, which may want to count it
+        around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+        def packed(x: Tensor) -> Any:
+            kept = pack(x)
+            for tensor in kept if isinstance(kept, tuple) else (kept,) if around else ():
+                around[0](tensor)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(packed, unpack):
             return forward(x)
 
     return run

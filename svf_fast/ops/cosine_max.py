@@ -28,9 +28,10 @@ def cosine_max(query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
 
     Saved for the backward pass: the arguments themselves and 12 bytes per query position (float64:
     16). On the CPU, where at most half of the support positions are the nearest to any query's, a
-    copy of these is saved in the support's place: the others get no gradient. Nothing of size N·M
-    exists; beyond the arguments the forward pass needs a few tiles of 1024 positions, the backward
-    pass the two gradients.
+    copy of these is saved in the support's place: the others get no gradient; not where an
+    operation like ReLU made the support, which keeps it anyway. Nothing of size N·M exists; beyond
+    the arguments the forward pass needs a few tiles of 1024 positions, the backward pass the two
+    gradients.
 
     Args:
         query: features [B, C, N].
@@ -91,6 +92,9 @@ def _nearest(support: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
     None where that is no gain, and where it would wait for a GPU or has no values to look at.
     """
     if torch.compiler.is_compiling() or not support.is_cpu or not has_memory(support):
+        return None
+    made_by = (support if support._base is None else support._base).grad_fn
+    if hasattr(type(made_by), "_saved_result"):  # as by ReLU, which keeps it anyway
         return None
     batch, _, positions = support.shape
     named = torch.zeros((batch, positions), dtype=torch.int64).scatter_(1, index, 1)

@@ -307,6 +307,24 @@ def test_keeps_its_arguments_and_a_few_bytes_per_position(dtype, share):
     assert sum(kept.values()) == 2 * (1500 * (size + 8) + positions * size + columns)
 
 
+def test_a_support_that_is_kept_anyway_is_not_copied():
+    """As the output of a ReLU is, seen through views; that of a convolution is not."""
+    mask = torch.zeros(1, 300)
+    mask[:, :5] = 1
+    query = torch.randn(1, 20, 300).requires_grad_()
+    for make, copied in ((torch.relu, False), (lambda x: 2 * x, True)):
+        support = make(torch.randn(1, 2, 20, 15, 20).requires_grad_())[:, 1].flatten(2)
+        kept = set()
+
+        def pack(x, kept=kept):
+            kept.add(x.data_ptr())
+            return x
+
+        with saved_tensors_hooks(pack, lambda x: x):
+            cosine_max(query, support, mask)
+        assert (support.data_ptr() not in kept) == copied
+
+
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_from_the_nearest_alone(monkeypatch, dtype, layout):
