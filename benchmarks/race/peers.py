@@ -98,8 +98,9 @@ def _hooked(forward: Callable, pack: Callable, unpack: Callable) -> Callable:
 
         def packed(x: Tensor) -> Any:
             kept = pack(x)
-            for tensor in kept if isinstance(kept, tuple) else (kept,) if around else ():
-                around[0](tensor)
+            if around is not None:
+                for tensor in kept if isinstance(kept, tuple) else (kept,):
+                    around[0](tensor)
             return kept
 
         with torch.autograd.graph.saved_tensors_hooks(packed, unpack):
