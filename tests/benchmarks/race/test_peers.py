@@ -26,11 +26,15 @@ def tiny(name: str, level: str = "backbone", **settings) -> tuple[nn.Module, Set
 
 
 def assert_same(found: dict, expected: dict, peer: str = "official") -> None:
-    """Gradients to rounding; of S, where a peer rounds what it keeps for them, to some percent."""
+    """Gradients to rounding; of S, where a peer rounds what it keeps for them, to some percent.
+
+    One that rounds all maps that are kept turns masks over: there any gradient is as far off.
+    """
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm() / gradient.norm()
         rounded = LEVELS["step"].peers[peer].judged_in and name.rpartition(".")[2] == "S"
-        assert error < (0.1 if rounded else TOLERANCE), name
+        limit = 0.5 if peer == "official, 8 bits" else 0.1 if rounded else TOLERANCE
+        assert error < limit, name
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
