@@ -261,7 +261,7 @@ def test_weights_tell_their_backbone(tmp_path):
     with pytest.raises(ValueError, match="stride_on=conv1"):
         FewShotSegmenter(weights=tmp_path / "w.safetensors", stride_on="conv2")
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
-    with pytest.raises(ValueError, match="of no ResNet or VGG"):
+    with pytest.raises(ValueError, match="of no ResNet, VGG or ViT"):
         FewShotSegmenter(weights=tmp_path / "no.safetensors")
 
 
