@@ -62,17 +62,25 @@ inline Maps maps_of(const Tensor& x) {
   return maps;
 }
 
-inline Tensor empty_strided_like(const Tensor& like) {
-  const auto sizes = like.sizes();
-  const auto strides = like.strides();
-  const auto device = like.device();
+// Uninitialised.
+inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                            torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType type,
+                            const torch::stable::Device& device) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      like.dim(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())),
       device.index(), &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_strided_like(const Tensor& like, ScalarType type) {
+  return empty_strided(like.sizes(), like.strides(), type, like.device());
+}
+
+inline Tensor empty_strided_like(const Tensor& like) {
+  return empty_strided_like(like, like.scalar_type());
 }
 
 // x itself if its strides are those of the dense tensor `like`, else a copy that has them.

@@ -105,13 +105,7 @@ Tensor weight_like(const Tensor& U, const Tensor& V, ScalarType type) {
   std::vector<int64_t> strides(V.strides().begin(), V.strides().end());
   sizes[0] = U.size(0);
   strides[0] = V.numel() / V.size(0);
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      V.dim(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(U.device().type())),
-      U.device().index(), &handle));
-  return Tensor(handle);
+  return empty_strided(sizes, strides, type, U.device());
 }
 
 // W and scale * W in `type`, by way of Acc.

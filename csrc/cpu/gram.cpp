@@ -79,29 +79,13 @@ struct Decode {
   template <int kBytes, bool kInner>
   static SVF_FAST_INLINE void rows(const Columns<const uint8_t>& from, const Affine<Acc>& affine,
                                    const Grid<Acc>& grid, Acc* to, int64_t begin, int64_t end) {
-    using V = Vector<Acc, kBytes>;
-    constexpr int64_t lanes = kBytes / sizeof(Acc);
     const int64_t width = kInner ? from.channels : from.positions;
     for (int64_t row = begin; row < end; ++row) {
-      const uint8_t* in = from.data + row * from.stride;
-      Acc* out = to + row * width;
-      const auto at = [&](const Acc* values, int64_t i, int64_t count) SVF_FAST_LAMBDA {
-        if constexpr (kInner) {
-          return load_part<kBytes>(values + i, count);
-        } else {
-          return V{} + values[row];
-        }
-      };
-      for (int64_t i = 0; i < width; i += lanes) {
-        const int64_t count = std::min(lanes, width - i);
-        const V code = load_codes<kBytes, Acc>(in + i, count);
-        V value = rounded<kBytes, T>(at(grid.offset, i, count) + at(grid.step, i, count) * code);
-        if (affine.scale) {
-          const V z = value * at(affine.scale, i, count) + at(affine.shift, i, count);
-          value = code >= at(grid.first, i, count) ? rounded<kBytes, T>(relu(z)) : V{};
-        }
-        store_part<kBytes>(out + i, value, count);
-      }
+      const int64_t channel = kInner ? 0 : row;
+      const Acc* scale = affine.scale ? affine.scale + channel : nullptr;
+      const Acc* shift = affine.shift ? affine.shift + channel : nullptr;
+      decode<kBytes, kInner, T>(from.data + row * from.stride, width, grid.from(channel), scale,
+                                shift, to + row * width);
     }
   }
 };

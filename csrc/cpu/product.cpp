@@ -21,13 +21,7 @@ Tensor maps_like(const Tensor& x, int64_t channels, bool last) {
   const std::vector<int64_t> strides =
       last ? std::vector<int64_t>{height * width * channels, 1, width * channels, channels}
            : std::vector<int64_t>{channels * height * width, height * width, width, 1};
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(x.scalar_type())),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(x.device().type())),
-      x.device().index(), &handle));
-  return Tensor(handle);
+  return empty_strided(sizes, strides, x.scalar_type(), x.device());
 }
 
 // out = W x at each position, or out += W x. Channels last it is one product over all positions,

@@ -253,16 +253,6 @@ struct Decode {
   Maps maps;
 };
 
-// One value per channel as `Channels` of affine_act has it, here with its loads in parts.
-template <int kBytes, bool kLast, typename Acc>
-SVF_FAST_INLINE Vector<Acc, kBytes> channel_values(const Acc* values, int64_t i, int64_t count) {
-  if constexpr (kLast) {
-    return load_part<kBytes>(values + i, count);
-  } else {
-    return Vector<Acc, kBytes>{} + values[0];
-  }
-}
-
 template <bool kLast>
 struct Loop {
   template <int kBytes, typename T>
@@ -279,7 +269,8 @@ struct Loop {
       const Acc* scale = task.scale ? task.scale + channel : nullptr;
       const Acc* shift = task.shift ? task.shift + channel : nullptr;
       task.grad ? masked<kBytes>(task, begin, count, grid, scale)
-                : values<kBytes>(task, begin, count, grid, scale, shift);
+                : decode<kBytes, kLast, T>(task.codes + begin, count, grid, scale, shift,
+                                           task.out + begin);
       begin += count;
     }
   }
@@ -293,32 +284,10 @@ struct Loop {
     for_vectors<kBytes>(
         task.grad + at, count, [&](int64_t i, const V& value, int64_t part) SVF_FAST_LAMBDA {
           const V code = load_codes<kBytes, Acc>(task.codes + at + i, part);
-          const V first = channel_values<kBytes, kLast>(grid.first, i, part);
-          const V factor = channel_values<kBytes, kLast>(scale, i, part);
+          const V first = per_channel<kBytes, kLast>(grid.first, i, part);
+          const V factor = per_channel<kBytes, kLast>(scale, i, part);
           store_part<kBytes>(task.out + at + i, code >= first ? value * factor : zero, part);
         });
-  }
-
-  template <int kBytes, typename T, typename Acc>
-  static SVF_FAST_INLINE void values(const Decode<T>& task, int64_t at, int64_t count,
-                                     const Grid<Acc>& grid, const Acc* scale, const Acc* shift) {
-    using V = Vector<Acc, kBytes>;
-    constexpr int64_t lanes = kBytes / sizeof(Acc);
-    const V zero{};
-    for (int64_t i = 0; i < count; i += lanes) {
-      const int64_t part = std::min(lanes, count - i);
-      const V code = load_codes<kBytes, Acc>(task.codes + at + i, part);
-      const V offset = channel_values<kBytes, kLast>(grid.offset, i, part);
-      const V step = channel_values<kBytes, kLast>(grid.step, i, part);
-      V value = rounded<kBytes, T>(offset + step * code);
-      if (scale) {
-        const V first = channel_values<kBytes, kLast>(grid.first, i, part);
-        const V z = value * channel_values<kBytes, kLast>(scale, i, part) +
-                    channel_values<kBytes, kLast>(shift, i, part);
-        value = code >= first ? (z < zero ? zero : z) : zero;
-      }
-      store_part<kBytes>(task.out + at + i, value, part);
-    }
   }
 };
 
@@ -341,18 +310,6 @@ Maps maps_by_images(const Tensor& x) {
   return maps;
 }
 
-Tensor like(const Tensor& x, ScalarType type) {
-  const auto sizes = x.sizes();
-  const auto strides = x.strides();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(x.device().type())),
-      x.device().index(), &handle));
-  return Tensor(handle);
-}
-
 std::tuple<Tensor, Tensor> quantize(const Tensor& y, const std::optional<Tensor>& scale,
                                     const std::optional<Tensor>& shift) {
   check_same_maps("quantize", y, y);
@@ -363,7 +320,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& y, const std::optional<Tensor>
     check_channels("quantize", "shift", *shift, y);
   }
   const Tensor from = dense(y);
-  Tensor codes = like(from, ScalarType::Byte);
+  Tensor codes = empty_strided_like(from, ScalarType::Byte);
   Tensor grid =
       torch::stable::new_empty(from, {3, y.size(0), y.size(1)}, accumulation_type(y.scalar_type()));
   if (y.numel() == 0) {
@@ -411,7 +368,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& grid, const std::optional<T
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(),
                   "dequantize: scale and shift come together");
   const Tensor from = dense(codes);
-  Tensor out = like(from, type);
+  Tensor out = empty_strided_like(from, type);
   if (scale) {
     check_channels("dequantize", "scale", *scale, out);
     check_channels("dequantize", "shift", *shift, out);
@@ -439,7 +396,7 @@ void backward_into(const Tensor& grad, const Tensor& codes, const Tensor& grid, 
   Tensor from = codes;
   if (maps_by_images(grad).channels_last != maps_by_images(codes).channels_last ||
       !is_dense(codes)) {
-    from = like(grad, ScalarType::Byte);
+    from = empty_strided_like(grad, ScalarType::Byte);
     torch::stable::copy_(from, codes);
   }
   with_type(grad.scalar_type(), [&]<typename T>(T) {

@@ -2,6 +2,7 @@
 // definition.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -9,7 +10,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "vector.h"
+#include "widen.h"
 
 namespace svf_fast {
 
@@ -59,6 +60,38 @@ SVF_FAST_INLINE void store_codes(uint8_t* to, const Vector<Acc, kBytes>& value, 
     std::memcpy(to, &codes, lanes);
   } else {
     std::memcpy(to, &codes, count);
+  }
+}
+
+// Values of `count` neighbours: one a channel, or one for all where the neighbours are positions.
+template <int kBytes, bool kChannels, typename Acc>
+SVF_FAST_INLINE Vector<Acc, kBytes> per_channel(const Acc* values, int64_t i, int64_t count) {
+  if constexpr (kChannels) {
+    return load_part<kBytes>(values + i, count);
+  } else {
+    return Vector<Acc, kBytes>{} + values[0];
+  }
+}
+
+// What `count` neighbouring codes stand for in T; with a scale relu(value * scale + shift), whose
+// mask the codes tell. Out: T, or the type that it is accumulated in.
+template <int kBytes, bool kChannels, typename T, typename Acc, typename Out>
+SVF_FAST_INLINE void decode(const uint8_t* codes, int64_t count, const Grid<Acc>& grid,
+                            const Acc* scale, const Acc* shift, Out* out) {
+  using V = Vector<Acc, kBytes>;
+  constexpr int64_t lanes = kBytes / sizeof(Acc);
+  for (int64_t i = 0; i < count; i += lanes) {
+    const int64_t part = std::min(lanes, count - i);
+    const auto at = [&](const Acc* values)
+                        SVF_FAST_LAMBDA { return per_channel<kBytes, kChannels>(values, i, part); };
+    const V code = load_codes<kBytes, Acc>(codes + i, part);
+    V value = rounded<kBytes, T>(at(grid.offset) + at(grid.step) * code);
+    if (scale) {
+      const V z = value * at(scale) + at(shift);
+      const V activated = rounded<kBytes, T>(z < V{} ? V{} : z);  // NaN stays
+      value = code >= at(grid.first) ? activated : V{};
+    }
+    store_part<kBytes>(out + i, value, part);
   }
 }
 
