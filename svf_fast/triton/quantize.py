@@ -22,7 +22,7 @@ from svf_fast.reference import quantize as definition
 from svf_fast.triton.language import affine_relu, decode, narrow
 from svf_fast.triton.launch import launch
 from svf_fast.triton.maps import dense, divide_up
-from svf_fast.triton.splits import offsets, sequences, tile_at
+from svf_fast.triton.splits import image_of, offsets, sequences, tile_at
 from svf_fast.triton.tuning import INTERPRETED, OPTIONS, Config
 
 _ROWS = 16  # of what the kernels hand on: low, high and whether all is finite of each split
@@ -142,15 +142,10 @@ def encode_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Code a tile [BLOCK_P, BLOCK_C] of an image."""
-    start, count, column, image = _tile(
-        positions, channels, image_stride, position_stride, BLOCK_P, BLOCK_C
+    at, there, column, inside, own = _tile(
+        positions, channels, image_stride, position_stride, channel_stride, BLOCK_P, BLOCK_C
     )
-    rows = tl.arange(0, BLOCK_P)
-    inside = column < channels
-    there = (rows[:, None] < count) & inside[None, :]
-    at = offsets(rows, column, position_stride, channel_stride)
-    value = tl.load(y + start + at, mask=there, other=0.0).to(tl.float32)
-    own = image * channels + column
+    value = tl.load(y + at, mask=there, other=0.0).to(tl.float32)
     anchor = tl.load(plan + own, mask=inside, other=0.0)[None, :]
     inverse = tl.load(plan + size + own, mask=inside, other=0.0)[None, :]
     if scale is not None:
@@ -165,7 +160,7 @@ def encode_kernel(
     code = tl.fma(value - anchor, inverse, first)
     code = tl.where(code >= lowest, code, lowest)  # NaN too
     code = tl.where(code <= highest, code, highest)
-    tl.store(codes + start + at, code.to(tl.int32).to(tl.uint8), mask=there)
+    tl.store(codes + at, code.to(tl.int32).to(tl.uint8), mask=there)
 
 
 @triton.jit
@@ -186,24 +181,20 @@ def decode_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Decode a tile: its values, their activation, or the gradient that their mask lets through."""
-    start, count, column, image = _tile(
-        positions, channels, image_stride, position_stride, BLOCK_P, BLOCK_C
+    at, there, column, inside, own = _tile(
+        positions, channels, image_stride, position_stride, channel_stride, BLOCK_P, BLOCK_C
     )
-    rows = tl.arange(0, BLOCK_P)
-    inside = column < channels
-    there = (rows[:, None] < count) & inside[None, :]
-    at = offsets(rows, column, position_stride, channel_stride)
     dtype = out.dtype.element_ty
-    coded = tl.load(codes + start + at, mask=there, other=0).to(tl.float32)
-    value, first = decode(coded, lattice, image * channels + column, size, inside, dtype)
+    coded = tl.load(codes + at, mask=there, other=0).to(tl.float32)
+    value, first = decode(coded, lattice, own, size, inside, dtype)
     if scale is not None:
         factor = tl.load(scale + column, mask=inside, other=0.0)[None, :]
         if grad is not None:
-            value = tl.load(grad + start + at, mask=there, other=0.0).to(tl.float32) * factor
+            value = tl.load(grad + at, mask=there, other=0.0).to(tl.float32) * factor
         else:
             value = affine_relu(value, factor, tl.load(shift + column, mask=inside)[None, :])
         value = narrow(tl.where(coded >= first, value.to(tl.float32), 0.0), dtype)
-    tl.store(out + start + at, value, mask=there)
+    tl.store(out + at, value, mask=there)
 
 
 @triton.jit
@@ -212,15 +203,23 @@ def _tile(
     channels,
     image_stride,
     position_stride,
+    channel_stride,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return where this program's tile begins, its positions, its channels and its image."""
+    """Return where this program's tile lies and what of it is there, its channels, and which are.
+
+    Last where these are among the channels of all images.
+    """
     blocks = tl.cdiv(channels, BLOCK_C)
     step = tl.program_id(0) // blocks
     start, count = tile_at(step, positions, image_stride, position_stride, BLOCK_P)
+    rows = tl.arange(0, BLOCK_P)
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    return start, count, column, step // tl.cdiv(positions, BLOCK_P)
+    inside = column < channels
+    at = start + offsets(rows, column, position_stride, channel_stride)
+    there = (rows[:, None] < count) & inside[None, :]
+    return at, there, column, inside, image_of(step, positions, BLOCK_P) * channels + column
 
 
 def rule(last: bool) -> Config:
