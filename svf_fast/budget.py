@@ -119,7 +119,8 @@ def fit(
             if size <= budget:
                 return
             tried.append((size, plan))
-            room -= size - budget
+            parts = sum(unit[way].bytes for unit, way in zip(options, chosen, strict=True))
+            room = fixed + parts - (size - budget)
     except BudgetError as error:
         least, plan = min(tried, key=lambda one: one[0])
         if least <= budget:
