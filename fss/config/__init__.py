@@ -387,10 +387,10 @@ class TrainConfig:
         test_episodes: novel-class episodes per seed of the test at the end of the run.
         test_seeds: seeds of that test; mean and spread are reported (defaults: BAM's).
         recompute_supports: compute what leads from the supports' photos to the head again in the
-            backward pass, one shot after the other, instead of keeping it: less memory, the more
-            shots the less, for the time of their forward pass. Dropout then draws for each shot
-            by itself. Steps run without a graph. Without effect in methods whose supports train
-            nothing (pmm, rpmm, asgnet, cwt).
+            backward pass, one shot after the other, instead of keeping it: the more shots, the
+            more memory is saved, for the time of their forward pass. Dropout then draws for each
+            shot by itself. Steps run without a graph. Without effect in methods whose supports
+            train nothing (pmm, rpmm, asgnet, cwt).
         checkpoint: the checkpoint that is tested: "best" has the highest validation mIoU, see
             `validation_classes`; "last" selects nothing.
         resize: how a prediction is resized to its photo: "photo" crops it to the part that the
