@@ -91,7 +91,7 @@ def fit(
         for again in (False, True)
     ]
     if keep == "auto":
-        ways.append({name: Way(False, True) for name in units})
+        ways += [{name: Way(again, True) for name in units} for again in (False, True)]
 
     def report(way: dict[str, Way]) -> MemoryReport:
         for name, unit in units.items():
@@ -138,12 +138,14 @@ def fit(
 
 
 def _options(ways: Sequence[tuple[int, int]]) -> list[Option]:
-    """Return the options of a unit from bytes and FLOPs as it is, recomputing, and in 8 bits."""
-    most = ways[0][0]
-    costs = [
-        flops + CODING * max(0, most - size) * (way == 2) for way, (size, flops) in enumerate(ways)
-    ]
-    return [Option(size, cost) for (size, _), cost in zip(ways, costs, strict=True)]
+    """Return the options of a unit from bytes and FLOPs, as it is and recomputing.
+
+    The third and fourth, if given, are those two in 8 bits.
+    """
+    options = [Option(*way) for way in ways[:2]]
+    for (most, _), (size, flops) in zip(ways, ways[2:], strict=False):
+        options.append(Option(size, flops + CODING * max(0, most - size)))
+    return options
 
 
 def _restore(units: dict[str, Fused], before: dict[str, Way]) -> None:

@@ -182,8 +182,8 @@ def convert(
             of S alone are computed from, a third of the bytes in float32 and six tenths in 16
             bits. Outputs and the gradients that other layers get stay as they are, to the bit; the
             gradients of S are off by a few thousandths, a thirtieth of what bfloat16 does to them.
-            ``"auto"``: as few of them as ``memory_budget`` asks for. Transformer blocks, and what
-            is not fused, keep all.
+            Of a transformer block it is the last layer's output alone, with ``gram``. ``"auto"``:
+            as few of them as ``memory_budget`` asks for. What is not fused keeps all.
         core: what trains beside S, at the same saved bytes: ``"band:k"``, ``"block:b"`` or
             ``"lowrank:r"`` of Σ in ``W = U Σ Vᵀ``; see :class:`svf_fast.SVFConv2d`.
 
@@ -410,7 +410,8 @@ def _keep_int8(model: nn.Module, layers: Sequence[str] | None) -> list[Callable[
     if not undo:
         warnings.warn(
             "svf_fast.convert: keep='int8': nothing that was converted keeps 8 bits, which fused "
-            "residual blocks and conv-BN-ReLU units do; svf_fast.memory_report says what is fused",
+            "residual blocks and conv-BN-ReLU units do, and transformer blocks with the strategy "
+            "'gram'; svf_fast.memory_report says what is fused",
             stacklevel=3,
         )
     return undo

@@ -55,13 +55,17 @@ class LoRA(nn.Module):
         return self.linear(x) + self.B(self.A(x)) * self.scale
 
 
-def recomputed(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
-    """Convert as svf_fast does; each block computes the input of GELU twice."""
-    ours()(model, layers, cache)
-    for module in model.modules():
-        if isinstance(module, svf_fast.SVFTransformerBlock):
-            module.recompute = True
-    return model
+def recomputed(keep: str = "exact") -> Convert:
+    """Return svf_fast's conversion with blocks that compute the input of GELU twice."""
+
+    def converted(model: nn.Module, layers: Layers = None, cache: Path | None = None) -> nn.Module:
+        ours(keep=keep)(model, layers, cache)
+        for module in model.modules():
+            if isinstance(module, svf_fast.SVFTransformerBlock):
+                module.recompute = True
+        return model
+
+    return converted
 
 
 TOKEN_PEERS = {
@@ -72,6 +76,8 @@ TOKEN_PEERS = {
     "frozen bound": Peer(frozen_bound, "nothing"),
     "svf_fast, unfused": Peer(ours(fuse=False)),
     "svf_fast": Peer(ours()),
-    "svf_fast, recompute": Peer(recomputed),
+    "svf_fast, 8 bits": Peer(ours(keep="int8"), judged_in="bfloat16"),
+    "svf_fast, recompute": Peer(recomputed()),
+    "svf_fast, recompute, 8 bits": Peer(recomputed("int8"), judged_in="bfloat16"),
     "svf_fast, chain": Peer(ours("chain")),
 }

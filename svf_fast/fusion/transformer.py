@@ -36,6 +36,8 @@ class SVFTransformerBlock(Fused):
     Attributes:
         recompute: compute the input of GELU again in the backward pass instead of keeping it: 6 C,
             for another product of fc1.
+        keeps_int8: keep the output of fc2 in 8 bits, a byte instead of a number, with ``gram``. The
+            gradient of its S alone is computed from it; output and dL/dx stay the same to the bit.
 
     Shapes: x [..., C] -> [..., C].
     """
@@ -60,6 +62,14 @@ class SVFTransformerBlock(Fused):
 
     def fused_convs(self) -> dict[str, bool]:
         return dict.fromkeys(self._fitting().layers, False)
+
+    @property
+    def takes_int8(self) -> bool:  # type: ignore[override]  # of a strategy, here
+        """Whether the output of fc2 is kept, which may be in 8 bits."""
+        fc2 = self.get_submodule(self._fitting().fc2)
+        if not isinstance(fc2, SVFLinear) or fc2.in_features <= fc2.out_features:
+            return False  # of a layer that does not narrow x is kept
+        return fc2.strategy_in_use == "gram"
 
     @property
     def recomputed(self) -> str:
@@ -136,7 +146,7 @@ class SVFTransformerBlock(Fused):
         proj, fc1, fc2 = (_linear(self._layer(name), dtype) for name in names.layers[1:])
         scale1, scale2 = (_own(self, n) if n else None for n in (names.scale1, names.scale2))
         rest = Rest(proj, fc1, fc2, self._norm(names.norm2), scale1, scale2, names.gelu)
-        return after_attention(x, attended, rest, self.recompute)
+        return after_attention(x, attended, rest, self.recompute, self.keeps_int8)
 
     def unfused_reason(self) -> str:
         return super().unfused_reason() or self._training_part()

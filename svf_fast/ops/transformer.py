@@ -2,9 +2,9 @@
 
 The first computes the queries, keys and values of the normalized input, the second all that follows
 the attention. Of tokens with C channels they keep the input (C), what the attention returned (C,
-which it keeps too), the input of GELU (4C) and the output of the last layer (C); none of the
-normalized inputs, nor the sum in the middle, which one product makes again. The attention between
-them is torch's own, and keeps the queries, keys and values (3C).
+which it keeps too), the input of GELU (4C) and the output of the last layer (C, or a byte each);
+none of the normalized inputs, nor the sum in the middle, which one product makes again. The
+attention between them is torch's own, and keeps the queries, keys and values (3C).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from svf_fast.ops.node import (
     no_autocast,
     unpack_saved,
 )
+from svf_fast.ops.quantize import quantize
 
 _aten = torch.ops.aten
 
@@ -68,19 +69,26 @@ class Linear(NamedTuple):
         return (out if self.bias is None else out + self.bias.to(self.dtype)), v, y
 
     def backward(
-        self, grad: Tensor, x: Tensor | None, v: Tensor | None, y: Tensor | None, channels: int
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        v: Tensor | None,
+        y: Tensor | None,
+        channels: int,
+        grid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute dL/dx [..., Ci = channels], and the gradient of what trains.
 
         x: the tokens it read, where :attr:`reads` says so. v: that of ``chain`` is computed again
-        from x where it was not kept.
+        from x where it was not kept. grid: where y is codes.
         """
         positions = maps.of_tokens(grad.to(self.dtype))
         read = None if x is None else Activation(maps.of_tokens(x.to(self.dtype)))
         if v is None and read is not None:
             v = self.conv.last(read)[2]
         shape = torch.Size((positions.shape[0], channels, *positions.shape[2:]))
-        flow, kept = Flow(Gradient(positions)), Kept(read, v, Activation.of(y))
+        kept = Kept(read, v, Activation.of(y, grid, self.dtype))
+        flow = Flow(Gradient(positions))
         grad_x, grad_S = self.conv.backward(flow, shape, kept)
         assert grad_x is not None
         return maps.to_tokens(grad_x, grad.shape), self.conv.trained_gradient(grad_S)
@@ -145,11 +153,14 @@ def normalized_linear(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
     return _NormalizedLinear.apply(x, linear.conv.kind, norm.eps, *own, *linear.tensors)
 
 
-def after_attention(x: Tensor, attended: Tensor, rest: Rest, recompute: bool = False) -> Tensor:
+def after_attention(
+    x: Tensor, attended: Tensor, rest: Rest, recompute: bool = False, int8: bool = False
+) -> Tensor:
     """Compute what follows the attention; differentiable in x, attended and what trains of S.
 
     x, attended [..., C] -> [..., C]. With ``recompute`` the input of GELU is not kept but computed
-    again, which takes the product of fc1. Definition:
+    again, which takes the product of fc1. With ``int8`` what is kept for the gradient of fc2's S
+    alone, its output with ``gram``, is kept in 8 bits. Definition:
     :func:`svf_fast.reference.transformer.after_attention`.
 
     Raises ValueError where the norm, a scale or a bias is to train.
@@ -161,7 +172,7 @@ def after_attention(x: Tensor, attended: Tensor, rest: Rest, recompute: bool = F
     names = "proj", "fc1", "fc2"
     frozen |= {f"{name}.bias": each.bias for name, each in zip(names, layers, strict=True)}
     _check_frozen("after_attention", frozen)
-    form = _Form(tuple(each.conv.kind for each in layers), norm.eps, rest.gelu, recompute)
+    form = _Form(tuple(each.conv.kind for each in layers), norm.eps, rest.gelu, recompute, int8)
     own = norm.weight, norm.bias, rest.scale1, rest.scale2
     tensors = (t for each in layers for t in each.tensors)
     return _AfterAttention.apply(x, attended, form, *own, *tensors)
@@ -210,6 +221,7 @@ class _Form(NamedTuple):
     eps: float
     gelu: str
     recompute: bool
+    int8: bool
 
     def rest(self, own: Sequence[Any], tensors: Sequence[Any]) -> Rest:
         """Put it together with its tensors: the norm's, the scales, the layers'."""
@@ -230,7 +242,10 @@ class _AfterAttention(torch.autograd.Function):
         out, fc2_v, fc2_y = fc2.forward(_aten.gelu(hidden, approximate=form.gelu))
         out = _added(middle, out, scale2)
         of_fc1 = (None, None, None) if form.recompute else (hidden, fc1.kept(fc1_v), fc1_y)
-        kept = x, attended, *of_fc1, proj.kept(proj_v), proj_y, fc2_v, fc2_y
+        fc2_grid = None
+        if fc2_y is not None and form.int8 and maps.shrinks(fc2_y):
+            fc2_y, fc2_grid = quantize(fc2_y)
+        kept = x, attended, *of_fc1, proj.kept(proj_v), proj_y, fc2_v, fc2_y, fc2_grid
         frozen = [t for one in (proj, fc1, fc2) for t in (one.bias, *one.conv.factors)]
         ctx.save_for_backward(*kept, *own, *frozen)
         ctx.form, ctx.tensors = form, tensors
@@ -240,7 +255,7 @@ class _AfterAttention(torch.autograd.Function):
     @differentiable_once("fused transformer block", AS_REFERENCE)
     def backward(ctx, grad):
         saved = unpack_saved(ctx, "fused transformer block")
-        x, attended, hidden, fc1_v, fc1_y, proj_v, proj_y, fc2_v, fc2_y, *own = saved
+        x, attended, hidden, fc1_v, fc1_y, proj_v, proj_y, fc2_v, fc2_y, fc2_grid, *own = saved
         rest = ctx.form.rest(own[:4], ctx.tensors)
         proj, fc1, fc2, norm, scale1, scale2, gelu = rest
         with no_autocast(grad):
@@ -255,8 +270,9 @@ class _AfterAttention(torch.autograd.Function):
             folds = fc2.conv.kind.keeps == "x"
             activated = _aten.gelu(hidden, approximate=gelu) if folds else None
             scaled = _scaled(grad, scale2)
-            grad_hidden, fc2_S = fc2.backward(scaled, activated, fc2_v, fc2_y, hidden.shape[-1])
-            del activated, scaled
+            of_fc2 = activated, fc2_v, fc2_y, hidden.shape[-1], fc2_grid
+            grad_hidden, fc2_S = fc2.backward(scaled, *of_fc2)
+            del activated, scaled, of_fc2, fc2_y
             grad_hidden = _aten.gelu_backward(grad_hidden, hidden, approximate=gelu)
             read = normalized if fc1.reads else None
             grad_norm, fc1_S = fc1.backward(grad_hidden, read, fc1_v, fc1_y, middle.shape[-1])

@@ -31,7 +31,10 @@ def test_gradients_are_those_of_the_official_layers(name):
     if TOKEN_PEERS[name].trains != "S":
         expected = {"argument 0": expected["argument 0"]}
     for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() < 1e-10 * gradient.norm(), key
+        rounded = "8 bits" in name and key.endswith("fc2.S")
+        error = (found[key] - gradient).norm() / gradient.norm()
+        assert error < (0.02 if rounded else 1e-10), key
+        assert error > 1e-6 or not rounded, key
 
 
 @pytest.mark.parametrize("name", TOKEN_PEERS)
@@ -54,6 +57,8 @@ def test_runs_under_autocast(name):
     assert all(p.grad is not None for p in trained(network).values())
 
 
+TOKENS = 4 * 4 + 1  # of 64 px in patches of 16, and the class
+GRID = 3 / TOKENS  # of codes: three numbers a channel
 # In maps of C channels; the official layers keep of each layer x, v and S·v
 MAPS = {
     "full": 16,
@@ -61,7 +66,9 @@ MAPS = {
     "frozen bound": 10,
     "svf_fast, unfused": 13,
     "svf_fast": 10,
+    "svf_fast, 8 bits": 9.25 + GRID,
     "svf_fast, recompute": 6,
+    "svf_fast, recompute, 8 bits": 5.25 + GRID,
     "svf_fast, chain": 10,
 }
 

@@ -169,6 +169,63 @@ def test_a_memory_budget_chooses_blocks():
     torch.testing.assert_close(plain(x), model(x))
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_in_8_bits_dS_of_the_last_layer_alone_is_rounded(name, dtype):
+    exact = fused(name).to(dtype)
+    coded = copy.deepcopy(exact)
+    coded[0].keeps_int8 = True
+    x, grad = (torch.randn(3, 17, 16).to(dtype) for _ in range(2))
+    trained = ["y", "dx", *(name for name, p in exact.named_parameters() if p.requires_grad)]
+    last = trained[-1]
+    assert last.endswith("fc2.S")
+    for recompute in (False, True):
+        exact[0].recompute = coded[0].recompute = recompute
+        expected, got = (
+            dict(zip(trained, step(model, x, grad), strict=True)) for model in (exact, coded)
+        )
+        rounded = [key for key in trained if not torch.equal(got[key], expected[key])]
+        assert rounded == [last] * coded[0].takes_int8
+        assert coded[0].takes_int8 == ("narrow" not in name)
+        error = (got[last] - expected[last]).norm() / expected[last].norm()
+        assert error < 0.02
+
+
+def test_bytes_in_8_bits():
+    count, channels = 2 * 9, 32
+    model = fused(equal_spectra(Block(channels)))
+    x = torch.randn(2, 9, channels, requires_grad=True)
+    for recompute in (False, True):
+        model[0].recompute, model[0].keeps_int8 = recompute, False
+        exact = saved_by(model, x)
+        model[0].keeps_int8 = True
+        assert exact - saved_by(model, x) == 3 * count * channels - 3 * 4 * channels
+        report = svf_fast.memory_report(model, (2, 9, channels))
+        assert "keeps 8 bits" in str(report)
+        frozen_input = saved_by(model, x.detach())
+        assert report.saved_bytes == frozen_input
+
+
+def test_convert_keeps_8_bits_with_gram_alone():
+    def block() -> nn.Sequential:
+        return nn.Sequential(drawn(equal_spectra(Block(32))))
+
+    model = svf_fast.convert(block(), None, keep="int8", progress=False)
+    assert model[0].keeps_int8
+    with pytest.warns(UserWarning, match="transformer blocks with the strategy 'gram'"):
+        model = svf_fast.convert(block(), None, "chain", keep="int8", progress=False)
+    assert not model[0].keeps_int8
+    shape = (2, 9, 32)
+    exact = svf_fast.convert(block(), None, progress=False)
+    for way in ("keeps_int8", "recompute"):  # the plan of both at once
+        setattr(exact[0], way, True)
+    budget = {"memory_budget": svf_fast.memory_report(exact, shape).saved_bytes}
+    model = svf_fast.convert(
+        block(), None, keep="auto", progress=False, input_shape=shape, **budget
+    )
+    assert model[0].keeps_int8 and model[0].recompute
+
+
 def test_state_copies_and_merging():
     plain = nn.Sequential(drawn(DinoBlock()), drawn(Block()))
     x = torch.randn(2, 7, 16)
