@@ -449,9 +449,10 @@ def interpolate_adapters(
         own, theirs = a.cores.get(name), b.cores.get(name)
         mixed = own.mixed(theirs, float(t)) if own is not None and theirs is not None else None
         if mixed is None:
+            cores_of = [str(x.cores[name].core) if name in x.cores else "diag" for x in (a, b)]
             raise ValueError(
-                "b: expected the core of a, 'diag', 'band:k' or 'block:b', in its directions, as "
-                f"mixtures of others are no such core, got another in {name}"
+                f"b: expected the core of a, {cores_of[0]!r}, in the same directions, and no "
+                f"'lowrank:r', of which a mixture has rank 2r, got {cores_of[1]!r} in {name}"
             )
         cores[name] = mixed
     S = {name: _mixed(values, b.S[name], float(t)) for name, values in a.S.items()}

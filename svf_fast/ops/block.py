@@ -30,6 +30,7 @@ from svf_fast.ops.factors import (
 )
 from svf_fast.ops.node import (
     AS_REFERENCE,
+    INPUT_CHANGED,
     differentiable_once,
     keeps_graph,
     no_autocast,
@@ -202,7 +203,7 @@ class _Block(torch.autograd.Function):
     @differentiable_once("fused block", AS_REFERENCE)
     def backward(ctx, grad):
         past, stages, programs = ctx.past, ctx.stages, ctx.programs
-        tensors = unpack_saved(ctx, "fused block")
+        tensors = unpack_saved(ctx, "fused block", INPUT_CHANGED)
         count = len(past.form.kinds)
         kept, own = tensors[: count * len(Maps._fields)], tensors[count * len(Maps._fields) :]
         stages = stages or _unpack_stages(past.form, own)

@@ -64,20 +64,23 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or is_transforming()
 
 
-def unpack_saved(ctx, name: str) -> tuple[Any, ...]:
-    """Return the saved tensors, None where None was; explain that one was changed in place."""
+def unpack_saved(ctx, name: str, most_often: str) -> tuple[Any, ...]:
+    """Return the saved tensors, None where None was; explain that one was changed in place.
+
+    most_often: which one that is, and what to do then.
+    """
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{name}: a tensor kept for the backward pass was changed in place, most often the "
-            "layer's output by an activation with inplace=True right after it. Set inplace=False "
-            "there, or use strategy='chain' for this layer."
+            f"{name}: a tensor kept for the backward pass was changed in place, most often "
+            f"{most_often}. An optimizer's step changes S: call backward before it"
         ) from error
 
 
+INPUT_CHANGED = "its input, by an operation after it: write that one out of place"
 AS_REFERENCE = (
     "use strategy='reference', whose layers are ordinary torch operations: in svf_fast.convert, or "
     "as the attribute `strategy` of the converted layers"

@@ -16,6 +16,11 @@ from svf_fast.ops.node import (
 )
 from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 
+_OUTPUT_CHANGED = (
+    "the layer's output, by an activation with inplace=True right after it: set inplace=False "
+    "there, or use strategy='chain' for this layer"
+)
+
 
 def svf_conv2d(x: Tensor, conv: SVFConvolution, bias: Tensor | None = None) -> Tensor:
     """Compute ``U (S ⊙ conv(x, V)) + bias``; differentiable in x, bias and what trains of S.
@@ -62,7 +67,7 @@ class _SVFConv2d(torch.autograd.Function):
     def backward(ctx, grad_y):
         # in the memory format of x, so that dx comes out in it too
         grad_y = grad_y.contiguous(memory_format=ctx.format)
-        x, v, y, *_ = unpack_saved(ctx, f"strategy {ctx.kind.strategy!r}")
+        x, v, y, *_ = unpack_saved(ctx, f"strategy {ctx.kind.strategy!r}", _OUTPUT_CHANGED)
         conv = SVFConvolution.of(ctx.kind, ctx.tensors)
         with no_autocast(grad_y):
             kept = Kept(Activation.of(x), v, Activation.of(y))

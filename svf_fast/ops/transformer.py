@@ -27,6 +27,7 @@ from svf_fast.ops.factors import (
 )
 from svf_fast.ops.node import (
     AS_REFERENCE,
+    INPUT_CHANGED,
     differentiable_once,
     keeps_graph,
     no_autocast,
@@ -200,7 +201,7 @@ class _NormalizedLinear(torch.autograd.Function):
     @staticmethod
     @differentiable_once("fused transformer block", AS_REFERENCE)
     def backward(ctx, grad):
-        x, v, y, weight, bias, *_ = unpack_saved(ctx, "fused transformer block")
+        x, v, y, weight, bias, *_ = unpack_saved(ctx, "fused transformer block", INPUT_CHANGED)
         norm, linear = Norm(weight, bias, ctx.eps), Linear.of(ctx.kind, ctx.tensors)
         with no_autocast(grad):
             normalized, mean, rstd = norm.forward(x)
@@ -254,7 +255,7 @@ class _AfterAttention(torch.autograd.Function):
     @staticmethod
     @differentiable_once("fused transformer block", AS_REFERENCE)
     def backward(ctx, grad):
-        saved = unpack_saved(ctx, "fused transformer block")
+        saved = unpack_saved(ctx, "fused transformer block", INPUT_CHANGED)
         x, attended, hidden, fc1_v, fc1_y, proj_v, proj_y, fc2_v, fc2_y, fc2_grid, *own = saved
         rest = ctx.form.rest(own[:4], ctx.tensors)
         proj, fc1, fc2, norm, scale1, scale2, gelu = rest
