@@ -120,7 +120,10 @@ def read_torch(path: Path) -> Any:
 
 
 def differences(expected: dict[str, Tensor], state: dict[str, Any]) -> str:
-    """List what is missing, unexpected or of another shape in a state dict; "" if nothing."""
+    """List what is missing, unexpected, of another shape or not finite in a state dict.
+
+    "" if nothing is.
+    """
     missing = [key for key in expected if key not in state]
     unexpected = [
         key for key, value in state.items() if key not in expected or not isinstance(value, Tensor)
@@ -130,7 +133,17 @@ def differences(expected: dict[str, Tensor], state: dict[str, Any]) -> str:
         for key, value in expected.items()
         if isinstance(state.get(key), Tensor) and state[key].shape != value.shape
     ]
-    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    spoilt = [
+        key
+        for key in expected
+        if isinstance(state.get(key), Tensor) and not bool(state[key].isfinite().all())
+    ]
+    lists = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", reshaped),
+        ("with NaN or infinity", spoilt),
+    )
     return "".join(f"\n  {len(keys)} {what}: {_first(keys)}" for what, keys in lists if keys)
 
 

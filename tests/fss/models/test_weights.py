@@ -151,6 +151,8 @@ def test_what_does_not_fit_is_listed(tmp_path):
     del state["layer1.0.bn1.bias"]
     state["extra.weight"] = torch.zeros(1)
     state["conv1.weight"] = torch.zeros(4, 3, 5, 5)
+    state["bn1.running_var"][0] = torch.inf
+    state["layer1.0.conv1.weight"].view(-1)[1] = torch.nan
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError) as error:
         load_backbone(backbone, str(tmp_path / "w.pth"))
@@ -158,6 +160,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     assert "1 missing: layer1.0.bn1.bias" in message
     assert "1 unexpected: extra.weight" in message
     assert "1 of another shape: conv1.weight (expected [4, 3, 7, 7], got [4, 3, 5, 5])" in message
+    assert "2 with NaN or infinity: bn1.running_var, layer1.0.conv1.weight" in message
     assert "incomplete or changed" in message
 
 
