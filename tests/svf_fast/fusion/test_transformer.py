@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import svf_fast
 from svf_fast import SVFTransformerBlock
 from svf_fast.layers.factored import svf_layers
+from tests.svf_fast.gpu_path import interpreted, on_gpu
 from tests.svf_fast.saved_bytes import saved_by
 from tests.svf_fast.tolerance import accumulated, assert_error_within
 from tests.svf_fast.transformers import BLOCKS, Block, DinoBlock, DropPath, drawn
@@ -189,6 +190,21 @@ def test_in_8_bits_dS_of_the_last_layer_alone_is_rounded(name, dtype):
         assert coded[0].takes_int8 == ("narrow" not in name)
         error = (got[last] - expected[last]).norm() / expected[last].norm()
         assert error < 0.02
+
+
+def test_in_8_bits_on_the_path_of_a_gpu():
+    exact = fused()
+    coded = copy.deepcopy(exact)
+    coded[0].keeps_int8 = True
+    x, grad = torch.randn(2, 17, 16), torch.randn(2, 17, 16)
+    with on_gpu(interpreted()) as calls:
+        expected = step(exact, x, grad)
+        assert not calls["quantize"]
+        got = step(coded, x, grad)
+        assert calls["quantize"] == 1
+    for mine, true in zip(got[:-1], expected[:-1], strict=True):
+        assert torch.equal(mine, true)
+    assert 0 < (got[-1] - expected[-1]).norm() < 0.02 * expected[-1].norm()
 
 
 def test_bytes_in_8_bits():
@@ -393,9 +409,11 @@ def test_log_scale_trains():
     compare(model, torch.randn(2, 7, 16))
 
 
-def test_checkpointing_and_compile():
+@pytest.mark.parametrize("int8", (False, True))
+def test_checkpointing_and_compile(int8):
     torch._dynamo.reset()
     model = fused(equal_spectra(Block()))
+    model[0].keeps_int8 = int8
     x, grad = torch.randn(2, 7, 16), torch.randn(2, 7, 16)
     expected = step(model, x, grad)
     model.forward = lambda x: checkpoint(model[0], x, use_reentrant=False)
