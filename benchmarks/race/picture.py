@@ -22,6 +22,8 @@ SHORT = {  # names that fit beside a dot
     "official, checkpoint per block": "checkpoint per block",
     "torch.compile of official": "compiled official",
     "torch.compile of recomposed": "compiled recomposed",
+    "torch.compile of official, memory budget": "compiled, budget",
+    "svf_fast, 8 bits, supports computed again": "8 bits, supports again",
     "full": "full fine-tuning",
     "frozen bound": "frozen (bound)",
 }
@@ -52,7 +54,7 @@ def draw(results: list[dict], path: Path) -> None:
             where = f"{settings['shots']}-shot, {where}"
         axes.set_title(f"{result['title']}\n{where}", fontsize=10, loc="left")
         axes.set_xlabel(f"forward + backward, {unit}")
-        axes.set_xlim(0, 1.18 * max(x for x, _ in points.values()))
+        axes.set_xlim(0, 1.22 * max(x for x, _ in points.values()))
         axes.set_ylim(0, 1.12 * max(y for _, y in points.values()))
         axes.grid(alpha=0.2)
         axes.text(0.015, 0.02, "↙ better", transform=axes.transAxes, color=GRAY, fontsize=9)
