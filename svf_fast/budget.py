@@ -80,9 +80,9 @@ def fit(
 
     Residual and transformer blocks may recompute; with ``keep="auto"`` what can keeps in 8 bits
     instead, otherwise each keeps as it does. Of the plans that fit, that of the least cost: FLOPs,
-    and for 8 bits :data:`CODING`; where several keep the same tensor, one that fits. Bytes and
-    ``dtype`` as in :func:`svf_fast.memory_report`. Raises BudgetError when none fits; then nothing
-    is changed.
+    and for 8 bits :data:`CODING`; where several keep the same tensor, one that fits, which may be
+    missed. Bytes and ``dtype`` as in :func:`svf_fast.memory_report`. Raises BudgetError when none
+    fits; then nothing is changed.
     """
     units = {name: m for name, m in model.named_modules() if isinstance(m, Fused)}
     before = {name: Way.of(unit) for name, unit in units.items()}

@@ -133,7 +133,8 @@ def memory_report(
     what needs one now, and batch norms are in the mode they are in. ``dtype`` names the dtype of a
     run under autocast; without it the model runs in the dtype of its factors.
 
-    Raises ValueError when the model has no SVF layer, none of them is called, or it is sharded.
+    Raises ValueError when the model has no SVF layer, none of them is called, it is sharded, or on
+    the meta device.
     """
     layers = svf_layers(model)
     if not layers:
@@ -143,6 +144,11 @@ def memory_report(
             raise ValueError(
                 f"model: expected whole parameters, got {name}.{layer.trains} sharded; ask for "
                 "the report before the model is sharded (fully_shard)"
+            )
+        if layer.U.is_meta:
+            raise ValueError(
+                f"model: expected values, on which strategies depend, got {name} on the meta "
+                "device; call to_empty and load a state dict before"
             )
         layer.strategy_in_use  # noqa: B018  plans from the present values, which fakes have not
     units = _units(model)

@@ -69,7 +69,8 @@ class SVFTransformerBlock(Fused):
         fc2 = self.get_submodule(self._fitting().fc2)
         if not isinstance(fc2, SVFLinear) or fc2.in_features <= fc2.out_features:
             return False  # of a layer that does not narrow x is kept
-        return fc2.strategy_in_use == "gram"
+        planned = fc2.strategy_in_use if fc2.has_values else fc2.strategy
+        return planned in ("auto", "gram")
 
     @property
     def recomputed(self) -> str:

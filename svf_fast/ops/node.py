@@ -64,10 +64,10 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or is_transforming()
 
 
-def unpack_saved(ctx, name: str, most_often: str) -> tuple[Any, ...]:
+def unpack_saved(ctx, name: str, others: str) -> tuple[Any, ...]:
     """Return the saved tensors, None where None was; explain that one was changed in place.
 
-    most_often: which one that is, and what to do then.
+    others: what it may be beside S, and what to do then.
     """
     try:
         return ctx.saved_tensors
@@ -75,8 +75,8 @@ def unpack_saved(ctx, name: str, most_often: str) -> tuple[Any, ...]:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{name}: a tensor kept for the backward pass was changed in place, most often "
-            f"{most_often}. An optimizer's step changes S: call backward before it"
+            f"{name}: a tensor kept for the backward pass was changed in place, most often S, by "
+            f"an optimizer's step, which must come after backward, or {others}"
         ) from error
 
 

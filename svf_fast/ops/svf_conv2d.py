@@ -9,6 +9,7 @@ from svf_fast.ops.convolution import Geometry, memory_format
 from svf_fast.ops.factors import Activation, Flow, Gradient, Kept, SVFConvolution
 from svf_fast.ops.node import (
     AS_REFERENCE,
+    INPUT_CHANGED,
     differentiable_once,
     keeps_graph,
     no_autocast,
@@ -16,10 +17,13 @@ from svf_fast.ops.node import (
 )
 from svf_fast.reference.svf_conv2d import svf_conv2d as definition
 
-_OUTPUT_CHANGED = (
-    "the layer's output, by an activation with inplace=True right after it: set inplace=False "
-    "there, or use strategy='chain' for this layer"
-)
+_CHANGED = {  # by what the layer keeps
+    "x": INPUT_CHANGED,
+    "y": "its output, by an activation with inplace=True right after it: set inplace=False there, "
+    "or use strategy='chain' for this layer",
+    "v": "one of its factors",
+    "": "one of its factors",
+}
 
 
 def svf_conv2d(x: Tensor, conv: SVFConvolution, bias: Tensor | None = None) -> Tensor:
@@ -67,7 +71,7 @@ class _SVFConv2d(torch.autograd.Function):
     def backward(ctx, grad_y):
         # in the memory format of x, so that dx comes out in it too
         grad_y = grad_y.contiguous(memory_format=ctx.format)
-        x, v, y, *_ = unpack_saved(ctx, f"strategy {ctx.kind.strategy!r}", _OUTPUT_CHANGED)
+        x, v, y, *_ = unpack_saved(ctx, f"strategy {ctx.kind.strategy!r}", _CHANGED[ctx.kind.keeps])
         conv = SVFConvolution.of(ctx.kind, ctx.tensors)
         with no_autocast(grad_y):
             kept = Kept(Activation.of(x), v, Activation.of(y))

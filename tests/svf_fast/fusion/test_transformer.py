@@ -231,6 +231,12 @@ def test_convert_keeps_8_bits_with_gram_alone():
     with pytest.warns(UserWarning, match="transformer blocks with the strategy 'gram'"):
         model = svf_fast.convert(block(), None, "chain", keep="int8", progress=False)
     assert not model[0].keeps_int8
+    with torch.device("meta"):
+        model = nn.Sequential(Block(32)).eval().requires_grad_(False)
+    model = svf_fast.convert(model, None, keep="int8", progress=False)
+    assert model[0].keeps_int8
+    with pytest.raises(ValueError, match="model: expected values, .* got 0.attn.qkv on the meta"):
+        svf_fast.memory_report(model, (2, 9, 32))
     shape = (2, 9, 32)
     exact = svf_fast.convert(block(), None, progress=False)
     for way in ("keeps_int8", "recompute"):  # the plan of both at once

@@ -121,9 +121,27 @@ def test_gradient_belongs_to_the_S_of_the_forward_pass():
     assert torch.equal(expected, again)
     with torch.no_grad():
         layer.S.zero_()
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match="changed in place, most often S, by an optimizer's"):
         y.sum().backward()
     del other
+
+
+@pytest.mark.parametrize(
+    "strategy, out_channels, kept", [("fold", 6, "its input"), ("gram", 6, "its output")]
+)
+def test_a_change_in_place_is_told_by_what_is_kept(strategy, out_channels, kept):
+    layer = SVFConv2d(4, out_channels, 3, bias=False, strategy=strategy)
+    x = torch.randn(1, 4, 6, 6, requires_grad=True) * 1
+    y = layer(x)
+    (x if kept == "its input" else y).add_(1)
+    with pytest.raises(RuntimeError, match=f"or {kept}, by an"):
+        y.sum().backward()
+    y = SVFConv2d(4, 6, 3, strategy="chain")
+    out = y(x.detach())
+    with torch.no_grad():
+        y.U.add_(1)
+    with pytest.raises(RuntimeError, match="or one of its factors"):
+        out.sum().backward()
 
 
 def test_auto_takes_gram_on_a_tame_spectrum_and_chain_on_a_wild_one():
