@@ -216,7 +216,7 @@ def shapes_of(name: str) -> dict[str, torch.Tensor]:
 def test_a_file_tells_which_it_is(tmp_path):
     for name in VITS:
         assert _describe(shapes_of(name)).backbone == name
-    state = {key: torch.empty_like(value, device="cpu") for key, value in shapes_of(PLAIN).items()}
+    state = {key: torch.zeros_like(value, device="cpu") for key, value in shapes_of(PLAIN).items()}
     torch.save(state, tmp_path / "w.pth")
     backbone = backbone_of(str(tmp_path / "w.pth"))
     assert backbone_name(backbone) == PLAIN

@@ -197,7 +197,10 @@ def test_a_missing_file_is_named(name, runs):
 def test_a_cut_file_is_named(name, runs):
     path = runs[0] / name
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
+    end = len(content) * 2 // 3
+    if name == "config.yaml":
+        end = content.rindex(b":", 0, end)  # a cut between two lines leaves settings that fit
+    path.write_bytes(content[:end])
     with pytest.raises(ValueError, match=re.escape(str(path))):
         write_report(runs)
 

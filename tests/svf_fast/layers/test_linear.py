@@ -106,7 +106,7 @@ def test_an_activation_in_place_may_follow(strategy, sizes, bias, shape):
     y = model(x)
     torch.testing.assert_close(y, expected)
     if strategy == "gram" and sizes == (16, 8) and not bias:  # which keeps what is overwritten
-        with pytest.raises(RuntimeError, match="Set inplace=False there"):
+        with pytest.raises(RuntimeError, match="set inplace=False there"):
             y.sum().backward()
         return
     y.sum().backward()
