@@ -38,7 +38,7 @@ from svf_fast.ops.node import (
 )
 from svf_fast.ops.pointwise import Extras, fuses, pointwise
 from svf_fast.ops.program import Programs, runs_programs
-from svf_fast.ops.quantize import quantized_backward
+from svf_fast.ops.quantize import coded, quantized_backward
 from svf_fast.reference.pointwise import Epilogue, Prologue
 
 # of svf_fast.ops.affine_act, whose checks are the caller's here
@@ -51,7 +51,6 @@ _back, _back_ = (
     torch.ops.svf_fast.affine_act_backward_.default,
 )
 
-_quantize = torch.ops.svf_fast.quantize.default  # of svf_fast.ops.quantize
 
 _T = TypeVar("_T")
 
@@ -389,9 +388,9 @@ def _stored(
 
     scale, shift: before the ReLU whose mask the codes are to tell.
     """
-    if x is None or exactly or not form.int8 or not maps.shrinks(x):
+    if x is None or exactly or not form.int8:
         return x, None
-    return _quantize(x, scale, shift)
+    return coded(x, scale, shift)
 
 
 def _sampled_v(form: Form, conv: SVFConvolution, x: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svf_fast import _library
-from svf_fast.ops.maps import check_maps
+from svf_fast.ops.maps import check_maps, shrinks
 
 
 def quantize(
@@ -36,6 +36,15 @@ def quantize(
                 f"channel, got {vector.dtype} of shape {list(vector.shape)}"
             )
     return torch.ops.svf_fast.quantize(y, scale, shift)
+
+
+def coded(
+    y: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return codes and grid as :func:`quantize` does; where they are no smaller, y and None."""
+    if not shrinks(y):
+        return y, None
+    return torch.ops.svf_fast.quantize.default(y, scale, shift)
 
 
 def dequantize(

@@ -33,7 +33,7 @@ from svf_fast.ops.node import (
     no_autocast,
     unpack_saved,
 )
-from svf_fast.ops.quantize import quantize
+from svf_fast.ops.quantize import coded
 
 _aten = torch.ops.aten
 
@@ -244,8 +244,8 @@ class _AfterAttention(torch.autograd.Function):
         out = _added(middle, out, scale2)
         of_fc1 = (None, None, None) if form.recompute else (hidden, fc1.kept(fc1_v), fc1_y)
         fc2_grid = None
-        if fc2_y is not None and form.int8 and maps.shrinks(fc2_y):
-            fc2_y, fc2_grid = quantize(fc2_y)
+        if fc2_y is not None and form.int8:
+            fc2_y, fc2_grid = coded(fc2_y)
         kept = x, attended, *of_fc1, proj.kept(proj_v), proj_y, fc2_v, fc2_y, fc2_grid
         frozen = [t for one in (proj, fc1, fc2) for t in (one.bias, *one.conv.factors)]
         ctx.save_for_backward(*kept, *own, *frozen)
@@ -271,9 +271,10 @@ class _AfterAttention(torch.autograd.Function):
             folds = fc2.conv.kind.keeps == "x"
             activated = _aten.gelu(hidden, approximate=gelu) if folds else None
             scaled = _scaled(grad, scale2)
-            of_fc2 = activated, fc2_v, fc2_y, hidden.shape[-1], fc2_grid
-            grad_hidden, fc2_S = fc2.backward(scaled, *of_fc2)
-            del activated, scaled, of_fc2, fc2_y
+            grad_hidden, fc2_S = fc2.backward(
+                scaled, activated, fc2_v, fc2_y, hidden.shape[-1], fc2_grid
+            )
+            del activated, scaled
             grad_hidden = _aten.gelu_backward(grad_hidden, hidden, approximate=gelu)
             read = normalized if fc1.reads else None
             grad_norm, fc1_S = fc1.backward(grad_hidden, read, fc1_v, fc1_y, middle.shape[-1])
