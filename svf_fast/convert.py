@@ -183,7 +183,7 @@ def convert(
             bits. Outputs and the gradients that other layers get stay as they are, to the bit; the
             gradients of S are off by a few thousandths, a thirtieth of what bfloat16 does to them.
             Of a transformer block it is the last layer's output alone, with ``gram``. ``"auto"``:
-            as few of them as ``memory_budget`` asks for. What is not fused keeps all.
+            where that is the cheapest way into ``memory_budget``. What is not fused keeps all.
         core: what trains beside S, at the same saved bytes: ``"band:k"``, ``"block:b"`` or
             ``"lowrank:r"`` of Σ in ``W = U Σ Vᵀ``; see :class:`svf_fast.SVFConv2d`.
 

@@ -29,9 +29,8 @@ class Fused(Recast):
     """Base of what runs several modules as one; its forward falls back to that of `original`."""
 
     is_whole = True  # whether it runs all that is in it
-    takes_int8: bool = (
-        False  # whether it has what serves the gradients of S alone, and so may be rounded
-    )
+    # whether it has what serves the gradients of S alone, and so may be rounded
+    takes_int8: bool = False
     keeps_int8 = False  # whether it keeps that in 8 bits
     _reading: object  # what the last forward pass read of the module
 
